@@ -1,0 +1,60 @@
+# make quickstart   trains the MoE baseline and MoNE on this machine's CPU and compares them
+# make test         the tests
+# Both set up .venv first. PYTHON chooses the interpreter (3.10, 3.11 or 3.12), TORCH the torch.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUNS   := runs/quickstart
+# Processes on one machine need no more than a free port.
+TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
+
+.PHONY: quickstart test test-slow lint bench clean
+
+quickstart: $(VENV)/installed
+	$(TRAIN) experiment=quickstart_moe run.dir=$(RUNS)/moe
+	$(TRAIN) experiment=quickstart_mone run.dir=$(RUNS)/mone
+	$(BIN)/python tools/compare_runs.py $(RUNS)/moe $(RUNS)/mone --output $(RUNS) --page report.html
+	@echo
+	@echo "Look at $(RUNS)/report.html and $(RUNS)/comparison.png"
+	@echo "Each run's own report: $(RUNS)/moe/report.html, $(RUNS)/mone/report.html"
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/installed
+	$(BIN)/python tools/bench.py spine
+	$(BIN)/python tools/bench.py cost
+
+# torch first and by itself: packages that depend on it then keep the build that is there.
+$(VENV)/torch:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) \
+		else f"Python {v[0]}.{v[1]} found; 3.10, 3.11 or 3.12 is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/torch pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
