@@ -1,0 +1,11 @@
+"""Typed configuration: `schema` (what there is), `load` (YAML and command line to it), `validate`.
+
+Only the parts without third-party imports are re-exported, so that importing the schema does not
+import Hydra.
+"""
+
+from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.schema import Config
+from mone_megatron.config.validate import Layout, validate
+
+__all__ = ["Config", "ConfigError", "Layout", "validate"]

@@ -1,0 +1,187 @@
+"""Plain dictionaries to frozen dataclasses and back, strictly.
+
+Nothing is coerced except an integer where a float is wanted and an integral float such as ``1e9``
+where an integer is wanted. Problems are collected, not raised one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from mone_megatron.config.errors import ConfigError
+
+T = TypeVar("T")
+Scalar = str | int | float | bool
+
+_SECRET = re.compile(r"(^|_)(api_?key|token|password|passwd|secret|credentials?)s?($|_)", re.I)
+
+
+def keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted leaf key of the dataclass ``cls``, in order of declaration."""
+    for name, kind in get_type_hints(cls).items():
+        if _is_section(kind):
+            yield from keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def sections(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of ``cls`` that holds other keys, such as ``model.router``."""
+    for name, kind in get_type_hints(cls).items():
+        if _is_section(kind):
+            yield f"{prefix}{name}"
+            yield from sections(kind, f"{prefix}{name}.")
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], hints: Sequence[str] = ()) -> T:
+    """Build ``cls`` from nested dictionaries; absent keys take the dataclass's defaults.
+
+    ``hints`` are further names to offer when a key is unknown (group options, say).
+
+    Raises:
+        ConfigError: unknown keys, values of another type, ``_target_`` or secrets; all at once.
+    """
+    problems: list[str] = []
+    known = [*keys(cls), *sections(cls), *hints]
+    result = _build(cls, data, "", problems, known)
+    if problems:
+        raise ConfigError(problems)
+    return result
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
+    """Dotted key -> scalar, for loggers; tuples become comma-separated text."""
+    flat: dict[str, Scalar] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{prefix}{field.name}."))
+        elif isinstance(value, tuple):
+            flat[prefix + field.name] = ",".join(str(item) for item in value)
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def forbidden_key(key: str) -> str | None:
+    """Why the unknown dotted ``key`` may never be in a config, or None. Never shows a value."""
+    parts = key.split(".")
+    if "_target_" in parts:
+        return f"{key}: a config is data and nothing is instantiated from it; remove the `_target_`"
+    if any(_SECRET.search(part) for part in parts):
+        return (
+            f"{key}: secrets do not belong in a config, which is saved with the run; "
+            "use `wandb login` or the environment variable of the service"
+        )
+    return None
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """One line about ``key``, which is not among ``known``, with the nearest names."""
+    return forbidden_key(key) or f"{key}: unknown key; {suggest(key, known)}"
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """``did you mean ...?`` for ``name`` among dotted ``known`` names; never empty."""
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
+    if not near:
+        # The right leaf in the wrong section, or without one: `steps`, `optim.seq_length`.
+        leaf = name.rsplit(".", 1)[-1]
+        leaves = {candidate.rsplit(".", 1)[-1] for candidate in known}
+        best = difflib.get_close_matches(leaf, sorted(leaves), n=1, cutoff=0.75)
+        near = [key for key in known if best and key.rsplit(".", 1)[-1] == best[0]][:3]
+    if not near:
+        section = name.split(".", 1)[0]
+        inside = [key for key in known if key.startswith(f"{section}.")]
+        inside = [key for key in inside if not any(k.startswith(f"{key}.") for k in inside)]
+        if inside:
+            return f"keys of {section}: " + ", ".join(key.split(".", 1)[1] for key in inside)
+        return "see docs/configuration.md for the keys"
+    return "did you mean " + " or ".join(near) + "?"
+
+
+def _is_section(kind: type) -> bool:
+    return dataclasses.is_dataclass(kind)
+
+
+def _build(cls: type[T], data: Any, prefix: str, problems: list[str], known: Sequence[str]) -> T:
+    if not isinstance(data, Mapping):
+        where = prefix.rstrip(".") or "config"
+        problems.append(
+            f"{where}: expected a section with keys, got {_shown(data)}; write {where}.KEY"
+        )
+        return cls()
+    types = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        key = f"{prefix}{name}"
+        if name not in types:
+            problems.append(unknown_key(key, known))
+        elif _is_section(types[name]):
+            values[name] = _build(types[name], value, f"{key}.", problems, known)
+        else:
+            try:
+                values[name] = _convert(value, types[name])
+            except ValueError as error:
+                problems.append(f"{key}: {error}")
+    return cls(**values)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``; ValueError says what is wrong and the fix, without the key."""
+    if get_origin(kind) is Literal:
+        return _convert_literal(value, get_args(kind))
+    if get_origin(kind) is tuple:
+        return _convert_tuple(value, get_args(kind))
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"expected true or false, got {_shown(value)}; write true or false")
+        return value
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"expected text, got {_shown(value)}; put it in quotes: '\"{value}\"'")
+        return value
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        if not number or not math.isfinite(value) or value != int(value):
+            raise ValueError(f"expected an integer, got {_shown(value)}; write one such as 4")
+        return int(value)
+    assert kind is float, f"the schema uses a type that cannot be read: {kind}"
+    if not number or not math.isfinite(value):
+        raise ValueError(f"expected a number, got {_shown(value)}; write one such as 0.1")
+    return float(value)
+
+
+def _convert_literal(value: Any, options: tuple[str, ...]) -> str:
+    # `True == 1`, so the type is compared as well.
+    for option in options:
+        if value == option and type(value) is type(option):
+            return option
+    near = difflib.get_close_matches(str(value), options, n=1)
+    hint = f"did you mean {near[0]}?" if near else "choose one of them"
+    raise ValueError(f"{_shown(value)} is not one of {', '.join(options)}; {hint}")
+
+
+def _convert_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"expected a list, got {_shown(value)}; write [{value}]")
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        return tuple(_convert(item, kinds[0]) for item in value)
+    if len(value) != len(kinds):
+        raise ValueError(f"expected {len(kinds)} values, got {len(value)}; write all of them")
+    return tuple(_convert(item, kind) for item, kind in zip(value, kinds, strict=True))
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    if isinstance(value, Mapping):
+        return "a section"
+    return repr(value)

@@ -1,0 +1,188 @@
+"""YAML files and command-line overrides to a typed :class:`Config`.
+
+With ``pretrain.py`` the only importer of Hydra and OmegaConf. Hydra composes; everything after it
+is plain dataclasses. Every mistake of a user becomes one line of a :class:`ConfigError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mone_megatron.config import convert
+from mone_megatron.config.convert import Scalar
+from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.schema import Config
+
+CONFIG_NAME = "config"
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+
+
+def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
+    """The config of a command line such as ``["experiment=tiny_mone", "train.steps=5"]``.
+
+    ``config_dir`` is a folder laid out like ``conf/`` (the default, beside the package).
+
+    Raises:
+        ConfigError: anything wrong with the overrides or the YAML files.
+    """
+    folder = _config_dir(config_dir)
+    problems = check_overrides(overrides, folder)
+    if problems:
+        raise ConfigError(problems)
+    try:
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+            composed = hydra.compose(CONFIG_NAME, list(overrides))
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(_explain(error)) from None
+    return from_dictconfig(composed)
+
+
+def check_overrides(
+    overrides: Sequence[str], config_dir: Path | None = None, *, multirun: bool = False
+) -> list[str]:
+    """Problems of command-line overrides, one line each; empty when Hydra may have them.
+
+    Run before ``hydra.main`` this replaces Hydra's multi-line messages. ``multirun`` allows sweeps
+    (``key=a,b``).
+    """
+    folder = _config_dir(config_dir)
+    groups = _group_options(folder)
+    known = list(dict.fromkeys([*convert.keys(Config), *convert.sections(Config), *groups]))
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except (HydraException, OmegaConfBaseException) as error:
+            name = text.split("=", 1)[0].lstrip("+~")
+            problems.append(convert.forbidden_key(name) or f"{name}: {_parse_problem(text, error)}")
+            continue
+        key = override.key_or_group
+        if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+            continue
+        if override.is_sweep_override() and not multirun:
+            problems.append(f"{key}: several values need a sweep; add -m, or give one value")
+        elif key in groups and not isinstance(override.value(), dict):
+            problems.extend(_option_problems(override, groups[key]))
+        elif key not in known:
+            problems.append(convert.unknown_key(key, known))
+    return problems
+
+
+def from_dictconfig(config: DictConfig) -> Config:
+    """The typed config of a composed (or loaded) OmegaConf tree; interpolations are resolved.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, missing values, broken interpolations.
+    """
+    try:
+        data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from None
+    if not isinstance(data, dict):
+        raise ConfigError("config: expected keys and values, got a list; write `key: value` lines")
+    return convert.from_dict(Config, {str(key): value for key, value in data.items()})
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config as YAML that :func:`from_yaml` reads back to an equal config."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def from_yaml(path: str | Path) -> Config:
+    """The config saved at ``path`` by :func:`to_yaml`; absent keys take the schema's defaults.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not fit the schema.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give a config.yaml"
+        ) from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not valid YAML ({_first_line(error)}); fix the file") from None
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected keys and values, got a list; give a config.yaml")
+    try:
+        return from_dictconfig(loaded)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+
+
+def flatten(config: Config) -> dict[str, Scalar]:
+    """Dotted key -> scalar, for loggers; tuples become comma-separated text."""
+    return convert.flatten(config)
+
+
+def _config_dir(config_dir: Path | None) -> Path:
+    folder = (config_dir or CONF_DIR).resolve()
+    if not (folder / f"{CONFIG_NAME}.yaml").is_file():
+        raise ConfigError(
+            f"{folder}: no {CONFIG_NAME}.yaml in this config folder; "
+            "run from a checkout of the repository or give another folder"
+        )
+    return folder
+
+
+def _group_options(folder: Path) -> dict[str, list[str]]:
+    """Group name -> its options: the folders of ``conf/`` and the YAML files in them."""
+    return {
+        group.name: sorted(file.name.removesuffix(".yaml") for file in group.glob("*.yaml"))
+        for group in sorted(folder.iterdir())
+        if group.is_dir()
+    }
+
+
+def _option_problems(override: Override, options: Sequence[str]) -> list[str]:
+    group = override.key_or_group
+    if override.is_sweep_override():
+        chosen = [str(value) for value in override.sweep_string_iterator()]
+    else:
+        value = override.value()
+        chosen = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        if value is None:
+            return [] if override.is_delete() else [f"{group}: null is not an option; use ~{group}"]
+    return [_unknown_option(group, name, options) for name in chosen if name not in options]
+
+
+def _unknown_option(group: str, name: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, options, n=2)
+    hint = f"did you mean {' or '.join(near)}?" if near else "choose one of them"
+    return f"{group}: no option {name!r}; {hint} (options: {', '.join(options)})"
+
+
+def _parse_problem(text: str, error: Exception) -> str:
+    if "=" not in text:
+        return f"{text!r} is not an override; write key=value"
+    reason = error.message if isinstance(error, OverrideParseException) else _first_line(error)
+    return (
+        f"cannot read {text!r} ({' '.join(reason.splitlines()[0].split())}); "
+        "quote special characters: 'key=\"value\"'"
+    )
+
+
+def _explain(error: Exception) -> str:
+    """One line for what Hydra or OmegaConf raised while composing."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return _unknown_option(group.lstrip("/") or "config", name, list(error.options or ()))
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {_first_line(error)}; fix the value"
+    return f"config: {_first_line(error)}; fix the override or the YAML file"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

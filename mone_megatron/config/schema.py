@@ -1,0 +1,293 @@
+"""The configuration as typed data: one dataclass per group under ``conf/``.
+
+Every field is documented on the line above or beside it, and every default is the one a run gets
+when neither a YAML file nor the command line says otherwise. Nothing here does work: values are
+read from YAML in :mod:`mone_megatron.config.load` and cross-checked in
+:mod:`mone_megatron.config.validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Score = Literal["abs_activation", "abs_gate", "signed_gate", "abs_product"]
+MoNETarget = Literal["routed", "shared", "dense"]
+RouterBalance = Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives."""
+
+    # Shown in logs, reports and W&B.
+    name: str = "run"
+    # Everything the run writes goes under this folder.
+    dir: str = "runs/run"
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Expert routing and balancing: megatron-core's own router, configured."""
+
+    # Turns logits into expert weights.
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    # Softmax over all experts before the top-k (True) or over the chosen ones after it (False).
+    pre_softmax: bool = False
+    # Balance losses, several at once if wanted; each with the coefficient at the same place.
+    balance: tuple[RouterBalance, ...] = ("aux_loss",)
+    balance_coeff: tuple[float, ...] = (0.01,)
+    # ST-MoE z-loss coefficient; 0 turns it off.
+    z_loss_coeff: float = 0.0
+    # Aux-loss-free balancing (DeepSeek-V3): a bias per expert, moved by `expert_bias_rate` a step.
+    expert_bias: bool = False
+    expert_bias_rate: float = 1e-3
+    # Precision of the routing computation.
+    dtype: Literal["fp32", "fp64", "model"] = "fp32"
+    # Group-limited routing: 0 turns it off.
+    num_groups: int = 0
+    group_topk: int = 0
+    # Multiplies the routing weights (sigmoid or pre-softmax routers); 0 means 1.
+    scaling_factor: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Qwen3-MoE-shaped GPT: GQA, RMSNorm, RoPE, SwiGLU, optional QK-norm and shared expert."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    # Key/value heads (GQA); equal to num_attention_heads for plain multi-head attention.
+    num_query_groups: int = 2
+    # 0 means hidden_size / num_attention_heads.
+    head_dim: int = 0
+    # Width of the dense SwiGLU layers (the leading ones, or all when num_experts is 0).
+    dense_ffn_hidden_size: int = 512
+    # 0 makes every layer dense.
+    num_experts: int = 8
+    experts_per_token: int = 2
+    # f: neurons in one routed expert.
+    expert_ffn_hidden_size: int = 128
+    # Width of the expert every token visits; 0 for none.
+    shared_expert_ffn_hidden_size: int = 0
+    # A sigmoid gate on the shared expert (Qwen2-MoE).
+    shared_expert_gate: bool = False
+    # The first layers that are dense rather than MoE.
+    first_dense_layers: int = 0
+    # 0 takes the tokenizer's size.
+    vocab_size: int = 0
+    # The embedding is padded to a multiple of this, whatever the layout, so that checkpoints move.
+    vocab_padding_multiple: int = 128
+    tie_embeddings: bool = False
+    # RMSNorm on queries and keys, per head.
+    qk_norm: bool = True
+    # A bias on the query, key and value projections (Qwen2).
+    qkv_bias: bool = False
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    # Standard deviation of initial weights; residual outputs use init_std / sqrt(2 * num_layers).
+    init_std: float = 0.02
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Rows of the embedding for a vocabulary of ``vocab_size``, whatever the layout."""
+        multiple = self.vocab_padding_multiple
+        return -(-vocab_size // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class NeuronBalanceConfig:
+    """The neuron balance loss (design.md section 1; `mone_megatron.mone.balance`)."""
+
+    # 0 turns the loss off; its value is logged all the same.
+    coeff: float = 0.0
+    # P_k: the mean weight of neuron k over the neurons a token keeps, or over all of them.
+    weights: Literal["selected", "all"] = "selected"
+    # Weights of a token divided by their sum (True), or raw |a| (False), which can be "balanced"
+    # by shrinking them.
+    normalize: bool = True
+
+
+@dataclass(frozen=True)
+class MoNEConfig:
+    """Neuron selection inside the experts."""
+
+    enabled: bool = False
+    # K = round(keep_ratio * f) neurons are kept for each token in each expert.
+    keep_ratio: float = 0.25
+    # What ranks the neurons of a token.
+    score: Score = "abs_activation"
+    # Which MLPs select: routed experts, the shared expert, dense layers.
+    apply_to: tuple[MoNETarget, ...] = ("routed",)
+    balance: NeuronBalanceConfig = field(default_factory=NeuronBalanceConfig)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model reads."""
+
+    # "stdlib" builds its corpus from the Python standard library in use; "indexed" reads
+    # Megatron .bin/.idx files made by tools/preprocess_data.py.
+    source: Literal["stdlib", "indexed"] = "stdlib"
+    # Path prefixes of the .bin/.idx pairs, without the extension ("indexed" only).
+    paths: tuple[str, ...] = ()
+    # Sampling weight of each path; empty for weights by size.
+    weights: tuple[float, ...] = ()
+    # Shares of documents for training, validation and test.
+    split: tuple[float, float, float] = (0.95, 0.05, 0.0)
+    # Folder of a Hugging Face tokenizer (tokenizer.json); "" takes the one beside the data.
+    tokenizer: str = ""
+    # Vocabulary of the byte-level BPE that the stdlib corpus trains.
+    vocab_size: int = 4096
+    # The stdlib corpus takes files until this many MB of text; 0 for all.
+    max_megabytes: float = 0.0
+    # Corpora and dataset indices that can be made again live here.
+    cache_dir: str = ".cache/mone_megatron"
+    # Loader processes per rank; 0 loads in the training process.
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam with decoupled weight decay, and the learning-rate schedule."""
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    # "wsd" is warmup-stable-decay.
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    # Share of all steps spent in the final decay of "wsd".
+    decay_fraction: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    # Largest global gradient norm; 0 for no clipping.
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over processes; the data-parallel size is what is left."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    # Model chunks per pipeline rank; more than 1 interleaves the pipeline.
+    virtual_pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    # Tensor parallelism inside the experts.
+    expert_tensor: int = 1
+    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    # Shards optimizer state over the data-parallel ranks (ZeRO-1).
+    distributed_optimizer: bool = True
+    # Overlap of gradient reduction and parameter gathering with computation (CUDA).
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and evaluation."""
+
+    steps: int = 100
+    seed: int = 1234
+    seq_length: int = 256
+    # Sequences per step over all processes, and per forward pass of one model replica.
+    global_batch_size: int = 8
+    micro_batch_size: int = 2
+    # Evaluate on the validation split every so many steps; 0 for never. The last step always
+    # evaluates when this is not 0.
+    eval_interval: int = 0
+    # Global batches per evaluation.
+    eval_steps: int = 4
+    # "selective" recomputes the activations of attention and the MoE layer; "full" whole layers.
+    recompute: Literal["none", "selective", "full"] = "none"
+    # Save and stop at the end of the step after so many minutes of the run, with the exit code that
+    # asks to be started again; 0 for never.
+    exit_after_minutes: float = 0.0
+    # A step whose loss or gradient is not finite, or whose loss is a spike, is never applied; then
+    # "abort" ends the run, "skip" goes on with the next batch, "rollback" goes back to the newest
+    # checkpoint and leaves the batch out (docs/reliability.md).
+    on_bad_loss: Literal["abort", "skip", "rollback"] = "abort"
+    # A spike is a loss above so many times the median of the last 50 good ones; 0 for no check.
+    spike_factor: float = 0.0
+    # "skip" ends the run after so many skipped steps in a row.
+    max_skips: int = 10
+    # "rollback" ends the run after so many rollbacks.
+    max_rollbacks: int = 3
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    # Save every so many steps; 0 for never.
+    interval: int = 0
+    # "never" starts afresh, "auto" takes the newest checkpoint of this run, a path takes that one.
+    resume: str = "never"
+    # Checkpoints kept: the newest so many, and every one whose step is a multiple of keep_every
+    # (0 for none of those).
+    keep_last: int = 2
+    keep_every: int = 0
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases. "disabled" does not even import the package."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "mone_megatron"
+    # "" means the user's default.
+    entity: str = ""
+    group: str = ""
+    # Longest wait for the server at the start (then offline) and at the end (then unfinished).
+    timeout_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run shows."""
+
+    # Print (lines) and send to W&B every so many steps; metrics.jsonl gets every step.
+    interval: int = 1
+    # Neuron and expert utilisation of each layer, every so many steps; 0 for never.
+    layer_interval: int = 10
+    # "auto" draws a bar on a terminal and prints lines elsewhere.
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    # loss.png and report.html at the end.
+    report: bool = True
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """The hardware."""
+
+    # "auto" takes CUDA when there is a GPU.
+    kind: Literal["auto", "cuda", "cpu"] = "auto"
+    # "auto": bf16 on CUDA, fp32 on CPU.
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    # Compute threads of one process on CPU; 0 shares the cores among the processes of the machine.
+    threads: int = 0
+    # Seconds after which a collective that does not return is an error.
+    timeout_seconds: int = 600
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mone: MoNEConfig = field(default_factory=MoNEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
