@@ -1,0 +1,92 @@
+"""Neuron selection in plain eager torch: the definition every fast path is tested against.
+
+Shape suffixes: T tokens (rows), F neurons of one expert on this rank, K kept neurons.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Score = Literal["abs_activation", "abs_gate", "signed_gate", "abs_product"]
+
+
+def neuron_scores(gate_TF: Tensor, up_TF: Tensor, score: Score) -> Tensor:
+    """What ranks the neurons of a token; larger is kept first.
+
+    Args:
+        gate_TF: gate projections ``g = x Wg``.
+        up_TF: up projections ``u = x Wu``; read by ``abs_product`` only.
+        score: ``abs_activation`` is |SiLU(g)| (the paper's), ``abs_gate`` |g|, ``signed_gate`` g
+            (Mixture-of-Channels), ``abs_product`` |SiLU(g) u|.
+
+    Returns:
+        Scores of the shape and dtype of ``gate_TF``.
+
+    Raises:
+        ValueError: for an unknown score.
+    """
+    if score == "abs_activation":
+        return F.silu(gate_TF).abs()
+    if score == "abs_gate":
+        return gate_TF.abs()
+    if score == "signed_gate":
+        return gate_TF
+    if score == "abs_product":
+        return (F.silu(gate_TF) * up_TF).abs()
+    raise ValueError(
+        f"mone.score: {score!r} is unknown; "
+        "use abs_activation, abs_gate, signed_gate or abs_product"
+    )
+
+
+def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
+    """True at the ``k`` largest scores of every row, ties to the lowest index.
+
+    Exactly ``k`` entries of a row are True, whatever the dtype (bf16 scores tie in a large share
+    of rows). A row that holds a NaN has no largest scores: none of it is True, and the NaN
+    spreads because unselected entries are multiplied by zero rather than overwritten.
+
+    Args:
+        scores_TF: any floating dtype.
+        k: 1 to F.
+
+    Returns:
+        Bool tensor of the shape of ``scores_TF``.
+    """
+    # A NaN is among the largest to topk, and amin passes it on: nothing compares with it.
+    kth_T1 = scores_TF.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    return mask_at_threshold(scores_TF, kth_T1, k)
+
+
+def mask_at_threshold(scores_TF: Tensor, kth_T1: Tensor, k: int) -> Tensor:
+    """:func:`topk_mask` when the k-th largest score of each row is known."""
+    above_TF = scores_TF > kth_T1
+    tied_TF = scores_TF == kth_T1
+    room_T1 = k - above_TF.sum(dim=-1, keepdim=True)
+    return above_TF | (tied_TF & (tied_TF.cumsum(dim=-1) <= room_T1))
+
+
+def selected_swiglu(
+    gate_TF: Tensor, up_TF: Tensor, mask_TF: Tensor | None, scale_T: Tensor | None
+) -> Tensor:
+    """``SiLU(g) * u``, only at the selected neurons, times the router's weight of each row.
+
+    Args:
+        gate_TF: gate projections.
+        up_TF: up projections.
+        mask_TF: bool, True at kept neurons; None keeps all.
+        scale_T: one factor per row (the router's probability); None for 1.
+
+    Returns:
+        The input of the down projection, in the dtype of ``gate_TF``. Gradients flow through the
+        kept entries only.
+    """
+    hidden_TF = F.silu(gate_TF) * up_TF
+    if mask_TF is not None:
+        hidden_TF = hidden_TF * mask_TF
+    if scale_T is not None:
+        hidden_TF = hidden_TF * scale_T.unsqueeze(-1)
+    return hidden_TF.to(gate_TF.dtype)

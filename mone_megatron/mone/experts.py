@@ -1,0 +1,147 @@
+"""The routed experts of one rank: three weights a neuron, one grouped matrix product a projection.
+
+The same class is the MoE baseline (no neuron settings) and MoNE, on CPU and GPU, through
+``torch.nn.functional.grouped_mm``.
+
+A neuron k of expert e is three rows of length h: ``gate_up_weight[e, 0, k]`` (gate),
+``gate_up_weight[e, 1, k]`` (up) and ``down_weight[e, k]``, each contiguous, so that tensor
+parallelism inside experts is a slice of the neuron axis and sparse decoding reads whole rows.
+
+Shape suffixes: T rows (a token once per chosen expert), H hidden size, F neurons of one expert on
+this rank, E experts on this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
+
+
+class GroupedExperts(MegatronModule):
+    """SwiGLU experts computed together, with neuron selection when ``neurons`` is given."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        neurons: NeuronSettings | None = None,
+    ) -> None:
+        """Allocate the experts of this rank; :mod:`mone_megatron.model.initialize` fills them.
+
+        Args:
+            num_local_experts: E.
+            config: megatron-core's; ``moe_ffn_hidden_size`` is f over all ranks.
+            pg_collection: with ``ep``, ``expt_tp`` and ``expt_dp``.
+            neurons: neuron selection and balance; None for plain experts.
+
+        Raises:
+            ValueError: for biases, an activation other than SwiGLU, or a keep ratio of no neuron.
+        """
+        super().__init__(config=config)
+        if config.add_bias_linear or not config.gated_linear_unit:
+            raise ValueError("GroupedExperts computes SwiGLU experts without biases only")
+        assert config.activation_func is F.silu
+        assert config.moe_ffn_hidden_size is not None
+        self.num_local_experts = num_local_experts
+        self.expert_group = pg_collection.ep
+        self.tensor_group = pg_collection.expt_tp
+        self.replica_group = pg_collection.expt_dp
+        self.neurons_per_rank = config.moe_ffn_hidden_size // self.tensor_group.size()
+        shape = (num_local_experts, self.neurons_per_rank, config.hidden_size)
+        self.gate_up_weight = self._parameter((shape[0], 2, *shape[1:]), neuron_dim=2)
+        self.down_weight = self._parameter(shape, neuron_dim=1)
+        self.neuron_gate = NeuronGate(
+            config=config,
+            settings=neurons,
+            neurons=config.moe_ffn_hidden_size,
+            num_experts=num_local_experts * self.expert_group.size(),
+            num_local_experts=num_local_experts,
+            first_expert=num_local_experts * self.expert_group.rank(),
+            neuron_group=self.tensor_group,
+            replica_group=self.replica_group,
+        )
+
+    def _parameter(self, shape: tuple[int, ...], neuron_dim: int) -> nn.Parameter:
+        device = torch.device("cpu")
+        if not self.config.use_cpu_initialization:
+            device = torch.device("cuda", torch.cuda.current_device())
+        parameter = nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=device))
+        # megatron-core reads these. `allreduce` decides whose gradients are reduced over the
+        # data-parallel ranks; the library asks only whether EP > 1, which trains wrong in
+        # silence when the expert ranks differ from the dense ones in any other way.
+        dense_like = (
+            self.expert_group.size() == 1
+            and self.tensor_group.size() == parallel_state.get_tensor_model_parallel_world_size()
+        )
+        parameter.allreduce = dense_like  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        parameter.partition_dim = neuron_dim  # type: ignore[attr-defined]
+        parameter.partition_stride = 1  # type: ignore[attr-defined]
+        return parameter
+
+    def forward(
+        self,
+        tokens_TH: Tensor,
+        tokens_per_expert_E: Tensor,
+        probs_T: Tensor,
+        segments: Segments,
+    ) -> tuple[Tensor, None]:
+        """Apply each expert to its rows.
+
+        Args:
+            tokens_TH: rows sorted by expert.
+            tokens_per_expert_E: int64, rows of each expert, any device.
+            probs_T: the router's probability of each row.
+            segments: which rows belong together for the balance loss.
+
+        Returns:
+            ``[T, H]`` outputs (partial sums when the neurons are spread over ranks), and no bias.
+        """
+        if tokens_TH.shape[0] == 0:
+            # grouped_mm takes no empty matrix, but ranks must call the same collectives.
+            gate_up_TF = tokens_TH @ self.gate_up_weight[0].flatten(0, 1).T
+            gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+            return self.neuron_gate(gate_TF, up_TF, probs_T, segments) @ self.down_weight[0], None
+        ends_E = tokens_per_expert_E.to(tokens_TH.device).cumsum(0).to(torch.int32)
+        gate_up_EHF = self.gate_up_weight.flatten(1, 2).transpose(1, 2)
+        gate_up_TF = F.grouped_mm(tokens_TH, gate_up_EHF, offs=ends_E)
+        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+        hidden_TF = self.neuron_gate(gate_TF, up_TF, probs_T, segments)
+        return F.grouped_mm(hidden_TF, self.down_weight, offs=ends_E), None
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ) -> ShardedStateDict:
+        """Global tensors ``[num_experts, 2, f, h]`` and ``[num_experts, f, h]``: any EP and ETP."""
+        tensors: ShardedStateDict = {}
+        axes = len(sharded_offsets)
+        for name, parameter in self.named_parameters(recurse=False):
+            tensors[f"{prefix}{name}"] = ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                parameter,
+                *sharded_offsets,
+                (axes, self.expert_group.rank(), self.expert_group.size()),
+                (
+                    axes + parameter.partition_dim,
+                    self.tensor_group.rank(),
+                    self.tensor_group.size(),
+                ),
+                replica_id=(0, 0, self.replica_group.rank()),
+                prepend_axis_num=axes,
+            )
+        return tensors
+
+    def backward_dw(self) -> None:
+        """Weight gradients are computed in backward; nothing is delayed."""

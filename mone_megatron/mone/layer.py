@@ -1,0 +1,141 @@
+"""MoNELayer: megatron-core's MoE layer with neuron selection inside its experts.
+
+Routing, dispatch and combination are megatron-core's. This subclass tells the experts which rows
+came from which microbatch, so that the neuron balance loss means the same in every layout: with
+expert parallelism an expert sees tokens of several data-parallel ranks, hence of several
+microbatches, at once; with tensor parallelism and unsharded experts it sees a part of one.
+
+Shape suffixes: N tokens of this rank, E experts on this rank, A all experts, R ranks that send
+tokens here, T rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mone_megatron.mone.experts import GroupedExperts
+from mone_megatron.mone.mlp import NeuronSharedExpert
+from mone_megatron.mone.neurons import Segments
+
+
+@dataclass(frozen=True)
+class MicrobatchSources:
+    """Where the tokens that reach this rank's experts come from, microbatch by microbatch.
+
+    Attributes:
+        microbatch_of_source: for each rank that sends tokens here, in the order of the
+            expert-and-tensor-parallel group, the (local) number of its microbatch.
+        shared_group: the ranks that hold the same experts for other tokens of the same
+            microbatch, or None when this rank sees whole microbatches.
+    """
+
+    microbatch_of_source: tuple[int, ...]
+    shared_group: dist.ProcessGroup | None = None
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches whose tokens meet in this rank's experts."""
+        return max(self.microbatch_of_source) + 1
+
+
+class MoNELayer(MoELayer):
+    """A megatron-core MoE layer whose experts are :class:`~.experts.GroupedExperts`.
+
+    Without neuron settings it is the MoE baseline. A ``BackendSpecProvider``
+    (:mod:`mone_megatron.model.specs`) places it.
+    """
+
+    experts: GroupedExperts
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        sources: MicrobatchSources | None = None,
+    ) -> None:
+        """Build router, dispatcher and experts.
+
+        Args:
+            config: megatron-core's.
+            submodules: router, experts and shared experts.
+            layer_number: from 1; usually set later.
+            pg_collection: process groups; None takes megatron-core's global ones.
+            sources: see :class:`MicrobatchSources`; None for a single source.
+
+        Raises:
+            ValueError: when the dispatcher does not tell tokens of different microbatches apart.
+        """
+        super().__init__(config, submodules, layer_number, pg_collection)
+        self.sources = sources or MicrobatchSources((0,))
+        self.rows_by_source_RE: Tensor | None = None
+        dispatcher = config.moe_token_dispatcher_type
+        if self.sources.num_microbatches > 1 and dispatcher not in ("alltoall", "allgather"):
+            raise ValueError(
+                f"parallel.dispatcher: {dispatcher} does not keep tokens in the order of their "
+                "ranks, which the neuron balance loss needs; use alltoall or allgather"
+            )
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Number the layer (from 1) for logging."""
+        super().set_layer_number(layer_number)
+        self.experts.neuron_gate.layer_number = layer_number
+        if isinstance(self.shared_experts, NeuronSharedExpert):
+            self.shared_experts.neuron_gate.layer_number = layer_number
+
+    def preprocess(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As in the base class; also exchanges how many rows each rank sends to each expert."""
+        if self.sources.num_microbatches > 1:
+            self.rows_by_source_RE = self._exchange_row_counts(routing_map)
+        preprocessed: tuple[Tensor, Tensor] = super().preprocess(hidden_states, probs, routing_map)
+        return preprocessed
+
+    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """Apply this rank's experts to the dispatched rows."""
+        rows_TH, rows_per_expert_E, row_probs_T = self.token_dispatcher.dispatch_postprocess(
+            hidden_states, probs
+        )
+        segments = self._segments(rows_per_expert_E, rows_TH)
+        output_TH, bias = self.experts(rows_TH, rows_per_expert_E, row_probs_T, segments)
+        return self.token_dispatcher.combine_preprocess(output_TH), bias
+
+    def _exchange_row_counts(self, routing_map_NA: Tensor) -> Tensor:
+        """Rows that each source rank sends to each expert of this rank, ``[R, E]``."""
+        rows_A = routing_map_NA.sum(dim=0)
+        group = self.token_dispatcher.tp_ep_group
+        gathered = [torch.empty_like(rows_A) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, rows_A, group=group)
+        first, last = self.local_expert_indices[0], self.local_expert_indices[-1]
+        return torch.stack(gathered)[:, first : last + 1]
+
+    def _segments(self, rows_per_expert_E: Tensor, rows_TH: Tensor) -> Segments:
+        """Number the segment of each row; rows are sorted by expert, then by source rank."""
+        device, num_rows = rows_TH.device, rows_TH.shape[0]
+        num_microbatches = self.sources.num_microbatches
+        if num_microbatches == 1:
+            expert_E = torch.arange(self.num_local_experts, device=device)
+            index_T = expert_E.repeat_interleave(rows_per_expert_E.to(device), output_size=num_rows)
+            return Segments(index_T, 1, self.sources.shared_group)
+        rows_RE, self.rows_by_source_RE = self.rows_by_source_RE, None
+        assert rows_RE is not None
+        microbatch_R = torch.tensor(self.sources.microbatch_of_source, device=device)
+        if self.config.moe_token_dispatcher_type == "alltoall":
+            # The group counts expert-parallel ranks first; this dispatcher gathers over the
+            # tensor-parallel ranks last, so it orders rows by those first.
+            order_R = torch.arange(len(microbatch_R), device=device)
+            order_R = order_R.view(-1, self.token_dispatcher.tp_size).T.flatten()
+            rows_RE, microbatch_R = rows_RE[order_R], microbatch_R[order_R]
+        expert_E = torch.arange(self.num_local_experts, device=device)
+        segment_ER = microbatch_R.unsqueeze(0) * self.num_local_experts + expert_E.unsqueeze(-1)
+        index_T = segment_ER.flatten().repeat_interleave(rows_RE.T.flatten(), output_size=num_rows)
+        return Segments(index_T, num_microbatches, self.sources.shared_group)

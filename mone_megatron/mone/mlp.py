@@ -1,0 +1,100 @@
+"""Neuron selection in the MLPs every token visits: dense layers and shared experts.
+
+Each is one expert of the method. Tensor parallelism spreads its neurons over ranks; all of them
+see all tokens of the microbatch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
+
+
+def _neuron_gate(config: TransformerConfig, neurons: int, settings: NeuronSettings) -> NeuronGate:
+    return NeuronGate(
+        config=config,
+        settings=settings,
+        neurons=neurons,
+        num_experts=1,
+        num_local_experts=1,
+        first_expert=0,
+        neuron_group=parallel_state.get_tensor_model_parallel_group(),
+        replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+
+
+def _forward(mlp: MLP, gate: NeuronGate, hidden_states: Tensor) -> tuple[Tensor, None]:
+    """SwiGLU MLP with neuron selection; ``[s, b, h]`` in, ``[s, b, h]`` and no bias out."""
+    gate_up, _ = mlp.linear_fc1(hidden_states)
+    gate_TF, up_TF = gate_up.flatten(0, -2).chunk(2, dim=-1)
+    index_T = torch.zeros(gate_TF.shape[0], dtype=torch.long, device=gate_TF.device)
+    hidden_TF = gate(gate_TF, up_TF, None, Segments(index_T, 1, _context_group()))
+    output, _ = mlp.linear_fc2(hidden_TF.view(*gate_up.shape[:-1], -1))
+    return output, None
+
+
+def _context_group() -> dist.ProcessGroup | None:
+    """With context parallelism each rank holds a part of every sequence."""
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return None
+    group: dist.ProcessGroup = parallel_state.get_context_parallel_group()
+    return group
+
+
+class NeuronMLP(MLP):
+    """A dense SwiGLU layer with neuron selection."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        neurons: NeuronSettings,
+        ffn_hidden_size: int | None = None,
+        tp_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """As megatron-core's MLP, with the selection's settings."""
+        width = ffn_hidden_size or config.ffn_hidden_size
+        super().__init__(config, submodules, ffn_hidden_size=width, tp_group=tp_group)
+        self.neuron_gate = _neuron_gate(config, width, neurons)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Number the layer (from 1) for logging."""
+        self.neuron_gate.layer_number = layer_number
+
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
+        """``[s, b, h]`` to ``[s, b, h]``; no bias."""
+        return _forward(self, self.neuron_gate, hidden_states)
+
+
+class NeuronSharedExpert(SharedExpertMLP):
+    """A shared expert with neuron selection."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        gate: bool,
+        neurons: NeuronSettings,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        """As megatron-core's shared expert, with the selection's settings."""
+        super().__init__(config, submodules, gate, pg_collection)
+        assert config.moe_shared_expert_intermediate_size is not None
+        self.neuron_gate = _neuron_gate(config, config.moe_shared_expert_intermediate_size, neurons)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[s, b, h]`` to ``[s, b, h]``."""
+        output, _ = _forward(self, self.neuron_gate, hidden_states)
+        if self.gate_weight is not None:
+            output = output * torch.sigmoid(
+                torch.nn.functional.linear(hidden_states, self.gate_weight)
+            )
+        return output

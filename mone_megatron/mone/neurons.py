@@ -1,0 +1,194 @@
+"""What every MLP that selects neurons shares: the top-k, the balance loss and the counts.
+
+Used by the routed experts (:mod:`.experts`) and by shared experts and dense layers (:mod:`.mlp`).
+
+Shape suffixes: T tokens (rows), F neurons of one expert on this rank, S segments (one expert's
+tokens of one microbatch), E experts on this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    save_to_aux_losses_tracker,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mone_megatron.kernels import ops
+from mone_megatron.mone.balance import (
+    NeuronBalance,
+    balance_of_sums,
+    neuron_weights,
+    segment_matrix,
+)
+from mone_megatron.mone.metrics import Usage
+from mone_megatron.mone.selection import NeuronSelection, NeuronTopK
+
+# The balance loss's name in megatron-core's tracker of auxiliary losses.
+NEURON_BALANCE_LOSS = "neuron_balance_loss"
+
+
+@dataclass(frozen=True)
+class NeuronSettings:
+    """The method's settings for one kind of MLP: which neurons are kept, and how balanced."""
+
+    selection: NeuronSelection
+    balance: NeuronBalance = field(default_factory=NeuronBalance)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which rows belong together for the balance loss.
+
+    ``index_T`` numbers each row's segment; segment ``m * E + e`` holds the tokens that expert e
+    got from microbatch m. ``shared_group``: ranks with other tokens of the same segments.
+    """
+
+    index_T: Tensor
+    num_microbatches: int
+    shared_group: dist.ProcessGroup | None
+
+
+class NeuronGate(MegatronModule):
+    """SwiGLU between an expert's projections, with or without neuron selection."""
+
+    def __init__(
+        self,
+        *,
+        config: TransformerConfig,
+        settings: NeuronSettings | None,
+        neurons: int,
+        num_experts: int,
+        num_local_experts: int,
+        first_expert: int,
+        neuron_group: dist.ProcessGroup,
+        replica_group: dist.ProcessGroup,
+    ) -> None:
+        """Prepare for experts of ``neurons`` neurons over ``neuron_group``.
+
+        Args:
+            config: megatron-core's.
+            settings: None for a plain expert.
+            neurons: f, over all ranks of ``neuron_group``.
+            num_experts: experts of the layer over all ranks.
+            num_local_experts: experts on this rank.
+            first_expert: global index of the first of them.
+            neuron_group: ranks that share the neurons of these experts.
+            replica_group: ranks that hold these same neurons for other tokens.
+
+        Raises:
+            ValueError: when the keep ratio keeps no neuron.
+        """
+        super().__init__(config=config)
+        self.num_experts = num_experts
+        self.num_local_experts = num_local_experts
+        self.num_layers = config.num_layers
+        self.layer_number: int | None = None
+        self.neuron_group = neuron_group if dist.get_world_size(neuron_group) > 1 else None
+        self.usage = Usage(
+            num_local_experts=num_local_experts,
+            first_expert=first_expert,
+            num_experts=num_experts,
+            neuron_group=self.neuron_group,
+            replica_group=replica_group if dist.get_world_size(replica_group) > 1 else None,
+        )
+        self.balance = settings.balance if settings else NeuronBalance()
+        self.topk: NeuronTopK | None = None
+        # Keeping all neurons is the plain expert: the same code, bit for bit.
+        if settings is not None and settings.selection.kept(neurons) < neurons:
+            self.topk = NeuronTopK(settings.selection, neurons, neuron_group)
+
+    def forward(
+        self, gate_TF: Tensor, up_TF: Tensor, scale_T: Tensor | None, segments: Segments
+    ) -> Tensor:
+        """The input of the down projection, ``[T, F]``.
+
+        Args:
+            gate_TF: gate projections, this rank's neurons.
+            up_TF: up projections.
+            scale_T: the router's probability of each row, or None.
+            segments: which rows belong together for the balance loss.
+        """
+        mask_TF = self.topk(gate_TF, up_TF) if self.topk is not None else None
+        # Under activation recomputation the first forward runs without gradients: observe once.
+        observing = self.training and torch.is_grad_enabled()
+        if not observing or not (self.usage.collecting or self._balancing):
+            return ops.selected_swiglu(gate_TF, up_TF, mask_TF, scale_T)
+        num_segments = segments.num_microbatches * self.num_local_experts
+        segment_ST = segment_matrix(segments.index_T, num_segments)
+        if self.usage.collecting:
+            tokens_ME = segment_ST.sum(dim=-1).view(-1, self.num_local_experts)
+            self.usage.add_tokens(tokens_ME.sum(dim=0))
+        if mask_TF is None:
+            return ops.selected_swiglu(gate_TF, up_TF, None, scale_T)
+        if self.balance.weights == "selected" and self.neuron_group is None:
+            hidden_TF, weight_sum_SF, kept_SF = ops.selected_swiglu_and_sums(
+                gate_TF, up_TF, mask_TF, scale_T, segment_ST, normalize=self.balance.normalize
+            )
+        else:
+            hidden_TF = ops.selected_swiglu(gate_TF, up_TF, mask_TF, scale_T)
+            kept_SF = segment_ST @ mask_TF.float()
+            weight_sum_SF = segment_ST @ neuron_weights(
+                activation_TF=F.silu(gate_TF),
+                mask_TF=mask_TF,
+                weights=self.balance.weights,
+                normalize=self.balance.normalize,
+                neuron_group=self.neuron_group,
+            )
+        if self.usage.collecting:
+            self._count(gate_TF, mask_TF, kept_SF, segment_ST, segments.num_microbatches)
+        return self._attach_balance(hidden_TF, weight_sum_SF, kept_SF, segment_ST, segments)
+
+    @property
+    def _balancing(self) -> bool:
+        return self.topk is not None and self.balance.coeff > 0
+
+    def _count(
+        self,
+        gate_TF: Tensor,
+        mask_TF: Tensor,
+        kept_SF: Tensor,
+        segment_ST: Tensor,
+        num_microbatches: int,
+    ) -> None:
+        by_expert = (num_microbatches, self.num_local_experts, -1)
+        self.usage.add_selection(
+            kept_EF=kept_SF.view(by_expert).sum(dim=0),
+            activation_TF=F.silu(gate_TF.detach()),
+            mask_TF=mask_TF,
+            expert_ET=segment_ST.view(by_expert).sum(dim=0),
+        )
+
+    def _attach_balance(
+        self,
+        hidden_TF: Tensor,
+        weight_sum_SF: Tensor,
+        kept_SF: Tensor,
+        segment_ST: Tensor,
+        segments: Segments,
+    ) -> Tensor:
+        """Log the balance loss and let it backpropagate with ``hidden_TF``."""
+        assert self.topk is not None
+        tokens_S = segment_ST.sum(dim=-1)
+        if segments.shared_group is not None:
+            counts = torch.cat([kept_SF, tokens_S.unsqueeze(-1)], dim=-1)
+            dist.all_reduce(counts, group=segments.shared_group)
+            kept_SF, tokens_S = counts[:, :-1], counts[:, -1]
+        loss = balance_of_sums(
+            weight_sum_SF=weight_sum_SF,
+            kept_SF=kept_SF,
+            tokens_S=tokens_S,
+            kept_share=self.topk.kept / self.topk.neurons,
+            num_experts=self.num_experts,
+        )
+        save_to_aux_losses_tracker(NEURON_BALANCE_LOSS, loss, self.layer_number, self.num_layers)
+        if self.balance.coeff > 0:
+            hidden_TF = MoEAuxLossAutoScaler.apply(hidden_TF, loss * self.balance.coeff)
+        return hidden_TF
