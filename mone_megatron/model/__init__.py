@@ -1,0 +1,1 @@
+"""From a configuration to megatron-core model chunks."""

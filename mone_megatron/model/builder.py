@@ -1,0 +1,108 @@
+"""build_model: the model chunks of this rank, wrapped for data parallelism."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mone_megatron.config.schema import Config
+from mone_megatron.model.initialize import initialize_weights
+from mone_megatron.model.specs import decoder_spec
+from mone_megatron.model.transformer import moe_layer_pattern, transformer_config
+from mone_megatron.mone.layer import MicrobatchSources
+from mone_megatron.parallel.device import Device
+from mone_megatron.parallel.groups import ExpertSources
+
+
+def build_gpt(
+    config: Config,
+    transformer: TransformerConfig,
+    *,
+    vocab_size: int,
+    sources: MicrobatchSources,
+    on_cpu: bool,
+    vp_stage: int | None,
+) -> GPTModel:
+    """One model chunk with its initial weights, unwrapped."""
+    stage = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+    first, last = (is_edge(ignore_virtual=False, vp_stage=vp_stage) for is_edge in stage)
+    model = GPTModel(
+        config=transformer,
+        transformer_layer_spec=decoder_spec(
+            transformer,
+            config.mone,
+            layer_pattern=moe_layer_pattern(config),
+            sources=sources,
+            on_cpu=on_cpu,
+            vp_stage=vp_stage,
+        ),
+        vocab_size=config.model.padded_vocab_size(vocab_size),
+        max_sequence_length=config.train.seq_length,
+        pre_process=first,
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.model.rope_theta,
+        vp_stage=vp_stage,
+    )
+    initialize_weights(model, seed=config.train.seed, std=config.model.init_std)
+    return model
+
+
+def build_model(
+    config: Config,
+    *,
+    device: Device,
+    vocab_size: int,
+    sequence_parallel: bool,
+    sources: ExpertSources,
+) -> list[DistributedDataParallel]:
+    """The chunks of this pipeline rank, on its device, inside megatron-core's data parallelism.
+
+    Args:
+        config: validated.
+        device: opened; process groups are initialised.
+        vocab_size: the tokenizer's, unpadded.
+        sequence_parallel: from the validated layout.
+        sources: from :func:`mone_megatron.parallel.groups.open_expert_sources`.
+    """
+    on_cpu = device.kind == "cpu"
+    transformer = transformer_config(
+        config, dtype=device.dtype, on_cpu=on_cpu, sequence_parallel=sequence_parallel
+    )
+    microbatches = MicrobatchSources(sources.microbatch_of_source, sources.shared_group)
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,  # the trainer checks the gradient norm and the loss
+    )
+    chunks: list[DistributedDataParallel] = []
+    for chunk in range(parallel.virtual_pipeline):
+        model: torch.nn.Module = build_gpt(
+            config,
+            transformer,
+            vocab_size=vocab_size,
+            sources=microbatches,
+            on_cpu=on_cpu,
+            vp_stage=chunk if parallel.virtual_pipeline > 1 else None,
+        )
+        model.to(device.torch_device)
+        if transformer.bf16:
+            model = Float16Module(transformer, model)
+        chunks.append(
+            DistributedDataParallel(
+                config=transformer,
+                ddp_config=ddp_config,
+                module=model,
+                disable_bucketing=chunk > 0,
+            )
+        )
+    return chunks

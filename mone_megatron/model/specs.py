@@ -1,0 +1,185 @@
+"""Which module stands where: megatron-core layer specs through a BackendSpecProvider.
+
+Without Transformer Engine: megatron-core's parallel linear layers, torch RMSNorm and
+scaled_dot_product_attention. With it: its linear layers, norms and attention (context parallelism
+exists only there; not run here). The routed experts are ours on both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from mone_megatron.config.schema import MoNEConfig
+from mone_megatron.model.attention import SDPAttention
+from mone_megatron.model.norm import RMSNorm
+from mone_megatron.mone.balance import NeuronBalance
+from mone_megatron.mone.experts import GroupedExperts
+from mone_megatron.mone.layer import MicrobatchSources, MoNELayer
+from mone_megatron.mone.mlp import NeuronMLP, NeuronSharedExpert
+from mone_megatron.mone.neurons import NeuronSettings
+from mone_megatron.mone.selection import NeuronSelection
+
+
+class TorchSpecProvider(LocalSpecProvider):
+    """Modules that need nothing but torch, and train under every layout."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        """RMSNorm; megatron-core's refuses sequence parallelism."""
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        """scaled_dot_product_attention; megatron-core's builds the score matrix."""
+        return SDPAttention
+
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
+    ) -> tuple[type, None]:
+        """Ours; megatron-core's need grouped_gemm or Transformer Engine."""
+        return GroupedExperts, None
+
+
+def _transformer_engine_provider() -> BackendSpecProvider:
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    class TransformerEngineSpecProvider(TESpecProvider):
+        """Transformer Engine's dense modules, unfused so that parameter names stay the same."""
+
+        def fuse_layernorm_and_linear(self) -> bool:
+            """Norm and linear apart, as without Transformer Engine."""
+            return False
+
+        def grouped_mlp_modules(
+            self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
+        ) -> tuple[type, None]:
+            """Ours, which select neurons."""
+            return GroupedExperts, None
+
+    return TransformerEngineSpecProvider()
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def spec_provider(*, on_cpu: bool) -> BackendSpecProvider:
+    """Transformer Engine's modules on a GPU where it is installed, torch's otherwise."""
+    if not on_cpu and have_transformer_engine():
+        return _transformer_engine_provider()
+    return TorchSpecProvider()
+
+
+def neuron_settings(mone: MoNEConfig, target: str) -> NeuronSettings | None:
+    """The method's settings for one kind of MLP; None where it does not apply."""
+    if not mone.enabled or target not in mone.apply_to:
+        return None
+    return NeuronSettings(
+        NeuronSelection(mone.keep_ratio, mone.score),
+        NeuronBalance(mone.balance.coeff, mone.balance.weights, mone.balance.normalize),
+    )
+
+
+def _dense_mlp(backend: BackendSpecProvider, mone: MoNEConfig) -> ModuleSpec:
+    submodules = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+    )
+    neurons = neuron_settings(mone, "dense")
+    if neurons is None:
+        return ModuleSpec(module=MLP, submodules=submodules)
+    return ModuleSpec(module=NeuronMLP, submodules=submodules, params={"neurons": neurons})
+
+
+def _moe_mlp(
+    backend: BackendSpecProvider, mone: MoNEConfig, num_experts: int, sources: MicrobatchSources
+) -> ModuleSpec:
+    spec = get_moe_module_spec_for_backend(backend, num_experts, moe_grouped_gemm=True)
+    spec.module = MoNELayer
+    spec.params = {"sources": sources}
+    spec.submodules.experts.params = {"neurons": neuron_settings(mone, "routed")}
+    shared = neuron_settings(mone, "shared")
+    if shared is not None:
+        spec.submodules.shared_experts = replace(
+            spec.submodules.shared_experts,
+            module=NeuronSharedExpert,
+            params={"neurons": shared},
+        )
+    return spec
+
+
+def _layer(backend: BackendSpecProvider, mlp: ModuleSpec, *, qk_norm: bool) -> ModuleSpec:
+    norm = backend.layer_norm(rms_norm=True, for_qk=False)
+    head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_norm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_linear(),
+                    core_attention=backend.core_attention(),
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def decoder_spec(
+    transformer: TransformerConfig,
+    mone: MoNEConfig,
+    *,
+    layer_pattern: list[int],
+    sources: MicrobatchSources,
+    on_cpu: bool,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage (and virtual stage).
+
+    Args:
+        transformer: megatron-core's configuration.
+        mone: the method's.
+        layer_pattern: 1 for MoE, 0 for dense, one entry a layer of the whole model.
+        sources: see :class:`mone_megatron.mone.layer.MicrobatchSources`.
+        on_cpu: CPU backend.
+        vp_stage: model chunk of an interleaved pipeline.
+    """
+    backend = spec_provider(on_cpu=on_cpu)
+    dense = _layer(backend, _dense_mlp(backend, mone), qk_norm=transformer.qk_layernorm)
+    layers = {0: dense}
+    if transformer.num_moe_experts:
+        moe = _moe_mlp(backend, mone, transformer.num_moe_experts, sources)
+        layers[1] = _layer(backend, moe, qk_norm=transformer.qk_layernorm)
+    first = get_transformer_layer_offset(transformer, vp_stage=vp_stage)
+    count = get_num_layers_to_build(transformer, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[layers[kind] for kind in layer_pattern[first : first + count]],
+        layer_norm=backend.layer_norm(rms_norm=True),
+    )

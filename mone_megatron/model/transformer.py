@@ -1,0 +1,131 @@
+"""Our configuration as megatron-core's TransformerConfig. Plain data in, plain data out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mone_megatron.config.schema import Config, RouterConfig
+
+
+def _leave(tensor: torch.Tensor) -> torch.Tensor:
+    """megatron-core's initial values are replaced by :mod:`.initialize`."""
+    return tensor
+
+
+def _router_fields(router: RouterConfig) -> dict[str, object]:
+    kinds = list(router.balance) or ["none"]
+    coefficients = list(router.balance_coeff) or [0.0]
+    several = len(kinds) > 1
+    return {
+        "moe_router_load_balancing_type": kinds if several else kinds[0],
+        "moe_aux_loss_coeff": coefficients if several else coefficients[0],
+        "moe_z_loss_coeff": router.z_loss_coeff or None,
+        "moe_router_score_function": router.score_function,
+        "moe_router_pre_softmax": router.pre_softmax,
+        "moe_router_enable_expert_bias": router.expert_bias,
+        "moe_router_bias_update_rate": router.expert_bias_rate,
+        "moe_router_dtype": None if router.dtype == "model" else router.dtype,
+        "moe_router_num_groups": router.num_groups or None,
+        "moe_router_group_topk": router.group_topk or None,
+        "moe_router_topk_scaling_factor": router.scaling_factor or None,
+    }
+
+
+def moe_layer_pattern(config: Config) -> list[int]:
+    """1 for each layer that is MoE, 0 for each that is dense."""
+    model = config.model
+    if model.num_experts == 0:
+        return [0] * model.num_layers
+    dense = model.first_dense_layers
+    return [0] * dense + [1] * (model.num_layers - dense)
+
+
+def transformer_config(
+    config: Config, *, dtype: torch.dtype, on_cpu: bool, sequence_parallel: bool
+) -> TransformerConfig:
+    """megatron-core's configuration of the model and its parallelism.
+
+    Args:
+        config: validated.
+        dtype: of parameters and activations, fp32 or bf16.
+        on_cpu: whether parameters are made on CPU.
+        sequence_parallel: whether activations between layers are split over the
+            tensor-parallel ranks.
+    """
+    model, parallel = config.model, config.parallel
+    recompute: dict[str, object] = {}
+    if config.train.recompute == "full":
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    elif config.train.recompute == "selective":
+        modules = ["core_attn"] + (["moe"] if model.num_experts else ["mlp"])
+        recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
+    experts: dict[str, object] = {}
+    if model.num_experts:
+        experts = {
+            "num_moe_experts": model.num_experts,
+            "moe_router_topk": model.experts_per_token,
+            "moe_ffn_hidden_size": model.expert_ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size or None,
+            "moe_shared_expert_gate": model.shared_expert_gate,
+            "moe_layer_freq": moe_layer_pattern(config),
+            "moe_token_dispatcher_type": parallel.dispatcher,
+            "moe_grouped_gemm": True,
+            **_router_fields(model.router),
+        }
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim or model.hidden_size // model.num_attention_heads,
+        ffn_hidden_size=model.dense_ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        attention_softmax_in_fp32=True,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        init_method_std=model.init_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=on_cpu,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=not on_cpu,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        # Frees an activation once its send is issued, which is safe in stream order; gloo reads
+        # the buffer later, and would send what stands there by then.
+        deallocate_pipeline_outputs=not on_cpu,
+        # Interleaved, two ranks are each other's next and previous stage, and batched sends
+        # between one pair of ranks are matched in order, not by direction: activations would
+        # arrive as gradients, without an error. Separate calls keep the directions apart.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        cuda_graph_scope=[],
+        **experts,
+        **recompute,
+    )

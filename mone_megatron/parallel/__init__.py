@@ -1,0 +1,1 @@
+"""Devices, process groups, and every workaround for megatron-core."""

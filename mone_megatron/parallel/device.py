@@ -1,0 +1,145 @@
+"""CUDA with NCCL or CPU with gloo, behind one small interface."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mone_megatron.config.schema import DeviceConfig
+from mone_megatron.parallel import megatron_cpu
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of the run, as torchrun numbers them."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """Read torchrun's variables; one process when there are none.
+
+        Raises:
+            ValueError: when only some of them are set, or one is not a number.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        found = {name: os.environ[name] for name in names if name in os.environ}
+        if not found:
+            return cls()
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(
+                f"environment: {', '.join(found)} set but not {', '.join(missing)}; start with "
+                "torchrun, or unset them to run one process"
+            )
+        try:
+            return cls(*(int(found[name]) for name in names))
+        except ValueError:
+            raise ValueError(f"environment: {found} are not all whole numbers") from None
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run computes.
+
+    Attributes:
+        kind: ``cuda`` or ``cpu``.
+        torch_device: this process's device.
+        dtype: of parameters and activations.
+        threads: compute threads of this process (CPU).
+        hardware: one line for people.
+    """
+
+    kind: str
+    torch_device: torch.device
+    dtype: torch.dtype
+    threads: int
+    hardware: str
+
+    def synchronize(self) -> None:
+        """Wait until all work given to the device is done."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def choose_kind(config: DeviceConfig) -> str:
+    """``cuda`` or ``cpu``; ``auto`` takes CUDA when there is a GPU.
+
+    Raises:
+        ValueError: when CUDA is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if config.kind == "cuda" and not available:
+        raise ValueError(
+            "device.kind: cuda was asked for, but torch sees no GPU; use device.kind=cpu"
+        )
+    if config.kind == "auto":
+        return "cuda" if available else "cpu"
+    return config.kind
+
+
+def open_device(config: DeviceConfig, world: World) -> Device:
+    """Take this process's device and import megatron-core for it. Call before any megatron import.
+
+    Raises:
+        ValueError: when CUDA is asked for and there is none, or too few GPUs for the processes of
+            this machine.
+    """
+    kind = choose_kind(config)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtype = dtypes.get(config.dtype, torch.bfloat16 if kind == "cuda" else torch.float32)
+    if kind == "cuda":
+        if world.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"device.kind: {world.local_size} processes on this machine but "
+                f"{torch.cuda.device_count()} GPUs; start fewer with --nproc-per-node"
+            )
+        torch.cuda.set_device(world.local_rank)
+        megatron_cpu.import_megatron(compile_fused=True)
+        name = torch.cuda.get_device_name()
+        device = torch.device("cuda", world.local_rank)
+        return Device("cuda", device, dtype, torch.get_num_threads(), f"{world.size} x {name}")
+    cores = os.cpu_count() or 1
+    threads = config.threads or max(1, cores // world.local_size)
+    torch.set_num_threads(threads)
+    megatron_cpu.install_cpu_backend()
+    hardware = f"{_cpu_name()}, {cores} cores, {world.size} processes of {threads} threads"
+    return Device("cpu", torch.device("cpu"), dtype, threads, hardware)
+
+
+def open_process_group(device: Device, world: World, timeout_seconds: int) -> None:
+    """Join the run's process group: NCCL on CUDA, gloo on CPU. One process needs no launcher."""
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    backend = "nccl" if device.kind == "cuda" else "gloo"
+    device_id = device.torch_device if device.kind == "cuda" else None
+    if world.size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(
+            backend,
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+            timeout=timeout,
+            device_id=device_id,
+        )
+        return
+    dist.init_process_group(
+        backend, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id
+    )

@@ -1,0 +1,82 @@
+"""megatron-core's process groups for a layout, and the one kind it does not make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from mone_megatron.config.schema import ParallelConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class ExpertSources:
+    """See :class:`mone_megatron.mone.layer.MicrobatchSources`, which is made from this."""
+
+    microbatch_of_source: tuple[int, ...]
+    shared_group: dist.ProcessGroup | None
+
+
+def open_groups(parallel: ParallelConfig, train: TrainConfig, *, timeout_seconds: int) -> None:
+    """Make megatron-core's groups and seed its RNG trackers. Collective over all processes."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer.moe import moe_utils
+
+    # Two process-wide globals of megatron-core, of another model's shape after an earlier run in
+    # this process (a sweep).
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        distributed_timeout_minutes=max(1, timeout_seconds // 60),
+        create_gloo_process_groups=False,
+    )
+    # Draws dropout only: initial weights do not depend on these streams.
+    tensor_parallel.model_parallel_cuda_manual_seed(train.seed, force_reset_rng=True)
+
+
+def open_expert_sources(parallel: ParallelConfig) -> ExpertSources:
+    """Which microbatches meet in the experts of this rank. Collective over all processes.
+
+    megatron-core numbers ranks with tensor parallelism innermost, then context, data and pipeline
+    parallelism; experts split the ranks of a pipeline stage into expert-tensor parallelism, then
+    expert parallelism, then replicas. So the ranks of a pipeline stage form runs of
+    ``tensor * context`` that share a microbatch, and runs of ``expert_tensor * expert`` whose
+    tokens meet; one run length divides the other (checked by ``config.validate``).
+    """
+    from megatron.core import parallel_state
+
+    per_microbatch = parallel.tensor * parallel.context
+    per_experts = parallel.expert_tensor * parallel.expert
+    if per_experts >= per_microbatch:
+        sources = tuple(rank // per_microbatch for rank in range(per_experts))
+        return ExpertSources(sources, None)
+    # A microbatch is spread over several copies of each expert: they must add up their counts.
+    mine = None
+    world = dist.get_world_size()
+    for first in range(0, world, per_microbatch):
+        for offset in range(per_experts):
+            ranks = list(range(first + offset, first + per_microbatch, per_experts))
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                mine = group
+    replicas = dist.get_process_group_ranks(parallel_state.get_expert_data_parallel_group())
+    assert mine is not None
+    assert set(dist.get_process_group_ranks(mine)) <= set(replicas)
+    return ExpertSources((0,) * per_experts, mine)
+
+
+def close_groups() -> None:
+    """Leave all groups; safe to call when they were never made."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

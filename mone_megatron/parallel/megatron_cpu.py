@@ -1,0 +1,351 @@
+"""Every workaround for megatron-core 0.16.1, and nowhere else.
+
+megatron-core is written for CUDA. Its distributed data parallelism, distributed optimizer,
+pipeline schedules and token dispatchers are plain torch over ``torch.distributed``, so they run
+on CPU over gloo once the few places that name CUDA are redirected. That is what this file does:
+it changes no algorithm, and it is called before anything else imports ``megatron``.
+
+Three kinds of redirection, each listed in a table below with its reason and covered by
+``tests/parallel/test_megatron_cpu.py``, whose tests fail when upstream no longer needs it:
+
+* ``torch.cuda`` functions (streams, events, RNG state, the current device) get CPU meanings;
+* string constants in a handful of functions (``device="cuda"``, ``"torch.cuda.FloatTensor"``)
+  are replaced in their code objects, which costs nothing at run time;
+* a few small functions are replaced whole, and ``Tensor.cuda`` leaves tensors where they are.
+
+On a CUDA machine only :func:`patch_missing_transformer_engine` acts, and only when Transformer
+Engine is absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Constants of CUDA-only code and what they mean on a CPU.
+_CONSTANTS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+# (module, function or Class.method): why it is on our path.
+CONSTANT_REWRITES: tuple[tuple[str, str, str], ...] = (
+    ("optimizer.clip_grads", "get_grad_norm_fp32", 'norm buffers made with device="cuda"'),
+    ("optimizer.clip_grads", "clip_grad_by_total_norm_fp32", "asserts a CUDA gradient type"),
+    ("optimizer.clip_grads", "count_zeros_fp32", 'counter made with device="cuda"'),
+    ("optimizer.optimizer", "MixedPrecisionOptimizer.__init__", "overflow buffers on CUDA"),
+    ("optimizer.optimizer", "Float16OptimizerWithFloat16Params.__init__", "CUDA type names"),
+    ("optimizer.optimizer", "FP32Optimizer.__init__", "loss scale on CUDA"),
+    (
+        "optimizer.distrib_optimizer",
+        "DistributedOptimizer._build_model_and_main_param_groups",
+        "CUDA type names decide which parameters get fp32 masters",
+    ),
+    (
+        "optimizer.distrib_optimizer",
+        "DistributedOptimizer.__init__",
+        "CUDA type names decide which parameters have an fp32 copy",
+    ),
+    ("pipeline_parallel.schedules", "forward_backward_no_pipelining", "token counter on CUDA"),
+    (
+        "pipeline_parallel.schedules",
+        "forward_backward_pipelining_without_interleaving",
+        "token counter on CUDA",
+    ),
+    (
+        "pipeline_parallel.schedules",
+        "forward_backward_pipelining_with_interleaving",
+        "token counter on CUDA",
+    ),
+)
+
+
+class _Stream:
+    """A CUDA stream's interface on a device whose work is already in order."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for: CPU work is in order."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for: CPU work is in order."""
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        """An event that has already happened."""
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class _Event:
+    """A CUDA event's interface on a device whose work is already in order."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def record(self, stream: object = None) -> None:
+        """Nothing to record."""
+
+    def wait(self, stream: object = None) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+_THE_STREAM = _Stream()
+_CPU = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _stream_context(stream: object) -> Iterator[None]:
+    yield
+
+
+def _nothing() -> Callable[..., None]:
+    """A function of its own that does nothing: torch._dynamo refuses one function twice."""
+    return lambda *args, **kwargs: None
+
+
+# torch.cuda name -> CPU meaning. megatron-core calls these in every forward and backward pass.
+CUDA_REDIRECTIONS: dict[str, Any] = {
+    "current_device": lambda: _CPU,
+    "set_device": _nothing(),
+    "synchronize": _nothing(),
+    "empty_cache": _nothing(),
+    "Stream": _Stream,
+    "Event": _Event,
+    "stream": _stream_context,
+    "current_stream": lambda device=None: _THE_STREAM,
+    "default_stream": lambda device=None: _THE_STREAM,
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+    "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+}
+
+
+def _stay(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    """``Tensor.cuda``: embeddings tied over pipeline stages are moved with it when built."""
+    return tensor
+
+
+def _rewrite_code(code: types.CodeType) -> tuple[types.CodeType, int]:
+    """``code`` with CUDA constants replaced, nested functions included, and how many were."""
+    changed = 0
+    constants = []
+    for constant in code.co_consts:
+        new: Any = constant
+        if isinstance(constant, types.CodeType):
+            new, count = _rewrite_code(constant)
+            changed += count
+        elif isinstance(constant, str) and constant in _CONSTANTS:
+            new = _CONSTANTS[constant]
+            changed += 1
+        elif isinstance(constant, tuple) and any(item in _CONSTANTS for item in constant):
+            new = tuple(_CONSTANTS.get(item, item) for item in constant)
+            changed += 1
+        constants.append(new)
+    return (code.replace(co_consts=tuple(constants)), changed) if changed else (code, 0)
+
+
+def _resolve(module: str, qualified_name: str) -> types.FunctionType:
+    target: Any = importlib.import_module(f"megatron.core.{module}")
+    for part in qualified_name.split("."):
+        target = getattr(target, part)
+    if isinstance(target, types.MethodType):  # a classmethod
+        target = target.__func__
+    while hasattr(target, "__wrapped__"):
+        target = target.__wrapped__
+    assert isinstance(target, types.FunctionType), (module, qualified_name)
+    return target
+
+
+def rewrite_constants(module: str, qualified_name: str) -> int:
+    """Replace the CUDA constants of one megatron-core function in place.
+
+    Returns:
+        How many constants were replaced.
+    """
+    function = _resolve(module, qualified_name)
+    function.__code__, changed = _rewrite_code(function.__code__)
+    return changed
+
+
+def _cpu_get_rng_state(
+    device: object = None, clone: bool = False, graph_safe: bool = False
+) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _cpu_set_rng_state(
+    new_state: torch.Tensor, device: object = None, graph_safe: bool = False
+) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _to_cpu_always(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``maybe_move_tensor_to_cpu`` converts to numpy only what was on a GPU; the split sizes that
+    all-to-all needs must become numpy on CPU too."""
+
+    @functools.wraps(original)
+    def maybe_move_tensor_to_cpu(
+        tensor: Any, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
+        if torch.is_tensor(tensor) and as_numpy:
+            return tensor.numpy()
+        return tensor
+
+    return maybe_move_tensor_to_cpu
+
+
+def _l2_norm(
+    chunk_size: int, noop_flag: object, tensor_lists: list[list[torch.Tensor]], *args: object
+) -> tuple[torch.Tensor, None]:
+    """``local_multi_tensor_l2_norm`` on CPU: the norm of all tensors together, ``[1]`` fp32.
+
+    The library's returns it on CUDA, and adds up squares in fp32 over whole gradient buffers,
+    whose rounding alone (1e-5 relative) hides what layouts could differ by.
+    """
+    squares = [tensor.double().square().sum() for tensors in tensor_lists for tensor in tensors]
+    return torch.stack(squares).sum().sqrt().float().view(1), None
+
+
+def _gather_uneven(part: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """All ranks' rows in rank order; gloo's all_gather takes equal parts only, so pad them."""
+    largest = max(sizes)
+    padded = part.new_zeros(largest, *part.shape[1:])
+    padded[: part.shape[0]] = part
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded, group=group)
+    return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+
+
+def _reduce_scatter_uneven(
+    whole: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]
+) -> torch.Tensor:
+    """This rank's rows of the sum; gloo's reduce_scatter takes equal parts only."""
+    summed = whole.clone()
+    dist.all_reduce(summed, group=group)
+    return summed.split(sizes)[group.rank()].clone()
+
+
+def _with_uneven_splits(even: Callable[..., Any], uneven: Callable[..., Any]) -> Callable[..., Any]:
+    """``mappings._gather_along_first_dim`` and its counterpart: with expert tensor parallelism
+    ranks hold different numbers of tokens, which gloo's collectives refuse."""
+
+    @functools.wraps(even)
+    def along_first_dim(
+        tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if split_sizes is None or group.size() == 1:
+            return even(tensor, group, split_sizes, use_global_buffer)
+        return uneven(tensor, group, [int(size) for size in split_sizes])
+
+    return along_first_dim
+
+
+def patch_missing_transformer_engine() -> None:
+    """Make megatron-core work without Transformer Engine, on any device.
+
+    ``moe_utils.router_gating_linear`` reads ``te_general_gemm``, which exists only when
+    Transformer Engine was imported: a NameError in every router until it is None.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def import_megatron(*, compile_fused: bool) -> None:
+    """Import megatron-core, quietly.
+
+    Args:
+        compile_fused: whether megatron-core's ``jit_fuser`` is torch.compile. It decorates small
+            elementwise functions at import; on CPU compiling them takes minutes and gains
+            nothing, so there it becomes the identity.
+    """
+    compiler = torch.compile
+    with warnings.catch_warnings():
+        # "Transformer Engine/Apex not installed": what was chosen is printed by the run itself.
+        warnings.simplefilter("ignore")
+        try:
+            if not compile_fused:
+                torch.compile = lambda function, *args, **kwargs: function  # type: ignore
+            import megatron.core
+            import megatron.core.models.gpt
+            import megatron.core.optimizer  # noqa: F401
+        finally:
+            torch.compile = compiler
+    patch_missing_transformer_engine()
+    # Harmless, from inside the library, and once per process on the terminal otherwise.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", ".*CUDA_DEVICE_MAX_CONNECTIONS")
+    warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`save_state_dict` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", ".*reduce_scatter_tensor.*deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*deprecated", FutureWarning)
+    # TransformerLayer knows megatron-core's own MLP classes by name and warns once a layer that
+    # subclasses get default process groups, which are the ones we want.
+    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+        lambda record: "Unknown MLP type" not in record.getMessage()
+    )
+
+
+def install_cpu_backend() -> None:
+    """Redirect megatron-core's uses of CUDA to the CPU. Idempotent.
+
+    Raises:
+        RuntimeError: when megatron-core was imported before this call by somebody else, since
+            some of its modules bind names of ``torch.cuda`` at import.
+    """
+    if torch.cuda.current_device is CUDA_REDIRECTIONS["current_device"]:
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("install_cpu_backend() must be called before megatron.core is imported")
+    for name, replacement in CUDA_REDIRECTIONS.items():
+        setattr(torch.cuda, name, replacement)
+    torch.Tensor.cuda = _stay  # type: ignore[method-assign, assignment]
+    import_megatron(compile_fused=False)
+
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.tensor_parallel import mappings, random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # The RNG tracker reads and writes the CUDA generator through these two helpers.
+    random._get_cuda_rng_state = _cpu_get_rng_state
+    random._set_cuda_rng_state = _cpu_set_rng_state
+    # The tracker warns when the CPU generator moves inside a fork; here that generator is the
+    # one being forked.
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+    move = _to_cpu_always(moe_utils.maybe_move_tensor_to_cpu)
+    moe_utils.maybe_move_tensor_to_cpu = move
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+    clip_grads.l2_norm_impl = _l2_norm
+    mappings._gather_along_first_dim = _with_uneven_splits(
+        mappings._gather_along_first_dim, _gather_uneven
+    )
+    mappings._reduce_scatter_along_first_dim = _with_uneven_splits(
+        mappings._reduce_scatter_along_first_dim, _reduce_scatter_uneven
+    )
+    for module, function, _ in CONSTANT_REWRITES:
+        rewrite_constants(module, function)

@@ -1,0 +1,446 @@
+"""Every redirection is needed by the installed megatron-core, and works.
+
+When a test here fails after an update of megatron-core, the redirection it names can go.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.optimizer import clip_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import experts as upstream_experts
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from mone_megatron.config.schema import ParallelConfig, TrainConfig
+from mone_megatron.model.norm import RMSNorm
+from mone_megatron.mone.experts import GroupedExperts
+from mone_megatron.parallel import megatron_cpu
+from mone_megatron.parallel.groups import open_groups
+from mone_megatron.testing.processes import Processes
+
+CORE = Path(moe_utils.__file__).parents[2]
+CUDA_CONSTANTS = set(megatron_cpu._CONSTANTS)
+HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
+
+# Facts about megatron-core as it comes, printed as JSON.
+UPSTREAM = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+import torch.distributed as dist
+import megatron.core
+from megatron.core.optimizer import clip_grads
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer.moe import moe_utils
+
+def problem(function, *args):
+    try:
+        function(*args)
+    except Exception as error:
+        return type(error).__name__
+    return ""
+
+values, weight = torch.ones(2, 3), torch.ones(4, 3)
+facts = {
+    "has_te_general_gemm": hasattr(moe_utils, "te_general_gemm"),
+    "router": problem(moe_utils.router_gating_linear, values, weight, None, torch.float32),
+    "split_sizes": type(moe_utils.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True)).__name__,
+    "get_rng_state": problem(random._get_cuda_rng_state),
+    "l2_norm": problem(clip_grads.l2_norm_impl, 0, None, [[values]], False),
+    "Tensor.cuda": problem(values.cuda),
+    "current_device": problem(torch.cuda.current_device),
+    "Stream": problem(torch.cuda.Stream),
+    "synchronize": problem(torch.cuda.synchronize),
+}
+state = torch.get_rng_state()
+torch.rand(1)
+random._set_cuda_rng_state(state)
+facts["set_rng_state_reaches_cpu"] = torch.equal(torch.get_rng_state(), state)
+from mone_megatron.parallel.megatron_cpu import install_cpu_backend
+try:
+    install_cpu_backend()
+except RuntimeError as error:
+    facts["install"] = str(error)
+print(json.dumps(facts))
+"""
+
+
+@pytest.fixture(scope="module")
+def upstream() -> dict[str, Any]:
+    """What megatron-core does when imported without this package and without a GPU."""
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", UPSTREAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
+
+
+# String constants ----------
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def find_definition(module: str, qualified_name: str) -> ast.AST:
+    """The definition in the installed source, which no patch has touched."""
+    node: ast.AST = parsed(CORE.joinpath(*module.split(".")).with_suffix(".py"))
+    for part in qualified_name.split("."):
+        (node,) = (
+            child
+            for child in ast.iter_child_nodes(node)
+            if isinstance(child, ast.FunctionDef | ast.ClassDef) and child.name == part
+        )
+    return node
+
+
+def strings_in(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(module, name) for module, name, _ in megatron_cpu.CONSTANT_REWRITES]
+)
+def test_constants_are_in_the_source_and_gone_from_the_code(module: str, name: str) -> None:
+    assert CUDA_CONSTANTS & set(strings_in(find_definition(module, name)))
+    function = megatron_cpu._resolve(module, name)
+    assert megatron_cpu._rewrite_code(function.__code__)[1] == 0
+    # Rewriting again finds nothing: installing twice is harmless.
+    assert megatron_cpu.rewrite_constants(module, name) == 0
+
+
+def test_every_rewrite_has_a_reason_and_stands_once() -> None:
+    entries = [(module, name) for module, name, _ in megatron_cpu.CONSTANT_REWRITES]
+    assert len(set(entries)) == len(entries)
+    assert all(reason for _, _, reason in megatron_cpu.CONSTANT_REWRITES)
+
+
+def _example(value: int) -> tuple[str, Any, Any]:
+    def nested() -> str:
+        return "torch.cuda.HalfTensor"
+
+    return "cuda", value in (1, 2) and nested(), "torch.cuda.FloatTensor" in ["cuda", "cpu"]
+
+
+def test_rewriting_reaches_nested_functions_and_tuples_and_nothing_else() -> None:
+    code, changed = megatron_cpu._rewrite_code(_example.__code__)
+    rewritten = type(_example)(code, globals())
+    assert changed == 4
+    assert rewritten(1) == ("cpu", "torch.HalfTensor", False)
+    assert rewritten(3) == ("cpu", False, False)
+    assert _example(1) == ("cuda", "torch.cuda.HalfTensor", False)
+
+
+# torch.cuda ----------
+
+
+@pytest.fixture(scope="module")
+def names_of_torch_cuda() -> set[str]:
+    """Names N that megatron-core's source uses as torch.cuda.N (or torch.cuda.random.N)."""
+    names = set()
+    for path in CORE.rglob("*.py"):
+        if "torch.cuda" not in path.read_text(encoding="utf-8"):
+            continue
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.cuda":
+                names.add(node.attr)
+    return names
+
+
+@pytest.mark.parametrize("name", megatron_cpu.CUDA_REDIRECTIONS)
+def test_redirected_functions_are_used_by_megatron_core(
+    name: str, names_of_torch_cuda: set[str]
+) -> None:
+    assert name in names_of_torch_cuda
+    assert getattr(torch.cuda, name) is megatron_cpu.CUDA_REDIRECTIONS[name]
+
+
+def test_functions_fail_without_redirection(upstream: dict[str, Any]) -> None:
+    for name in ("current_device", "Stream", "synchronize", "Tensor.cuda"):
+        assert upstream[name], f"{name} works without a GPU"
+
+
+def test_streams_and_events_do_nothing_in_order() -> None:
+    assert torch.zeros(1, device=torch.cuda.current_device()).device.type == "cpu"
+    torch.cuda.set_device(0)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(stream):
+        stream.wait_stream(torch.cuda.current_stream())
+        torch.cuda.default_stream().wait_event(event)
+        event.record(stream)
+    assert stream.record_event(event) is event
+    stream.record_event().wait()
+    event.synchronize()
+    stream.synchronize()
+
+
+def test_random_state_is_the_cpu_generators() -> None:
+    before = torch.get_rng_state()
+    torch.cuda.manual_seed(5)
+    first = torch.rand(3)
+    assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    state = torch.cuda.get_rng_state()
+    second = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), second)
+    torch.set_rng_state(before)
+
+
+def test_tensors_stay_and_upstream_moves_tied_embeddings() -> None:
+    tensor = torch.ones(2)
+    assert tensor.cuda() is tensor
+    assert tensor.cuda(0, non_blocking=True) is tensor
+    method = "LanguageModule.setup_embeddings_and_output_layer"
+    source = find_definition("models.common.language_module.language_module", method)
+    assert ".cuda()" in ast.unparse(source)
+
+
+# Functions replaced whole ----------
+
+
+def test_upstream_random_helpers_know_only_cuda(upstream: dict[str, Any]) -> None:
+    assert upstream["get_rng_state"]
+    assert not upstream["set_rng_state_reaches_cpu"]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_rng_tracker_forks_and_returns() -> None:
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    with tracker.fork():
+        forked = torch.rand(2)
+    with tracker.fork():
+        assert not torch.equal(torch.rand(2), forked)  # its own stream goes on
+    assert torch.equal(torch.rand(2), expected)  # and the outer one is untouched
+
+
+@pytest.mark.skipif(HAVE_TRANSFORMER_ENGINE, reason="Transformer Engine is installed")
+def test_the_router_needs_te_general_gemm_to_exist(upstream: dict[str, Any]) -> None:
+    assert not upstream["has_te_general_gemm"]
+    assert upstream["router"] == "NameError"
+    x, weight = torch.randn(2, 3), torch.randn(4, 3)
+    logits = moe_utils.router_gating_linear(x, weight, None, torch.float32)
+    torch.testing.assert_close(logits, x @ weight.T)
+
+
+def test_split_sizes_become_numpy_on_cpu(upstream: dict[str, Any]) -> None:
+    assert upstream["split_sizes"] == "Tensor"
+    sizes = torch.tensor([3, 1])
+    for module in (moe_utils, token_dispatcher):
+        assert type(module.maybe_move_tensor_to_cpu(sizes, as_numpy=True)).__name__ == "ndarray"
+        assert module.maybe_move_tensor_to_cpu(sizes) is sizes
+        assert module.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+
+
+def test_gradient_norm_stays_on_cpu(upstream: dict[str, Any]) -> None:
+    assert upstream["l2_norm"]
+    tensors = [torch.full((3,), 2.0), torch.full((2, 2), 1.0)]
+    norm, _ = clip_grads.l2_norm_impl(0, None, [tensors], False)
+    assert norm.tolist() == [4.0]
+    assert norm.dtype is torch.float32
+
+
+def test_gradient_norm_adds_in_fp64() -> None:
+    # In fp32 these squares are 0.
+    norm, _ = clip_grads.l2_norm_impl(0, None, [[torch.full((4,), 1e-25)]], False)
+    assert norm.item() == pytest.approx(2e-25, rel=1e-6, abs=0)
+
+
+def test_fused_functions_are_not_compiled() -> None:
+    from megatron.core.jit import jit_fuser
+
+    def plain(x: Tensor) -> Tensor:
+        return x
+
+    assert jit_fuser(plain) is plain
+    assert torch.compile is not jit_fuser
+
+
+def _uneven_collectives() -> dict[str, Any]:
+    rank, group = dist.get_rank(), dist.group.WORLD
+    assert group is not None
+    sizes = [3, 1]
+    parts = [torch.arange(6.0).view(3, 2), torch.full((1, 2), 9.0)]
+    outputs = [torch.empty_like(part) for part in parts]
+    try:
+        dist.all_gather(outputs, parts[rank])
+        upstream_problem = ""
+    except RuntimeError as error:
+        upstream_problem = str(error)
+    mine = parts[rank].clone().requires_grad_()
+    gathered = mappings.gather_from_sequence_parallel_region(
+        mine, group=group, output_split_sizes=sizes
+    )
+    (gradient,) = torch.autograd.grad(gathered, mine, torch.arange(8.0).view(4, 2) * (rank + 1))
+    scattered = mappings.reduce_scatter_to_sequence_parallel_region(
+        torch.arange(8.0).view(4, 2) * (rank + 1), group=group, input_split_sizes=sizes
+    )
+    even = mappings.gather_from_sequence_parallel_region(torch.full((2,), float(rank)), group=group)
+    return {
+        "upstream": upstream_problem,
+        "gathered": gathered.tolist(),
+        "gradient": gradient.tolist(),
+        "scattered": scattered.tolist(),
+        "even": even.tolist(),
+    }
+
+
+def test_parts_of_different_lengths_over_gloo(two_processes: Processes) -> None:
+    by_rank = two_processes.run(_uneven_collectives)
+    summed = [[0.0, 3.0], [6.0, 9.0], [12.0, 15.0], [18.0, 21.0]]
+    for rank, result in enumerate(by_rank):
+        assert "invalid tensor size" in result["upstream"]
+        assert result["gathered"] == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [9.0, 9.0]]
+        assert result["gradient"] == result["scattered"] == (summed[:3], summed[3:])[rank]
+        assert result["even"] == [0.0, 0.0, 1.0, 1.0]
+
+
+# Installation ----------
+
+
+def test_installing_again_changes_nothing() -> None:
+    before = (mappings._gather_along_first_dim, moe_utils.maybe_move_tensor_to_cpu)
+    megatron_cpu.install_cpu_backend()
+    assert (mappings._gather_along_first_dim, moe_utils.maybe_move_tensor_to_cpu) == before
+
+
+def test_installing_after_a_foreign_import_is_refused(upstream: dict[str, Any]) -> None:
+    assert upstream["install"].startswith("install_cpu_backend() must be called before megatron")
+
+
+# The traps that this file's neighbours guard against ----------
+
+
+def test_upstreams_norm_refuses_sequence_parallelism_and_ours_marks_its_weight() -> None:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        normalization="RMSNorm",
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        cuda_graph_scope=[],
+    )
+    with pytest.raises(AssertionError, match="sequence parallel not supported"):
+        WrappedTorchNorm(config, 8)
+    norm = RMSNorm(config, 8, eps=1e-6)
+    assert norm.weight.sequence_parallel is True
+    x = torch.randn(3, 8)
+    expected = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    torch.testing.assert_close(norm(x), expected)
+    config.sequence_parallel = False
+    assert RMSNorm(config, 8).weight.sequence_parallel is False
+
+
+def _expert_marks(parallel: ParallelConfig) -> dict[str, set[bool]]:
+    """``allreduce`` of expert parameters: True when reduced like dense ones, over all of DP."""
+    open_groups(parallel, TrainConfig(), timeout_seconds=60)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        num_moe_experts=2,
+        moe_ffn_hidden_size=16,
+        ffn_hidden_size=16,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=parallel.tensor,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=parallel.tensor > 1,
+        cuda_graph_scope=[],
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    backend = LocalSpecProvider()
+    linears = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+    )
+    local = 2 // parallel.expert
+    # It only checks that grouped_gemm is installed; its parameters need nothing of it.
+    upstream_experts.gg.assert_grouped_gemm_is_available = lambda: None
+    modules: dict[str, nn.Module] = {
+        "SequentialMLP": upstream_experts.SequentialMLP(local, config, linears, groups),
+        "GroupedMLP": upstream_experts.GroupedMLP(local, config, groups),
+        "ours": GroupedExperts(local, config, groups),
+    }
+    marks = {
+        name: {bool(parameter.allreduce) for parameter in module.parameters()}
+        for name, module in modules.items()
+    }
+    expert_ranks = dist.get_process_group_ranks(parallel_state.get_expert_data_parallel_group())
+    dense_ranks = dist.get_process_group_ranks(
+        parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    marks["groups_agree"] = {expert_ranks == dense_ranks}
+    return marks
+
+
+@pytest.mark.parametrize(
+    ("parallel", "upstream_marks", "our_marks", "groups_agree"),
+    [
+        # The trap: copies of the experts on the tensor-parallel ranks, never reduced.
+        (ParallelConfig(tensor=2), True, False, False),
+        # The other way around: halves of the experts would be averaged.
+        (ParallelConfig(expert_tensor=2), True, False, False),
+        (ParallelConfig(tensor=2, expert_tensor=2), True, True, True),
+        (ParallelConfig(), True, True, True),
+        (ParallelConfig(expert=2), False, False, False),
+        (ParallelConfig(tensor=2, expert=2), False, False, True),
+    ],
+    ids=["tp2_etp1", "tp1_etp2", "tp2_etp2", "dp2", "ep2", "tp2_ep2"],
+)
+def test_expert_gradients_are_reduced_over_the_ranks_that_hold_copies(
+    two_processes: Processes,
+    parallel: ParallelConfig,
+    upstream_marks: bool,
+    our_marks: bool,
+    groups_agree: bool,
+) -> None:
+    for marks in two_processes.run(_expert_marks, parallel):
+        assert marks["ours"] == {our_marks}
+        # Reducing over all of DP is right only where those ranks hold the same experts.
+        assert marks["groups_agree"] == {groups_agree}
+        assert groups_agree or not our_marks
+        # When one of these fails, upstream has changed its rule.
+        assert marks["SequentialMLP"] == {upstream_marks}
+        assert marks["GroupedMLP"] == {upstream_marks}
