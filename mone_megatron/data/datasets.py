@@ -1,0 +1,187 @@
+"""Training and validation datasets through megatron-core's builders.
+
+The builders keep their shuffles (indices) in files. Those files are made under a name that digests
+everything they depend on, the data's fingerprint included, and count only once a marker says that
+all of them are written: a rebuilt corpus, or a build that was killed, cannot leave a stale one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from mone_megatron.config.schema import Config
+from mone_megatron.data.files import locked, sync_file
+from mone_megatron.data.loader import SampleDataset
+from mone_megatron.data.prepare import PreparedData
+
+
+def build_datasets(
+    config: Config,
+    prepared: PreparedData,
+    *,
+    num_train_samples: int,
+    num_valid_samples: int,
+    build_here: bool,
+) -> tuple[SampleDataset | None, SampleDataset | None]:
+    """Builds the datasets of a run; with torch.distributed initialised, a collective call.
+
+    A sample is a dict of CPU tensors [seq]: ``tokens``, ``labels``, ``position_ids`` (int64) and
+    ``loss_mask`` (float32). Documents are packed; the label of a position is the next token.
+
+    Args:
+        config: ``data``, and of ``train`` the seed and the sequence length.
+        prepared: what :func:`mone_megatron.data.prepare.prepare_data` returned.
+        num_train_samples: training samples needed; the corpus repeats if it holds fewer.
+        num_valid_samples: validation samples needed; 0 for no validation.
+        build_here: whether this process reads data (global rank 0 always builds, since it writes
+            the index cache).
+
+    Returns:
+        The training and the validation dataset, each at least as long as asked; None where this
+        process builds none or there is no validation.
+
+    Raises:
+        ValueError: ``data.cache_dir`` is not shared by all nodes, or the counts are out of range.
+    """
+    if num_train_samples < 1 or num_valid_samples < 0:
+        raise ValueError("num_train_samples must be at least 1, num_valid_samples at least 0")
+    sizes = [num_train_samples, num_valid_samples, 0]
+    cache = Path(config.data.cache_dir) / "indices" / _cache_name(config, prepared, sizes)
+    distributed = torch.distributed.is_initialized()
+    first = not distributed or torch.distributed.get_rank() == 0
+    # Only the first rank writes the cache; the lock keeps other runs out while it does.
+    with locked(cache.with_suffix(".lock")) if first else nullcontext():
+        marker = cache / "complete"
+        if first and not marker.exists() and cache.exists():
+            shutil.rmtree(cache)
+        builder = (BlendedMegatronDatasetBuilder if distributed else _SingleProcessBuilder)(
+            GPTDataset,
+            sizes,
+            lambda: build_here or first,
+            _dataset_config(config, prepared, str(cache), with_valid=num_valid_samples > 0),
+        )
+        try:
+            with _quiet():
+                train, valid, _ = builder.build()
+        except FileNotFoundError as error:
+            if first:
+                raise
+            raise ValueError(
+                f"data.cache_dir={config.data.cache_dir}: this process does not see the index files"
+                " rank 0 wrote there; use a folder that all nodes share"
+            ) from error
+        if first and not marker.exists():
+            for path in cache.iterdir():
+                sync_file(path)
+            marker.touch()
+    return train, valid
+
+
+class _TokenizerFacts:
+    """All that GPTDataset asks of a tokenizer; its identity goes into the cache's file names."""
+
+    def __init__(self, prepared: PreparedData) -> None:
+        self.vocab_size = prepared.vocab_size
+        self.eod = prepared.eod
+        self.unique_identifiers = OrderedDict(
+            data=prepared.fingerprint, vocab_size=prepared.vocab_size, eod=prepared.eod
+        )
+
+
+class _InMemoryBlendedDataset(BlendedDataset):
+    """A BlendedDataset that keeps its (small) index in memory.
+
+    The library asks for the rank before it writes that index to the cache, which fails unless
+    torch.distributed is initialised.
+    """
+
+    config: Any
+
+    def _build_indices(self) -> tuple[Any, Any]:
+        cached_config = self.config
+        self.config = copy.copy(cached_config)
+        self.config.path_to_cache = None
+        try:
+            return super()._build_indices()
+        finally:
+            self.config = cached_config
+
+
+class _SingleProcessBuilder(BlendedMegatronDatasetBuilder):
+    """The builder for a process without torch.distributed."""
+
+    @staticmethod
+    def build_generic_dataset(
+        cls: Callable[..., Any],
+        is_built_on_rank: Callable[[], bool],
+        synchronize_ranks: bool,
+        *args: Any,
+    ) -> Any:
+        return (_InMemoryBlendedDataset if cls is BlendedDataset else cls)(*args)
+
+
+def _dataset_config(
+    config: Config, prepared: PreparedData, cache: str, *, with_valid: bool
+) -> GPTDatasetConfig:
+    weights = None if prepared.weights is None else list(prepared.weights)
+    dataset_config = GPTDatasetConfig(
+        random_seed=config.train.seed,
+        sequence_length=config.train.seq_length,
+        blend=(list(prepared.prefixes), weights),
+        split=",".join(f"{share:.12f}" for share in config.data.split),
+        path_to_cache=cache,
+        mmap_bin_files=True,
+        tokenizer=_TokenizerFacts(prepared),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    # Splits without a reader are not built; their documents stay out of the others all the same.
+    dataset_config.split_matrix[2] = None
+    if not with_valid:
+        dataset_config.split_matrix[1] = None
+    return dataset_config
+
+
+def _cache_name(config: Config, prepared: PreparedData, sizes: list[int]) -> str:
+    facts = [
+        megatron.core.__version__,
+        prepared.fingerprint,
+        prepared.prefixes,
+        prepared.weights,
+        prepared.vocab_size,
+        prepared.eod,
+        config.data.split,
+        config.train.seed,
+        config.train.seq_length,
+        sizes,
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the builders' narration out of the terminal; errors are raised, not logged."""
+    logger = logging.getLogger("megatron.core.datasets")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
