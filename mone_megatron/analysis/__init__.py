@@ -1,0 +1,1 @@
+"""What people look at after a run: reading, plotting, reporting and comparing runs."""

@@ -1,0 +1,64 @@
+"""Numbers as people read them, the same in tables, plots and pages."""
+
+from __future__ import annotations
+
+import math
+
+ABSENT = "-"
+
+
+def format_count(value: float | None) -> str:
+    """1234567 -> ``1.23M``: three significant digits with K, M, B or T; ``-`` when unknown."""
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        # 999,950 and up would print as 1000K.
+        if abs(value) >= scale * 0.9995:
+            scaled = value / scale
+            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+            return f"{scaled:.{digits}f}{suffix}"
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}"
+
+
+def format_loss(value: float | None) -> str:
+    """Four decimals; ``-`` when there is none; ``nan`` or ``inf`` when it diverged."""
+    if value is None:
+        return ABSENT
+    return f"{value:.4f}"
+
+
+def format_signed(value: float | None) -> str:
+    """Four decimals with a sign; ``-`` when there is none; ``nan`` when either loss diverged."""
+    if value is None:
+        return ABSENT
+    return f"{value:+.4f}" if not math.isnan(value) else "nan"
+
+
+def format_ratio(value: float | None) -> str:
+    """1.083 -> ``1.083x``; ``-`` when unknown."""
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    return f"{value:.3f}x"
+
+
+def format_number(value: float | None) -> str:
+    """Four significant digits, for figures without a unit of their own."""
+    if value is None:
+        return ABSENT
+    return f"{value:.4g}"
+
+
+def format_duration(seconds: float | None) -> str:
+    """3725 -> ``1 h 2 min``; seconds below two minutes; ``-`` when unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return ABSENT
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h"

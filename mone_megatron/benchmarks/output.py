@@ -1,0 +1,87 @@
+"""Benchmark results as text and as JSON, each with where it ran."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # only their fields are read: no megatron-core here
+    from mone_megatron.benchmarks.cost import Cost
+    from mone_megatron.benchmarks.select import SelectCost
+    from mone_megatron.benchmarks.spine import SpineCost
+
+
+def versions() -> dict[str, str]:
+    """What speed depends on."""
+    packages = ("torch", "megatron-core", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def environment(hardware: str) -> dict[str, Any]:
+    """Where a result comes from; ``load`` is the machine's one-minute load average."""
+    load = os.getloadavg()[0]
+    return {"hardware": hardware, "load": round(load, 2), "versions": versions()}
+
+
+def environment_lines(facts: dict[str, Any]) -> list[str]:
+    """:func:`environment` for people."""
+    named = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    return [f"on {facts['hardware']}; load {facts['load']}", named]
+
+
+def spine_lines(cost: SpineCost) -> list[str]:
+    """Median (smallest..largest) of each."""
+    return [
+        f"trainer / bare loop, tokens/s: {cost.throughput_ratio}",
+        f"  by processor time: {cost.processor_ratio}",
+        f"trainer: {cost.trainer_tokens_per_second} tokens/s",
+        f"bare loop: {cost.bare_tokens_per_second} tokens/s",
+    ]
+
+
+def cost_lines(cost: Cost) -> list[str]:
+    """Median (smallest..largest) of each."""
+    lines = [
+        f"MoNE / MoE, step time: {cost.step_ratio}",
+        f"  by processor time: {cost.step_processor_ratio}",
+        f"MoE step: {cost.moe_step_seconds} s",
+        f"MoNE step: {cost.mone_step_seconds} s",
+        f"parts, timed apart on {cost.rows} rows of {cost.neurons} neurons, for all layers and "
+        "microbatches of a step:",
+    ]
+    lines += [
+        f"  {part.name:<44} {part.milliseconds_per_step} ms, {part.share_of_step:.1%} of a MoE step"
+        for part in cost.parts
+    ]
+    return lines
+
+
+def select_lines(cells: list[SelectCost]) -> list[str]:
+    """One line a cell."""
+    lines = [
+        f"{'rows':>6} {'f':>5} {'K':>5}  ours, ms; torch.topk + scatter / ours; kthvalue / ours"
+    ]
+    lines += [
+        f"{cell.rows:>6} {cell.neurons:>5} {cell.kept:>5}  {cell.ours_milliseconds}; "
+        f"{cell.topk_scatter_over_ours}; {cell.kthvalue_over_ours}"
+        for cell in cells
+    ]
+    return lines
+
+
+def write_json(path: Path, benchmark: str, facts: dict[str, Any], result: Any) -> None:
+    """One object: ``benchmark``, the environment, and ``result``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": benchmark, **facts, "result": _plain(result)}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return dataclasses.asdict(value)

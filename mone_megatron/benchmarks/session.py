@@ -1,0 +1,115 @@
+"""A trainer's parts without its loop: what the benchmarks of whole steps drive themselves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mone_megatron.config.schema import Config
+from mone_megatron.config.validate import Layout, validate
+from mone_megatron.data.datasets import build_datasets
+from mone_megatron.data.loader import MicrobatchSampler, build_loader
+from mone_megatron.data.prepare import PreparedData, prepare_data
+from mone_megatron.model.builder import build_model
+from mone_megatron.parallel.device import Device, World, open_device
+from mone_megatron.parallel.groups import open_expert_sources, open_groups
+from mone_megatron.train.metrics import AuxiliaryLosses
+from mone_megatron.train.optimizer import build_optimizer, build_scheduler
+from mone_megatron.train.step import Batch, Stepper
+
+
+@dataclass
+class Session:
+    """One experiment, ready to step, with its microbatches in memory."""
+
+    config: Config
+    layout: Layout
+    device: Device
+    data: PreparedData
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    # This rank's microbatches of a few steps, over and over.
+    batches: Iterator[Batch]
+
+    def stepper(self) -> Stepper:
+        """The trainer's step over these objects."""
+        return Stepper(
+            self.config, self.layout, self.device, self.chunks, self.optimizer, self.scheduler
+        )
+
+    def next_step(self) -> list[Batch]:
+        """The microbatches of one step."""
+        return list(itertools.islice(self.batches, self.layout.num_microbatches))
+
+
+def open_sessions(configs: Sequence[Config], *, steps_in_memory: int) -> list[Session]:
+    """Build experiments of one layout beside each other in this process.
+
+    Collective over the default process group, which is initialised and has no other groups yet.
+
+    Args:
+        configs: from :func:`mone_megatron.benchmarks.ranks.prepare`, of one layout.
+        steps_in_memory: how many steps' data to load.
+    """
+    assert all(config.parallel == configs[0].parallel for config in configs)
+    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
+    device = open_device(configs[0].device, world)
+    open_groups(configs[0].parallel, configs[0].train, timeout_seconds=600)
+    return [_open(config, device, world, steps_in_memory) for config in configs]
+
+
+def _open(config: Config, device: Device, world: World, steps: int) -> Session:
+    layout = validate(
+        config, world_size=world.size, num_devices=0, local_world_size=world.local_size
+    )
+    data = prepare_data(config)
+    train, _ = build_datasets(
+        config,
+        data,
+        num_train_samples=steps * config.train.global_batch_size,
+        num_valid_samples=0,
+        build_here=True,
+    )
+    assert train is not None
+    sampler = MicrobatchSampler(
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=layout.data,
+        start_step=0,
+        end_step=steps,
+    )
+    batches = list(build_loader(train, sampler, num_workers=0, pin=False))
+    chunks = build_model(
+        config,
+        device=device,
+        vocab_size=data.vocab_size,
+        sequence_parallel=layout.sequence_parallel,
+        sources=open_expert_sources(config.parallel),
+    )
+    optimizer = build_optimizer(config, device, chunks)
+    scheduler = build_scheduler(config, optimizer)
+    return Session(
+        config, layout, device, data, chunks, optimizer, scheduler, itertools.cycle(batches)
+    )
+
+
+def step_action(session: Session) -> Iterator[None]:
+    """Train one step at each ``next``, auxiliary losses read as the trainer does."""
+    stepper, auxiliary = session.stepper(), AuxiliaryLosses(session.config, session.layout)
+
+    def extra() -> torch.Tensor:
+        return auxiliary.read(session.device.torch_device)
+
+    while True:
+        stepper.train(session.next_step(), extra=extra)
+        yield

@@ -1,0 +1,73 @@
+"""Floating-point operations of training, from the config alone.
+
+A multiply-add is 2 operations. Counted: every matrix product (projections, attention, router,
+experts, output layer over the padded vocabulary) and nothing else: norms, RoPE, softmax, the
+selection and the optimizer are left out, as is usual. Attention is causal: a token of a sequence
+of s reads (s + 1) / 2 keys on average. The backward pass costs twice the forward pass. Activations
+that are recomputed are not counted twice.
+
+Each count comes as a pair. `ideal` has MoNE compute only the kept neurons of the up and down
+projections (the gate is always computed in full); `realised` is what dense matrix products run,
+which is the same as for MoE. Without MoNE the two are equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
+from mone_megatron.planning.parameters import (
+    gated_mlps,
+    head_dim_of,
+    moe_layers_of,
+)
+
+_BACKWARD = 2  # times the forward pass: gradients of the inputs and of the weights
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations: those the method needs, and those that dense kernels do for it."""
+
+    ideal: int
+    realised: int
+
+
+def forward_flops_per_token(
+    model: ModelConfig, mone: MoNEConfig, seq_length: int, vocab_size: int
+) -> Flops:
+    """Operations of one token's forward pass in sequences of ``seq_length``."""
+    hidden = model.hidden_size
+    queries = model.num_attention_heads * head_dim_of(model)
+    keys = model.num_query_groups * head_dim_of(model)
+    projections = 2 * hidden * (2 * queries + 2 * keys)
+    # Scores and weighted values: two products over (s + 1) / 2 keys.
+    attention = 2 * queries * (seq_length + 1)
+    gates = model.num_experts + (1 if model.shared_expert_gate else 0)
+    common = (
+        model.num_layers * (projections + attention)
+        + moe_layers_of(model) * 2 * hidden * gates
+        + 2 * hidden * model.padded_vocab_size(vocab_size)
+    )
+    mlps = gated_mlps(model, mone).values()
+    return Flops(
+        ideal=common + sum(2 * mlp.visited * mlp.gate_counted for mlp in mlps),
+        realised=common + sum(2 * mlp.visited * mlp.parameters for mlp in mlps),
+    )
+
+
+def training_flops_per_token(
+    model: ModelConfig, mone: MoNEConfig, seq_length: int, vocab_size: int
+) -> Flops:
+    """Operations of one token's forward and backward pass: three times the forward pass."""
+    forward = forward_flops_per_token(model, mone, seq_length, vocab_size)
+    times = 1 + _BACKWARD
+    return Flops(ideal=times * forward.ideal, realised=times * forward.realised)
+
+
+def flops_per_step(config: Config, vocab_size: int) -> Flops:
+    """Operations of one training step over all processes; ``vocab_size`` is the true one."""
+    train = config.train
+    token = training_flops_per_token(config.model, config.mone, train.seq_length, vocab_size)
+    tokens = train.global_batch_size * train.seq_length
+    return Flops(ideal=tokens * token.ideal, realised=tokens * token.realised)

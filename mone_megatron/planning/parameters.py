@@ -1,0 +1,172 @@
+"""Parameter counts, exact, from the config alone.
+
+Two conventions for the parameters that one token activates, where neurons are selected (an MLP of
+hidden size h and width f that keeps K neurons):
+
+- gate counted (the default): h*f + 2*h*K, since the gate projection is computed in full;
+- neurons only: 3*h*K.
+
+Everything that is not an unchosen expert or neuron is activated, embedding and output included
+(the convention behind "A3B" of Qwen3-30B-A3B and 12.9B of Mixtral-8x7B).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mone_megatron.config.schema import ModelConfig, MoNEConfig
+from mone_megatron.config.validate import neurons_kept
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of one model, all layers and all ranks together, each counted once."""
+
+    embedding: int
+    # 0 when tied to the embedding.
+    output: int
+    # Query, key, value and output projections, with the biases of the first three if any.
+    attention: int
+    # RMSNorm weights: two a layer, the final one, and those of QK-norm.
+    norms: int
+    router: int
+    routed_experts: int
+    # With the weight of the shared expert's gate, if any.
+    shared_experts: int
+    dense_ffn: int
+    # What one token uses; see the module's docstring for the two conventions.
+    activated_gate_counted: int
+    activated_neurons_only: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return (
+            self.embedding
+            + self.output
+            + self.attention
+            + self.norms
+            + self.router
+            + self.routed_experts
+            + self.shared_experts
+            + self.dense_ffn
+        )
+
+    @property
+    def total_non_embedding(self) -> int:
+        """All parameters but the embedding and the output layer."""
+        return self.total - self.embedding - self.output
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """One kind of SwiGLU MLP of a model, and how a token uses it."""
+
+    hidden_size: int
+    # Neurons in one MLP, and how many of them a token keeps (all without selection).
+    width: int
+    kept: int
+    # MLPs of this kind in the model, and how many of them one token visits.
+    count: int
+    visited: int
+
+    @property
+    def parameters(self) -> int:
+        """Weights of one MLP."""
+        return 3 * self.hidden_size * self.width
+
+    @property
+    def gate_counted(self) -> int:
+        """Weights that a token uses in one MLP: the whole gate, the kept neurons of the rest."""
+        return self.hidden_size * (self.width + 2 * self.kept)
+
+    @property
+    def neurons_only(self) -> int:
+        """Weights of the neurons that a token keeps in one MLP."""
+        return 3 * self.hidden_size * self.kept
+
+
+def count_parameters(
+    model: ModelConfig, mone: MoNEConfig, vocab_size: int, *, padded: bool = True
+) -> ParameterCount:
+    """Count the parameters of ``model``.
+
+    ``vocab_size`` is the true size of the vocabulary (of the tokenizer, or ``model.vocab_size``).
+    With ``padded`` the embedding and output have the rows that training allocates; without, the
+    rows that an exported model has, which is how published totals count.
+    """
+    rows = model.padded_vocab_size(vocab_size) if padded else vocab_size
+    hidden, head_dim = model.hidden_size, head_dim_of(model)
+    moe_layers = moe_layers_of(model)
+    queries = model.num_attention_heads * head_dim
+    keys = model.num_query_groups * head_dim
+
+    embedding = rows * hidden
+    output = 0 if model.tie_embeddings else rows * hidden
+    attention = 2 * hidden * queries + 2 * hidden * keys
+    if model.qkv_bias:
+        attention += queries + 2 * keys
+    norms = 2 * hidden + (2 * head_dim if model.qk_norm else 0)
+    router = model.num_experts * hidden
+    shared_gate = hidden if model.shared_expert_gate else 0
+
+    mlps = gated_mlps(model, mone)
+    every_token = (
+        embedding
+        + output
+        + model.num_layers * (attention + norms)
+        + hidden
+        + moe_layers * (router + shared_gate)
+    )
+    return ParameterCount(
+        embedding=embedding,
+        output=output,
+        attention=model.num_layers * attention,
+        norms=model.num_layers * norms + hidden,
+        router=moe_layers * router,
+        routed_experts=mlps["routed"].count * mlps["routed"].parameters,
+        shared_experts=mlps["shared"].count * mlps["shared"].parameters + moe_layers * shared_gate,
+        dense_ffn=mlps["dense"].count * mlps["dense"].parameters,
+        activated_gate_counted=every_token
+        + sum(mlp.visited * mlp.gate_counted for mlp in mlps.values()),
+        activated_neurons_only=every_token
+        + sum(mlp.visited * mlp.neurons_only for mlp in mlps.values()),
+    )
+
+
+def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
+    """The routed, shared and dense MLPs of ``model``; a kind that it lacks has a count of 0."""
+    moe_layers = moe_layers_of(model)
+    shared_layers = moe_layers if model.shared_expert_ffn_hidden_size else 0
+    dense_layers = model.num_layers - moe_layers
+    sizes = {
+        "routed": (
+            model.expert_ffn_hidden_size,
+            moe_layers * model.num_experts,
+            moe_layers * model.experts_per_token,
+        ),
+        "shared": (model.shared_expert_ffn_hidden_size, shared_layers, shared_layers),
+        "dense": (model.dense_ffn_hidden_size, dense_layers, dense_layers),
+    }
+    return {
+        kind: GatedMLP(
+            hidden_size=model.hidden_size,
+            width=width,
+            kept=neurons_kept(mone.keep_ratio, width)
+            if mone.enabled and kind in mone.apply_to
+            else width,
+            count=count,
+            visited=visited,
+        )
+        for kind, (width, count, visited) in sizes.items()
+    }
+
+
+def head_dim_of(model: ModelConfig) -> int:
+    """Size of one attention head."""
+    return model.head_dim or model.hidden_size // model.num_attention_heads
+
+
+def moe_layers_of(model: ModelConfig) -> int:
+    """Layers that have experts."""
+    return model.num_layers - model.first_dense_layers if model.num_experts else 0

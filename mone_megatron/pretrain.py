@@ -1,0 +1,86 @@
+"""Entry point: Hydra overrides -> checked, typed config -> ``train.run``; nothing else.
+
+python -m mone_megatron.pretrain experiment=tiny_mone train.steps=5
+torchrun --nproc-per-node 2 -m mone_megatron.pretrain experiment=quickstart_mone
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from mone_megatron.checkpoint import CheckpointWriteError
+from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.load import (
+    CONF_DIR,
+    CONFIG_NAME,
+    check_overrides,
+    compose,
+    from_dictconfig,
+)
+from mone_megatron.config.schema import Config
+from mone_megatron.config.validate import validate
+from mone_megatron.data.prepare import prepare_data
+from mone_megatron.parallel.device import World, open_device
+
+USAGE_EXIT_CODE = 2
+
+
+def pretrain(config: Config) -> int:
+    """Check everything that can be checked without a device, then train.
+
+    Returns:
+        The exit code of :func:`mone_megatron.train.run.run`.
+
+    Raises:
+        ValueError: for a configuration, data or environment that cannot work, before any device
+            or process group is touched.
+    """
+    started = time.monotonic()
+    world = World.from_environment()
+    layout = validate(
+        config,
+        world_size=world.size,
+        num_devices=torch.cuda.device_count(),
+        local_world_size=world.local_size,
+    )
+    data = prepare_data(config)
+    device = open_device(config.device, world)
+    # Imported only now: megatron-core binds names of torch.cuda at import.
+    from mone_megatron.train.run import run
+
+    return run(config, layout=layout, data=data, device=device, world=world, started=started)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)
+def _hydra_main(config: DictConfig) -> int:
+    """For Hydra's own flags: ``--multirun``, ``--cfg job``, ``--help``."""
+    return pretrain(from_dictconfig(config))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from a command line; user errors are one line each, without a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    try:
+        if flags:
+            overrides = [argument for argument in arguments if not argument.startswith("-")]
+            multirun = "-m" in flags or "--multirun" in flags
+            if problems := check_overrides(overrides, multirun=multirun):
+                raise ConfigError(problems)
+            return _hydra_main() or 0
+        return pretrain(compose(arguments))
+    except (ValueError, CheckpointWriteError) as error:
+        if World.from_environment().rank == 0:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+        return 1 if isinstance(error, CheckpointWriteError) else USAGE_EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Launch real training processes from a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+# Below the range that the system gives to outgoing connections (32768 and up on Linux), gloo's
+# own among them.
+_PORTS = range(20000, 32000)
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct TCP ports that were free a moment ago.
+
+    Raises:
+        RuntimeError: when the machine has too few.
+    """
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(_PORTS, k=min(len(_PORTS), 20 * count)):
+        with socket.socket() as candidate:
+            try:
+                candidate.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError(f"no {count} free ports in {_PORTS}")
+
+
+def wait_for_all(workers: Sequence[subprocess.Popen[bytes]], timeout: float) -> list[int | None]:
+    """Exit codes of all workers, or None for those still running when one failed or time ran out.
+
+    A failed rank leaves the others waiting in a collective; they are killed at once.
+    """
+    deadline = time.monotonic() + timeout
+    try:
+        while time.monotonic() < deadline:
+            codes = [worker.poll() for worker in workers]
+            if all(code is not None for code in codes) or any(codes):
+                return codes
+            time.sleep(0.05)
+        return [worker.poll() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def run_layouts(
+    jobs: Mapping[str, Sequence[str]], *, processes: int, folder: Path, timeout: float = 600
+) -> None:
+    """Train each job's configuration on ``processes`` ranks, writing into ``folder/NAME``.
+
+    Args:
+        jobs: name -> Hydra overrides.
+        processes: ranks.
+        folder: where the runs go.
+        timeout: seconds for all of them together.
+
+    Raises:
+        RuntimeError: with the output of the rank that failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    job_file = folder / f"jobs-{processes}.json"
+    listed = [
+        {"overrides": [*overrides, f"run.dir={folder / name}"], "port": port}
+        for (name, overrides), port in zip(jobs.items(), free_ports(len(jobs)), strict=True)
+    ]
+    job_file.write_text(json.dumps(listed), encoding="utf-8")
+    workers = []
+    for rank in range(processes):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+        }
+        log = (folder / f"rank-{processes}-{rank}.log").open("w", encoding="utf-8")
+        command = [sys.executable, "-m", "mone_megatron.testing.many_runs", str(job_file)]
+        workers.append(
+            subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+        )
+        log.close()
+    codes = wait_for_all(workers, timeout)
+    failed = [rank for rank, code in enumerate(codes) if code] or [
+        rank for rank, code in enumerate(codes) if code is None
+    ]
+    for rank in failed:
+        output = (folder / f"rank-{processes}-{rank}.log").read_text(encoding="utf-8")
+        why = f"ended with {codes[rank]}" if codes[rank] else f"did not end within {timeout} s"
+        raise RuntimeError(f"rank {rank} of {processes} {why}:\n{output[-6000:]}")

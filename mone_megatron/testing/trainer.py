@@ -1,0 +1,72 @@
+"""The parts of a trainer on this rank, for tests that look inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+
+from mone_megatron.config.load import compose
+from mone_megatron.config.schema import Config
+from mone_megatron.config.validate import Layout, validate
+from mone_megatron.model.builder import build_model
+from mone_megatron.parallel.device import Device
+from mone_megatron.parallel.groups import open_expert_sources, open_groups
+from mone_megatron.train.checkpointer import Checkpointer, run_identity
+from mone_megatron.train.optimizer import build_optimizer, build_scheduler
+from mone_megatron.train.step import Stepper
+
+VOCABULARY = 512
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What :func:`mone_megatron.train.run.run` builds, without data or hooks."""
+
+    config: Config
+    layout: Layout
+    chunks: list[DistributedDataParallel]
+    stepper: Stepper
+    checkpointer: Checkpointer
+
+
+def build_trainer(overrides: Sequence[str], *, data_fingerprint: str | None = None) -> Trainer:
+    """Compose, validate and build on the CPU. ``torch.distributed`` is initialised.
+
+    Args:
+        overrides: Hydra's.
+        data_fingerprint: what checkpoints are checked against; None takes the configured data's.
+    """
+    from mone_megatron.data.prepare import prepare_data
+
+    config = compose(overrides)
+    layout = validate(config, world_size=dist.get_world_size())
+    if data_fingerprint is None:
+        data_fingerprint = prepare_data(config).fingerprint
+    device = Device("cpu", torch.device("cpu"), torch.float32, 1, "")
+    open_groups(config.parallel, config.train, timeout_seconds=60)
+    chunks = build_model(
+        config,
+        device=device,
+        vocab_size=VOCABULARY,
+        sequence_parallel=layout.sequence_parallel,
+        sources=open_expert_sources(config.parallel),
+    )
+    optimizer = build_optimizer(config, device, chunks)
+    scheduler = build_scheduler(config, optimizer)
+    identity = run_identity(
+        config, data_fingerprint=data_fingerprint, vocab_size=VOCABULARY, dtype=device.dtype
+    )
+    checkpointer = Checkpointer(
+        config,
+        identity=identity,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        say=lambda message: None,
+    )
+    stepper = Stepper(config, layout, device, chunks, optimizer, scheduler)
+    return Trainer(config, layout, chunks, stepper, checkpointer)

@@ -1,0 +1,1 @@
+"""Training: ``run`` is the build spine, ``loop`` the loop, ``step`` a step, ``hooks`` the rest."""

@@ -1,0 +1,251 @@
+"""What a checkpoint holds of the model and the optimizer, in a form that no layout shows in.
+
+Every tensor is saved under the global name of a parameter, in the parameter's own shape:
+
+    <name>                       the weight, in the model's dtype
+    optimizer.master.<name>      its fp32 master, when the model is not fp32
+    optimizer.exp_avg.<name>     Adam's moments
+    optimizer.exp_avg_sq.<name>
+
+megatron-core's own optimizer checkpoints carry the layout in their keys (one or two optimizers with
+expert parallelism off or on) and differ with the distributed optimizer; these do not, so any
+tensor, pipeline, expert, expert tensor and data parallel layout loads any other's, with the
+distributed optimizer on or off.
+
+With the distributed optimizer each data-parallel rank holds a slice of a parameter's state. For
+saving the slices are put together one parameter at a time, and data-parallel rank ``i % ranks``
+keeps the i-th, on the host: no rank holds everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+)
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """The optimizer's state of one parameter on this rank.
+
+    Attributes:
+        parameter: the model's.
+        main: the tensor the optimizer updates: the parameter, its fp32 master, or this rank's
+            slice of either; None when this rank holds none of it.
+        inner: the torch optimizer that holds the moments of ``main``.
+        span: which elements of the flattened parameter ``main`` is.
+        group: the data-parallel ranks that share the state (slices), or hold copies of it.
+        sliced: whether ranks of the group hold slices.
+    """
+
+    parameter: nn.Parameter
+    main: Tensor | None
+    inner: torch.optim.Optimizer | None
+    span: tuple[int, int]
+    group: dist.ProcessGroup
+    sliced: bool
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which tensors there are."""
+        moments = (EXP_AVG, EXP_AVG_SQ)
+        return moments if self.parameter.dtype is torch.float32 else (MASTER, *moments)
+
+    def tensor(self, kind: str) -> Tensor | None:
+        """This rank's tensor of a kind; zeros before the first update."""
+        if self.main is None or self.inner is None:
+            return None
+        if kind == MASTER:
+            return self.main.detach()
+        found = self.inner.state[self.main].get(kind)
+        return found if found is not None else torch.zeros_like(self.main, dtype=torch.float32)
+
+    def assign(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Take over whole tensors from a checkpoint made after ``updates`` optimizer steps."""
+        if self.main is None or self.inner is None:
+            return
+        first, last = self.span
+        parts = {
+            kind: tensor.reshape(-1)[first:last].view_as(self.main)
+            for kind, tensor in tensors.items()
+        }
+        with torch.no_grad():
+            if MASTER in parts:
+                self.main.copy_(parts[MASTER])
+        state = self.inner.state[self.main]
+        for kind in (EXP_AVG, EXP_AVG_SQ):
+            state[kind] = parts[kind].to(self.main.device, torch.float32).clone()
+        state["step"] = torch.tensor(float(updates))
+
+
+def _distributed(optimizer: DistributedOptimizer) -> Iterator[ParameterState]:
+    for buffer in optimizer.buffers:
+        for parameter in buffer.param_index_map:
+            main, span = None, (0, 0)
+            if parameter in optimizer.model_param_group_index_map:
+                group, place = optimizer.model_param_group_index_map[parameter]
+                main = optimizer.optimizer.param_groups[group]["params"][place]
+                local = optimizer._get_model_param_range_map(parameter)["param"]
+                span = (local.start, local.end)
+            group = optimizer.data_parallel_group
+            yield ParameterState(parameter, main, optimizer.optimizer, span, group, sliced=True)
+
+
+def _replica_group(parameter: nn.Parameter) -> dist.ProcessGroup:
+    # See GroupedExperts: `allreduce` is False where an expert's replicas are not the dense ones.
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return parallel_state.get_expert_data_parallel_group()
+
+
+def _whole(parameter: nn.Parameter, main: Tensor, inner: torch.optim.Optimizer) -> ParameterState:
+    span = (0, parameter.numel())
+    return ParameterState(parameter, main, inner, span, _replica_group(parameter), sliced=False)
+
+
+def parameter_states(optimizer: MegatronOptimizer) -> Iterator[ParameterState]:
+    """Every parameter's state, in the same order on all ranks of its group."""
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    for part in parts:
+        if part.optimizer is None:  # no parameters of this kind on this rank
+            continue
+        if isinstance(part, DistributedOptimizer):
+            yield from _distributed(part)
+        elif isinstance(part, Float16OptimizerWithFloat16Params):
+            for models, mains in zip(
+                part.float16_groups, part.fp32_from_float16_groups, strict=True
+            ):
+                for model, main in zip(models, mains, strict=True):
+                    yield _whole(model, main, part.optimizer)
+            for group in part.fp32_from_fp32_groups:
+                for parameter in group:
+                    yield _whole(parameter, parameter, part.optimizer)
+        else:
+            assert isinstance(part, FP32Optimizer), type(part)
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield _whole(parameter, parameter, part.optimizer)
+
+
+def _put_together(state: ParameterState, kind: str) -> Tensor:
+    """The whole tensor of a parameter from its slices. Collective over ``state.group``.
+
+    Slices are added as integers: x + 0 is x for every bit pattern, also of -0.0.
+    """
+    part = state.tensor(kind)
+    if not state.sliced:
+        assert part is not None
+        return part.reshape(state.parameter.shape)
+    bits = torch.zeros(state.parameter.numel(), dtype=torch.int32, device=state.parameter.device)
+    if part is not None:
+        first, last = state.span
+        bits[first:last] = part.detach().float().reshape(-1).view(torch.int32)
+    dist.all_reduce(bits, group=state.group)
+    return bits.view(torch.float32).reshape(state.parameter.shape)
+
+
+def model_state(chunks: list[DistributedDataParallel]) -> ShardedStateDict:
+    """The weights and buffers (expert bias) of this rank's chunks as sharded tensors."""
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {
+        f"chunk_{number}": {
+            name: entry
+            for name, entry in unwrap_model(chunk).sharded_state_dict(metadata=metadata).items()
+            # Empty pickles of megatron-core's linear layers (Transformer Engine's fp8 scales).
+            if not name.endswith("_extra_state")
+        }
+        for number, chunk in enumerate(chunks)
+    }
+
+
+def _by_parameter(
+    model: ShardedStateDict,
+) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
+    return {
+        entry.data: entry
+        for entry in nested_values(model)
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    }
+
+
+def _entry(
+    like: ShardedTensor | ShardedTensorFactory, kind: str, tensor: Tensor, replica: int
+) -> ShardedTensor | ShardedTensorFactory:
+    """A sharded tensor beside a weight's: same shape and place, another name."""
+    changes: dict[str, object] = {
+        "key": f"optimizer.{kind}.{like.key}",
+        "data": tensor,
+        "replica_id": (*like.replica_id[:-1], replica),
+    }
+    if isinstance(like, ShardedTensor):
+        changes["dtype"] = tensor.dtype
+    return replace(like, **changes)
+
+
+def optimizer_state(optimizer: MegatronOptimizer, model: ShardedStateDict) -> ShardedStateDict:
+    """Masters and moments for saving. Collective: every rank calls it at the same step."""
+    weights = _by_parameter(model)
+    entries: ShardedStateDict = {}
+    for number, state in enumerate(parameter_states(optimizer)):
+        mine = number % dist.get_world_size(state.group) == dist.get_rank(state.group)
+        for kind in state.kinds:
+            tensor = _put_together(state, kind)
+            if mine:
+                kept = tensor.detach().to("cpu", copy=True)
+                entries[f"{number}.{kind}"] = _entry(weights[state.parameter], kind, kept, 0)
+    return entries
+
+
+def optimizer_targets(
+    optimizer: MegatronOptimizer, model: ShardedStateDict
+) -> tuple[ShardedStateDict, list[tuple[ParameterState, str, str]]]:
+    """Empty tensors to load masters and moments into, and whose each one is."""
+    weights = _by_parameter(model)
+    entries: ShardedStateDict = {}
+    owners: list[tuple[ParameterState, str, str]] = []
+    for number, state in enumerate(parameter_states(optimizer)):
+        if state.main is None:
+            continue
+        like = weights[state.parameter]
+        for kind in state.kinds:
+            name = f"{number}.{kind}"
+            target = torch.empty(state.parameter.shape, dtype=torch.float32)
+            entries[name] = _entry(like, kind, target, dist.get_rank(state.group))
+            owners.append((state, kind, name))
+    return entries, owners
+
+
+def assign_optimizer_state(
+    loaded: dict[str, Tensor], owners: list[tuple[ParameterState, str, str]], updates: int
+) -> None:
+    """Give each parameter what was loaded for it."""
+    by_state: dict[int, tuple[ParameterState, dict[str, Tensor]]] = {}
+    for state, kind, name in owners:
+        by_state.setdefault(id(state), (state, {}))[1][kind] = loaded[name]
+    for state, tensors in by_state.values():
+        state.assign(tensors, updates)
+        # Transformer Engine's and apex's Adam count per group (not run here).
+        for group in state.inner.param_groups if state.inner is not None else ():
+            if "step" in group:
+                group["step"] = updates

@@ -1,0 +1,164 @@
+"""The training loop: batches in, records out. Everything else is a hook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from mone_megatron.config.schema import Config
+from mone_megatron.config.validate import Layout
+from mone_megatron.parallel.device import Device
+from mone_megatron.planning.flops import Flops
+from mone_megatron.train.checkpointer import Position
+from mone_megatron.train.faults import LossFaults
+from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
+from mone_megatron.train.signals import StopRequest, exit_code
+from mone_megatron.train.step import Batch, Stepper
+
+Record = dict[str, float]
+
+
+class Hook:
+    """Something that watches a run. Hooks run on every rank; those that write do so on rank 0."""
+
+    def on_start(self) -> None:
+        """Before the first step."""
+
+    def on_step(self, record: Record) -> None:
+        """After each step, with its record (see docs/metrics.md)."""
+
+    def on_fault(self, step: int, fault: str, action: str) -> None:
+        """After a step that was not applied: why, and whether to ``skip`` or ``rollback``."""
+
+    def on_rollback(self, step: int) -> None:
+        """The state is that after ``step`` again; records of later steps will come anew."""
+
+    def on_end(self, status: str) -> None:
+        """After the last step, however the run ended: completed, interrupted or failed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where training ended."""
+
+    position: Position
+    # The exit code when it was stopped before the last step; None when it came to the end.
+    exit_code: int | None
+    # What stopped it, as this rank knows.
+    stopped_by: str | None
+
+
+def _is_due(step: int, interval: int, last: int) -> bool:
+    return interval > 0 and (step % interval == 0 or step == last)
+
+
+def train(
+    *,
+    config: Config,
+    layout: Layout,
+    device: Device,
+    stepper: Stepper,
+    batches: Iterator[Batch],
+    validation: Callable[[], Iterator[Batch]] | None,
+    auxiliary: AuxiliaryLosses,
+    panel: UtilisationPanel,
+    flops: Flops,
+    hooks: Sequence[Hook],
+    stop: StopRequest,
+    start: Position,
+    save: Callable[[Position], None] | None,
+    roll_back: Callable[[], tuple[Position, Iterator[Batch]]] | None = None,
+) -> Outcome:
+    """Run steps until ``train.steps`` or until any rank is asked to stop.
+
+    Args:
+        config: validated.
+        layout: from validation.
+        device: where to compute.
+        stepper: one step.
+        batches: this rank's microbatches, in order.
+        validation: the validation microbatches from their beginning, or None.
+        auxiliary: auxiliary losses.
+        panel: expert and neuron use.
+        flops: of one step.
+        hooks: told of every step.
+        stop: this process's request to stop; all ranks agree on it at the end of a step.
+        start: where to go on from.
+        save: writes a checkpoint, every ``checkpoint.interval`` steps, at the end, and when
+            stopped; None for no checkpoints.
+        roll_back: takes up the newest checkpoint and returns its place and the microbatches from
+            there; needed with ``train.on_bad_loss=rollback``.
+
+    Raises:
+        FloatingPointError: for a loss, a gradient or a state that ``train.on_bad_loss`` says, or
+            that its limits say, must end the run. Nothing of that step was applied or saved.
+    """
+    last = config.train.steps
+    tokens_per_step = config.train.global_batch_size * config.train.seq_length
+    position, code = start, None
+    faults = LossFaults(config.train)
+
+    def extra() -> torch.Tensor:
+        return torch.cat([stop.read(device.torch_device), auxiliary.read(device.torch_device)])
+
+    while position.step < last and code is None:
+        step = position.step + 1
+        started = time.perf_counter()
+        show_layers = _is_due(step, config.logging.layer_interval, last)
+        panel.collect(show_layers)
+        result = stepper.attempt(
+            [next(batches) for _ in range(layout.num_microbatches)],
+            extra=extra,
+            judge=partial(faults.judge, step),
+        )
+        device.synchronize()
+        seconds = time.perf_counter() - started
+        skipped = position.skipped
+        if result.fault is None:
+            faults.accept(step, result.loss)
+        else:
+            action = faults.decide(step, result.fault)
+            for hook in hooks:
+                hook.on_fault(step, result.fault, action)
+            if action == "rollback":
+                assert roll_back is not None
+                position, batches = roll_back()
+                faults.rolled_back(position.step)
+                for hook in hooks:
+                    hook.on_rollback(position.step)
+                continue
+            skipped += 1
+        position = Position(step, position.tokens + tokens_per_step, skipped)
+        rate = 1e-12 / seconds / layout.world_size
+        record: Record = {
+            "step": step,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens": position.tokens,
+            "tokens_per_second": tokens_per_step / seconds,
+            "step_seconds": seconds,
+            "tflops_realised": flops.realised * rate,
+            "tflops_ideal": flops.ideal * rate,
+            **auxiliary.metrics(result.extra[2:], per_layer=show_layers),
+        }
+        if result.fault is not None:
+            record["skipped"] = 1
+        if show_layers:
+            record |= panel.metrics(device.torch_device)
+        if validation is not None and _is_due(step, config.train.eval_interval, last):
+            record["val_loss"] = stepper.evaluate(validation(), config.train.eval_steps)
+        for hook in hooks:
+            hook.on_step(record)
+        code = exit_code(result.extra[:2])
+        if save is not None and (code or _is_due(step, config.checkpoint.interval, last)):
+            if not stepper.state_is_finite():
+                raise FloatingPointError(
+                    f"step {step}: weights or moments are not finite; not saving them"
+                )
+            save(position)
+    return Outcome(position, code, None if code is None else stop.reason or "another rank")

@@ -1,0 +1,88 @@
+"""Adam with decoupled weight decay and its schedule, both megatron-core's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mone_megatron.config.schema import Config
+from mone_megatron.parallel.device import Device
+
+_DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
+
+
+def build_optimizer(
+    config: Config, device: Device, chunks: list[DistributedDataParallel]
+) -> MegatronOptimizer:
+    """megatron-core's optimizer: no weight decay on norms and biases, gradients clipped by norm.
+
+    Args:
+        config: validated.
+        device: fp32 or bf16 parameters; bf16 ones get fp32 masters.
+        chunks: from :func:`mone_megatron.model.builder.build_model`.
+    """
+    optim = config.optim
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        decoupled_weight_decay=True,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        bf16=device.dtype is torch.bfloat16,
+        params_dtype=device.dtype,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        # megatron-core computes the norm only when it clips; infinity clips nothing.
+        clip_grad=optim.clip_grad or math.inf,
+    )
+    optimizer = get_megatron_optimizer(
+        optimizer_config,
+        chunks,
+        config_overrides=get_standard_config_overrides(optimizer_config),
+        use_gloo_process_groups=False,
+    )
+    if device.kind == "cpu":
+        _fuse_adam(optimizer)
+    return optimizer
+
+
+def _fuse_adam(optimizer: MegatronOptimizer) -> None:
+    """One pass over memory for each parameter instead of about ten; torch has it on CPU too."""
+    for group in optimizer.param_groups:
+        group["fused"] = True
+        group["foreach"] = False
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """The learning rate of step s (from 1), set by ``scheduler.step(1)`` before the update.
+
+    Linear warm-up reaches ``optim.lr`` at step ``warmup_steps``; the last step has ``min_lr``
+    (except ``constant``). "wsd" decays linearly over the last ``decay_fraction`` of the steps.
+    """
+    optim, steps = config.optim, config.train.steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=_DECAY_STYLES[optim.schedule],
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=max(1, round(optim.decay_fraction * steps)),
+        lr_wsd_decay_style="linear",
+    )

@@ -1,0 +1,282 @@
+"""The build spine: from a checked configuration to a finished run. Read this first."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mone_megatron import __version__
+from mone_megatron.config.load import to_yaml
+from mone_megatron.config.schema import Config
+from mone_megatron.config.validate import Layout
+from mone_megatron.data.datasets import build_datasets
+from mone_megatron.data.loader import MicrobatchSampler, SampleDataset, build_loader
+from mone_megatron.data.prepare import PreparedData
+from mone_megatron.model.builder import build_model
+from mone_megatron.model.specs import have_transformer_engine
+from mone_megatron.parallel.device import Device, World, open_process_group
+from mone_megatron.parallel.groups import close_groups, open_expert_sources, open_groups
+from mone_megatron.planning.flops import flops_per_step
+from mone_megatron.planning.parameters import ParameterCount, count_parameters
+from mone_megatron.train.checkpointer import Checkpointer, Position, run_identity
+from mone_megatron.train.hooks import build_hooks
+from mone_megatron.train.loop import Hook, train
+from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
+from mone_megatron.train.optimizer import build_optimizer, build_scheduler
+from mone_megatron.train.run_directory import keep_metrics_up_to, now, open_run_directory
+from mone_megatron.train.signals import RESUME_EXIT_CODE, StopRequest
+from mone_megatron.train.step import Batch, Stepper
+
+
+def say(message: str) -> None:
+    """Tell the user, once, from rank 0."""
+    if dist.get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def _loader(
+    config: Config,
+    layout: Layout,
+    device: Device,
+    dataset: SampleDataset,
+    *,
+    first: int,
+    last: int,
+) -> Iterator[Batch]:
+    """This rank's microbatches of the steps after ``first`` up to ``last``."""
+    sampler = MicrobatchSampler(
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=layout.data,
+        start_step=first,
+        end_step=last,
+    )
+    return build_loader(
+        dataset, sampler, num_workers=config.data.num_workers, pin=device.kind == "cuda"
+    )
+
+
+def _facts(
+    config: Config,
+    layout: Layout,
+    device: Device,
+    data: PreparedData,
+    parameters: ParameterCount,
+    flops: dict[str, int],
+) -> dict[str, Any]:
+    """What run.json holds before the first step (docs/metrics.md)."""
+    return {
+        "name": config.run.name,
+        "world_size": layout.world_size,
+        "device": device.kind,
+        "dtype": str(device.dtype).removeprefix("torch."),
+        "hardware": device.hardware,
+        "versions": {
+            "mone_megatron": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "megatron-core": version("megatron-core"),
+        },
+        "data_fingerprint": data.fingerprint,
+        "vocab_size": data.vocab_size,
+        "parameters": {
+            "total": parameters.total,
+            "activated_gate_counted": parameters.activated_gate_counted,
+            "activated_neurons_only": parameters.activated_neurons_only,
+        },
+        "flops_per_step": flops,
+        "seed": config.train.seed,
+        "started": now(),
+    }
+
+
+def _introduce(
+    config: Config, layout: Layout, device: Device, data: PreparedData, parameters: ParameterCount
+) -> None:
+    """What was chosen, and why, in a few lines."""
+    parallel = config.parallel
+    modules = (
+        "Transformer Engine" if device.kind == "cuda" and have_transformer_engine() else "torch"
+    )
+    say(
+        f"{config.run.name}: {parameters.total:,} parameters, "
+        f"{parameters.activated_gate_counted:,} activated a token (gate counted; "
+        f"{parameters.activated_neurons_only:,} by neurons only)"
+    )
+    say(
+        f"on {device.hardware}; {device.dtype}, {modules} modules; "
+        f"TP{parallel.tensor} PP{parallel.pipeline} CP{parallel.context} EP{parallel.expert} "
+        f"ETP{parallel.expert_tensor} DP{layout.data}, "
+        f"{layout.num_microbatches} microbatches a step"
+    )
+    say(f"data: {data.tokens:,} tokens, vocabulary {data.vocab_size:,}")
+
+
+def run(
+    config: Config,
+    *,
+    layout: Layout,
+    data: PreparedData,
+    device: Device,
+    world: World,
+    started: float | None = None,
+) -> int:
+    """Train.
+
+    Args:
+        config: validated.
+        layout: what validation derived.
+        data: prepared and checked.
+        device: opened, so that megatron-core is imported for it.
+        world: this process's place.
+        started: when the run began, of ``time.monotonic()``; None for now.
+
+    Returns:
+        The exit code: 0, 1 when training failed, ``INTERRUPTED_EXIT_CODE`` or
+        ``RESUME_EXIT_CODE``.
+    """
+    stop = StopRequest(exit_after_minutes=config.train.exit_after_minutes, started=started)
+    try:
+        with stop:
+            open_process_group(device, world, config.device.timeout_seconds)
+            open_groups(
+                config.parallel, config.train, timeout_seconds=config.device.timeout_seconds
+            )
+            return _run(config, layout, data, device, stop)
+    finally:
+        close_groups()
+
+
+@dataclass
+class _Ending:
+    """How the run ended, for the hooks."""
+
+    status: str = "failed"
+
+
+def _end(hook: Hook, ending: _Ending) -> None:
+    hook.on_end(ending.status)
+
+
+def _run(
+    config: Config, layout: Layout, data: PreparedData, device: Device, stop: StopRequest
+) -> int:
+    evaluating = config.train.eval_interval > 0
+    train_data, valid_data = build_datasets(
+        config,
+        data,
+        num_train_samples=config.train.steps * config.train.global_batch_size,
+        num_valid_samples=(
+            config.train.eval_steps * config.train.global_batch_size if evaluating else 0
+        ),
+        build_here=True,
+    )
+    assert train_data is not None
+    chunks = build_model(
+        config,
+        device=device,
+        vocab_size=data.vocab_size,
+        sequence_parallel=layout.sequence_parallel,
+        sources=open_expert_sources(config.parallel),
+    )
+    optimizer = build_optimizer(config, device, chunks)
+    scheduler = build_scheduler(config, optimizer)
+    parameters = count_parameters(config.model, config.mone, data.vocab_size)
+    flops = flops_per_step(config, data.vocab_size)
+    folder = Path(config.run.dir)
+    checkpointer = Checkpointer(
+        config,
+        identity=run_identity(
+            config,
+            data_fingerprint=data.fingerprint,
+            vocab_size=data.vocab_size,
+            dtype=device.dtype,
+        ),
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        say=say,
+    )
+    hooks: list[Hook] = []
+    start = checkpointer.resume()
+    if dist.get_rank() == 0:
+        if start.step == 0 or config.checkpoint.resume != "auto":
+            moved = open_run_directory(folder)
+            if moved:
+                say(moved)
+        seconds = keep_metrics_up_to(folder / "metrics.jsonl", start.step)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        flops_facts = {"ideal": flops.ideal, "realised": flops.realised}
+        facts = _facts(config, layout, device, data, parameters, flops_facts)
+        facts |= {"steps": start.step, "tokens": start.tokens, "seconds": seconds}
+        hooks = build_hooks(config, folder, facts)
+    _introduce(config, layout, device, data, parameters)
+    if start.step >= config.train.steps:
+        say(f"nothing to train: the checkpoint is at train.steps={config.train.steps}")
+
+    def validation() -> Iterator[Batch]:
+        assert valid_data is not None
+        steps = config.train.eval_steps
+        return _loader(config, layout, device, valid_data, first=0, last=steps)
+
+    def batches_from(step: int) -> Iterator[Batch]:
+        return _loader(config, layout, device, train_data, first=step, last=config.train.steps)
+
+    def roll_back() -> tuple[Position, Iterator[Batch]]:
+        position = checkpointer.roll_back()
+        return position, batches_from(position.step)
+
+    # So that there is always a state to roll back to.
+    fresh = start.step == 0 or config.checkpoint.resume != "auto"
+    if config.train.on_bad_loss == "rollback" and fresh and start.step < config.train.steps:
+        checkpointer.save(start)
+
+    with ExitStack() as endings:
+        ending = _Ending()
+        for hook in hooks:
+            hook.on_start()
+            # Every hook that started ends, also when another one fails.
+            endings.callback(_end, hook, ending)
+        try:
+            outcome = train(
+                config=config,
+                layout=layout,
+                device=device,
+                stepper=Stepper(config, layout, device, chunks, optimizer, scheduler),
+                batches=batches_from(start.step),
+                validation=validation if valid_data is not None else None,
+                auxiliary=AuxiliaryLosses(config, layout),
+                panel=UtilisationPanel(config, chunks),
+                flops=flops,
+                hooks=hooks,
+                stop=stop,
+                start=start,
+                save=checkpointer.save if config.checkpoint.interval else None,
+                roll_back=roll_back,
+            )
+        except FloatingPointError as error:
+            say(f"training failed: {error}; metrics up to the step before are in {folder}")
+            return 1
+        ending.status = "completed" if outcome.exit_code is None else "interrupted"
+    # A launcher ends the other processes when one has ended: not before rank 0's files are whole.
+    dist.barrier()
+    if outcome.exit_code is None:
+        return 0
+    say(
+        f"stopped by {outcome.stopped_by} after step {outcome.position.step} of "
+        f"{config.train.steps}; metrics are complete in {folder / 'metrics.jsonl'}"
+    )
+    if outcome.exit_code == RESUME_EXIT_CODE:
+        say("start it again with checkpoint.resume=auto to go on")
+    return outcome.exit_code

@@ -1,0 +1,87 @@
+"""What a run writes under ``run.dir``: config.yaml, run.json, metrics.jsonl and the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+_RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "report.html", "loss.png", "checkpoints")
+
+
+def open_run_directory(folder: Path) -> str | None:
+    """Make ``folder``, moving the files of an earlier run in it aside.
+
+    Returns:
+        A sentence about what was moved, or None.
+
+    Raises:
+        ValueError: when the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        old = [folder / name for name in _RUN_FILES if (folder / name).exists()]
+        if old:
+            number = 1
+            while (earlier := folder / "earlier" / str(number)).exists():
+                number += 1
+            earlier.mkdir(parents=True)
+            for path in old:
+                path.rename(earlier / path.name)
+            return f"{folder} held an earlier run: moved to {earlier}"
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} is not writable")
+    except OSError as error:
+        raise ValueError(
+            f"run.dir: cannot use {str(folder)!r} ({error}); choose another with run.dir=PATH"
+        ) from None
+    return None
+
+
+def keep_metrics_up_to(path: Path, step: int) -> float:
+    """Drop the records after ``step``, which a resumed run makes again; whole or not at all.
+
+    Returns:
+        Seconds that the kept steps took.
+    """
+    if not path.exists():
+        return 0.0
+    kept, seconds = [], 0.0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the line that a killed run was writing
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+            seconds += record["step_seconds"]
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text("".join(kept), encoding="utf-8")
+    os.replace(draft, path)
+    return seconds
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def to_json_line(record: dict[str, float]) -> str:
+    """One record as strict JSON: what is not finite becomes null, counts become integers."""
+    clean: dict[str, float | int | None] = {}
+    for key, value in record.items():
+        if not math.isfinite(value):
+            clean[key] = None
+        else:
+            clean[key] = int(value) if key in ("step", "tokens") else value
+    return json.dumps(clean) + "\n"
+
+
+def now() -> str:
+    """UTC time, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

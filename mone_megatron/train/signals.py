@@ -1,0 +1,131 @@
+"""Stopping on request: the step in progress is finished, then every rank stops together.
+
+Two kinds of request. "Stop" (SIGINT, SIGTERM) is someone who wants the run to end; "requeue"
+(SIGUSR1, which schedulers send before a time limit, and ``train.exit_after_minutes``) is a run that
+should go on later. Both save; the exit code tells them apart (docs/reliability.md).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from types import FrameType
+
+import torch
+
+# Exit code of a run that was asked to stop (128 + SIGINT), its files complete up to that step.
+INTERRUPTED_EXIT_CODE = 130
+# Exit code of a run that ran out of time and wants to be started again (EX_TEMPFAIL of sysexits.h).
+RESUME_EXIT_CODE = 75
+
+TIME_LIMIT = "train.exit_after_minutes"
+_STOP = (signal.SIGINT, signal.SIGTERM)
+_REQUEUE = (signal.SIGUSR1,)
+# A terminal sends Ctrl-C to every process, and torchrun passes its own on: one request, not two.
+_SAME_REQUEST_SECONDS = 2.0
+_STOP_WATCHING = 0
+
+
+def _leave_signals_to_parent() -> None:
+    """In a forked child (loader, checkpoint writer): its signals are not requests to the run."""
+    descriptor = signal.set_wakeup_fd(-1)
+    if descriptor != -1 and descriptor not in _watched:
+        signal.set_wakeup_fd(descriptor)
+
+
+# Wakeup descriptors of this module, inherited by forked children.
+_watched: set[int] = set()
+os.register_at_fork(after_in_child=_leave_signals_to_parent)
+
+
+class StopRequest:
+    """Remembers a request until the end of the step; one made 2 s later or more ends at once.
+
+    Python runs signal handlers between bytecodes of the main thread, which may sit in a collective
+    for minutes. So a thread watches the signals as they come in: a second one also ends a process
+    that hangs.
+    """
+
+    def __init__(self, *, exit_after_minutes: float = 0.0, started: float | None = None) -> None:
+        """Nothing asked for yet.
+
+        Args:
+            exit_after_minutes: when to ask by itself; 0 for never.
+            started: when the run began, of ``time.monotonic()``; None for now.
+        """
+        self.signal_name: str | None = None
+        self._number: int | None = None
+        began = time.monotonic() if started is None else started
+        self._deadline = began + 60.0 * exit_after_minutes if exit_after_minutes else None
+
+    def __enter__(self) -> StopRequest:
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        _watched.add(self._write.fileno())
+        self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._previous = {
+            number: signal.signal(number, self._remember) for number in (*_STOP, *_REQUEUE)
+        }
+        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        _watched.discard(self._write.fileno())
+        self._write.setblocking(True)
+        self._write.send(bytes([_STOP_WATCHING]))
+        self._watcher.join()
+        self._read.close()
+        self._write.close()
+
+    @property
+    def reason(self) -> str | None:
+        """What asked this process to stop: a signal's name, the time limit, or nothing."""
+        if self.signal_name is not None:
+            return self.signal_name
+        return TIME_LIMIT if self._time_is_up() else None
+
+    def read(self, device: torch.device) -> torch.Tensor:
+        """``[2]``, for a sum over ranks: whether to stop, and whether to stop and go on later."""
+        stop = self._number in _STOP
+        requeue = not stop and (self._number in _REQUEUE or self._time_is_up())
+        return torch.tensor([float(stop), float(requeue)], device=device)
+
+    def _time_is_up(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is None:
+            self._number = number
+            self.signal_name = signal.Signals(number).name
+
+    def _watch(self) -> None:
+        """End the process on a second request. Signals arrive as bytes, whatever Python does."""
+        asked_at: float | None = None
+        while True:
+            number = self._read.recv(1)[0]
+            if number == _STOP_WATCHING:
+                return
+            if number not in (*_STOP, *_REQUEUE):
+                continue
+            now = time.monotonic()
+            if asked_at is None:
+                asked_at = now
+            elif now - asked_at > _SAME_REQUEST_SECONDS:
+                os._exit(128 + number)
+
+
+def exit_code(requests: torch.Tensor) -> int | None:
+    """The exit code all ranks agree on, from the summed :meth:`StopRequest.read`; None goes on.
+
+    Someone who wants the run to end wins over a time limit.
+    """
+    if requests[0] > 0:
+        return INTERRUPTED_EXIT_CODE
+    return RESUME_EXIT_CODE if requests[1] > 0 else None

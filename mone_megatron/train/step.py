@@ -1,0 +1,242 @@
+"""One training step and one evaluation, through megatron-core's schedules.
+
+Shape suffixes: B microbatch, S sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
+from torch import Tensor
+
+from mone_megatron.config.schema import Config
+from mone_megatron.config.validate import Layout
+from mone_megatron.parallel.device import Device
+from mone_megatron.train.checkpoint_state import parameter_states
+
+Batch = dict[str, Tensor]
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gives, equal on every rank."""
+
+    # Mean next-token cross-entropy over the global batch, in nats.
+    loss: float
+    # Norm of all gradients before clipping; NaN when the loss was refused before.
+    grad_norm: float
+    lr: float
+    # Sum over microbatches and ranks of what `extra` returned.
+    extra: Tensor
+    # Why the update was not applied; None when it was.
+    fault: str | None = None
+
+
+def not_finite(loss: float) -> str | None:
+    """The least that a loss must be."""
+    return None if math.isfinite(loss) else f"the loss is {loss}"
+
+
+def _forward_step(
+    batches: Iterator[Batch], model: DistributedDataParallel
+) -> tuple[Tensor, LossFunction]:
+    batch = next(batches)
+    losses_BS = model(
+        batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
+    )
+    mask_BS = batch["loss_mask"]
+
+    def mean_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+        context_ranks = parallel_state.get_context_parallel_world_size()
+        tokens = mask_BS.sum() * context_ranks
+        loss = (losses_BS.float() * mask_BS).sum() / tokens
+        return loss, loss.detach().clone()
+
+    return losses_BS, mean_loss
+
+
+class Stepper:
+    """Runs steps over the model chunks of this rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        device: Device,
+        chunks: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> None:
+        """Wire megatron-core's hooks for gradient finalisation and overlap."""
+        self.config = config
+        self.layout = layout
+        self.device = device
+        self.chunks = chunks
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.forward_backward = get_forward_backward_func()
+        transformer = get_model_config(chunks[0])
+        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.grad_scale_func = optimizer.scale_loss
+        if config.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in chunks]
+            grad_sync = [chunk.start_grad_sync for chunk in chunks]
+            transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+            transformer.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
+        # megatron-core moves them while it finalises gradients, before anything is judged.
+        self._expert_biases = [
+            module.expert_bias
+            for chunk in chunks
+            for module in chunk.modules()
+            if isinstance(module, TopKRouter) and module.expert_bias is not None
+        ]
+
+    def train(
+        self, batches: Sequence[Batch], extra: Callable[[], Tensor] = lambda: torch.zeros(0)
+    ) -> StepResult:
+        """One optimizer step; see :meth:`attempt`.
+
+        Raises:
+            FloatingPointError: when the loss or the gradient norm is not finite. The parameters
+                are those of the step before.
+        """
+        result = self.attempt(batches, extra)
+        if result.fault is not None:
+            raise FloatingPointError(result.fault)
+        return result
+
+    def attempt(
+        self,
+        batches: Sequence[Batch],
+        extra: Callable[[], Tensor] = lambda: torch.zeros(0),
+        judge: Callable[[float], str | None] = not_finite,
+    ) -> StepResult:
+        """One optimizer step, applied only when nothing is wrong with it.
+
+        A step that is not applied leaves parameters, masters, moments and expert biases bitwise as
+        they were; the learning-rate schedule and random streams move on all the same.
+
+        Args:
+            batches: this rank's microbatches of the step, on the CPU.
+            extra: called after the backward passes; its result is summed over all ranks in the
+                same collective as the loss.
+            judge: says what is wrong with the global loss, if anything. It is called on every rank
+                with the same number and must say the same on each.
+        """
+        biases = [bias.clone() for bias in self._expert_biases]
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self._run(batches, forward_only=False)
+        sums = self._sum_over_ranks(torch.cat([self._loss_share(losses), extra()]))
+        loss = float(sums[0])
+        self.scheduler.step(1)
+        fault, grad_norm = judge(loss), math.nan
+        if fault is None:
+            grad_norm = self._update()
+            if not math.isfinite(grad_norm):
+                fault = f"the gradient norm is {grad_norm} (the loss is {loss:.6g})"
+        if fault is not None:
+            for bias, before in zip(self._expert_biases, biases, strict=True):
+                bias.copy_(before)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, extra=sums[1:], fault=fault)
+
+    @torch.no_grad()
+    def _update(self) -> float:
+        """The optimizer's step, unless the gradient norm, which is returned, is not finite.
+
+        This is ``ChainedOptimizer.step`` with a look at the norm in the middle: megatron-core
+        would apply a NaN. The norm is a sum over all ranks that hold different gradients, so all
+        ranks see the same.
+        """
+        found_inf = self.optimizer.prepare_grads()
+        assert not found_inf, "only loss scaling finds infinities here, and there is none"
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return grad_norm
+        parts = (
+            self.optimizer.chained_optimizers
+            if isinstance(self.optimizer, ChainedOptimizer)
+            else [self.optimizer]
+        )
+        for part in parts:
+            if parameters := part.get_parameters():
+                clip_grads.clip_grad_by_total_norm_fp32(
+                    parameters, part.config.clip_grad, grad_norm
+                )
+        updated = self.optimizer.step_with_ready_grads()
+        assert updated
+        return grad_norm
+
+    @torch.no_grad()
+    def state_is_finite(self) -> bool:
+        """Whether every weight, master and moment on every rank is. Collective; reads them all."""
+        kept = [tensor for chunk in self.chunks for tensor in chunk.parameters()]
+        for state in parameter_states(self.optimizer):
+            kept += [tensor for kind in state.kinds if (tensor := state.tensor(kind)) is not None]
+        good = torch.stack([tensor.isfinite().all() for tensor in kept if tensor.numel()]).all()
+        return float(self._sum_over_ranks((~good).float().view(1))[0]) == 0.0
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch], steps: int) -> float:
+        """Mean loss over ``steps`` global batches, the model left in training mode."""
+        for chunk in self.chunks:
+            chunk.eval()
+        total = 0.0
+        for _ in range(steps):
+            microbatches = [next(batches) for _ in range(self.layout.num_microbatches)]
+            losses = self._run(microbatches, forward_only=True)
+            total += float(self._sum_over_ranks(self._loss_share(losses))[0])
+        for chunk in self.chunks:
+            chunk.train()
+        return total / steps
+
+    def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> list[Tensor]:
+        on_device = [self._to_device(batch) for batch in batches]
+        iterators = [iter(on_device) for _ in self.chunks]
+        losses: list[Tensor] = self.forward_backward(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=len(batches),
+            seq_length=self.config.train.seq_length,
+            micro_batch_size=self.config.train.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return losses
+
+    def _to_device(self, batch: Batch) -> Batch:
+        moved = {
+            name: tensor.to(self.device.torch_device, non_blocking=True)
+            for name, tensor in batch.items()
+        }
+        if self.config.parallel.context > 1:
+            moved = get_batch_on_this_cp_rank(moved)
+        return moved
+
+    def _loss_share(self, losses: list[Tensor]) -> Tensor:
+        """This rank's share of the global mean loss, ``[1]``; 0 where no loss is computed."""
+        if not losses:
+            return torch.zeros(1, device=self.device.torch_device)
+        # The last pipeline stage computes the loss, every tensor-parallel rank the same one.
+        copies = self.layout.data * self.config.parallel.tensor
+        return torch.stack(losses).sum().view(1) / (len(losses) * copies)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        values = values.to(self.device.torch_device)
+        dist.all_reduce(values)
+        return values.cpu()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mone_megatron.benchmarks.select import kthvalue_mask, measure_select, topk_scatter
+from mone_megatron.kernels.reference import topk_mask
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/bench.py", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_masks_it_compares_with_are_right_without_ties() -> None:
+    scores = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    for rival in (topk_scatter, kthvalue_mask):
+        assert torch.equal(rival(scores, 7), topk_mask(scores, 7))
+
+
+def test_the_grid_is_whole() -> None:
+    cells = measure_select([2, 3], [4, 8], 0.25, repeats=1)
+    assert [(c.rows, c.neurons, c.kept) for c in cells] == [
+        (2, 4, 1),
+        (2, 8, 2),
+        (3, 4, 1),
+        (3, 8, 2),
+    ]
+    with pytest.raises(ValueError, match="keep-ratio"):
+        measure_select([2], [4], 1.5, repeats=1)
+
+
+def test_spine_and_cost_measure_real_steps(tmp_path: Path) -> None:
+    data = f"data.cache_dir={tmp_path / 'cache'}"
+    output = tmp_path / "spine.json"
+    done = _bench("spine", "--repeats", "1", "--steps", "1", "--output", str(output), data)
+    assert done.returncode == 0, done.stderr
+    spine = json.loads(output.read_text())
+    assert spine["benchmark"] == "spine"
+    assert spine["result"]["throughput_ratio"]["median"] > 0
+    assert "torch" in spine["versions"]
+
+    output = tmp_path / "cost.json"
+    tiny = ("--moe", "tiny_moe", "--mone", "tiny_mone", "--repeats", "1", "--part-repeats", "2")
+    done = _bench("cost", *tiny, "--processes", "2", "--output", str(output), data)
+    assert done.returncode == 0, done.stderr
+    cost = json.loads(output.read_text())["result"]
+    assert cost["step_ratio"]["median"] > 0
+    assert len(cost["parts"]) == 5
+    assert cost["neurons"] == 64
+    assert "MoNE / MoE, step time" in done.stdout
+
+
+def test_a_layout_that_cannot_be_is_one_line() -> None:
+    done = _bench("cost", "--processes", "3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("bench: ")
+    assert "parallel.expert" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,252 @@
+"""Checkpoints: a killed run resumes exactly, and any layout takes up any other's state."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+from mone_megatron.testing.launch import REPOSITORY, run_layouts
+from mone_megatron.testing.processes import Processes
+from mone_megatron.testing.trainer import build_trainer
+
+QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
+RUN = ("experiment=tiny_mone", *QUIET, "train.steps=12", "checkpoint.interval=3")
+KEEP_ALL = "checkpoint.keep_last=10"
+
+
+def _records(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights, masters and moments of a checkpoint, by name."""
+    loaded = _load_state_dict_from_keys(None, storage_reader=FileSystemReader(checkpoint))
+    return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def _assert_bitwise_equal(actual: Path, expected: Path) -> None:
+    left, right = _tensors(actual), _tensors(expected)
+    assert left.keys() == right.keys()
+    assert any(key.startswith("optimizer.exp_avg_sq.") for key in right)
+    differing = [key for key in right if not torch.equal(left[key], right[key])]
+    assert not differing
+
+
+def _step(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run_layouts({"run": (*RUN, KEEP_ALL)}, processes=1, folder=folder)
+    return folder / "run"
+
+
+def test_checkpointing_does_not_change_the_run(uninterrupted: Path, tmp_path: Path) -> None:
+    run_layouts({"run": (*RUN, "checkpoint.interval=0")}, processes=1, folder=tmp_path)
+    losses = [record["loss"] for record in _records(uninterrupted)]
+    assert [record["loss"] for record in _records(tmp_path / "run")] == losses
+
+
+def test_a_killed_run_resumes_bitwise(uninterrupted: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mone_megatron.pretrain", "device=cpu", *RUN]
+    command += [f"run.dir={tmp_path}", "checkpoint.resume=auto", KEEP_ALL]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    kills = 0
+    for wait_for_step in (4, 8):
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        metrics = tmp_path / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= wait_for_step):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills == 2
+    final = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert final.returncode == 0, final.stderr
+    assert "resumed from" in final.stderr
+    records, expected = _records(tmp_path), _records(uninterrupted)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    for key in ("loss", "grad_norm", "lr", "tokens"):
+        assert [record[key] for record in records] == [record[key] for record in expected]
+    _assert_bitwise_equal(_step(tmp_path, 12), _step(uninterrupted, 12))
+
+
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one_without_distributed_optimizer": (1, ("parallel.distributed_optimizer=false",)),
+    "dp2": (2, ()),
+    "ep2": (2, ("parallel.expert=2",)),
+    "ep2_without_distributed_optimizer": (
+        2,
+        ("parallel.expert=2", "parallel.distributed_optimizer=false"),
+    ),
+    "tp2_ep1_etp1": (2, ("parallel.tensor=2",)),
+    "tp2_etp2": (2, ("parallel.tensor=2", "parallel.expert_tensor=2")),
+    "pp2": (2, ("parallel.pipeline=2",)),
+    "pp2_interleaved": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    "tp2_ep4": (4, ("parallel.tensor=2", "parallel.expert=4")),
+    "pp2_ep2": (4, ("parallel.pipeline=2", "parallel.expert=2")),
+}
+
+
+@pytest.fixture(scope="module")
+def resharded(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each layout takes up step 3 of the single process, trains to step 6 and saves; then the
+    single process takes that up and trains to step 12."""
+    folder = tmp_path_factory.mktemp("resharded")
+    away = (*RUN, KEEP_ALL, f"checkpoint.resume={_step(uninterrupted, 3)}")
+    for processes in (1, 2, 4):
+        jobs = {
+            name: (*away, *overrides)
+            for name, (size, overrides) in LAYOUTS.items()
+            if size == processes
+        }
+        run_layouts(jobs, processes=processes, folder=folder)
+    back = {
+        f"{name}_back": (*RUN, KEEP_ALL, f"checkpoint.resume={_step(folder / name, 6)}")
+        for name in LAYOUTS
+    }
+    run_layouts(back, processes=1, folder=folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_take_up_each_others_checkpoints(
+    uninterrupted: Path, resharded: Path, name: str
+) -> None:
+    expected = {record["step"]: record for record in _records(uninterrupted)}
+    away, back = _records(resharded / name), _records(resharded / f"{name}_back")
+    assert [record["step"] for record in away] == list(range(4, 13))
+    assert [record["step"] for record in back] == list(range(7, 13))
+    for record in (*away, *back):
+        assert record["loss"] == pytest.approx(expected[record["step"]]["loss"], rel=1e-6)
+        assert record["grad_norm"] == pytest.approx(expected[record["step"]]["grad_norm"], rel=1e-4)
+        assert record["lr"] == expected[record["step"]]["lr"]
+        assert record["tokens"] == expected[record["step"]]["tokens"]
+
+
+def load_and_save(overrides: tuple[str, ...], source: str, target: str) -> None:
+    """Take up a checkpoint on this layout and save it again, nothing trained."""
+    trainer = build_trainer(
+        (*RUN, "device=cpu", *overrides, f"checkpoint.resume={source}", f"run.dir={target}")
+    )
+    position = trainer.checkpointer.resume()
+    assert position.step == 12
+    trainer.checkpointer.save(position)
+
+
+@pytest.mark.parametrize("name", [name for name, (size, _) in LAYOUTS.items() if size <= 2])
+def test_weights_and_moments_move_between_layouts_bitwise(
+    uninterrupted: Path, two_processes: Processes, tmp_path: Path, name: str
+) -> None:
+    size, overrides = LAYOUTS[name]
+    away, back = tmp_path / "away", tmp_path / "back"
+    source = _step(uninterrupted, 12)
+    with Processes(1) as one:
+        here = two_processes if size == 2 else one
+        here.run(load_and_save, overrides, str(source), str(away))
+        _assert_bitwise_equal(_step(away, 12), source)
+        one.run(load_and_save, (), str(_step(away, 12)), str(back))
+    _assert_bitwise_equal(_step(back, 12), source)
+
+
+@pytest.mark.parametrize("name", [name for name, (size, _) in LAYOUTS.items() if size == 4])
+def test_weights_and_moments_move_to_four_processes_bitwise(
+    uninterrupted: Path, four_processes: Processes, tmp_path: Path, name: str
+) -> None:
+    source = _step(uninterrupted, 12)
+    four_processes.run(load_and_save, LAYOUTS[name][1], str(source), str(tmp_path))
+    _assert_bitwise_equal(_step(tmp_path, 12), source)
+
+
+def test_bf16_masters_are_kept(tmp_path: Path) -> None:
+    bf16 = (*RUN, "device.dtype=bf16", "train.steps=4", "checkpoint.interval=2", KEEP_ALL)
+    run_layouts({"whole": bf16}, processes=1, folder=tmp_path)
+    resume = f"checkpoint.resume={_step(tmp_path / 'whole', 2)}"
+    run_layouts({"resumed": (*bf16, resume)}, processes=1, folder=tmp_path)
+    _assert_bitwise_equal(_step(tmp_path / "resumed", 4), _step(tmp_path / "whole", 4))
+    assert any(
+        key.startswith("optimizer.master.") for key in _tensors(_step(tmp_path / "whole", 4))
+    )
+
+
+def test_dropout_resumes_exactly(tmp_path: Path) -> None:
+    dropout = (*RUN, "model.hidden_dropout=0.1", "model.attention_dropout=0.1", KEEP_ALL)
+    run_layouts({"whole": dropout}, processes=1, folder=tmp_path)
+    resume = f"checkpoint.resume={_step(tmp_path / 'whole', 6)}"
+    run_layouts({"resumed": (*dropout, resume)}, processes=1, folder=tmp_path)
+    _assert_bitwise_equal(_step(tmp_path / "resumed", 12), _step(tmp_path / "whole", 12))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.seed=7", "train.seed"),
+        ("train.steps=13", "train.steps"),
+        ("train.global_batch_size=16", "train.global_batch_size"),
+        ("model.norm_eps=1e-5", "model.norm_eps"),
+        ("data.split=[0.9,0.1,0.0]", "data_fingerprint"),
+        ("device.dtype=bf16", "dtype"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    uninterrupted: Path, tmp_path: Path, override: str, named: str
+) -> None:
+    resume = f"checkpoint.resume={_step(uninterrupted, 6)}"
+    command = [sys.executable, "-m", "mone_megatron.pretrain", "device=cpu", *RUN, resume]
+    result = subprocess.run(
+        [*command, f"run.dir={tmp_path / 'run'}", override],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert any(named in line for line in lines), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoints_before(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    limit = 1_000_000  # bytes a file may have: less than a checkpoint's, more than all others'
+    resume = f"checkpoint.resume={_step(uninterrupted, 3)}"
+    code = (
+        "import resource, sys; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "from mone_megatron.pretrain import main; sys.exit(main(sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "device=cpu", *RUN, resume, f"run.dir={tmp_path}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert str(tmp_path / "checkpoints") in lines[0]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == []
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["status"] == "failed"
+    assert [record["step"] for record in _records(tmp_path)] == [4, 5, 6]

@@ -1,0 +1,177 @@
+"""Parameter counts against published totals and against a plain sum of matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mone_megatron.config.load import compose
+from mone_megatron.config.schema import ModelConfig, MoNEConfig
+from mone_megatron.config.validate import neurons_kept
+from mone_megatron.planning import ParameterCount, count_parameters
+
+MOE = MoNEConfig()
+
+
+def count(experiment: str, *, padded: bool = False) -> ParameterCount:
+    config = compose([f"experiment={experiment}"])
+    return count_parameters(config.model, config.mone, config.model.vocab_size, padded=padded)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "total"),
+    [("qwen3_30b_a3b_moe", 30_532_122_624), ("mixtral_8x7b_moe", 46_702_792_704)],
+)
+def test_published_totals(experiment: str, total: int) -> None:
+    assert count(experiment).total == total
+
+
+def test_olmoe_differs_by_the_width_of_its_query_and_key_norms() -> None:
+    # OLMoE normalises all heads together: 2 x 2048 weights a layer where ours has 2 x 128.
+    assert count("olmoe_1b_7b_moe").total + 16 * 2 * (2048 - 128) == 6_919_161_856
+
+
+@pytest.mark.parametrize(
+    ("experiment", "billions"), [("qwen3_30b_a3b_moe", 3.35), ("mixtral_8x7b_moe", 12.88)]
+)
+def test_published_activated_counts(experiment: str, billions: float) -> None:
+    # Published as 3.3B and 12.9B.
+    assert count(experiment).activated_gate_counted / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("size", "active", "total"),
+    [
+        ("38m", 38e6, 100e6),
+        ("98m", 98e6, 349e6),
+        ("115m", 115e6, 459e6),
+        ("290m", 290e6, 1.3e9),
+        ("419m", 419e6, 2.2e9),
+        ("721m", 721e6, 3.8e9),
+        ("1_7b", 1.7e9, 10.3e9),
+    ],
+)
+def test_flame_sizes_match_their_names(size: str, active: float, total: float) -> None:
+    counted = count(f"flame_{size}_moe")
+    assert counted.total == pytest.approx(total, rel=0.03)
+    # The names round down: the shape of 1.7B has 1.754B.
+    assert counted.activated_gate_counted == pytest.approx(active, rel=0.035)
+
+
+@pytest.mark.parametrize(("size", "total"), [("0.9b", 925e6), ("2.8b", 2.81e9)])
+def test_paper_sizes(size: str, total: float) -> None:
+    for kind in ("moe", "mone"):
+        assert count(f"{kind}_{size}").total == pytest.approx(total, rel=0.01)
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = False) -> torch.nn.Module:
+    return torch.nn.Linear(inputs, outputs, bias=bias, device="meta")
+
+
+def reference(model: ModelConfig, rows: int) -> torch.nn.ModuleList:
+    """The model's matrices as plain modules, on the meta device."""
+    h, d = model.hidden_size, model.head_dim or model.hidden_size // model.num_attention_heads
+    modules: list[torch.nn.Module] = [torch.nn.Embedding(rows, h, device="meta")]
+    if not model.tie_embeddings:
+        modules.append(linear(h, rows))
+
+    def gated(width: int) -> list[torch.nn.Module]:
+        return [linear(h, width), linear(h, width), linear(width, h)]
+
+    def norm(width: int) -> torch.nn.Module:
+        return torch.nn.RMSNorm(width, device="meta")
+
+    for layer in range(model.num_layers):
+        heads = [model.num_attention_heads, model.num_query_groups, model.num_query_groups]
+        modules += [linear(h, n * d, bias=model.qkv_bias) for n in heads]
+        modules += [linear(model.num_attention_heads * d, h), norm(h), norm(h)]
+        if model.qk_norm:
+            modules += [norm(d), norm(d)]
+        if model.num_experts == 0 or layer < model.first_dense_layers:
+            modules += gated(model.dense_ffn_hidden_size)
+            continue
+        modules.append(linear(h, model.num_experts))
+        for _ in range(model.num_experts):
+            modules += gated(model.expert_ffn_hidden_size)
+        if model.shared_expert_ffn_hidden_size:
+            modules += gated(model.shared_expert_ffn_hidden_size)
+            if model.shared_expert_gate:
+                modules.append(linear(h, 1))
+    return torch.nn.ModuleList([*modules, norm(h)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    layers=st.integers(2, 4), experts=st.sampled_from([0, 4]), dense=st.integers(0, 1),
+    shared=st.sampled_from([0, 24]), gate=st.booleans(), tied=st.booleans(),
+    qk_norm=st.booleans(), qkv_bias=st.booleans(), head_dim=st.sampled_from([0, 20]),
+    vocab=st.integers(1, 700),
+)  # fmt: skip
+def test_totals_match_built_modules(
+    layers: int, experts: int, dense: int, shared: int, gate: bool, tied: bool, qk_norm: bool,
+    qkv_bias: bool, head_dim: int, vocab: int,
+) -> None:  # fmt: skip
+    model = ModelConfig(
+        num_layers=layers, hidden_size=32, num_attention_heads=4, num_query_groups=2,
+        head_dim=head_dim, dense_ffn_hidden_size=48, num_experts=experts,
+        expert_ffn_hidden_size=16, first_dense_layers=dense if experts else 0,
+        shared_expert_ffn_hidden_size=shared if experts else 0,
+        shared_expert_gate=gate and bool(shared and experts), tie_embeddings=tied,
+        qk_norm=qk_norm, qkv_bias=qkv_bias,
+    )  # fmt: skip
+    padded = -(-vocab // 128) * 128
+    for rows, flag in ((vocab, False), (padded, True)):
+        built = sum(p.numel() for p in reference(model, rows).parameters())
+        assert count_parameters(model, MOE, vocab, padded=flag).total == built
+
+
+def test_activated_without_selection_leaves_out_unvisited_experts_only() -> None:
+    model = ModelConfig(first_dense_layers=1, shared_expert_ffn_hidden_size=64)
+    counted = count_parameters(model, MOE, 1000)
+    unvisited = 3 * (8 - 2) * 3 * model.hidden_size * model.expert_ffn_hidden_size
+    assert counted.activated_gate_counted == counted.total - unvisited
+    assert counted.activated_neurons_only == counted.activated_gate_counted
+
+
+@pytest.mark.parametrize(("ratio", "gate_counted"), [(0.25, 1 / 2), (0.5, 2 / 3), (1.0, 1.0)])
+def test_share_of_an_expert_at_a_keep_ratio(ratio: float, gate_counted: float) -> None:
+    model = ModelConfig()
+    visited = model.num_layers * 2 * 3 * model.hidden_size * model.expert_ffn_hidden_size
+    mone = MoNEConfig(enabled=True, keep_ratio=ratio)
+    moe = count_parameters(model, MOE, 1000).activated_gate_counted
+    counted = count_parameters(model, mone, 1000)
+    assert counted.total == count_parameters(model, MOE, 1000).total
+    assert moe - counted.activated_gate_counted == pytest.approx(visited * (1 - gate_counted))
+    assert moe - counted.activated_neurons_only == pytest.approx(visited * (1 - ratio))
+
+
+def test_apply_to_chooses_the_mlps_that_select() -> None:
+    model = ModelConfig(first_dense_layers=1, shared_expert_ffn_hidden_size=64)
+    h, moe = model.hidden_size, count_parameters(model, MOE, 1000).activated_neurons_only
+    saved = {"routed": 3 * 2 * 128, "shared": 3 * 64, "dense": 512}  # layers x visited x width
+    for target, width in saved.items():
+        mone = MoNEConfig(enabled=True, keep_ratio=0.25, apply_to=(target,))  # type: ignore[arg-type]
+        counted = count_parameters(model, mone, 1000)
+        assert moe - counted.activated_neurons_only == 3 * h * width * 3 // 4
+    every = MoNEConfig(enabled=True, keep_ratio=0.25, apply_to=("routed", "shared", "dense"))
+    counted = count_parameters(model, every, 1000)
+    assert moe - counted.activated_neurons_only == 3 * h * sum(saved.values()) * 3 // 4
+    # Disabled selection counts as none, whatever its other keys say.
+    off = replace(every, enabled=False)
+    assert count_parameters(model, off, 1000) == count_parameters(model, MOE, 1000)
+
+
+def test_padding() -> None:
+    model = ModelConfig(hidden_size=64, tie_embeddings=True)
+    assert count_parameters(model, MOE, 1000, padded=False).embedding == 1000 * 64
+    assert count_parameters(model, MOE, 1000).embedding == 1024 * 64
+    assert count_parameters(model, MOE, 1024).embedding == 1024 * 64
+    assert count_parameters(model, MOE, 1000).output == 0
+
+
+def test_neurons_kept_rounds() -> None:
+    assert [neurons_kept(ratio, 10) for ratio in (0.01, 0.06, 0.25, 0.26, 1.0)] == [0, 1, 2, 3, 10]
