@@ -9,12 +9,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import hydra
-import torch
 from omegaconf import DictConfig
 
-from mone_megatron.checkpoint import CheckpointWriteError
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import (
     CONF_DIR,
@@ -26,8 +25,9 @@ from mone_megatron.config.load import (
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
 from mone_megatron.data.prepare import prepare_data
-from mone_megatron.parallel.device import World, open_device
+from mone_megatron.parallel.world import World
 
+FAILED_EXIT_CODE = 1
 USAGE_EXIT_CODE = 2
 
 
@@ -35,7 +35,8 @@ def pretrain(config: Config) -> int:
     """Check everything that can be checked without a device, then train.
 
     Returns:
-        The exit code of :func:`mone_megatron.train.run.run`.
+        The exit code of :func:`mone_megatron.train.run.run`, or 1 when a checkpoint could not be
+        written.
 
     Raises:
         ValueError: for a configuration, data or environment that cannot work, before any device
@@ -43,18 +44,25 @@ def pretrain(config: Config) -> int:
     """
     started = time.monotonic()
     world = World.from_environment()
-    layout = validate(
-        config,
-        world_size=world.size,
-        num_devices=torch.cuda.device_count(),
-        local_world_size=world.local_size,
-    )
+    check = partial(validate, config, world_size=world.size, local_world_size=world.local_size)
+    # First without torch, whose import takes longer than all else before a refusal.
+    check()
+    import torch
+
+    from mone_megatron.checkpoint import CheckpointWriteError
+    from mone_megatron.parallel.device import open_device
+
+    layout = check(num_devices=torch.cuda.device_count())
     data = prepare_data(config)
     device = open_device(config.device, world)
-    # Imported only now: megatron-core binds names of torch.cuda at import.
+    # Only now: megatron-core binds names of torch.cuda at import.
     from mone_megatron.train.run import run
 
-    return run(config, layout=layout, data=data, device=device, world=world, started=started)
+    try:
+        return run(config, layout=layout, data=data, device=device, world=world, started=started)
+    except CheckpointWriteError as error:
+        _tell(error, world)
+        return FAILED_EXIT_CODE
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)
@@ -63,11 +71,20 @@ def _hydra_main(config: DictConfig) -> int:
     return pretrain(from_dictconfig(config))
 
 
+def _tell(error: Exception, world: World) -> None:
+    """One line for each problem, once."""
+    if world.rank == 0:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from a command line; user errors are one line each, without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     flags = [argument for argument in arguments if argument.startswith("-")]
+    world = World()
     try:
+        world = World.from_environment()
         if flags:
             overrides = [argument for argument in arguments if not argument.startswith("-")]
             multirun = "-m" in flags or "--multirun" in flags
@@ -75,11 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ConfigError(problems)
             return _hydra_main() or 0
         return pretrain(compose(arguments))
-    except (ValueError, CheckpointWriteError) as error:
-        if World.from_environment().rank == 0:
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
-        return 1 if isinstance(error, CheckpointWriteError) else USAGE_EXIT_CODE
+    except ValueError as error:
+        _tell(error, world)
+        return USAGE_EXIT_CODE
 
 
 if __name__ == "__main__":

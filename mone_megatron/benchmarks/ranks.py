@@ -12,7 +12,8 @@ from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config, DeviceConfig
 from mone_megatron.config.validate import validate
 from mone_megatron.data.prepare import prepare_data
-from mone_megatron.parallel.device import World, open_device
+from mone_megatron.parallel.device import open_device
+from mone_megatron.parallel.world import World
 
 if TYPE_CHECKING:
     from mone_megatron.benchmarks.cost import Cost

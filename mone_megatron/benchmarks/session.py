@@ -19,8 +19,9 @@ from mone_megatron.data.datasets import build_datasets
 from mone_megatron.data.loader import MicrobatchSampler, build_loader
 from mone_megatron.data.prepare import PreparedData, prepare_data
 from mone_megatron.model.builder import build_model
-from mone_megatron.parallel.device import Device, World, open_device
+from mone_megatron.parallel.device import Device, open_device
 from mone_megatron.parallel.groups import open_expert_sources, open_groups
+from mone_megatron.parallel.world import World
 from mone_megatron.train.metrics import AuxiliaryLosses
 from mone_megatron.train.optimizer import build_optimizer, build_scheduler
 from mone_megatron.train.step import Batch, Stepper

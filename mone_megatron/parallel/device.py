@@ -12,37 +12,7 @@ import torch.distributed as dist
 
 from mone_megatron.config.schema import DeviceConfig
 from mone_megatron.parallel import megatron_cpu
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among the processes of the run, as torchrun numbers them."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-    @classmethod
-    def from_environment(cls) -> World:
-        """Read torchrun's variables; one process when there are none.
-
-        Raises:
-            ValueError: when only some of them are set, or one is not a number.
-        """
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        found = {name: os.environ[name] for name in names if name in os.environ}
-        if not found:
-            return cls()
-        if missing := [name for name in names if name not in found]:
-            raise ValueError(
-                f"environment: {', '.join(found)} set but not {', '.join(missing)}; start with "
-                "torchrun, or unset them to run one process"
-            )
-        try:
-            return cls(*(int(found[name]) for name in names))
-        except ValueError:
-            raise ValueError(f"environment: {found} are not all whole numbers") from None
+from mone_megatron.parallel.world import World
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from mone_megatron.data.loader import MicrobatchSampler, SampleDataset, build_lo
 from mone_megatron.data.prepare import PreparedData
 from mone_megatron.model.builder import build_model
 from mone_megatron.model.specs import have_transformer_engine
-from mone_megatron.parallel.device import Device, World, open_process_group
+from mone_megatron.parallel.device import Device, open_process_group
 from mone_megatron.parallel.groups import close_groups, open_expert_sources, open_groups
+from mone_megatron.parallel.world import World
 from mone_megatron.planning.flops import flops_per_step
 from mone_megatron.planning.parameters import ParameterCount, count_parameters
 from mone_megatron.train.checkpointer import Checkpointer, Position, run_identity

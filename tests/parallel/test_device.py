@@ -7,11 +7,11 @@ import torch.distributed as dist
 from mone_megatron.config.schema import DeviceConfig
 from mone_megatron.parallel.device import (
     Device,
-    World,
     choose_kind,
     open_device,
     open_process_group,
 )
+from mone_megatron.parallel.world import World
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
