@@ -1,115 +1,144 @@
-"""Runs to break, and ways to count what held; common to the tests of several rows."""
+"""Training runs as real processes, and what they leave behind."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from faults_table import Tally
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.launch import REPOSITORY, free_ports
 
+PRETRAIN = (sys.executable, "-m", "mone_megatron.pretrain")
 QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
-TINY = ("experiment=tiny_mone", "device=cpu", *QUIET)
-_MAINS = Path(__file__).with_name("many_mains.py")
+# tiny_mone made smaller still, for runs of many steps; TP, PP, EP and ETP of 2 and EP of 4 fit.
+SMALL = (
+    "experiment=tiny_mone",
+    "device=cpu",
+    *QUIET,
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.dense_ffn_hidden_size=32",
+    "model.num_experts=4",
+    "model.expert_ffn_hidden_size=32",
+    "train.seq_length=16",
+)
+# A machine under load may be 20 times slower than an idle one.
+PATIENCE = 300.0
+
+Workers = Sequence["subprocess.Popen[str]"]
 
 
-@contextmanager
-def attempt(tally: Tally, name: str) -> Iterator[None]:
-    """Count the block as one try, which held when no assertion in it failed."""
+def launch(
+    folder: Path, *overrides: str, processes: int = 1, command: Sequence[str] = PRETRAIN
+) -> list[subprocess.Popen[str]]:
+    """A run in ``folder``: one process group for each rank, its own children in it."""
+    return start([*command, *overrides, f"run.dir={folder}"], processes=processes)
+
+
+def start(command: Sequence[str], *, processes: int = 1) -> list[subprocess.Popen[str]]:
+    """The same command on every rank, as torchrun would."""
+    port = free_ports(1)[0]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def send(worker: subprocess.Popen[str], number: int) -> None:
+    """A signal to a rank and all its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, number)
+
+
+def end(workers: Workers, seconds: float = PATIENCE) -> tuple[list[int], str]:
+    """Wait; exit codes and all that was said. Whoever is there after ``seconds`` is killed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+        time.sleep(0.02)
+    for worker in workers:
+        send(worker, signal.SIGKILL)
+    errors = [worker.communicate()[1] for worker in workers]
+    return [worker.returncode for worker in workers], "\n".join(errors)
+
+
+def wait_until(happened: Callable[[], Any], workers: Workers, seconds: float = PATIENCE) -> None:
+    """Fails when a worker ends before; after any failure all of them are killed."""
+    deadline = time.monotonic() + seconds
     try:
-        yield
-    except AssertionError as error:
-        tally.check(False, f"{name}: {error}")
-    else:
-        tally.check(True, "")
+        while not happened():
+            ended = [worker.returncode for worker in workers if worker.poll() is not None]
+            assert not ended, f"ended with {ended}"
+            assert time.monotonic() < deadline, f"not within {seconds} s"
+            time.sleep(0.001)
+    except BaseException as error:
+        raise AssertionError(f"{error}\n{end(workers, 0)[1]}") from error
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How one command line ended."""
-
-    code: int
-    # What it wrote to stderr.
-    said: str
-    # Whether it got as far as opening a process group, and seconds until it ended; of
-    # :func:`mains` only.
-    opened: bool = False
-    seconds: float = 0.0
-
-    @property
-    def errors(self) -> list[str]:
-        """The lines for the user."""
-        return [line for line in self.said.splitlines() if line.startswith("error: ")]
-
-    def assert_refused(self, *named: str) -> None:
-        """One line that holds all of ``named``, exit code 2, no traceback."""
-        assert self.code == 2, f"exit code {self.code}: {self.said[-2000:]}"
-        assert "Traceback" not in self.said, self.said
-        told = [line for line in self.errors if all(name in line for name in named)]
-        assert told, f"no line names {named}: {self.said[-2000:]}"
+def records(folder: Path) -> list[dict[str, float]]:
+    """Of ``metrics.jsonl``; the line being written now is left out."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def pretrain(
-    *overrides: str, environment: Mapping[str, str] | None = None, timeout: float = 300
-) -> Ended:
-    """One run in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, "-m", "mone_megatron.pretrain", *overrides],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-    )
-    return Ended(result.returncode, result.stderr)
+def steps(folder: Path) -> list[int]:
+    """The steps recorded."""
+    return [int(record["step"]) for record in records(folder)]
 
 
-def mains(
-    jobs: Mapping[str, Sequence[str]],
-    folder: Path,
-    *,
-    environment: Mapping[str, str] | None = None,
-    timeout: float = 540,
-) -> dict[str, Ended]:
-    """Command lines one after another in one process: imports cost more than a tiny run.
-
-    Args:
-        jobs: name -> overrides.
-        folder: for the lists and what they say.
-        environment: added to this process's.
-        timeout: seconds for all of them.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    listed = folder / "mains.json"
-    listed.write_text(json.dumps([list(overrides) for overrides in jobs.values()]))
-    result = subprocess.run(
-        [sys.executable, str(_MAINS), str(listed)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    ended = [Ended(**values) for values in json.loads((folder / "mains.ended.json").read_text())]
-    return dict(zip(jobs, ended, strict=True))
-
-
-def records(run: Path) -> list[dict[str, float | None]]:
-    """``metrics.jsonl``."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def losses(folder: Path) -> dict[int, str]:
+    """Step -> its loss, to the last bit."""
+    return {int(record["step"]): float(record["loss"]).hex() for record in records(folder)}
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """A run's checkpoint of a step."""
+    """The checkpoint of a step."""
     return run / "checkpoints" / f"step_{step:08d}"
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Of whole checkpoints, by their names."""
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step_*"))
+
+
+def state_digest(checkpoint: Path) -> str:
+    """SHA-256 over all weights, masters and moments, by name."""
+    loaded = _load_state_dict_from_keys(None, storage_reader=FileSystemReader(checkpoint))
+    digest = hashlib.sha256()
+    kinds = set()
+    for key in sorted(loaded):
+        value = loaded[key]
+        if isinstance(value, torch.Tensor):
+            kinds.add(key.split(".")[1] if key.startswith("optimizer.") else "weight")
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+    assert kinds >= {"weight", "exp_avg", "exp_avg_sq"}, kinds
+    return digest.hexdigest()
