@@ -1,4 +1,4 @@
-"""A loss or gradient that goes wrong on one rank: every rank does the same about it."""
+"""Row 13: a loss or gradient that goes wrong on one rank; every rank does the same about it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from faults_runs import TINY, attempt, records, step_folder
+from faults_table import Tally
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
@@ -21,8 +24,8 @@ from mone_megatron.testing.launch import REPOSITORY, free_ports
 from mone_megatron.testing.processes import Processes
 from mone_megatron.testing.trainer import build_trainer
 
-QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
-RUN = ("experiment=tiny_mone", "device=cpu", *QUIET, "checkpoint.keep_last=20")
+Count = Callable[[int, str], AbstractContextManager[Tally]]
+RUN = (*TINY, "checkpoint.keep_last=20")
 SCRIPT = Path(__file__).with_name("faulty_run.py")
 
 
@@ -77,7 +80,7 @@ def train(folder: Path, jobs: Mapping[str, Job], *, processes: int) -> dict[str,
         for rank in range(processes)
     ]
     try:
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=900)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -95,15 +98,6 @@ def train(folder: Path, jobs: Mapping[str, Job], *, processes: int) -> dict[str,
     }
 
 
-def records(folder: Path) -> list[dict[str, float | None]]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step_{step:08d}"
-
-
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     loaded = _load_state_dict_from_keys(None, storage_reader=FileSystemReader(checkpoint))
     return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
@@ -116,6 +110,10 @@ def assert_same_state(left: Path, right: Path) -> None:
     assert not [key for key in first if not torch.equal(first[key], second[key])]
 
 
+SKIPPED = "NaN, Inf or a NaN gradient on one rank: no rank applies the step, bitwise"
+ABORTED = "NaN or a NaN gradient on one rank: all ranks end, no checkpoint of the step"
+ROLLED_BACK = "the same, rolled back: bitwise the run that skipped the batch"
+SPIKE = "a spike on one rank: skipped by all"
 EIGHT = ("train.steps=8", "checkpoint.interval=4")
 SIX_BY_THREE = ("train.steps=6", "checkpoint.interval=3", "train.on_bad_loss=skip")
 SKIP: dict[str, tuple[str, ...]] = {
@@ -166,6 +164,24 @@ ON_ONE: dict[str, Job] = {
 }
 
 
+# With the full counts: every kind on each rank of each layout of two. A pipeline's first stage
+# has no loss that could go wrong.
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "dp": (),
+    "ep": ("parallel.expert=2",),
+    "tp": ("parallel.tensor=2",),
+    "pp": ("parallel.pipeline=2",),
+}
+KINDS = ("nan", "inf", "gradient")
+EVERYWHERE = [
+    (layout, kind, rank)
+    for layout in LAYOUTS
+    for kind in KINDS
+    for rank in (0, 1)
+    if (layout, rank) != ("pp", 0) or kind == "gradient"
+]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     folder = tmp_path_factory.mktemp("runs")
@@ -179,9 +195,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     [("abort_nan", "the loss is nan"), ("abort_gradient", "the gradient norm is")],
 )
 def test_abort_names_the_step_and_saves_nothing_of_it(
-    runs: dict[str, Ended], name: str, named: str
+    runs: dict[str, Ended], tally: Count, name: str, named: str
 ) -> None:
-    run = runs[name]
+    with tally(13, ABORTED) as t, attempt(t, name):
+        assert_aborted(runs[name], named)
+
+
+def assert_aborted(run: Ended, named: str) -> None:
     assert run.codes == [1, 1], run.said
     assert f"step 4: {named}" in run.said
     assert "train.on_bad_loss=abort" in run.said
@@ -192,13 +212,15 @@ def test_abort_names_the_step_and_saves_nothing_of_it(
 
 
 @pytest.mark.parametrize("name", SKIP)
-def test_a_skipped_step_changes_nothing(runs: dict[str, Ended], name: str) -> None:
-    run = runs[f"skip_{name}"]
+def test_a_skipped_step_changes_nothing(runs: dict[str, Ended], tally: Count, name: str) -> None:
+    with tally(13, SKIPPED) as t, attempt(t, name):
+        assert_skipped(runs[f"skip_{name}"])
+
+
+def assert_skipped(run: Ended) -> None:
     assert run.codes == [0, 0], run.said
     found = records(run.folder)
     assert [record.get("skipped") for record in found] == [None, None, 1, 1, None]
-    assert found[3]["loss"] is None
-    assert found[2]["loss"] is not None
     assert_same_state(step_folder(run.folder, 3), step_folder(run.folder, 2))
     assert_same_state(step_folder(run.folder, 4), step_folder(run.folder, 2))
     after, before = tensors(step_folder(run.folder, 5)), tensors(step_folder(run.folder, 4))
@@ -206,6 +228,13 @@ def test_a_skipped_step_changes_nothing(runs: dict[str, Ended], name: str) -> No
     assert all(tensor.isfinite().all() for tensor in after.values())
     # The schedule counts steps, applied or not.
     assert len({record["lr"] for record in found}) == 5
+
+
+def test_the_record_of_a_skipped_step_has_its_loss(runs: dict[str, Ended]) -> None:
+    found = records(runs["skip_distributed_optimizer"].folder)
+    # A gradient that is not finite, then a loss.
+    assert found[2]["loss"] is not None
+    assert found[3]["loss"] is None
 
 
 def test_a_run_resumes_exactly_after_a_skip(runs: dict[str, Ended]) -> None:
@@ -225,9 +254,13 @@ def test_too_many_skips_end_the_run(runs: dict[str, Ended]) -> None:
 
 
 @pytest.mark.parametrize("bad", [2, 6])
-def test_rollback_leaves_the_batch_out(runs: dict[str, Ended], bad: int) -> None:
+def test_rollback_leaves_the_batch_out(runs: dict[str, Ended], tally: Count, bad: int) -> None:
     """Before the first checkpoint and after it; the result is that of skipping the one batch."""
-    rolled, skipped = runs[f"rolled_{bad}"], runs[f"skipped_{bad}"]
+    with tally(13, ROLLED_BACK) as t, attempt(t, f"step {bad}"):
+        assert_rolled_back(runs[f"rolled_{bad}"], runs[f"skipped_{bad}"], bad)
+
+
+def assert_rolled_back(rolled: Ended, skipped: Ended, bad: int) -> None:
     assert (rolled.codes, skipped.codes) == ([0, 0], [0, 0]), rolled.said
     assert "rolling back" in rolled.said
     found, expected = records(rolled.folder), records(skipped.folder)
@@ -252,8 +285,12 @@ def test_too_many_rollbacks_end_the_run(runs: dict[str, Ended]) -> None:
     assert "train.max_rollbacks=1" in run.said
 
 
-def test_a_spike_is_skipped_on_every_rank(runs: dict[str, Ended]) -> None:
-    run = runs["spike"]
+def test_a_spike_is_skipped_on_every_rank(runs: dict[str, Ended], tally: Count) -> None:
+    with tally(13, SPIKE) as t, attempt(t, "spike"):
+        assert_spike_skipped(runs["spike"])
+
+
+def assert_spike_skipped(run: Ended) -> None:
     assert run.codes == [0, 0], run.said
     spikes = [record for record in records(run.folder) if record.get("skipped")]
     assert spikes
@@ -272,8 +309,12 @@ def poke_and_look(overrides: tuple[str, ...]) -> list[bool]:
     return [*looked, trainer.stepper.state_is_finite()]
 
 
-def test_a_state_that_is_not_finite_is_seen_on_every_rank(two_processes: Processes) -> None:
-    assert two_processes.run(poke_and_look, ()) == [[True, False]] * 2
+def test_a_state_that_is_not_finite_is_seen_on_every_rank(
+    two_processes: Processes, tally: Count
+) -> None:
+    with tally(13, "a NaN in the weights of one rank: not saved") as t:
+        seen = two_processes.run(poke_and_look, ())
+        t.check(seen == [[True, False]] * 2, f"seen before and after, by rank: {seen}")
 
 
 def test_rollback_without_checkpoints_is_refused(tmp_path: Path) -> None:
@@ -288,3 +329,24 @@ def test_rollback_without_checkpoints_is_refused(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "checkpoint.interval" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_every_kind_on_every_rank_of_every_layout(tmp_path: Path, tally: Count, full: bool) -> None:
+    if not full:
+        pytest.skip("with --faults-full")
+    jobs = {
+        f"{policy} {layout} {kind} on rank {rank}": Job(
+            (*common, *LAYOUTS[layout]), dict.fromkeys(steps, kind), rank
+        )
+        for layout, kind, rank in EVERYWHERE
+        for policy, common, steps in (("skip", SKIP_STEPS, (3, 4)), ("abort", ABORT[:2], (4,)))
+    }
+    ended = train(tmp_path, jobs, processes=2)
+    with tally(13, SKIPPED) as skipped, tally(13, ABORTED) as aborted:
+        for name, run in ended.items():
+            if name.startswith("skip"):
+                with attempt(skipped, name):
+                    assert_skipped(run)
+            else:
+                with attempt(aborted, name):
+                    assert_aborted(run, "gradient norm" if "gradient" in name else "the loss is")

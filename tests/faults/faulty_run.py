@@ -41,9 +41,10 @@ def train(job: dict[str, Any]) -> int:
     import torch.distributed as dist
 
     from mone_megatron.data.loader import MicrobatchSampler
+    from mone_megatron.model import builder
     from mone_megatron.train import run
 
-    build_loader, build_model = run.build_loader, run.build_model
+    build_loader, build_chunk = run.build_loader, builder.DistributedDataParallel
     kind: str | None = None
 
     def faulty(dataset: Any, sampler: MicrobatchSampler, **options: Any) -> Iterator[Any]:
@@ -56,16 +57,16 @@ def train(job: dict[str, Any]) -> int:
             yield batch
 
     def with_faulty_gradient(*arguments: Any, **options: Any) -> Any:
-        chunks = build_model(*arguments, **options)
-        weight = next(chunks[0].parameters())
+        chunk = build_chunk(*arguments, **options)
+        weight = next(chunk.parameters())
         weight.register_hook(lambda grad: grad * float("nan") if kind == "gradient" else grad)
-        return chunks
+        return chunk
 
-    run.build_loader, run.build_model = faulty, with_faulty_gradient
+    run.build_loader, builder.DistributedDataParallel = faulty, with_faulty_gradient
     try:
         return pretrain(compose(job["overrides"]))
     finally:
-        run.build_loader, run.build_model = build_loader, build_model
+        run.build_loader, builder.DistributedDataParallel = build_loader, build_chunk
 
 
 def main() -> None:
