@@ -88,7 +88,7 @@ def measure_cost(moe: Config, mone: Config, *, repeats: int, part_repeats: int) 
 
 
 def _experts(session: Session) -> list[GroupedExperts]:
-    modules = [module for chunk in session.chunks for module in chunk.modules()]
+    modules = [module for chunk in session.state.chunks for module in chunk.modules()]
     return [module for module in modules if isinstance(module, GroupedExperts)]
 
 
@@ -149,7 +149,7 @@ def _parts(session: Session, inputs: _GateInputs, step_seconds: float, repeats: 
 def _gate(session: Session, settings: NeuronSettings | None) -> NeuronGate:
     experts = _experts(session)[0]
     gate = NeuronGate(
-        config=get_model_config(session.chunks[0]),
+        config=get_model_config(session.state.chunks[0]),
         settings=settings,
         neurons=session.config.model.expert_ffn_hidden_size,
         num_experts=session.config.model.num_experts,

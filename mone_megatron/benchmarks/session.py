@@ -9,21 +9,17 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout, validate
 from mone_megatron.data.datasets import build_datasets
 from mone_megatron.data.loader import MicrobatchSampler, build_loader
 from mone_megatron.data.prepare import PreparedData, prepare_data
-from mone_megatron.model.builder import build_model
 from mone_megatron.parallel.device import Device, open_device
-from mone_megatron.parallel.groups import open_expert_sources, open_groups
+from mone_megatron.parallel.groups import open_groups
 from mone_megatron.parallel.world import World
 from mone_megatron.train.metrics import AuxiliaryLosses
-from mone_megatron.train.optimizer import build_optimizer, build_scheduler
+from mone_megatron.train.state import TrainingState, build_state
 from mone_megatron.train.step import Batch, Stepper
 
 
@@ -35,17 +31,13 @@ class Session:
     layout: Layout
     device: Device
     data: PreparedData
-    chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    state: TrainingState
     # This rank's microbatches of a few steps, over and over.
     batches: Iterator[Batch]
 
     def stepper(self) -> Stepper:
         """The trainer's step over these objects."""
-        return Stepper(
-            self.config, self.layout, self.device, self.chunks, self.optimizer, self.scheduler
-        )
+        return Stepper(self.config, self.layout, self.device, self.state)
 
     def next_step(self) -> list[Batch]:
         """The microbatches of one step."""
@@ -90,18 +82,8 @@ def _open(config: Config, device: Device, world: World, steps: int) -> Session:
         end_step=steps,
     )
     batches = list(build_loader(train, sampler, num_workers=0, pin=False))
-    chunks = build_model(
-        config,
-        device=device,
-        vocab_size=data.vocab_size,
-        sequence_parallel=layout.sequence_parallel,
-        sources=open_expert_sources(config.parallel),
-    )
-    optimizer = build_optimizer(config, device, chunks)
-    scheduler = build_scheduler(config, optimizer)
-    return Session(
-        config, layout, device, data, chunks, optimizer, scheduler, itertools.cycle(batches)
-    )
+    state = build_state(config, layout, device, data.vocab_size)
+    return Session(config, layout, device, data, state, itertools.cycle(batches))
 
 
 def step_action(session: Session) -> Iterator[None]:

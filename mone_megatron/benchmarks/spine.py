@@ -55,7 +55,7 @@ def measure_spine(config: Config, *, repeats: int, steps: int) -> SpineCost:
     bare.stepper()  # sets megatron-core's gradient hooks on the model's configuration
     flops = flops_per_step(config, ours.data.vocab_size)
     auxiliary = AuxiliaryLosses(config, ours.layout)
-    panel = UtilisationPanel(config, ours.chunks)
+    panel = UtilisationPanel(config, ours.state.chunks)
 
     with tempfile.TemporaryDirectory() as folder:
 
@@ -68,7 +68,7 @@ def measure_spine(config: Config, *, repeats: int, steps: int) -> SpineCost:
                 layout=ours.layout,
                 device=ours.device,
                 stepper=ours_stepper,
-                batches=ours.batches,
+                batches_from=lambda step: ours.batches,
                 validation=None,
                 auxiliary=auxiliary,
                 panel=panel,
@@ -76,7 +76,7 @@ def measure_spine(config: Config, *, repeats: int, steps: int) -> SpineCost:
                 hooks=hooks,
                 stop=StopRequest(),
                 start=Position(),
-                save=None,
+                checkpointer=None,
             )
             for hook in hooks:
                 hook.on_end("completed")
@@ -98,24 +98,25 @@ def bare_loop(session: Session, steps: int) -> None:
     """The least that trains: schedule, optimizer, learning rate; nothing read, nothing logged."""
     train_config = session.config.train
     forward_backward = session.stepper().forward_backward
+    chunks = session.state.chunks
     for _ in range(steps):
-        for chunk in session.chunks:
+        for chunk in chunks:
             chunk.zero_grad_buffer()
-        session.optimizer.zero_grad()
+        session.state.optimizer.zero_grad()
         microbatches = session.next_step()
         forward_backward(
             forward_step_func=_forward_step,
-            data_iterator=[iter(copy) for copy in itertools.tee(microbatches, len(session.chunks))]
-            if len(session.chunks) > 1
+            data_iterator=[iter(copy) for copy in itertools.tee(microbatches, len(chunks))]
+            if len(chunks) > 1
             else iter(microbatches),
-            model=session.chunks,
+            model=chunks,
             num_microbatches=len(microbatches),
             seq_length=train_config.seq_length,
             micro_batch_size=train_config.micro_batch_size,
             forward_only=False,
         )
-        session.optimizer.step()
-        session.scheduler.step(1)
+        session.state.optimizer.step()
+        session.state.scheduler.step(1)
 
 
 def _forward_step(

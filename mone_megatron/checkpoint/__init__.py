@@ -4,7 +4,7 @@ What the files of a checkpoint contain is none of this package's business: it ne
 group and no megatron-core.
 """
 
-from mone_megatron.checkpoint.digests import FileDigest, digest_files
+from mone_megatron.checkpoint.digests import FileDigest, digest_file, digest_files
 from mone_megatron.checkpoint.errors import (
     CheckpointWriteError,
     DamagedCheckpointError,
@@ -26,6 +26,7 @@ __all__ = [
     "NoUsableCheckpointError",
     "UnsafePickleError",
     "check_facts",
+    "digest_file",
     "digest_files",
     "open_checkpoint",
     "read_checkpoint",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(path=folder, manifest=manifest, manifest_sha256=digest)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, *, check: Callable[[Checkpoint], list[str]] = Checkpoint.damage
+) -> Checkpoint:
     """A verified checkpoint: every file was read and is what was saved.
 
     Args:
         folder: one checkpoint, under any name.
+        check: what is wrong with it; one that hands each rank its share verifies with all ranks.
 
     Raises:
         DamagedCheckpointError: naming each damaged file and what is wrong with it.
@@ -87,5 +90,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if steps:
             raise ValueError(f"{folder} is not a checkpoint but holds some; give {max(steps)}")
     checkpoint = read_checkpoint(folder)
-    checkpoint.verify()
+    if problems := check(checkpoint):
+        raise DamagedCheckpointError(folder, problems)
     return checkpoint

@@ -227,6 +227,8 @@ class CheckpointConfig:
 
     # Save every so many steps; 0 for never.
     interval: int = 0
+    # Write beside training: a save stops training only until its state is handed over.
+    async_save: bool = False
     # "never" starts afresh, "auto" takes the newest checkpoint of this run, a path takes that one.
     resume: str = "never"
     # Checkpoints kept: the newest so many, and every one whose step is a multiple of keep_every

@@ -13,8 +13,8 @@ Three kinds of redirection, each listed in a table below with its reason and cov
   are replaced in their code objects, which costs nothing at run time;
 * a few small functions are replaced whole, and ``Tensor.cuda`` leaves tensors where they are.
 
-On a CUDA machine only :func:`patch_missing_transformer_engine` acts, and only when Transformer
-Engine is absent.
+On a CUDA machine only :func:`patch_missing_transformer_engine` (when Transformer Engine is absent)
+and :func:`patch_checkpoint_results` act.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import queue
 import sys
 import types
 import warnings
@@ -274,6 +275,17 @@ def patch_missing_transformer_engine() -> None:
         moe_utils.te_general_gemm = None
 
 
+def patch_checkpoint_results() -> None:
+    """Keep the results of writing a checkpoint in this process, on any device.
+
+    ``filesystem_async`` starts a server process, with torch imported in it, for each rank's first
+    save, to take results from writers that it does not own. Ours report to the process itself.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.SimpleQueue()
+
+
 def import_megatron(*, compile_fused: bool) -> None:
     """Import megatron-core, quietly.
 
@@ -295,6 +307,7 @@ def import_megatron(*, compile_fused: bool) -> None:
         finally:
             torch.compile = compiler
     patch_missing_transformer_engine()
+    patch_checkpoint_results()
     # Harmless, from inside the library, and once per process on the terminal otherwise.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", ".*CUDA_DEVICE_MAX_CONNECTIONS")

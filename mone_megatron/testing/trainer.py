@@ -12,11 +12,11 @@ from megatron.core.distributed import DistributedDataParallel
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout, validate
-from mone_megatron.model.builder import build_model
 from mone_megatron.parallel.device import Device
-from mone_megatron.parallel.groups import open_expert_sources, open_groups
-from mone_megatron.train.checkpointer import Checkpointer, run_identity
-from mone_megatron.train.optimizer import build_optimizer, build_scheduler
+from mone_megatron.parallel.groups import open_groups
+from mone_megatron.train.checkpointer import Checkpointer
+from mone_megatron.train.run_identity import run_identity
+from mone_megatron.train.state import build_state
 from mone_megatron.train.step import Stepper
 
 VOCABULARY = 512
@@ -48,25 +48,16 @@ def build_trainer(overrides: Sequence[str], *, data_fingerprint: str | None = No
         data_fingerprint = prepare_data(config).fingerprint
     device = Device("cpu", torch.device("cpu"), torch.float32, 1, "")
     open_groups(config.parallel, config.train, timeout_seconds=60)
-    chunks = build_model(
-        config,
-        device=device,
-        vocab_size=VOCABULARY,
-        sequence_parallel=layout.sequence_parallel,
-        sources=open_expert_sources(config.parallel),
-    )
-    optimizer = build_optimizer(config, device, chunks)
-    scheduler = build_scheduler(config, optimizer)
+    state = build_state(config, layout, device, VOCABULARY)
     identity = run_identity(
         config, data_fingerprint=data_fingerprint, vocab_size=VOCABULARY, dtype=device.dtype
     )
     checkpointer = Checkpointer(
         config,
         identity=identity,
-        chunks=chunks,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        state=state,
+        tokenizer_dir=None,
         say=lambda message: None,
     )
-    stepper = Stepper(config, layout, device, chunks, optimizer, scheduler)
-    return Trainer(config, layout, chunks, stepper, checkpointer)
+    stepper = Stepper(config, layout, device, state)
+    return Trainer(config, layout, state.chunks, stepper, checkpointer)

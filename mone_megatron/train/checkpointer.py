@@ -1,26 +1,33 @@
 """Saving a run's whole state and taking it up again, on any layout.
 
-The state is the model and the optimizer (:mod:`.state`), the step, the tokens seen, the number of
-optimizer updates, and each rank's random streams. Data needs no state: the step decides which
-samples come next (:mod:`mone_megatron.data.loader`).
+The state is the model and the optimizer (:mod:`.checkpoint_state`), the step, the tokens and
+samples seen, the number of optimizer updates, the learning-rate schedule, and each rank's random
+streams; the configuration and the tokenizer lie beside it. Data needs no other state: the step
+decides which samples come next (:mod:`mone_megatron.data.loader`).
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,30 +35,28 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mone_megatron.checkpoint import (
     Checkpoint,
     CheckpointStore,
+    CheckpointWriteError,
+    DamagedCheckpointError,
     FileDigest,
-    digest_files,
+    digest_file,
+    open_checkpoint,
+    read_checkpoint,
     restricted_pickle,
     write_error,
 )
+from mone_megatron.config.load import to_yaml
 from mone_megatron.config.schema import Config
+from mone_megatron.data.tokenizer import TOKENIZER_FILES
 from mone_megatron.train.checkpoint_state import (
     assign_optimizer_state,
     model_state,
     optimizer_state,
     optimizer_targets,
 )
-
-# Keys that must be the same for a run to go on as if it had not stopped.
-_SAME_RUN = (
-    "train.seed",
-    "train.seq_length",
-    "train.global_batch_size",
-    "train.micro_batch_size",
-    "train.steps",
-    "data_fingerprint",
-    "vocab_size",
-    "dtype",
-)
+from mone_megatron.train.checkpoint_writer import BackgroundSave
+from mone_megatron.train.random_state import missing_streams, random_state, set_random_state
+from mone_megatron.train.run_identity import check_same_run
+from mone_megatron.train.state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -69,148 +74,206 @@ class Position:
         return self.step - self.skipped
 
 
-def run_identity(
-    config: Config, *, data_fingerprint: str, vocab_size: int, dtype: torch.dtype
-) -> dict[str, Any]:
-    """What a checkpoint says of the run it belongs to, for :func:`check_same_run`."""
-    return {
-        "model": asdict(config.model),
-        "mone.apply_to": list(config.mone.apply_to) if config.mone.enabled else [],
-        "train.seed": config.train.seed,
-        "train.seq_length": config.train.seq_length,
-        "train.global_batch_size": config.train.global_batch_size,
-        "train.micro_batch_size": config.train.micro_batch_size,
-        "train.steps": config.train.steps,
-        "data_fingerprint": data_fingerprint,
-        "vocab_size": vocab_size,
-        "dtype": str(dtype),
-    }
+@dataclass(frozen=True)
+class _Pending:
+    """A save that is being written."""
 
-
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], where: Path) -> None:
-    """Refuse a checkpoint of other data, another model or another schedule.
-
-    Raises:
-        ValueError: naming every key that differs.
-    """
-    problems = []
-    saved_model, model = saved.get("model", {}), current["model"]
-    for key, value in model.items():
-        if saved_model.get(key) != _plain(value):
-            problems.append(f"model.{key}: {saved_model.get(key)!r} saved, {value!r} configured")
-    for key in _SAME_RUN:
-        if saved.get(key) != current[key]:
-            problems.append(f"{key}: {saved.get(key)!r} saved, {current[key]!r} configured")
-    if problems:
-        raise ValueError(
-            "\n".join(
-                f"{problem}; checkpoint.resume cannot go on from {where} with it changed: restore "
-                "the value, or start afresh with checkpoint.resume=never"
-                for problem in problems
-            )
-        )
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _random_state() -> dict[str, Any]:
-    """Every random stream of this process, as tensors and numbers."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    assert name == "MT19937"
-    version, python_words, python_gauss = random.getstate()
-    state = {
-        "python_version": version,
-        "python_words": torch.tensor(python_words, dtype=torch.int64),
-        "python_gauss": python_gauss,
-        "numpy_words": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "numpy_rest": [int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    words = tuple(state["python_words"].tolist())
-    random.setstate((state["python_version"], words, state["python_gauss"]))
-    position, has_gauss, cached = state["numpy_rest"]
-    keys = state["numpy_words"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), float(cached)))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    position: Position
+    partial: Path
+    saving: BackgroundSave
 
 
 class Checkpointer:
-    """Saves and restores one run. Every method is collective over all ranks."""
+    """Saves and restores one run. Every method is collective over all ranks, but those that say
+    otherwise."""
 
     def __init__(
         self,
         config: Config,
         *,
         identity: dict[str, Any],
-        chunks: list[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
+        state: TrainingState,
+        tokenizer_dir: Path | None,
         say: Callable[[str], None],
     ) -> None:
-        """Work under ``run.dir/checkpoints``; ``identity`` is from :func:`run_identity`."""
+        """Touch nothing yet.
+
+        Args:
+            config: validated; the store is ``run.dir/checkpoints``.
+            identity: from :func:`~mone_megatron.train.run_identity.run_identity`.
+            state: what is saved and restored.
+            tokenizer_dir: goes into each checkpoint; None for none.
+            say: tells the user, once.
+        """
         self.config = config
         self.identity = identity
-        self.chunks = chunks
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.state = state
+        self.tokenizer_dir = tokenizer_dir
         self.say = say
         self.store = CheckpointStore(Path(config.run.dir) / "checkpoints", log=say)
         # Random streams belong to a rank of a layout.
         self.layout = {"world_size": dist.get_world_size(), **asdict(config.parallel)}
+        self._pending: _Pending | None = None
+        self._access_checked = False
+        self._blocked_seconds = 0.0
+
+    # Saving
 
     def save(self, position: Position) -> None:
         """Write a checkpoint of this step: whole and verified, or not at all.
 
+        With ``checkpoint.async_save`` this returns when the state is handed to the processes that
+        write it; :meth:`finish` makes it a checkpoint. A save that is still being written is
+        finished first.
+
         Raises:
             CheckpointWriteError: naming the path; the checkpoints before are untouched.
         """
-        partial = self._on_rank_0(lambda: str(self.store.begin(position.step)))
-        model = model_state(self.chunks)
+        self.finish()
+        with self._blocking():
+            self._start(position)
+        if not self.config.checkpoint.async_save:
+            self.finish()
+
+    def read(self, device: torch.device) -> Tensor:
+        """``[1]``, for a sum over ranks: whether this rank still writes. Not collective."""
+        writing = self._pending is not None and not self._pending.saving.ended
+        return torch.tensor([float(writing)], device=device)
+
+    def advance(self, writing: Tensor) -> None:
+        """Finish a save that every rank has written.
+
+        Args:
+            writing: the sum over ranks of :meth:`read`.
+
+        Raises:
+            CheckpointWriteError: see :meth:`finish`.
+        """
+        if self._pending is not None and writing.sum() == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save that is being written, if any, and make it the newest checkpoint.
+
+        Raises:
+            CheckpointWriteError: on every rank, when it failed on one; nothing of it is left.
+        """
+        if self._pending is None:
+            return
+        with self._blocking():
+            pending, self._pending = self._pending, None
+            self._finish(pending)
+
+    def abandon(self) -> None:
+        """Give up a save that is being written. Not collective: for a run that failed."""
+        if self._pending is not None:
+            self._pending.saving.kill()
+            if dist.get_rank() == 0:
+                self.store.abort(self._pending.partial)
+            self._pending = None
+
+    def writer_pids(self) -> list[int]:
+        """This rank's processes that write a checkpoint. Not collective."""
+        return [] if self._pending is None else self._pending.saving.pids
+
+    def take_blocked_seconds(self) -> float:
+        """How long training stood still for saves since the last call. Not collective."""
+        seconds, self._blocked_seconds = self._blocked_seconds, 0.0
+        return seconds
+
+    @contextmanager
+    def _blocking(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._blocked_seconds += time.perf_counter() - started
+
+    def _start(self, position: Position) -> None:
+        partial = Path(self._on_rank_0(lambda: str(self.store.begin(position.step))))
+        model = model_state(self.state.chunks)
         content: ShardedStateDict = {
             "model": model,
-            "optimizer": optimizer_state(self.optimizer, model),
-            "random": self._random_entry(_random_state()),
+            "optimizer": optimizer_state(self.state.optimizer, model),
+            "random": self._random_entry(random_state()),
             "step": position.step,
             "tokens": position.tokens,
+            "samples": position.step * self.config.train.global_batch_size,
             "updates": position.updates,
+            "schedule": self.state.scheduler.state_dict(),
         }
-        try:
-            dist_checkpointing.save(content, partial)
-            dist.barrier()
-            files: list[Any] = [None] * dist.get_world_size()
-            mine = digest_files(
-                Path(partial), rank=dist.get_rank(), world_size=dist.get_world_size()
+        with self._giving_up(partial):
+            request = dist_checkpointing.save(
+                content,
+                str(partial),
+                async_sharded_save=True,
+                # Whether every element is saved exactly once does not change between saves.
+                validate_access_integrity=not self._access_checked,
             )
-            dist.all_gather_object(files, mine)
+            self._access_checked = True
+            assert request is not None
+            self._pending = _Pending(position, partial, BackgroundSave(request))
+
+    def _finish(self, pending: _Pending) -> None:
+        saving, partial = pending.saving, pending.partial
+        saving.wait()
+        error = saving.error()
+        outcomes: list[tuple[CheckpointWriteError | None, dict[str, FileDigest]] | None]
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (error, {} if error else saving.digests()))
+        files: dict[str, FileDigest] = {}
+        for outcome in outcomes:
+            assert outcome is not None
+            if outcome[0] is not None:
+                if dist.get_rank() == 0:
+                    self.store.abort(partial)
+                raise outcome[0]
+            files |= outcome[1]
+        with self._giving_up(partial):
+            saving.finalize()
+        facts = {
+            "tokens": pending.position.tokens,
+            "identity": self.identity,
+            "layout": self.layout,
+        }
+        self._on_rank_0(lambda: self._commit(partial, facts, files))
+
+    def _commit(self, partial: Path, facts: dict[str, Any], files: dict[str, FileDigest]) -> None:
+        """On rank 0: add what people and other programs read, and the metadata's digests."""
+        try:
+            (partial / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            if self.tokenizer_dir is not None:
+                (partial / "tokenizer").mkdir()
+                for name in TOKENIZER_FILES:
+                    if (self.tokenizer_dir / name).is_file():
+                        shutil.copyfile(self.tokenizer_dir / name, partial / "tokenizer" / name)
+            for path in partial.rglob("*"):
+                name = path.relative_to(partial).as_posix()
+                if name not in files and path.is_file():
+                    files[name] = digest_file(path, sync=True)
+        except OSError as error:
+            self.store.abort(partial)
+            raise write_error(error, partial) from error
+        self.store.commit(partial, facts, files=files)
+        keep = self.config.checkpoint
+        self.store.retain(last=keep.keep_last, every=keep.keep_every)
+
+    @contextmanager
+    def _giving_up(self, partial: Path) -> Iterator[None]:
+        """On an error inside, remove the save and tell what could not be written."""
+        try:
+            yield
         except BaseException as error:  # torch's CheckpointException is no Exception
             if dist.get_rank() == 0:
-                self.store.abort(Path(partial))
+                self.store.abort(partial)
             if isinstance(error, CheckpointException) and error.failures:
                 cause, _ = next(iter(error.failures.values()))
-                raise write_error(cause, Path(partial)) from error
+                raise write_error(cause, partial) from error
+            if isinstance(error, OSError):
+                raise write_error(error, partial) from error
             raise
-        facts = {
-            "tokens": position.tokens,
-            "identity": _plain(self.identity),
-            "layout": _plain(self.layout),
-        }
-        merged = {name: digest for part in files for name, digest in part.items()}
-        self._on_rank_0(lambda: self._commit(Path(partial), facts, merged))
+
+    # Taking up
 
     def roll_back(self) -> Position:
         """Take up the newest checkpoint of this run that verifies; there must be one.
@@ -218,48 +281,76 @@ class Checkpointer:
         Raises:
             ValueError: when there is none.
         """
+        self.finish()
         if self._on_rank_0(lambda: not self.store.checkpoints()):
             raise ValueError(f"train.on_bad_loss=rollback: no checkpoint in {self.store.folder}")
-        return self.resume("auto")
+        return self._resume("auto")
 
-    def resume(self, wanted: str | None = None) -> Position:
+    def resume(self) -> Position:
         """Take up the checkpoint that ``checkpoint.resume`` asks for; the beginning if none.
 
-        Args:
-            wanted: instead of ``checkpoint.resume``.
-
         Raises:
-            ValueError: for a checkpoint that is damaged or of another run.
+            ValueError: for a checkpoint that is damaged, incomplete or of another run.
         """
-        wanted = self.config.checkpoint.resume if wanted is None else wanted
+        return self._resume(self.config.checkpoint.resume)
+
+    def _resume(self, wanted: str) -> Position:
         if wanted == "never":
             return Position()
-        found = self._on_rank_0(lambda: self._find(wanted))
+        found = self._find(wanted)
         if found is None:
             self.say("checkpoint.resume=auto: no checkpoint yet, starting at step 0")
             return Position()
         folder, facts = found
-        check_same_run(facts["identity"], self.identity, Path(folder))
-        same_layout = facts["layout"] == _plain(self.layout)
-        model = model_state(self.chunks)
-        moments, owners = optimizer_targets(self.optimizer, model)
+        chosen = wanted != "auto"
+        check_same_run(facts["identity"], self.identity, folder, chosen=chosen, say=self.say)
+        same_layout = facts["layout"] == self.layout
+        model = model_state(self.state.chunks)
+        moments, owners = optimizer_targets(self.state.optimizer, model)
         content: ShardedStateDict = {"model": model, "optimizer": moments}
         if same_layout:
             content["random"] = self._random_entry(None)
-        with restricted_pickle(Path(folder)):
+        with restricted_pickle(folder):
+            self._check_complete(folder, content)
             # Its access check is for saves: here the main replica of a tensor may not want it.
-            loaded = dist_checkpointing.load(content, folder, validate_access_integrity=False)
-        for number, chunk in enumerate(self.chunks):
+            loaded = dist_checkpointing.load(content, str(folder), validate_access_integrity=False)
+        position = self._position(folder, loaded)
+        if same_layout and (lacking := missing_streams(loaded["random"])):
+            raise _incomplete(folder, [f"random.{name}" for name in lacking])
+        for number, chunk in enumerate(self.state.chunks):
             self._load_weights(chunk, loaded["model"][f"chunk_{number}"])
-        assign_optimizer_state(loaded["optimizer"], owners, loaded["updates"])
-        self.scheduler.num_steps = loaded["step"]
-        self.scheduler.step(0)
+        assign_optimizer_state(loaded["optimizer"], owners, position.updates)
+        self.state.scheduler.num_steps = position.step
+        self.state.scheduler.step(0)
         if same_layout:
-            _set_random_state(loaded["random"])
+            set_random_state(loaded["random"])
         else:
             self.say("the layout changed: weights and moments are exact, dropout draws afresh")
-        self.say(f"resumed from {folder} after step {loaded['step']}")
-        return Position(loaded["step"], loaded["tokens"], loaded["step"] - loaded["updates"])
+        self.say(f"resumed from {folder} after step {position.step}")
+        return position
+
+    def _check_complete(self, folder: Path, content: ShardedStateDict) -> None:
+        """Refuse a checkpoint that lacks anything of ours, before anything is loaded."""
+        there = load_sharded_metadata(str(folder)).keys()
+        if missing := sorted(_keys(content) - there):
+            raise _incomplete(folder, missing)
+
+    def _position(self, folder: Path, loaded: dict[str, Any]) -> Position:
+        needed = ("step", "tokens", "samples", "updates", "schedule")
+        if missing := [name for name in needed if name not in loaded]:
+            raise _incomplete(folder, missing)
+        step = loaded["step"]
+        for name, expected in (
+            ("samples", step * self.config.train.global_batch_size),
+            ("schedule.num_steps", step),
+        ):
+            found = loaded["schedule"].get("num_steps") if "." in name else loaded[name]
+            if found != expected:
+                raise ValueError(
+                    f"checkpoint {folder}: {name} is {found} after step {step}, not {expected}; "
+                    "use another checkpoint with checkpoint.resume=PATH"
+                )
+        return Position(step, loaded["tokens"], step - loaded["updates"])
 
     @torch.no_grad()
     def _load_weights(self, chunk: DistributedDataParallel, weights: dict[str, Tensor]) -> None:
@@ -272,30 +363,91 @@ class Checkpointer:
         shape, place = (dist.get_world_size(),), (dist.get_rank(),)
         return ShardedObject("random", state, shape, place, replica_id=0)
 
-    def _commit(self, partial: Path, facts: dict[str, Any], files: dict[str, FileDigest]) -> str:
-        path = self.store.commit(partial, facts, files=files)
-        keep = self.config.checkpoint
-        self.store.retain(last=keep.keep_last, every=keep.keep_every)
-        return str(path)
+    # Finding
 
-    def _find(self, wanted: str) -> tuple[str, dict[str, Any]] | None:
-        checkpoint: Checkpoint | None
+    def _find(self, wanted: str) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to take up, every rank having verified its share of the files.
+
+        Rank 0 looks; for each checkpoint it wants verified it sends the others the path, and at
+        the end what was found.
+        """
+        if dist.get_rank() == 0:
+            error: Exception | None = None
+            found: Checkpoint | None = None
+            try:
+                found = self._look(wanted)
+            except (OSError, ValueError) as problem:
+                error = problem
+            answer = (error, None if found is None else (found.path, dict(found.facts)))
+            _broadcast(answer)
+        else:
+            while isinstance(answer := _broadcast(), Path):
+                _verify_share(answer)
+        if answer[0] is not None:
+            raise answer[0]
+        return answer[1]
+
+    def _look(self, wanted: str) -> Checkpoint | None:
+        """On rank 0."""
+
+        def check(checkpoint: Checkpoint) -> list[str]:
+            _broadcast(checkpoint.path)
+            return _verify_share(checkpoint.path)
+
         if wanted == "auto":
             self.store.clean()
-            checkpoint = self.store.newest_verified()
-        else:
-            checkpoint = self.store.open(Path(wanted))
-        return (str(checkpoint.path), dict(checkpoint.facts)) if checkpoint else None
+            return self.store.newest_verified(check=check)
+        return open_checkpoint(Path(wanted), check=check)
 
     def _on_rank_0(self, action: Callable[[], Any]) -> Any:
         """Run on rank 0 and tell the others what came out; an error is raised on all."""
-        outcome: list[Any] = [None, None]
+        outcome: tuple[Exception | None, Any] = (None, None)
         if dist.get_rank() == 0:
             try:
-                outcome[0] = action()
+                outcome = (None, action())
             except (OSError, ValueError) as error:
-                outcome[1] = f"{error}"
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise ValueError(outcome[1])
-        return outcome[0]
+                outcome = (error, None)
+        problem, result = _broadcast(outcome)
+        if problem is not None:
+            raise problem
+        return result
+
+
+def _broadcast(value: Any = None) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _verify_share(folder: Path) -> list[str]:
+    """Verify a checkpoint together: what is wrong with it, on every rank."""
+    try:
+        mine = read_checkpoint(folder).damage(dist.get_rank(), dist.get_world_size())
+    except DamagedCheckpointError as error:
+        mine = list(error.problems)
+    everyones: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    return sorted({problem for problems in everyones for problem in problems})
+
+
+def _keys(content: ShardedStateDict) -> set[str]:
+    """The names under which a checkpoint must hold the content's entries."""
+    keys: set[str] = set()
+    for entry in nested_values(content):
+        if isinstance(entry, ShardedTensorFactory):
+            keys |= _keys({"built": entry.build()})
+        elif isinstance(entry, ShardedTensor):
+            keys.add(entry.key)
+        else:
+            assert isinstance(entry, ShardedObject), type(entry)
+            keys.add(entry.unique_key)
+    return keys
+
+
+def _incomplete(folder: Path, missing: list[str]) -> ValueError:
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    return ValueError(
+        f"checkpoint {folder} holds no {', '.join(missing[:5])}{more}; the run cannot go on from "
+        "it exactly: use another checkpoint with checkpoint.resume=PATH"
+    )

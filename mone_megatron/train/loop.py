@@ -13,7 +13,7 @@ from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout
 from mone_megatron.parallel.device import Device
 from mone_megatron.planning.flops import Flops
-from mone_megatron.train.checkpointer import Position
+from mone_megatron.train.checkpointer import Checkpointer, Position
 from mone_megatron.train.faults import LossFaults
 from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
 from mone_megatron.train.signals import StopRequest, exit_code
@@ -62,7 +62,7 @@ def train(
     layout: Layout,
     device: Device,
     stepper: Stepper,
-    batches: Iterator[Batch],
+    batches_from: Callable[[int], Iterator[Batch]],
     validation: Callable[[], Iterator[Batch]] | None,
     auxiliary: AuxiliaryLosses,
     panel: UtilisationPanel,
@@ -70,8 +70,7 @@ def train(
     hooks: Sequence[Hook],
     stop: StopRequest,
     start: Position,
-    save: Callable[[Position], None] | None,
-    roll_back: Callable[[], tuple[Position, Iterator[Batch]]] | None = None,
+    checkpointer: Checkpointer | None,
 ) -> Outcome:
     """Run steps until ``train.steps`` or until any rank is asked to stop.
 
@@ -80,7 +79,7 @@ def train(
         layout: from validation.
         device: where to compute.
         stepper: one step.
-        batches: this rank's microbatches, in order.
+        batches_from: this rank's microbatches of the steps after one.
         validation: the validation microbatches from their beginning, or None.
         auxiliary: auxiliary losses.
         panel: expert and neuron use.
@@ -88,22 +87,24 @@ def train(
         hooks: told of every step.
         stop: this process's request to stop; all ranks agree on it at the end of a step.
         start: where to go on from.
-        save: writes a checkpoint, every ``checkpoint.interval`` steps, at the end, and when
-            stopped; None for no checkpoints.
-        roll_back: takes up the newest checkpoint and returns its place and the microbatches from
-            there; needed with ``train.on_bad_loss=rollback``.
+        checkpointer: saves every ``checkpoint.interval`` steps, at the end and when stopped; needed
+            with ``train.on_bad_loss=rollback``. None for no checkpoints.
 
     Raises:
         FloatingPointError: for a loss, a gradient or a state that ``train.on_bad_loss`` says, or
             that its limits say, must end the run. Nothing of that step was applied or saved.
+        CheckpointWriteError: a checkpoint could not be written.
     """
     last = config.train.steps
     tokens_per_step = config.train.global_batch_size * config.train.seq_length
     position, code = start, None
+    batches = batches_from(start.step)
     faults = LossFaults(config.train)
+    where = device.torch_device
 
     def extra() -> torch.Tensor:
-        return torch.cat([stop.read(device.torch_device), auxiliary.read(device.torch_device)])
+        saving = checkpointer.read(where) if checkpointer else torch.zeros(1, device=where)
+        return torch.cat([stop.read(where), saving, auxiliary.read(where)])
 
     while position.step < last and code is None:
         step = position.step + 1
@@ -125,8 +126,9 @@ def train(
             for hook in hooks:
                 hook.on_fault(step, result.fault, action)
             if action == "rollback":
-                assert roll_back is not None
-                position, batches = roll_back()
+                assert checkpointer is not None
+                position = checkpointer.roll_back()
+                batches = batches_from(position.step)
                 faults.rolled_back(position.step)
                 for hook in hooks:
                     hook.on_rollback(position.step)
@@ -144,21 +146,29 @@ def train(
             "step_seconds": seconds,
             "tflops_realised": flops.realised * rate,
             "tflops_ideal": flops.ideal * rate,
-            **auxiliary.metrics(result.extra[2:], per_layer=show_layers),
+            **auxiliary.metrics(result.extra[3:], per_layer=show_layers),
         }
+        if checkpointer and (blocked := checkpointer.take_blocked_seconds()):
+            record["checkpoint_seconds"] = blocked
         if result.fault is not None:
             record["skipped"] = 1
         if show_layers:
-            record |= panel.metrics(device.torch_device)
+            record |= panel.metrics(where)
         if validation is not None and _is_due(step, config.train.eval_interval, last):
             record["val_loss"] = stepper.evaluate(validation(), config.train.eval_steps)
         for hook in hooks:
             hook.on_step(record)
         code = exit_code(result.extra[:2])
-        if save is not None and (code or _is_due(step, config.checkpoint.interval, last)):
+        if checkpointer is None:
+            continue
+        checkpointer.advance(result.extra[2:3])
+        interval = config.checkpoint.interval
+        if interval and (code or _is_due(step, interval, last)):
             if not stepper.state_is_finite():
                 raise FloatingPointError(
                     f"step {step}: weights or moments are not finite; not saving them"
                 )
-            save(position)
+            checkpointer.save(position)
+    if checkpointer is not None:
+        checkpointer.finish()
     return Outcome(position, code, None if code is None else stop.reason or "another rank")

@@ -22,20 +22,20 @@ from mone_megatron.config.validate import Layout
 from mone_megatron.data.datasets import build_datasets
 from mone_megatron.data.loader import MicrobatchSampler, SampleDataset, build_loader
 from mone_megatron.data.prepare import PreparedData
-from mone_megatron.model.builder import build_model
 from mone_megatron.model.specs import have_transformer_engine
 from mone_megatron.parallel.device import Device, open_process_group
-from mone_megatron.parallel.groups import close_groups, open_expert_sources, open_groups
+from mone_megatron.parallel.groups import close_groups, open_groups
 from mone_megatron.parallel.world import World
 from mone_megatron.planning.flops import flops_per_step
 from mone_megatron.planning.parameters import ParameterCount, count_parameters
-from mone_megatron.train.checkpointer import Checkpointer, Position, run_identity
+from mone_megatron.train.checkpointer import Checkpointer
 from mone_megatron.train.hooks import build_hooks
 from mone_megatron.train.loop import Hook, train
 from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
-from mone_megatron.train.optimizer import build_optimizer, build_scheduler
 from mone_megatron.train.run_directory import keep_metrics_up_to, now, open_run_directory
+from mone_megatron.train.run_identity import run_identity
 from mone_megatron.train.signals import RESUME_EXIT_CODE, StopRequest
+from mone_megatron.train.state import build_state
 from mone_megatron.train.step import Batch, Stepper
 
 
@@ -184,15 +184,7 @@ def _run(
         build_here=True,
     )
     assert train_data is not None
-    chunks = build_model(
-        config,
-        device=device,
-        vocab_size=data.vocab_size,
-        sequence_parallel=layout.sequence_parallel,
-        sources=open_expert_sources(config.parallel),
-    )
-    optimizer = build_optimizer(config, device, chunks)
-    scheduler = build_scheduler(config, optimizer)
+    state = build_state(config, layout, device, data.vocab_size)
     parameters = count_parameters(config.model, config.mone, data.vocab_size)
     flops = flops_per_step(config, data.vocab_size)
     folder = Path(config.run.dir)
@@ -204,9 +196,8 @@ def _run(
             vocab_size=data.vocab_size,
             dtype=device.dtype,
         ),
-        chunks=chunks,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        state=state,
+        tokenizer_dir=Path(data.tokenizer_dir),
         say=say,
     )
     hooks: list[Hook] = []
@@ -234,10 +225,6 @@ def _run(
     def batches_from(step: int) -> Iterator[Batch]:
         return _loader(config, layout, device, train_data, first=step, last=config.train.steps)
 
-    def roll_back() -> tuple[Position, Iterator[Batch]]:
-        position = checkpointer.roll_back()
-        return position, batches_from(position.step)
-
     # So that there is always a state to roll back to.
     fresh = start.step == 0 or config.checkpoint.resume != "auto"
     if config.train.on_bad_loss == "rollback" and fresh and start.step < config.train.steps:
@@ -249,24 +236,26 @@ def _run(
             hook.on_start()
             # Every hook that started ends, also when another one fails.
             endings.callback(_end, hook, ending)
+        endings.callback(checkpointer.abandon)
         try:
             outcome = train(
                 config=config,
                 layout=layout,
                 device=device,
-                stepper=Stepper(config, layout, device, chunks, optimizer, scheduler),
-                batches=batches_from(start.step),
+                stepper=Stepper(config, layout, device, state),
+                batches_from=batches_from,
                 validation=validation if valid_data is not None else None,
                 auxiliary=AuxiliaryLosses(config, layout),
-                panel=UtilisationPanel(config, chunks),
+                panel=UtilisationPanel(config, state.chunks),
                 flops=flops,
                 hooks=hooks,
                 stop=stop,
                 start=start,
-                save=checkpointer.save if config.checkpoint.interval else None,
-                roll_back=roll_back,
+                checkpointer=checkpointer,
             )
         except FloatingPointError as error:
+            # What was saved before the fault is worth keeping; every rank comes here.
+            checkpointer.finish()
             say(f"training failed: {error}; metrics up to the step before are in {folder}")
             return 1
         ending.status = "completed" if outcome.exit_code is None else "interrupted"

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import ChainedOptimizer, clip_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
@@ -24,6 +23,7 @@ from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout
 from mone_megatron.parallel.device import Device
 from mone_megatron.train.checkpoint_state import parameter_states
+from mone_megatron.train.state import TrainingState
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -75,17 +75,15 @@ class Stepper:
         config: Config,
         layout: Layout,
         device: Device,
-        chunks: list[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
+        state: TrainingState,
     ) -> None:
         """Wire megatron-core's hooks for gradient finalisation and overlap."""
         self.config = config
         self.layout = layout
         self.device = device
-        self.chunks = chunks
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.chunks = chunks = state.chunks
+        self.optimizer = optimizer = state.optimizer
+        self.scheduler = state.scheduler
         self.forward_backward = get_forward_backward_func()
         transformer = get_model_config(chunks[0])
         transformer.finalize_model_grads_func = finalize_model_grads

@@ -1,0 +1,90 @@
+"""Whether a checkpoint belongs to this run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mone_megatron.config.schema import Config
+
+# What may be changed by someone who names a checkpoint to start from; a run that goes on by
+# itself (checkpoint.resume=auto) must be as it was.
+_RECIPE = ("mone.", "optim.")
+
+
+def run_identity(
+    config: Config, *, data_fingerprint: str, vocab_size: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What a checkpoint says of the run it belongs to: plain values by configuration key."""
+    return {
+        **_flat("model", asdict(config.model)),
+        **_flat("mone", asdict(config.mone)),
+        **_flat("optim", asdict(config.optim)),
+        "train.seed": config.train.seed,
+        "train.seq_length": config.train.seq_length,
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.steps": config.train.steps,
+        "data_fingerprint": data_fingerprint,
+        "vocab_size": vocab_size,
+        "dtype": str(dtype),
+    }
+
+
+def check_same_run(
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    where: Path,
+    *,
+    chosen: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Refuse a checkpoint of other data, another model, another schedule or another recipe.
+
+    Args:
+        saved: what the checkpoint says.
+        current: this run's.
+        where: the checkpoint, for messages.
+        chosen: the user named this checkpoint: a changed recipe (``mone.*``, ``optim.*``) is then
+            meant, and only told.
+        say: is told of changes that are let through.
+
+    Raises:
+        ValueError: naming every key that differs.
+    """
+    problems = []
+    for key in sorted(saved.keys() | current.keys()):
+        old, new = saved.get(key), current.get(key)
+        if old == new and key in saved and key in current:
+            continue
+        change = f"{key}: {old!r} saved, {new!r} configured"
+        if not key.startswith(_RECIPE):
+            problems.append(
+                f"{change}; checkpoint.resume cannot go on from {where} with it changed: restore "
+                "the value, or start afresh with checkpoint.resume=never"
+            )
+        elif not chosen:
+            problems.append(
+                f"{change}; checkpoint.resume=auto goes on as before: restore the value, or name "
+                f"the checkpoint to go on with another recipe: checkpoint.resume={where}"
+            )
+        else:
+            say(f"WARNING: {change}; going on with the configured value")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted key, as JSON gives them back (tuples are lists)."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}"
+        if isinstance(value, dict):
+            flat |= _flat(name, value)
+        else:
+            flat[name] = list(value) if isinstance(value, list | tuple) else value
+    return flat
