@@ -18,6 +18,8 @@ from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig, Paralle
 
 # Tokens 0-255 of a byte-level BPE are the bytes; the rest is learnt, plus end-of-text.
 _SMALLEST_BPE = 257
+# NumPy, which shuffles the data, takes seeds below 2**32; megatron-core adds to them by rank.
+_LARGEST_SEED = 2**31 - 1
 # torch.nn.functional.grouped_mm wants every stride to be a multiple of 16 bytes.
 _GROUPED_MM_ALIGNMENT = 16
 
@@ -177,6 +179,9 @@ def _ranges(config: Config) -> Iterator[str]:
     for key, value in at_least_0.items():
         if value < 0:
             yield f"{key}: {value} is negative; use 0 or more"
+
+    if train.seed > _LARGEST_SEED:
+        yield f"train.seed: {train.seed} is too large; use {_LARGEST_SEED} or less"
 
     above_0 = {
         "model.norm_eps": model.norm_eps,

@@ -6,16 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from faults_helpers import QUIET
 from faults_table import Tally
 
 from mone_megatron.testing.launch import REPOSITORY
 
-QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
 TINY = ("experiment=tiny_mone", "device=cpu", *QUIET)
 _MAINS = Path(__file__).with_name("many_mains.py")
 
@@ -38,9 +38,10 @@ class Ended:
     code: int
     # What it wrote to stderr.
     said: str
-    # Whether it got as far as opening a process group, and seconds until it ended; of
-    # :func:`mains` only.
+    # Of :func:`mains` only: whether it opened a process group, whether torch was imported by
+    # then, and seconds until it ended.
     opened: bool = False
+    torch: bool = True
     seconds: float = 0.0
 
     @property
@@ -48,16 +49,24 @@ class Ended:
         """The lines for the user."""
         return [line for line in self.said.splitlines() if line.startswith("error: ")]
 
-    def assert_refused(self, *named: str) -> None:
-        """One line that holds all of ``named``, exit code 2, no traceback."""
-        assert self.code == 2, f"exit code {self.code}: {self.said[-2000:]}"
+    def assert_refused(self, *named: str, code: int = 2) -> None:
+        """A line that holds all of ``named``, no traceback, and the exit code."""
+        assert self.code == code, f"exit code {self.code}: {self.said[-2000:]}"
         assert "Traceback" not in self.said, self.said
         told = [line for line in self.errors if all(name in line for name in named)]
         assert told, f"no line names {named}: {self.said[-2000:]}"
 
 
+@dataclass(frozen=True)
+class Main:
+    """One command line of :func:`mains`."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 def pretrain(
-    *overrides: str, environment: Mapping[str, str] | None = None, timeout: float = 300
+    *overrides: str, environment: Mapping[str, str] | None = None, timeout: float = 500
 ) -> Ended:
     """One run in a process of its own."""
     result = subprocess.run(
@@ -73,27 +82,23 @@ def pretrain(
 
 
 def mains(
-    jobs: Mapping[str, Sequence[str]],
-    folder: Path,
-    *,
-    environment: Mapping[str, str] | None = None,
-    timeout: float = 540,
+    jobs: Mapping[str, Main], folder: Path, *, watch: bool = True, timeout: float = 1800
 ) -> dict[str, Ended]:
     """Command lines one after another in one process: imports cost more than a tiny run.
 
     Args:
-        jobs: name -> overrides.
+        jobs: by name.
         folder: for the lists and what they say.
-        environment: added to this process's.
+        watch: tell which opened a process group; torch is imported for it.
         timeout: seconds for all of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "mains.json"
-    listed.write_text(json.dumps([list(overrides) for overrides in jobs.values()]))
+    listed.write_text(json.dumps({"watch": watch, "jobs": [asdict(job) for job in jobs.values()]}))
     result = subprocess.run(
         [sys.executable, str(_MAINS), str(listed)],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -102,14 +107,3 @@ def mains(
     assert result.returncode == 0, result.stderr[-4000:]
     ended = [Ended(**values) for values in json.loads((folder / "mains.ended.json").read_text())]
     return dict(zip(jobs, ended, strict=True))
-
-
-def records(run: Path) -> list[dict[str, float | None]]:
-    """``metrics.jsonl``."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def step_folder(run: Path, step: int) -> Path:
-    """A run's checkpoint of a step."""
-    return run / "checkpoints" / f"step_{step:08d}"

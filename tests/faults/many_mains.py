@@ -2,8 +2,9 @@
 
     python many_mains.py FOLDER/mains.json
 
-The file lists lists of arguments. FOLDER/mains.ended.json tells how each ended: exit code, stderr,
-whether a process group was opened, and seconds.
+The file holds ``jobs``, a list of objects with ``arguments`` and the ``environment`` to add, and
+``watch``: whether to tell if a process group was opened, for which torch is imported first.
+FOLDER/mains.ended.json tells how each ended.
 """
 
 from __future__ import annotations
@@ -13,50 +14,67 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from mone_megatron.pretrain import main
 
 
-def run(arguments: list[str], said: Path) -> dict[str, Any]:
-    opened = False
+@contextmanager
+def watched_groups(watch: bool) -> Iterator[list[bool]]:
+    """A list that gets an entry with each process group that is opened."""
+    opened: list[bool] = []
+    if not watch:
+        yield opened
+        return
+    import torch.distributed as dist
+
     open_group = dist.init_process_group
 
     def watched(*args: Any, **options: Any) -> None:
-        nonlocal opened
-        opened = True
+        opened.append(True)
         open_group(*args, **options)
 
     dist.init_process_group = watched
-    started = time.monotonic()
-    with said.open("w") as stream:
+    try:
+        yield opened
+    finally:
+        dist.init_process_group = open_group
+
+
+def run(arguments: list[str], said: Path, *, watch: bool) -> dict[str, Any]:
+    with said.open("w") as stream, watched_groups(watch) as opened:
         os.dup2(stream.fileno(), 2)
+        started = time.monotonic()
         try:
             code = main(arguments)
         except Exception:
             # As the interpreter would.
             traceback.print_exc()
             code = 1
-        finally:
-            sys.stderr.flush()
-            dist.init_process_group = open_group
-    seconds = time.monotonic() - started
+        seconds = time.monotonic() - started
+        sys.stderr.flush()
     return {
         "code": code,
         "said": said.read_text(encoding="utf-8"),
-        "opened": opened,
+        "opened": bool(opened),
+        "torch": "torch" in sys.modules,
         "seconds": seconds,
     }
 
 
 def mains(listed: Path) -> None:
-    ended = [
-        run(arguments, listed.with_name(f"mains.{number}.said"))
-        for number, arguments in enumerate(json.loads(listed.read_text(encoding="utf-8")))
-    ]
+    work = json.loads(listed.read_text(encoding="utf-8"))
+    ended = []
+    for number, job in enumerate(work["jobs"]):
+        before = dict(os.environ)
+        os.environ.update(job["environment"])
+        said = listed.with_name(f"mains.{number}.said")
+        ended.append(run(job["arguments"], said, watch=work["watch"]))
+        os.environ.clear()
+        os.environ.update(before)
     listed.with_suffix(".ended.json").write_text(json.dumps(ended), encoding="utf-8")
 
 

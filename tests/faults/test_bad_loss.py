@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from faults_runs import TINY, attempt, records, step_folder
+from faults_helpers import records, step_folder
+from faults_runs import TINY, attempt
 from faults_table import Tally
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
