@@ -350,4 +350,6 @@ def test_every_kind_on_every_rank_of_every_layout(tmp_path: Path, tally: Count, 
                     assert_skipped(run)
             else:
                 with attempt(aborted, name):
-                    assert_aborted(run, "gradient norm" if "gradient" in name else "the loss is")
+                    assert_aborted(
+                        run, "the gradient norm is" if "gradient" in name else "the loss is"
+                    )
