@@ -1,8 +1,9 @@
 """Training and validation datasets through megatron-core's builders.
 
 The builders keep their shuffles (indices) in files. Those files are made under a name that digests
-everything they depend on, the data's fingerprint included, and count only once a marker says that
-all of them are written: a rebuilt corpus, or a build that was killed, cannot leave a stale one.
+everything they depend on, the data's fingerprint included, and count only once a marker with their
+digests is there: a rebuilt corpus, a build that was killed, or a damaged file cannot leave a stale
+one.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from mone_megatron.config.schema import Config
-from mone_megatron.data.files import locked, sync_file
+from mone_megatron.data.files import locked, quick_digest, sync_file, write_text_atomically
 from mone_megatron.data.loader import SampleDataset
 from mone_megatron.data.prepare import PreparedData
+
+# Written last, into a cache that is whole.
+_MARKER = "complete"
 
 
 def build_datasets(
@@ -66,8 +70,7 @@ def build_datasets(
     first = not distributed or torch.distributed.get_rank() == 0
     # Only the first rank writes the cache; the lock keeps other runs out while it does.
     with locked(cache.with_suffix(".lock")) if first else nullcontext():
-        marker = cache / "complete"
-        if first and not marker.exists() and cache.exists():
+        if first and cache.exists() and not _is_whole(cache):
             shutil.rmtree(cache)
         builder = (BlendedMegatronDatasetBuilder if distributed else _SingleProcessBuilder)(
             GPTDataset,
@@ -85,11 +88,26 @@ def build_datasets(
                 f"data.cache_dir={config.data.cache_dir}: this process does not see the index files"
                 " rank 0 wrote there; use a folder that all nodes share"
             ) from error
-        if first and not marker.exists():
+        if first and not (cache / _MARKER).exists():
             for path in cache.iterdir():
                 sync_file(path)
-            marker.touch()
+            write_text_atomically(cache / _MARKER, json.dumps(_digests(cache)) + "\n")
     return train, valid
+
+
+def _digests(cache: Path) -> dict[str, str]:
+    """Name -> digest of every file but the marker; of large files a sample."""
+    names = sorted(path.name for path in cache.iterdir() if path.name != _MARKER)
+    return {name: quick_digest(cache / name) for name in names}
+
+
+def _is_whole(cache: Path) -> bool:
+    """Whether the files are those that the marker was written for."""
+    try:
+        expected = json.loads((cache / _MARKER).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return bool(expected == _digests(cache))
 
 
 class _TokenizerFacts:

@@ -14,6 +14,13 @@ from mone_megatron.config.schema import Config
 # What may be changed by someone who names a checkpoint to start from; a run that goes on by
 # itself (checkpoint.resume=auto) must be as it was.
 _RECIPE = ("mone.", "optim.")
+# What to look at when a value that nobody configured differs.
+_MADE_OF = {
+    "data_fingerprint": " (made of data.split, data.weights, the order of data.paths and the bytes "
+    "of their files)",
+    "vocab_size": " (model.vocab_size, or the tokenizer's if that is 0)",
+    "dtype": " (device.dtype)",
+}
 
 
 def run_identity(
@@ -61,7 +68,7 @@ def check_same_run(
         old, new = saved.get(key), current.get(key)
         if old == new and key in saved and key in current:
             continue
-        change = f"{key}: {old!r} saved, {new!r} configured"
+        change = f"{key}: {old!r} saved, {new!r} configured{_MADE_OF.get(key, '')}"
         if not key.startswith(_RECIPE):
             problems.append(
                 f"{change}; checkpoint.resume cannot go on from {where} with it changed: restore "
