@@ -7,17 +7,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout, validate
+from mone_megatron.data.loader import MicrobatchSampler
 from mone_megatron.parallel.device import Device
 from mone_megatron.parallel.groups import open_groups
 from mone_megatron.train.checkpointer import Checkpointer
 from mone_megatron.train.run_identity import run_identity
-from mone_megatron.train.state import build_state
-from mone_megatron.train.step import Stepper
+from mone_megatron.train.state import TrainingState, build_state
+from mone_megatron.train.step import Batch, Stepper
 
 VOCABULARY = 512
 
@@ -28,9 +30,14 @@ class Trainer:
 
     config: Config
     layout: Layout
-    chunks: list[DistributedDataParallel]
+    state: TrainingState
     stepper: Stepper
     checkpointer: Checkpointer
+
+    @property
+    def chunks(self) -> list[DistributedDataParallel]:
+        """This rank's part of the model."""
+        return self.state.chunks
 
 
 def build_trainer(overrides: Sequence[str], *, data_fingerprint: str | None = None) -> Trainer:
@@ -60,4 +67,29 @@ def build_trainer(overrides: Sequence[str], *, data_fingerprint: str | None = No
         say=lambda message: None,
     )
     stepper = Stepper(config, layout, device, state)
-    return Trainer(config, layout, state.chunks, stepper, checkpointer)
+    return Trainer(config, layout, state, stepper, checkpointer)
+
+
+def random_batches(trainer: Trainer) -> list[Batch]:
+    """This rank's microbatches of one step of random tokens, the same step in every layout."""
+    train = trainer.config.train
+    generator = torch.Generator().manual_seed(3)
+    size = (train.global_batch_size, train.seq_length + 1)
+    samples = torch.randint(VOCABULARY - 12, size, generator=generator)
+    sampler = MicrobatchSampler(
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=trainer.layout.data,
+        start_step=0,
+        end_step=1,
+    )
+    return [
+        {
+            "tokens": samples[rows, :-1],
+            "labels": samples[rows, 1:],
+            "loss_mask": torch.ones(len(rows), train.seq_length),
+            "position_ids": torch.arange(train.seq_length).expand(len(rows), -1),
+        }
+        for rows in sampler
+    ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -315,7 +315,7 @@ class Checkpointer:
             # Its access check is for saves: here the main replica of a tensor may not want it.
             loaded = dist_checkpointing.load(content, str(folder), validate_access_integrity=False)
         position = self._position(folder, loaded)
-        if same_layout and (lacking := missing_streams(loaded["random"])):
+        if same_layout and (lacking := _union(missing_streams(loaded["random"]))):
             raise _incomplete(folder, [f"random.{name}" for name in lacking])
         for number, chunk in enumerate(self.state.chunks):
             self._load_weights(chunk, loaded["model"][f"chunk_{number}"])
@@ -332,7 +332,8 @@ class Checkpointer:
     def _check_complete(self, folder: Path, content: ShardedStateDict) -> None:
         """Refuse a checkpoint that lacks anything of ours, before anything is loaded."""
         there = load_sharded_metadata(str(folder)).keys()
-        if missing := sorted(_keys(content) - there):
+        # Ranks ask for different entries, and all must refuse.
+        if missing := _union(_keys(content) - there):
             raise _incomplete(folder, missing)
 
     def _position(self, folder: Path, loaded: dict[str, Any]) -> Position:
@@ -426,9 +427,14 @@ def _verify_share(folder: Path) -> list[str]:
         mine = read_checkpoint(folder).damage(dist.get_rank(), dist.get_world_size())
     except DamagedCheckpointError as error:
         mine = list(error.problems)
+    return _union(mine)
+
+
+def _union(mine: Iterable[str]) -> list[str]:
+    """What any rank has, sorted, on every rank."""
     everyones: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    return sorted({problem for problems in everyones for problem in problems})
+    dist.all_gather_object(everyones, list(mine))
+    return sorted({one for theirs in everyones for one in theirs})
 
 
 def _keys(content: ShardedStateDict) -> set[str]:

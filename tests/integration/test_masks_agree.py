@@ -11,40 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from mone_megatron.config.load import compose
-from mone_megatron.config.schema import Config
-from mone_megatron.data.loader import MicrobatchSampler
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.testing.processes import Processes
-from mone_megatron.testing.trainer import build_trainer
+from mone_megatron.testing.trainer import build_trainer, random_batches
 
 Masks = dict[tuple[int, int], list[bytes]]
-
-
-def _batches(config: Config, data_ranks: int) -> list[dict[str, torch.Tensor]]:
-    train = config.train
-    generator = torch.Generator().manual_seed(3)
-    size = (train.global_batch_size, train.seq_length + 1)
-    samples = torch.randint(500, size, generator=generator)
-    sampler = MicrobatchSampler(
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=data_ranks,
-        start_step=0,
-        end_step=1,
-    )
-    return [
-        {
-            "tokens": samples[rows, :-1],
-            "labels": samples[rows, 1:],
-            "loss_mask": torch.ones(len(rows), train.seq_length),
-            "position_ids": torch.arange(train.seq_length).expand(len(rows), -1),
-        }
-        for rows in sampler
-    ]
 
 
 def kept_masks(overrides: tuple[str, ...]) -> Masks:
@@ -83,7 +56,7 @@ def kept_masks(overrides: tuple[str, ...]) -> Masks:
         for module in chunk.modules():
             if isinstance(module, GroupedExperts):
                 watch(module)
-    trainer.stepper.train(_batches(trainer.config, trainer.layout.data))
+    trainer.stepper.train(random_batches(trainer))
     everything: list[Masks] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everything, dict(found))
     merged: Masks = defaultdict(list)
