@@ -81,10 +81,12 @@ def send(worker: subprocess.Popen[str], number: int) -> None:
 def end(workers: Workers, seconds: float = PATIENCE) -> tuple[list[int], str]:
     """Wait; exit codes and all that was said. Whoever is there after ``seconds`` is killed."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
-        time.sleep(0.02)
-    for worker in workers:
-        send(worker, signal.SIGKILL)
+    try:
+        while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+            time.sleep(0.02)
+    finally:
+        for worker in workers:
+            send(worker, signal.SIGKILL)
     errors = [worker.communicate()[1] for worker in workers]
     return [worker.returncode for worker in workers], "\n".join(errors)
 
