@@ -1,4 +1,4 @@
-"""A save stopped or failing at each single operation on the disk leaves the old state or the new.
+"""Row 2: a save stopped or failing at each operation on the disk leaves the old state or the new.
 
 The disk is a stand-in for :mod:`os` inside the one module that the store changes disks through. It
 stops the process (a fork) or fails the operation at a chosen point. When the process is stopped,
@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults_runs import attempt
+from faults_table import Tally
 from store_helpers import contents, holds, save, write
 
 from mone_megatron.checkpoint import CheckpointStore, CheckpointWriteError, durable
+
+Count = Callable[[int, str], contextlib.AbstractContextManager[Tally]]
 
 STOPPED = 86
 CHANGING = ("mkdir", "open", "write", "fsync", "rename", "replace", "unlink", "rmdir")
@@ -178,67 +182,81 @@ def restart(folder: Path, old: int | None, found: str) -> None:
     assert holds(newest, 4)
 
 
+def stop_at(prepared: Path, old: int | None, at: int, mode: str, folder: Path) -> str:
+    """A save that stops there, and the next start; what is found then."""
+    shutil.copytree(prepared, folder)
+    child = os.fork()
+    if child == 0:
+        # Whatever happens in the child, it must not go on as a second pytest.
+        try:
+            saving(CheckpointStore(folder), FaultyDisk(at, mode), 3, 1)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == STOPPED
+    found = check_state(CheckpointStore(folder, log=lambda _: None), old)
+    restart(folder, old, found)
+    shutil.rmtree(folder)
+    return found
+
+
 @pytest.mark.parametrize("state", STATES)
-def test_stopped_at_each_operation(state: str, tmp_path: Path) -> None:
+def test_stopped_at_each_operation(state: str, tally: Count, tmp_path: Path) -> None:
     make, old = STATES[state]
     prepared = tmp_path / "prepared"
     make(CheckpointStore(prepared))
     trace = operations_of(make, tmp_path / "counted")
     assert len(trace) > 25
     outcomes = []
-    for at, name in enumerate(trace):
-        # After one operation is before the next.
-        modes = ["stop before"] + (["half"] if name == "write" else [])
-        modes += ["stop after"] if at == len(trace) - 1 else []
-        for mode in modes:
-            folder = tmp_path / f"{at}-{mode.replace(' ', '-')}"
-            shutil.copytree(prepared, folder)
-            child = os.fork()
-            if child == 0:
-                # Whatever happens in the child, it must not go on as a second pytest.
-                try:
-                    saving(CheckpointStore(folder), FaultyDisk(at, mode), 3, 1)
-                finally:
-                    os._exit(1)
-            _, status = os.waitpid(child, 0)
-            assert os.waitstatus_to_exitcode(status) == STOPPED, (at, name, mode)
-            found = check_state(CheckpointStore(folder, log=lambda _: None), old)
-            outcomes.append(found)
-            restart(folder, old, found)
-            shutil.rmtree(folder)
+    with tally(2, "stopped before each operation, or in the middle of a write") as t:
+        for at, name in enumerate(trace):
+            # After one operation is before the next.
+            modes = ["stop before"] + (["half"] if name == "write" else [])
+            modes += ["stop after"] if at == len(trace) - 1 else []
+            for mode in modes:
+                folder = tmp_path / f"{at}-{mode.replace(' ', '-')}"
+                with attempt(t, f"{state}: {mode} operation {at}, {name}"):
+                    outcomes.append(stop_at(prepared, old, at, mode, folder))
     # Once new, it stays so.
     assert outcomes == sorted(outcomes, key=["old", "new"].index)
     assert set(outcomes) == {"old", "new"}
 
 
+def fail_at(prepared: Path, old: int | None, at: int, mode: str, folder: Path) -> bool:
+    """A save with an error there, and the next start; whether the save failed, too."""
+    shutil.copytree(prepared, folder)
+    logged: list[str] = []
+    store = CheckpointStore(folder, log=logged.append)
+    error = error_of_saving(store, FaultyDisk(at, mode))
+    if error is not None:
+        assert str(folder) in str(error)
+        assert "\n" not in str(error)
+        # Nothing of the failed save stays.
+        assert not [name for name in os.listdir(folder) if ".partial-" in name]
+        # And the old one is under its own name, unless the new one is.
+        assert old is None or (folder / f"step_{old:08d}").is_dir()
+    else:
+        # Only the removal of what is not needed any more may fail without an error.
+        assert check_state(store, old) == "new"
+        assert any("could not be removed" in line for line in logged)
+    restart(folder, old, check_state(store, old))
+    shutil.rmtree(folder)
+    return error is not None
+
+
 @pytest.mark.parametrize("state", STATES)
-def test_failing_at_each_operation(state: str, tmp_path: Path) -> None:
+def test_failing_at_each_operation(state: str, tally: Count, tmp_path: Path) -> None:
     make, old = STATES[state]
     prepared = tmp_path / "prepared"
     make(CheckpointStore(prepared))
     trace = operations_of(make, tmp_path / "counted")
     raised = 0
-    for at in range(len(trace)):
-        for mode in ("fail before", "fail after"):
-            folder = tmp_path / f"{at}-{mode.replace(' ', '-')}"
-            shutil.copytree(prepared, folder)
-            logged: list[str] = []
-            store = CheckpointStore(folder, log=logged.append)
-            error = error_of_saving(store, FaultyDisk(at, mode))
-            if error is not None:
-                raised += 1
-                assert str(folder) in str(error)
-                assert "\n" not in str(error)
-                # Nothing of the failed save stays.
-                assert not [name for name in os.listdir(folder) if ".partial-" in name]
-                # And the old one is under its own name, unless the new one is.
-                assert old is None or (folder / f"step_{old:08d}").is_dir()
-            else:
-                # Only the removal of what is not needed any more may fail without an error.
-                assert check_state(store, old) == "new"
-                assert any("could not be removed" in line for line in logged), (at, trace[at])
-            restart(folder, old, check_state(store, old))
-            shutil.rmtree(folder)
+    with tally(2, "an error instead of each operation, or after it") as t:
+        for at, name in enumerate(trace):
+            for mode in ("fail before", "fail after"):
+                folder = tmp_path / f"{at}-{mode.replace(' ', '-')}"
+                with attempt(t, f"{state}: {mode} operation {at}, {name}"):
+                    raised += fail_at(prepared, old, at, mode, folder)
     assert raised > len(trace)
 
 
