@@ -1,4 +1,4 @@
-"""Benchmarks as ratios within one run: the trainer's overhead, MoNE's cost, the selection."""
+"""Benchmarks as ratios within one run: the trainer, MoNE's cost, checkpoints, the selection."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ Each is printed as: median (smallest..largest).
 
   spine   tokens/s of the trainer over a bare loop on the same megatron-core objects
   cost    step time of MoNE over MoE, and what each part of the difference takes
+  save    how long a checkpoint stops training, async over sync
   select  the exact top-k mask against torch.topk + scatter and torch.kthvalue"""
 
 _EPILOG = """\
@@ -22,6 +23,7 @@ examples:
   python tools/bench.py spine
   python tools/bench.py cost --processes 2 --output runs/bench/cost.json
   python tools/bench.py cost mone.keep_ratio=0.5 model.expert_ffn_hidden_size=512
+  python tools/bench.py save --processes 2 parallel.expert=2
   python tools/bench.py select --rows 2048 --neurons 256 1024"""
 
 
@@ -60,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
         "--part-repeats", type=_positive, default=60, help="measurements of each part (default 60)"
     )
 
+    save = commands.add_parser("save", parents=[shared, steps], help="checkpoints")
+    save.add_argument("--experiment", default="quickstart_mone", help="default quickstart_mone")
+    save.add_argument("--repeats", type=_positive, default=10, help="of each (default 10)")
+
     select = commands.add_parser("select", parents=[shared], help="the top-k mask")
     select.add_argument("--rows", type=_positive, nargs="+", default=[64, 512, 4096])
     select.add_argument("--neurons", type=_positive, nargs="+", default=[64, 256, 1024, 4096])
@@ -89,6 +95,12 @@ def _run(options: argparse.Namespace) -> None:
             config, options.processes, repeats=options.repeats, steps=options.steps
         )
         hardware, lines = result.hardware, output.spine_lines(result)
+    elif options.command == "save":
+        config = ranks.prepare(
+            [f"experiment={options.experiment}", *options.overrides], options.processes
+        )
+        result = ranks.run_save(config, options.processes, repeats=options.repeats)
+        hardware, lines = result.hardware, output.save_lines(result)
     else:
         expert = [f"parallel.expert={options.processes}", *options.overrides]
         result = ranks.run_cost(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # only their fields are read: no megatron-core here
     from mone_megatron.benchmarks.cost import Cost
+    from mone_megatron.benchmarks.save import SaveCost
     from mone_megatron.benchmarks.select import SelectCost
     from mone_megatron.benchmarks.spine import SpineCost
 
@@ -59,6 +60,19 @@ def cost_lines(cost: Cost) -> list[str]:
         for part in cost.parts
     ]
     return lines
+
+
+def save_lines(cost: SaveCost) -> list[str]:
+    """Median (smallest..largest) of each."""
+    return [
+        f"a checkpoint of {cost.megabytes:.1f} MB stops training",
+        f"  sync:  {cost.sync_seconds} s",
+        f"  async: {cost.async_seconds} s ({cost.async_start_seconds} s to hand over, "
+        f"{cost.async_finish_seconds} s to finish)",
+        f"async / sync: {cost.blocking_ratio}",
+        f"an async save is written within {cost.async_written_seconds} s; steps meanwhile / a "
+        f"step without: {cost.step_ratio}",
+    ]
 
 
 def select_lines(cells: list[SelectCost]) -> list[str]:

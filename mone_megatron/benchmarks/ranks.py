@@ -17,6 +17,7 @@ from mone_megatron.parallel.world import World
 
 if TYPE_CHECKING:
     from mone_megatron.benchmarks.cost import Cost
+    from mone_megatron.benchmarks.save import SaveCost
     from mone_megatron.benchmarks.spine import SpineCost
 
 _TIMEOUT_SECONDS = 3600.0
@@ -47,6 +48,16 @@ def run_spine(config: Config, processes: int, *, repeats: int, steps: int) -> Sp
 
     with Processes(processes, timeout_seconds=_TIMEOUT_SECONDS) as ranks:
         return ranks.run(measure_spine, config, repeats=repeats, steps=steps)[0]
+
+
+def run_save(config: Config, processes: int, *, repeats: int) -> SaveCost:
+    """:func:`mone_megatron.benchmarks.save.measure_save` on ``processes`` ranks; rank 0's."""
+    open_device(config.device, World())
+    from mone_megatron.benchmarks.save import measure_save
+    from mone_megatron.testing.processes import Processes
+
+    with Processes(processes, timeout_seconds=_TIMEOUT_SECONDS) as ranks:
+        return ranks.run(measure_save, config, repeats=repeats)[0]
 
 
 def run_cost(moe: Config, mone: Config, processes: int, *, repeats: int, part_repeats: int) -> Cost:

@@ -148,10 +148,11 @@ def parameter_states(optimizer: MegatronOptimizer) -> Iterator[ParameterState]:
                     yield _whole(parameter, parameter, part.optimizer)
 
 
-def _put_together(state: ParameterState, kind: str) -> Tensor:
+def _put_together(state: ParameterState, kind: str, owner: int) -> Tensor:
     """The whole tensor of a parameter from its slices. Collective over ``state.group``.
 
-    Slices are added as integers: x + 0 is x for every bit pattern, also of -0.0.
+    Slices are added as integers: x + 0 is x for every bit pattern, also of -0.0. The result is
+    whole on rank ``owner`` of the group, and of no use on the others.
     """
     part = state.tensor(kind)
     if not state.sliced:
@@ -161,7 +162,7 @@ def _put_together(state: ParameterState, kind: str) -> Tensor:
     if part is not None:
         first, last = state.span
         bits[first:last] = part.detach().float().reshape(-1).view(torch.int32)
-    dist.all_reduce(bits, group=state.group)
+    dist.reduce(bits, dist.get_global_rank(state.group, owner), group=state.group)
     return bits.view(torch.float32).reshape(state.parameter.shape)
 
 
@@ -208,10 +209,10 @@ def optimizer_state(optimizer: MegatronOptimizer, model: ShardedStateDict) -> Sh
     weights = _by_parameter(model)
     entries: ShardedStateDict = {}
     for number, state in enumerate(parameter_states(optimizer)):
-        mine = number % dist.get_world_size(state.group) == dist.get_rank(state.group)
+        owner = number % dist.get_world_size(state.group)
         for kind in state.kinds:
-            tensor = _put_together(state, kind)
-            if mine:
+            tensor = _put_together(state, kind, owner)
+            if owner == dist.get_rank(state.group):
                 kept = tensor.detach().to("cpu", copy=True)
                 entries[f"{number}.{kind}"] = _entry(weights[state.parameter], kind, kept, 0)
     return entries

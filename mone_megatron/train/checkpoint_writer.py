@@ -1,8 +1,8 @@
-"""Writing a rank's part of a checkpoint in child processes, beside training or waited for.
+"""Writing a rank's part of a checkpoint in a child process, beside training or waited for.
 
 megatron-core plans a save and hands over what this rank has to write. Its own writers end in a
-queue that is waited for without end when one of them is killed; here each file has one forked
-process and one thread that hears from it, or of its death.
+queue that is waited for without end when one of them is killed; here a forked process writes, and
+a thread hears from it, or of its death.
 
 A forked process sees memory as it was at the fork, so what training changes afterwards is not in
 the checkpoint; tensors on a GPU are copied to the host before. Forking needs no second copy on the
@@ -16,7 +16,10 @@ import multiprocessing
 import queue
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,12 @@ _FORK = multiprocessing.get_context("fork")
 _Bucket = tuple[str, str, Any]
 
 
-def _write(transforms: list[Any], bucket: _Bucket, parent: Connection) -> None:
-    """In the child: write one file, bring it to disk, read it back for its digest, and report."""
-    # Requests to stop are for the run, which stops after this save.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+# Of each file by name: megatron-core's results of writing it, and its digest.
+_Written = dict[str, tuple[list[Any], FileDigest]]
+
+
+def _write_file(transforms: list[Any], bucket: _Bucket) -> tuple[list[Any], FileDigest]:
+    """Write one file, bring it to disk, and read it back for its digest."""
     path = Path(bucket[0])
     try:
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -46,59 +50,22 @@ def _write(transforms: list[Any], bucket: _Bucket, parent: Connection) -> None:
         _, results = answer.get()
         if isinstance(results, Exception):
             raise results
-        parent.send((results, digest_file(path)))
+        return results, digest_file(path)
     except Exception as error:
-        parent.send(write_error(error, path))
+        raise write_error(error, path) from error
 
 
-class _FileWriter:
-    """One file on its way to disk."""
-
-    def __init__(self, transforms: list[Any], bucket: _Bucket) -> None:
-        self.path, self.name = Path(bucket[0]), bucket[1]
-        # Set by the thread before it ends: what _write sent, or why nothing came.
-        self.outcome: tuple[list[Any], FileDigest] | CheckpointWriteError | None = None
-        self._receive, send = _FORK.Pipe(duplex=False)
-        self._process = _FORK.Process(target=_write, args=(transforms, bucket, send), daemon=True)
-        self._process.start()
-        # Only the child may hold its end, or its death would not close the pipe.
-        send.close()
-        self._thread = threading.Thread(target=self._listen, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    @property
-    def pid(self) -> int:
-        """Of the process that writes."""
-        assert self._process.pid is not None
-        return self._process.pid
-
-    @property
-    def ended(self) -> bool:
-        """Whether the outcome is known."""
-        return self.outcome is not None
-
-    def wait(self) -> None:
-        """Return when the outcome is known."""
-        self._thread.join()
-
-    def kill(self) -> None:
-        """Stop writing; the file stays as it is."""
-        self._process.kill()
-        self.wait()
-
-    def _listen(self) -> None:
-        try:
-            outcome = self._receive.recv()
-            self._process.join()
-        except EOFError:
-            self._process.join()
-            code = self._process.exitcode or 0
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"lost (exit {code})"
-            outcome = CheckpointWriteError(
-                self.path, f"the process writing it was {how}", number=errno.EIO, needed_bytes=None
-            )
-        self._receive.close()
-        self.outcome = outcome
+def _write(transforms: list[Any], buckets: list[_Bucket], parent: Connection) -> None:
+    """In the child: write all files, and report."""
+    # Requests to stop are for the run, which stops after this save.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        with ThreadPoolExecutor(len(buckets)) as pool:
+            files = list(pool.map(partial(_write_file, transforms), buckets))
+        parent.send({bucket[1]: file for bucket, file in zip(buckets, files, strict=True)})
+    except CheckpointWriteError as error:
+        parent.send(error)
 
 
 class BackgroundSave:
@@ -111,56 +78,76 @@ class BackgroundSave:
             request: what ``dist_checkpointing.save(..., async_sharded_save=True)`` returned.
         """
         self._request = request
-        self._writers: list[_FileWriter] = []
+        # Set by the thread before it ends: what _write sent, or why nothing came.
+        self._outcome: _Written | CheckpointWriteError | None = None
+        self._process: ForkProcess | None = None
         if request.async_fn is None:  # nothing of it is this rank's to write
+            self._outcome = {}
             return
         buckets = request.preload_fn() if request.preload_fn else request.async_fn_args[1]
-        transforms = request.async_fn.args[0]
-        for bucket in buckets:
-            self._writers.append(_FileWriter(transforms, bucket))
+        self._paths = [bucket[0] for bucket in buckets]
+        self._receive, send = _FORK.Pipe(duplex=False)
+        arguments = (request.async_fn.args[0], buckets, send)
+        self._process = _FORK.Process(target=_write, args=arguments, daemon=True)
+        self._process.start()
+        # Only the child may hold its end, or its death would not close the pipe.
+        send.close()
+        self._thread = threading.Thread(target=self._listen, name="checkpoint", daemon=True)
+        self._thread.start()
 
     @property
-    def pids(self) -> list[int]:
-        """The processes that write."""
-        return [writer.pid for writer in self._writers]
+    def pid(self) -> int | None:
+        """The process that writes, if there is something to write."""
+        return None if self._process is None else self._process.pid
 
     @property
     def ended(self) -> bool:
-        """Whether all of this rank's files are written, or one never will be."""
-        return all(writer.ended for writer in self._writers)
+        """Whether this rank's files are written, or never will be."""
+        return self._outcome is not None
 
     def wait(self) -> None:
         """Return when :attr:`ended`."""
-        for writer in self._writers:
-            writer.wait()
+        if self._process is not None:
+            self._thread.join()
 
     def error(self) -> CheckpointWriteError | None:
         """Why the save failed on this rank, if it did; wait first."""
-        for writer in self._writers:
-            if isinstance(writer.outcome, CheckpointWriteError):
-                return writer.outcome
-        return None
+        return self._outcome if isinstance(self._outcome, CheckpointWriteError) else None
 
     def digests(self) -> dict[str, FileDigest]:
         """This rank's files by name; wait first, and look at :meth:`error`."""
-        found = {}
-        for writer in self._writers:
-            assert isinstance(writer.outcome, tuple)
-            found[writer.name] = writer.outcome[1]
-        return found
+        assert isinstance(self._outcome, dict)
+        return {name: digest for name, (_, digest) in self._outcome.items()}
 
     def finalize(self) -> None:
         """Let megatron-core write the metadata of all ranks' files. Collective."""
-        if self._writers:
-            results = {}
-            for number, writer in enumerate(self._writers):
-                assert isinstance(writer.outcome, tuple)
-                results[number] = writer.outcome[0]
-            self._request.async_fn_args[2].put(results)
+        assert isinstance(self._outcome, dict)
+        if self._outcome:
+            results = enumerate(results for results, _ in self._outcome.values())
+            self._request.async_fn_args[2].put(dict(results))
         for finalize in self._request.finalize_fns:
             finalize()
 
     def kill(self) -> None:
         """Give the save up."""
-        for writer in self._writers:
-            writer.kill()
+        if self._process is not None:
+            self._process.kill()
+            self.wait()
+
+    def _listen(self) -> None:
+        assert self._process is not None
+        try:
+            outcome = self._receive.recv()
+            self._process.join()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode or 0
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"lost (exit {code})"
+            outcome = CheckpointWriteError(
+                Path(self._paths[0]),
+                f"the process writing it was {how}",
+                number=errno.EIO,
+                needed_bytes=None,
+            )
+        self._receive.close()
+        self._outcome = outcome

@@ -172,9 +172,15 @@ class Checkpointer:
                 self.store.abort(self._pending.partial)
             self._pending = None
 
-    def writer_pids(self) -> list[int]:
-        """This rank's processes that write a checkpoint. Not collective."""
-        return [] if self._pending is None else self._pending.saving.pids
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is not finished, the same on every rank. Not collective."""
+        return self._pending is not None
+
+    @property
+    def writer_pid(self) -> int | None:
+        """This rank's process that writes a checkpoint, if one does. Not collective."""
+        return None if self._pending is None else self._pending.saving.pid
 
     def take_blocked_seconds(self) -> float:
         """How long training stood still for saves since the last call. Not collective."""

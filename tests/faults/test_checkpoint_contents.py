@@ -137,7 +137,8 @@ def kill_a_writer(folder: str, layout: tuple[str, ...], rank: int) -> tuple[str,
     waiting = beside.read(torch.device("cpu"))
     if dist.get_rank() == rank:
         assert waiting.item() == 1.0
-        os.kill(beside.writer_pids()[0], signal.SIGKILL)
+        assert beside.writer_pid is not None
+        os.kill(beside.writer_pid, signal.SIGKILL)
     # As the training loop does at the end of each step.
     try:
         while True:
@@ -262,10 +263,10 @@ def save_twice(folder: str) -> None:
     checkpointer, stepper = trainer.checkpointer, trainer.stepper
     assert isinstance(stepper, Stepper)
     checkpointer.save(Position(step=1, tokens=512))
-    assert checkpointer.writer_pids()
+    assert checkpointer.writer_pid is not None
     stepper.train(random_batches(trainer))
     checkpointer.save(Position(step=2, tokens=1024))
     checkpointer.finish()
-    assert not checkpointer.writer_pids()
+    assert checkpointer.writer_pid is None
     assert checkpointer.take_blocked_seconds() > 0
     assert checkpointer.take_blocked_seconds() == 0

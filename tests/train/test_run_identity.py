@@ -1,0 +1,74 @@
+"""Whether a checkpoint belongs to a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mone_megatron.config.load import compose
+from mone_megatron.train.run_identity import check_same_run, run_identity
+
+WHERE = Path("runs/a/checkpoints/step_00000003")
+
+
+def identity(*overrides: str, **facts: Any) -> dict[str, Any]:
+    known: dict[str, Any] = {"data_fingerprint": "f", "vocab_size": 512, "dtype": torch.float32}
+    return run_identity(compose(["experiment=tiny_mone", *overrides]), **(known | facts))
+
+
+def check(saved: dict[str, Any], current: dict[str, Any], *, chosen: bool = False) -> list[str]:
+    told: list[str] = []
+    check_same_run(saved, current, WHERE, chosen=chosen, say=told.append)
+    return told
+
+
+def test_it_survives_json() -> None:
+    saved = json.loads(json.dumps(identity()))
+    assert check(saved, identity()) == []
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+@pytest.mark.parametrize(
+    ("current", "key"),
+    [
+        (identity("train.seed=7"), "train.seed"),
+        (identity("train.steps=7"), "train.steps"),
+        (identity("model.router.balance_coeff=[0.5]"), "model.router.balance_coeff"),
+        (identity(data_fingerprint="g"), "data_fingerprint"),
+        (identity(dtype=torch.bfloat16), "dtype"),
+        (identity(vocab_size=7), "vocab_size"),
+    ],
+)
+def test_another_run_is_refused_by_key(current: dict[str, Any], key: str, chosen: bool) -> None:
+    with pytest.raises(ValueError, match=rf"^{key}: .* saved, .* configured") as refused:
+        check(identity(), current, chosen=chosen)
+    assert len(str(refused.value).splitlines()) == 1
+    assert "checkpoint.resume=never" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change", ["mone.keep_ratio=0.5", "mone.balance.coeff=0.5", "optim.lr=0.5", "mone=disabled"]
+)
+def test_another_recipe_is_for_those_who_name_the_checkpoint(change: str) -> None:
+    current = identity(change)
+    with pytest.raises(ValueError, match=f"checkpoint.resume={WHERE}"):
+        check(identity(), current)
+    told = check(identity(), current, chosen=True)
+    assert told
+    assert all(line.startswith("WARNING: ") for line in told)
+
+
+def test_a_key_that_only_one_of_them_has_is_told() -> None:
+    saved = identity()
+    del saved["model.norm_eps"]
+    with pytest.raises(ValueError, match=r"^model\.norm_eps: None saved"):
+        check(saved, identity())
+
+
+def test_layout_and_logging_are_free() -> None:
+    free = ("parallel.expert=2", "logging.interval=7", "train.on_bad_loss=skip", "run.name=b")
+    assert check(identity(), identity(*free)) == []
