@@ -29,6 +29,10 @@ from mone_megatron.parallel.world import World
 
 FAILED_EXIT_CODE = 1
 USAGE_EXIT_CODE = 2
+# Hydra's flags, but those that read files from elsewhere: what such a file says in Hydra's own
+# sections is built and run. The first are followed by a value.
+_FLAGS_WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-i", "--info")
+_FLAGS = (*_FLAGS_WITH_VALUE, "-m", "--multirun", "--resolve", "-h", "--help", "--hydra-help")
 
 
 def pretrain(config: Config) -> int:
@@ -85,8 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = World()
     try:
         world = World.from_environment()
+        if unknown := [flag for flag in flags if flag.split("=")[0] not in _FLAGS]:
+            raise ConfigError([f"{flag}: not taken; use {', '.join(_FLAGS)}" for flag in unknown])
         if flags:
-            overrides = [argument for argument in arguments if not argument.startswith("-")]
+            overrides = [
+                argument
+                for before, argument in zip(["", *arguments], arguments, strict=False)
+                if not argument.startswith("-") and before not in _FLAGS_WITH_VALUE
+            ]
             multirun = "-m" in flags or "--multirun" in flags
             if problems := check_overrides(overrides, multirun=multirun):
                 raise ConfigError(problems)

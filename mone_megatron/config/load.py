@@ -68,6 +68,10 @@ def check_overrides(
             problems.append(convert.forbidden_key(name) or f"{name}: {_parse_problem(text, error)}")
             continue
         key = override.key_or_group
+        # Hydra builds what its own sections name, so they are looked at, too.
+        if _names_target(key, None if override.is_sweep_override() else override.value()):
+            problems.append(convert.forbidden_target(key))
+            continue
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
             continue
         if override.is_sweep_override() and not multirun:
@@ -143,6 +147,15 @@ def _group_options(folder: Path) -> dict[str, list[str]]:
         for group in sorted(folder.iterdir())
         if group.is_dir()
     }
+
+
+def _names_target(key: str, value: object) -> bool:
+    """Whether an override has ``_target_`` in its key or in a key of its value."""
+    if "_target_" in key.split("."):
+        return True
+    if isinstance(value, dict):
+        return any(_names_target(str(name), inner) for name, inner in value.items())
+    return isinstance(value, list) and any(_names_target("", inner) for inner in value)
 
 
 def _option_problems(override: Override, options: Sequence[str]) -> list[str]:
