@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -35,7 +36,7 @@ def open_groups(parallel: ParallelConfig, train: TrainConfig, *, timeout_seconds
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        distributed_timeout_minutes=max(1, timeout_seconds // 60),
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
         create_gloo_process_groups=False,
     )
     # Draws dropout only: initial weights do not depend on these streams.

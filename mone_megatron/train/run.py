@@ -37,6 +37,7 @@ from mone_megatron.train.run_identity import run_identity
 from mone_megatron.train.signals import RESUME_EXIT_CODE, StopRequest
 from mone_megatron.train.state import build_state
 from mone_megatron.train.step import Batch, Stepper
+from mone_megatron.train.watchdog import BACKSTOP_SECONDS, Watchdog, WatchdogHook
 
 
 def say(message: str) -> None:
@@ -150,11 +151,14 @@ def run(
     stop = StopRequest(exit_after_minutes=config.train.exit_after_minutes, started=started)
     try:
         with stop:
-            open_process_group(device, world, config.device.timeout_seconds)
-            open_groups(
-                config.parallel, config.train, timeout_seconds=config.device.timeout_seconds
-            )
-            return _run(config, layout, data, device, stop)
+            patience = config.device.timeout_seconds
+            backstop = patience + BACKSTOP_SECONDS
+            open_process_group(device, world, backstop)
+            with Watchdog(
+                Path(config.run.dir), patience, computes_on_cpu=device.kind == "cpu"
+            ) as watchdog:
+                open_groups(config.parallel, config.train, timeout_seconds=backstop)
+                return _run(config, layout, data, device, stop, watchdog)
     finally:
         close_groups()
 
@@ -171,7 +175,12 @@ def _end(hook: Hook, ending: _Ending) -> None:
 
 
 def _run(
-    config: Config, layout: Layout, data: PreparedData, device: Device, stop: StopRequest
+    config: Config,
+    layout: Layout,
+    data: PreparedData,
+    device: Device,
+    stop: StopRequest,
+    watchdog: Watchdog,
 ) -> int:
     evaluating = config.train.eval_interval > 0
     train_data, valid_data = build_datasets(
@@ -213,6 +222,7 @@ def _run(
         facts = _facts(config, layout, device, data, parameters, flops_facts)
         facts |= {"steps": start.step, "tokens": start.tokens, "seconds": seconds}
         hooks = build_hooks(config, folder, facts)
+    hooks.append(WatchdogHook(watchdog))
     _introduce(config, layout, device, data, parameters)
     if start.step >= config.train.steps:
         say(f"nothing to train: the checkpoint is at train.steps={config.train.steps}")

@@ -9,7 +9,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-_RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "report.html", "loss.png", "checkpoints")
+_RUN_FILES = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "report.html",
+    "loss.png",
+    "checkpoints",
+    "hangs",
+)
 
 
 def open_run_directory(folder: Path) -> str | None:
