@@ -114,8 +114,10 @@ def test_an_outage_neither_stops_nor_delays_training(
         }
 
 
-def test_a_server_that_works_gets_everything(tmp_path: Path) -> None:
+def test_a_server_that_works_gets_everything(tmp_path: Path, full: bool) -> None:
     """Or the ones above would not break anything."""
+    if not full:
+        pytest.skip("with --faults-full")
     run = tmp_path / "run"
     with fake_wandb() as fake:
         ended = pretrain(
