@@ -121,6 +121,30 @@ def losses(folder: Path) -> dict[int, str]:
     return {int(record["step"]): float(record["loss"]).hex() for record in records(folder)}
 
 
+def metrics_file(run: Path) -> int | None:
+    """Which file ``metrics.jsonl`` is: each start of a run makes its own."""
+    path = run / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else None
+
+
+def wait_for_step(run: Path, workers: Workers, step: int, before: int | None) -> None:
+    """Until this start recorded ``step``.
+
+    Args:
+        run: its folder.
+        workers: its ranks.
+        step: this one or a later one, if the start goes on from it.
+        before: :func:`metrics_file` before the start, whose records are the last start's.
+    """
+    first = max(saved_steps(run), default=0) + 1
+
+    def recorded() -> bool:
+        done = steps(run) if metrics_file(run) not in (None, before) else []
+        return bool(done) and done[-1] >= max(step, first)
+
+    wait_until(recorded, workers)
+
+
 def step_folder(run: Path, step: int) -> Path:
     """The checkpoint of a step."""
     return run / "checkpoints" / f"step_{step:08d}"

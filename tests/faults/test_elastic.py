@@ -12,7 +12,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from faults_helpers import PATIENCE, SMALL, end, saved_steps, send, start, steps, wait_until
+from faults_helpers import (
+    PATIENCE,
+    SMALL,
+    end,
+    metrics_file,
+    saved_steps,
+    send,
+    start,
+    steps,
+    wait_for_step,
+)
 from faults_table import Tally
 
 from mone_megatron.testing.launch import free_ports
@@ -65,11 +75,11 @@ def test_no_sample_twice_and_none_missing(
     for number, processes in zip(range(kills + 1), itertools.cycle(sizes)):
         samples = folder / f"start-{number}"
         found = max(saved_steps(run), default=0)
+        before = metrics_file(run)
         # Loader processes fetch ahead of the step.
         workers = launch_recorded(run, samples, last, processes, workers=number % 2)
         if number < kills:
-            point = points[number]
-            wait_until(lambda point=point: (done := steps(run)) and done[-1] >= point, workers)
+            wait_for_step(run, workers, points[number], before)
             send(workers[choose.randrange(processes)], signal.SIGKILL)
             end(workers, 0)
         else:

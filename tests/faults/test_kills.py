@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,11 +19,13 @@ from faults_helpers import (
     end,
     launch,
     losses,
+    metrics_file,
     saved_steps,
     send,
     state_digest,
     step_folder,
     steps,
+    wait_for_step,
     wait_until,
 )
 from faults_table import Tally
@@ -71,14 +72,26 @@ def has_begun(partial: Path, file: str) -> bool:
     return False
 
 
-def kill_inside_a_save(run: Path, workers: Workers, victim: int, least: int, file: str) -> None:
-    """The victim is stopped first: only a save that is still going on then will do."""
+def kill_inside_a_save(
+    run: Path, workers: Workers, victim: int, least: int, file: str, left: set[Path]
+) -> None:
+    """The victim is stopped first: only a save that is still going on then will do.
+
+    Args:
+        run: its folder.
+        workers: its ranks.
+        victim: the rank.
+        least: the save of this step or of a later one.
+        file: when it holds this file; at once when empty.
+        left: partial saves of earlier starts.
+    """
     worker = workers[victim]
     while True:
         begun: list[Path] = []
 
         def going_on(least: int = least, file: str = file, begun: list[Path] = begun) -> bool:
-            begun[:] = [path for path in partial_saves(run, least) if has_begun(path, file)]
+            found = [path for path in partial_saves(run, least) if path not in left]
+            begun[:] = [path for path in found if has_begun(path, file)]
             return bool(begun)
 
         wait_until(going_on, workers)
@@ -157,6 +170,7 @@ def test_killed_again_and_again(
         attempt = Attempt(HAS_ASYNC and number % 2 == 1, max(found, default=0), found)
         options = ["checkpoint.resume=auto"]
         options += ["checkpoint.async_save=true"] if attempt.asynchronous else []
+        before, left = metrics_file(run), set(partial_saves(run, 0))
         workers = launch(run, *common, *options, processes=processes)
         if number == kills:
             codes, said = end(workers, 4 * PATIENCE)
@@ -167,16 +181,17 @@ def test_killed_again_and_again(
         victim = choose.randrange(processes)
         point, file = points[number], choose.choice(["", "", ".metadata", "manifest.json"])
         if number in in_saves:
-            kill_inside_a_save(run, workers, victim, point, file)
+            kill_inside_a_save(run, workers, victim, point, file, left)
         else:
-            wait_for(run, workers, point)
+            wait_for_step(run, workers, point, before)
             time.sleep(choose.uniform(0, 0.03))
             send(workers[victim], signal.SIGKILL)
         by_themselves, said = end_of_the_others(workers, victim)
         alone += by_themselves
         verify(run, attempt, said, reference)
         kind = "an asynchronous save" if attempt.asynchronous else "a save"
-        where = f"inside {kind}" if partial_saves(run, 0) else "between saves"
+        inside_one = set(partial_saves(run, 0)) - left
+        where = f"inside {kind}" if inside_one else "between saves"
         assert where != "between saves" or number not in in_saves
         done.append((where, attempt))
     assert sorted(losses(run)) == steps(run) == list(range(1, last + 1))
@@ -190,8 +205,3 @@ def test_killed_again_and_again(
                     t.check(same_end and not problems, f"kill {number + 1}: {problems}")
             if processes > 1:
                 t.note = f"of {kills} kills in all, the other rank ended by itself in {alone}"
-
-
-def wait_for(run: Path, workers: list[subprocess.Popen[str]], step: int) -> None:
-    """Until it is recorded by this start."""
-    wait_until(lambda: (done := steps(run)) and done[-1] >= step, workers)
