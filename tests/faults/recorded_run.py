@@ -58,7 +58,7 @@ def saving_first(train: Callable[..., Any]) -> Callable[..., Any]:
     """The training loop after a save of where it starts from."""
 
     def save_and_train(**options: Any) -> Any:
-        options["save"](options["start"])
+        options["checkpointer"].save(options["start"])
         return train(**options)
 
     return save_and_train
