@@ -13,6 +13,7 @@ from typing import Literal
 
 Score = Literal["abs_activation", "abs_gate", "signed_gate", "abs_product"]
 MoNETarget = Literal["routed", "shared", "dense"]
+Activation = Literal["silu", "sigmoid", "relu", "relu2"]
 RouterBalance = Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"]
 
 
@@ -80,6 +81,8 @@ class ModelConfig:
     # The embedding is padded to a multiple of this, whatever the layout, so that checkpoints move.
     vocab_padding_multiple: int = 128
     tie_embeddings: bool = False
+    # Of the gate projection in every MLP: "silu" is SwiGLU; "relu2" is the square of ReLU.
+    activation: Activation = "silu"
     # RMSNorm on queries and keys, per head.
     qk_norm: bool = True
     # A bias on the query, key and value projections (Qwen2).

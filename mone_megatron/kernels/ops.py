@@ -217,18 +217,22 @@ def _as_float(mask_BF: Tensor, *, out: Tensor) -> Tensor:
     return out[: len(mask_BF)].copy_(mask_BF.view(torch.uint8))
 
 
-def selected_swiglu(
-    gate_TF: Tensor, up_TF: Tensor, mask_TF: Tensor | None, scale_T: Tensor | None
+def selected_glu(
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    mask_TF: Tensor | None,
+    scale_T: Tensor | None,
+    activate: reference.Activate = F.silu,
 ) -> Tensor:
-    """See :func:`mone_megatron.kernels.reference.selected_swiglu`."""
-    if not _on_cpu_in_fp32(gate_TF, up_TF, scale_T):
-        return reference.selected_swiglu(gate_TF, up_TF, mask_TF, scale_T)
+    """See :func:`mone_megatron.kernels.reference.selected_glu`. Only SiLU has a fast path."""
+    if activate is not F.silu or not _on_cpu_in_fp32(gate_TF, up_TF, scale_T):
+        return reference.selected_glu(gate_TF, up_TF, mask_TF, scale_T, activate)
     hidden_TF: Tensor
     hidden_TF, _, _ = _SelectedSwiGLU.apply(gate_TF, up_TF, mask_TF, scale_T, None, False)
     return hidden_TF
 
 
-def selected_swiglu_and_sums(
+def selected_glu_and_sums(
     gate_TF: Tensor,
     up_TF: Tensor,
     mask_TF: Tensor,
@@ -236,8 +240,9 @@ def selected_swiglu_and_sums(
     segment_ST: Tensor,
     *,
     normalize: bool,
+    activate: reference.Activate = F.silu,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`selected_swiglu`, and what the balance loss asks of the kept neurons, in one pass.
+    """:func:`selected_glu`, and what the balance loss asks of the kept neurons, in one pass.
 
     Args:
         gate_TF: gate projections, of all neurons of the expert.
@@ -246,20 +251,21 @@ def selected_swiglu_and_sums(
         scale_T: the router's probability of each row, or None.
         segment_ST: fp32, 1 where row t belongs to segment s.
         normalize: divide the weights of each row by their sum.
+        activate: a as a function of g.
 
     Returns:
         ``[T, F]`` hidden values; ``[S, F]`` fp32 sums over the rows of a segment of the weights:
-        |SiLU(g)| at kept neurons, 0 at others; ``[S, F]`` fp32 counts of rows that keep each
+        |a| at kept neurons, 0 at others; ``[S, F]`` fp32 counts of rows that keep each
         neuron. Gradients flow through the first two.
     """
-    if _on_cpu_in_fp32(gate_TF, up_TF, scale_T):
+    if activate is F.silu and _on_cpu_in_fp32(gate_TF, up_TF, scale_T):
         hidden_TF: Tensor
         hidden_TF, weight_sum_SF, kept_SF = _SelectedSwiGLU.apply(
             gate_TF, up_TF, mask_TF, scale_T, segment_ST, normalize
         )
         return hidden_TF, weight_sum_SF, kept_SF
-    weights_TF = F.silu(gate_TF).float().abs() * mask_TF
+    weights_TF = activate(gate_TF).float().abs() * mask_TF
     if normalize:
         weights_TF = weights_TF / weights_TF.sum(dim=-1, keepdim=True).clamp_min(_TINY)
-    hidden_TF = reference.selected_swiglu(gate_TF, up_TF, mask_TF, scale_T)
+    hidden_TF = reference.selected_glu(gate_TF, up_TF, mask_TF, scale_T, activate)
     return hidden_TF, segment_ST @ weights_TF, segment_ST @ mask_TF.float()

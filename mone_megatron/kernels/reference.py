@@ -5,22 +5,27 @@ Shape suffixes: T tokens (rows), F neurons of one expert on this rank, K kept ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 Score = Literal["abs_activation", "abs_gate", "signed_gate", "abs_product"]
+Activate = Callable[[Tensor], Tensor]
 
 
-def neuron_scores(gate_TF: Tensor, up_TF: Tensor, score: Score) -> Tensor:
+def neuron_scores(
+    gate_TF: Tensor, up_TF: Tensor, score: Score, activate: Activate = F.silu
+) -> Tensor:
     """What ranks the neurons of a token; larger is kept first.
 
     Args:
         gate_TF: gate projections ``g = x Wg``.
         up_TF: up projections ``u = x Wu``; read by ``abs_product`` only.
-        score: ``abs_activation`` is |SiLU(g)| (the paper's), ``abs_gate`` |g|, ``signed_gate`` g
-            (Mixture-of-Channels), ``abs_product`` |SiLU(g) u|.
+        score: ``abs_activation`` is |a| with a = SiLU(g) (the paper's), ``abs_gate`` |g|,
+            ``signed_gate`` g (Mixture-of-Channels), ``abs_product`` |a u|.
+        activate: a as a function of g.
 
     Returns:
         Scores of the shape and dtype of ``gate_TF``.
@@ -29,13 +34,13 @@ def neuron_scores(gate_TF: Tensor, up_TF: Tensor, score: Score) -> Tensor:
         ValueError: for an unknown score.
     """
     if score == "abs_activation":
-        return F.silu(gate_TF).abs()
+        return activate(gate_TF).abs()
     if score == "abs_gate":
         return gate_TF.abs()
     if score == "signed_gate":
         return gate_TF
     if score == "abs_product":
-        return (F.silu(gate_TF) * up_TF).abs()
+        return (activate(gate_TF) * up_TF).abs()
     raise ValueError(
         f"mone.score: {score!r} is unknown; "
         "use abs_activation, abs_gate, signed_gate or abs_product"
@@ -69,22 +74,27 @@ def mask_at_threshold(scores_TF: Tensor, kth_T1: Tensor, k: int) -> Tensor:
     return above_TF | (tied_TF & (tied_TF.cumsum(dim=-1) <= room_T1))
 
 
-def selected_swiglu(
-    gate_TF: Tensor, up_TF: Tensor, mask_TF: Tensor | None, scale_T: Tensor | None
+def selected_glu(
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    mask_TF: Tensor | None,
+    scale_T: Tensor | None,
+    activate: Activate = F.silu,
 ) -> Tensor:
-    """``SiLU(g) * u``, only at the selected neurons, times the router's weight of each row.
+    """``a * u`` with ``a = SiLU(g)``, at the selected neurons, times the router's weight of a row.
 
     Args:
         gate_TF: gate projections.
         up_TF: up projections.
         mask_TF: bool, True at kept neurons; None keeps all.
         scale_T: one factor per row (the router's probability); None for 1.
+        activate: a as a function of g.
 
     Returns:
         The input of the down projection, in the dtype of ``gate_TF``. Gradients flow through the
         kept entries only.
     """
-    hidden_TF = F.silu(gate_TF) * up_TF
+    hidden_TF = activate(gate_TF) * up_TF
     if mask_TF is not None:
         hidden_TF = hidden_TF * mask_TF
     if scale_T is not None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mone_megatron.config.schema import Config, RouterConfig
+from mone_megatron.mone.activations import ACTIVATIONS
 
 
 def _leave(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[model.activation],
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         attention_softmax_in_fp32=True,

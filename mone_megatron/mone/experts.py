@@ -26,7 +26,7 @@ from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 
 
 class GroupedExperts(MegatronModule):
-    """SwiGLU experts computed together, with neuron selection when ``neurons`` is given."""
+    """Gated experts computed together, with neuron selection when ``neurons`` is given."""
 
     def __init__(
         self,
@@ -44,12 +44,11 @@ class GroupedExperts(MegatronModule):
             neurons: neuron selection and balance; None for plain experts.
 
         Raises:
-            ValueError: for biases, an activation other than SwiGLU, or a keep ratio of no neuron.
+            ValueError: for biases, experts that are not gated, or a keep ratio of no neuron.
         """
         super().__init__(config=config)
         if config.add_bias_linear or not config.gated_linear_unit:
-            raise ValueError("GroupedExperts computes SwiGLU experts without biases only")
-        assert config.activation_func is F.silu
+            raise ValueError("GroupedExperts computes gated experts without biases only")
         assert config.moe_ffn_hidden_size is not None
         self.num_local_experts = num_local_experts
         self.expert_group = pg_collection.ep

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
@@ -22,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mone_megatron.kernels import ops
+from mone_megatron.kernels.reference import Activate
 from mone_megatron.mone.balance import (
     NeuronBalance,
     balance_of_sums,
@@ -57,7 +57,7 @@ class Segments:
 
 
 class NeuronGate(MegatronModule):
-    """SwiGLU between an expert's projections, with or without neuron selection."""
+    """The gated linear unit between an expert's projections, with or without neuron selection."""
 
     def __init__(
         self,
@@ -99,11 +99,12 @@ class NeuronGate(MegatronModule):
             neuron_group=self.neuron_group,
             replica_group=replica_group if dist.get_world_size(replica_group) > 1 else None,
         )
+        self.activate: Activate = config.activation_func
         self.balance = settings.balance if settings else NeuronBalance()
         self.topk: NeuronTopK | None = None
         # Keeping all neurons is the plain expert: the same code, bit for bit.
         if settings is not None and settings.selection.kept(neurons) < neurons:
-            self.topk = NeuronTopK(settings.selection, neurons, neuron_group)
+            self.topk = NeuronTopK(settings.selection, neurons, neuron_group, self.activate)
 
     def forward(
         self, gate_TF: Tensor, up_TF: Tensor, scale_T: Tensor | None, segments: Segments
@@ -120,23 +121,29 @@ class NeuronGate(MegatronModule):
         # Under activation recomputation the first forward runs without gradients: observe once.
         observing = self.training and torch.is_grad_enabled()
         if not observing or not (self.usage.collecting or self._balancing):
-            return ops.selected_swiglu(gate_TF, up_TF, mask_TF, scale_T)
+            return ops.selected_glu(gate_TF, up_TF, mask_TF, scale_T, self.activate)
         num_segments = segments.num_microbatches * self.num_local_experts
         segment_ST = segment_matrix(segments.index_T, num_segments)
         if self.usage.collecting:
             tokens_ME = segment_ST.sum(dim=-1).view(-1, self.num_local_experts)
             self.usage.add_tokens(tokens_ME.sum(dim=0))
         if mask_TF is None:
-            return ops.selected_swiglu(gate_TF, up_TF, None, scale_T)
+            return ops.selected_glu(gate_TF, up_TF, None, scale_T, self.activate)
         if self.balance.weights == "selected" and self.neuron_group is None:
-            hidden_TF, weight_sum_SF, kept_SF = ops.selected_swiglu_and_sums(
-                gate_TF, up_TF, mask_TF, scale_T, segment_ST, normalize=self.balance.normalize
+            hidden_TF, weight_sum_SF, kept_SF = ops.selected_glu_and_sums(
+                gate_TF,
+                up_TF,
+                mask_TF,
+                scale_T,
+                segment_ST,
+                normalize=self.balance.normalize,
+                activate=self.activate,
             )
         else:
-            hidden_TF = ops.selected_swiglu(gate_TF, up_TF, mask_TF, scale_T)
+            hidden_TF = ops.selected_glu(gate_TF, up_TF, mask_TF, scale_T, self.activate)
             kept_SF = segment_ST @ mask_TF.float()
             weight_sum_SF = segment_ST @ neuron_weights(
-                activation_TF=F.silu(gate_TF),
+                activation_TF=self.activate(gate_TF),
                 mask_TF=mask_TF,
                 weights=self.balance.weights,
                 normalize=self.balance.normalize,
@@ -161,7 +168,7 @@ class NeuronGate(MegatronModule):
         by_expert = (num_microbatches, self.num_local_experts, -1)
         self.usage.add_selection(
             kept_EF=kept_SF.view(by_expert).sum(dim=0),
-            activation_TF=F.silu(gate_TF.detach()),
+            activation_TF=self.activate(gate_TF.detach()),
             mask_TF=mask_TF,
             expert_ET=segment_ST.view(by_expert).sum(dim=0),
         )

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mone_megatron.kernels import ops
-from mone_megatron.kernels.reference import Score, neuron_scores
+from mone_megatron.kernels.reference import Activate, Score, neuron_scores
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,11 @@ class NeuronTopK(nn.Module):
     """Chooses the kept neurons of each row. A module so that forward hooks can read the mask."""
 
     def __init__(
-        self, selection: NeuronSelection, neurons: int, group: dist.ProcessGroup | None = None
+        self,
+        selection: NeuronSelection,
+        neurons: int,
+        group: dist.ProcessGroup | None = None,
+        activate: Activate = F.silu,
     ) -> None:
         """Prepare to select among ``neurons`` (f of the whole expert, over all of ``group``).
 
@@ -76,17 +81,19 @@ class NeuronTopK(nn.Module):
             neurons: f.
             group: the ranks that share the neurons of one expert, in neuron order; None or a
                 group of one when this rank holds them all.
+            activate: the activation of the gate projection.
         """
         super().__init__()
         self.selection = selection
         self.neurons = neurons
+        self.activate = activate
         self.kept = selection.kept(neurons)
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
 
     @torch.no_grad()
     def forward(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
         """The mask of kept neurons, ``[T, F]`` bool; over ``group`` exactly K True a row."""
-        scores_TF = neuron_scores(gate_TF, up_TF, self.selection.score)
+        scores_TF = neuron_scores(gate_TF, up_TF, self.selection.score, self.activate)
         if self.group is None:
             return ops.topk_mask(scores_TF, self.kept)
         return sharded_topk_mask(scores_TF, self.kept, self.group)

@@ -43,7 +43,7 @@ def _by_definition(
     weights = F.silu(gate).abs() * mask
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    hidden = reference.selected_swiglu(gate, up, mask, scale)
+    hidden = reference.selected_glu(gate, up, mask, scale)
     return hidden, segment @ weights, segment @ mask.float()
 
 
@@ -74,7 +74,7 @@ def test_values_sums_counts_and_gradients_equal_the_definition(
     shape: tuple[int, int], normalize: bool
 ) -> None:
     inputs = _inputs(*shape)
-    ours = _values_and_gradients(ops.selected_swiglu_and_sums, inputs, normalize=normalize)
+    ours = _values_and_gradients(ops.selected_glu_and_sums, inputs, normalize=normalize)
     expected = _values_and_gradients(_by_definition, inputs, normalize=normalize)
     assert torch.equal(ours["counts"], expected["counts"])
     for name in ("hidden", "gate", "up"):
@@ -89,7 +89,7 @@ def test_a_row_of_zeros_has_no_weights_and_finite_gradients() -> None:
     gate, up, mask, scale = _inputs(10, 8)
     gate[3] = 0
     inputs = (gate, up, mask, scale)
-    ours = _values_and_gradients(ops.selected_swiglu_and_sums, inputs, normalize=True)
+    ours = _values_and_gradients(ops.selected_glu_and_sums, inputs, normalize=True)
     expected = _values_and_gradients(_by_definition, inputs, normalize=True)
     for name, value in ours.items():
         assert value.isfinite().all(), name
@@ -102,7 +102,7 @@ def test_blocks_do_not_show_without_weights(shape: tuple[int, int], masked: bool
     gate, up, mask, scale = _inputs(*shape)
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     results = []
-    for function in (ops.selected_swiglu, reference.selected_swiglu):
+    for function in (ops.selected_glu, reference.selected_glu):
         leaves = [tensor.clone().requires_grad_() for tensor in (gate, up)]
         hidden = function(leaves[0], leaves[1], mask if masked else None, scale)
         results.append([hidden.detach(), *torch.autograd.grad(hidden, leaves, grad)])
@@ -114,7 +114,7 @@ def test_each_of_the_two_outputs_backpropagates_alone() -> None:
     gate, up, mask, scale = _inputs(20, 12)
     for which in (0, 1):
         gradients = []
-        for function in (ops.selected_swiglu_and_sums, _by_definition):
+        for function in (ops.selected_glu_and_sums, _by_definition):
             leaf = gate.clone().requires_grad_()
             output = function(leaf, up, mask, scale, _segments(20), normalize=True)[which]
             gradients.append(torch.autograd.grad(output.square().sum(), leaf)[0])
@@ -124,7 +124,7 @@ def test_each_of_the_two_outputs_backpropagates_alone() -> None:
 def test_without_a_scale() -> None:
     gate, up, mask, _ = _inputs(1100, 192)
     results = []
-    for function in (ops.selected_swiglu_and_sums, _by_definition):
+    for function in (ops.selected_glu_and_sums, _by_definition):
         leaves = [tensor.clone().requires_grad_() for tensor in (gate, up)]
         hidden, sums, _ = function(*leaves, mask, None, _segments(1100), normalize=True)
         results.append(torch.autograd.grad(hidden.square().sum() + sums.square().sum(), leaves))
@@ -136,8 +136,8 @@ def test_other_dtypes_take_the_eager_path() -> None:
     gate, up, mask, scale = (
         tensor.double() if tensor.is_floating_point() else tensor for tensor in _inputs(9, 8)
     )
-    hidden, *_ = ops.selected_swiglu_and_sums(gate, up, mask, scale, _segments(9), normalize=True)
-    assert torch.equal(hidden, reference.selected_swiglu(gate, up, mask, scale))
+    hidden, *_ = ops.selected_glu_and_sums(gate, up, mask, scale, _segments(9), normalize=True)
+    assert torch.equal(hidden, reference.selected_glu(gate, up, mask, scale))
 
 
 @pytest.mark.parametrize("where", ["gate", "up"])
@@ -147,7 +147,7 @@ def test_nan_reaches_values_and_gradients_of_its_row(where: str) -> None:
     mask = ops.topk_mask(F.silu(gate).abs(), 50)
     mask[400, 17] = False  # not even when it is not selected
     inputs = (gate, up, mask, scale)
-    ours = _values_and_gradients(ops.selected_swiglu_and_sums, inputs, normalize=False)
+    ours = _values_and_gradients(ops.selected_glu_and_sums, inputs, normalize=False)
     assert ours["hidden"][400, 17].isnan()
     assert ours["sums"][:, 17].isnan().any() == (where == "gate")
     assert ours["gate"][400].isnan().any()

@@ -107,7 +107,7 @@ def test_a_row_with_nan_keeps_nothing_and_spreads_it(topk_mask: TopKMask, nans: 
     mask = topk_mask(scores, 3)
     assert mask[:2].sum() == 0
     assert mask[2].tolist() == [True, False, False, True, True]
-    hidden = ops.selected_swiglu(scores, torch.ones_like(scores), mask, torch.ones(3))
+    hidden = ops.selected_glu(scores, torch.ones_like(scores), mask, torch.ones(3))
     assert hidden[0].isnan().any()
     assert hidden[1].isnan().any()
     assert hidden[2].isfinite().all()

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mone_megatron.kernels.reference import selected_swiglu, topk_mask
+from mone_megatron.kernels.reference import selected_glu, topk_mask
 from mone_megatron.mone.balance import (
     NeuronBalance,
     neuron_balance_loss,
@@ -243,7 +243,11 @@ def _gate(
     assert dist.group.WORLD is not None
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     config = TransformerConfig(
-        num_layers=3, hidden_size=8, num_attention_heads=1, cuda_graph_scope=[]
+        num_layers=3,
+        hidden_size=8,
+        num_attention_heads=1,
+        activation_func=F.silu,
+        cuda_graph_scope=[],
     )
     gate = NeuronGate(
         config=config,
@@ -309,7 +313,7 @@ def test_gate_attaches_the_loss_of_the_formulas(
     activation = F.silu(gates)
     mask = topk_mask(activation.abs(), 3)
     loss = balance_loss(activation, mask, index, 3, weights=weights, normalize=normalize)
-    main = selected_swiglu(gates, ups, mask, scale)
+    main = selected_glu(gates, ups, mask, scale)
     # In training the gradient of the loss adds to that of everything else.
     expected = torch.autograd.grad((main * grad).sum() + loss, (gates, ups))
     torch.testing.assert_close(hidden, main, rtol=1e-6, atol=1e-6)

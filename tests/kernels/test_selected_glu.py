@@ -26,7 +26,7 @@ def test_ops_equal_the_reference_forward_and_backward(with_mask: bool, with_scal
     mask = mask_TF if with_mask else None
     grad = torch.randn(13, 20, generator=torch.Generator().manual_seed(9))
     results = []
-    for implementation in (ops.selected_swiglu, reference.selected_swiglu):
+    for implementation in (ops.selected_glu, reference.selected_glu):
         leaves = _leaves(gate, up, scale_T)
         output = implementation(leaves[0], leaves[1], mask, leaves[2] if with_scale else None)
         inputs = leaves if with_scale else leaves[:2]
@@ -39,7 +39,7 @@ def test_ops_equal_the_reference_forward_and_backward(with_mask: bool, with_scal
 def test_gradients_reach_the_kept_entries_only() -> None:
     gate, up, mask, scale_T = _inputs(1)
     leaves = _leaves(gate, up)
-    output = ops.selected_swiglu(leaves[0], leaves[1], mask, scale_T)
+    output = ops.selected_glu(leaves[0], leaves[1], mask, scale_T)
     assert torch.equal(output != 0, mask)
     for gradient in torch.autograd.grad(output, leaves, torch.ones(13, 20)):
         assert torch.equal(gradient != 0, mask)
@@ -48,7 +48,7 @@ def test_gradients_reach_the_kept_entries_only() -> None:
 def test_backward_leaves_its_inputs_alone_and_can_run_twice() -> None:
     gate, up, mask, scale = _inputs(2)
     leaves = _leaves(gate, up, scale)
-    output = ops.selected_swiglu(leaves[0], leaves[1], mask, leaves[2])
+    output = ops.selected_glu(leaves[0], leaves[1], mask, leaves[2])
     grad = torch.ones(13, 20)
     first = torch.autograd.grad(output, leaves, grad, retain_graph=True)
     second = torch.autograd.grad(output, leaves, grad)
@@ -63,11 +63,11 @@ def test_reference_gradients_match_finite_differences_in_fp64() -> None:
     leaves = _leaves(gate[:4], up[:4], scale[:4])
 
     def masked(gate: Tensor, up: Tensor, scale: Tensor) -> Tensor:
-        return reference.selected_swiglu(gate, up, mask[:4], scale)
+        return reference.selected_glu(gate, up, mask[:4], scale)
 
     assert torch.autograd.gradcheck(masked, leaves)
     assert torch.autograd.gradcheck(
-        lambda gate, up: reference.selected_swiglu(gate, up, None, None), leaves[:2]
+        lambda gate, up: reference.selected_glu(gate, up, None, None), leaves[:2]
     )
 
 
@@ -75,13 +75,13 @@ def test_fp32_gradients_match_finite_differences_of_the_reference() -> None:
     gate, up, mask, scale = _inputs(4)
     leaves = _leaves(gate, up, scale)
     grad = torch.randn(13, 20, generator=torch.Generator().manual_seed(5))
-    output = ops.selected_swiglu(leaves[0], leaves[1], mask, leaves[2])
+    output = ops.selected_glu(leaves[0], leaves[1], mask, leaves[2])
     gradients = torch.autograd.grad(output, leaves, grad)
     doubles = [tensor.double() for tensor in (gate, up, scale)]
     epsilon = 1e-6
 
     def objective(inputs: list[Tensor]) -> Tensor:
-        output = reference.selected_swiglu(inputs[0], inputs[1], mask, inputs[2])
+        output = reference.selected_glu(inputs[0], inputs[1], mask, inputs[2])
         return (output * grad.double()).sum()
 
     for which, index in ((0, (2, 3)), (0, (5, 0)), (1, (2, 3)), (1, (12, 19)), (2, (7,))):
@@ -97,16 +97,16 @@ def test_fp32_gradients_match_finite_differences_of_the_reference() -> None:
 def test_bf16_keeps_its_dtype_and_the_scale_in_fp32() -> None:
     gate, up, mask, _ = _inputs(6, torch.bfloat16)
     scale = torch.rand(13, generator=torch.Generator().manual_seed(6))
-    output = ops.selected_swiglu(gate, up, mask, scale)
+    output = ops.selected_glu(gate, up, mask, scale)
     assert output.dtype is torch.bfloat16
-    exact = reference.selected_swiglu(gate.float(), up.float(), mask, scale)
+    exact = reference.selected_glu(gate.float(), up.float(), mask, scale)
     torch.testing.assert_close(output.float(), exact, rtol=2e-2, atol=1e-3)
-    assert torch.equal(output, reference.selected_swiglu(gate, up, mask, scale))
+    assert torch.equal(output, reference.selected_glu(gate, up, mask, scale))
 
 
 def test_no_rows() -> None:
     gate = torch.zeros(0, 8, requires_grad=True)
-    output = ops.selected_swiglu(
+    output = ops.selected_glu(
         gate, torch.zeros(0, 8), torch.zeros(0, 8, dtype=torch.bool), torch.zeros(0)
     )
     assert output.shape == (0, 8)
