@@ -69,21 +69,16 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
 
 
 def forbidden_key(key: str) -> str | None:
-    """Why the unknown dotted ``key`` may never be in a config, or None. Never shows a value."""
+    """Why the dotted ``key`` may never be in a config, or None. Never shows a value."""
     parts = key.split(".")
     if "_target_" in parts:
-        return forbidden_target(key)
+        return f"{key}: a config is data and nothing is instantiated from it; remove the `_target_`"
     if any(_SECRET.search(part) for part in parts):
         return (
             f"{key}: secrets do not belong in a config, which is saved with the run; "
             "use `wandb login` or the environment variable of the service"
         )
     return None
-
-
-def forbidden_target(key: str) -> str:
-    """One line about a ``_target_`` in or under ``key``."""
-    return f"{key}: a config is data and nothing is instantiated from it; remove the `_target_`"
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:

@@ -24,7 +24,12 @@ from mone_megatron.config.convert import Scalar
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.schema import Config
 
+# A config is saved with its run and shown by loggers, so it cannot take in the environment.
+OmegaConf.clear_resolver("oc.env")
+
 CONFIG_NAME = "config"
+# The group whose options sweep.
+_SWEEPS = "ablation"
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -68,13 +73,16 @@ def check_overrides(
             problems.append(convert.forbidden_key(name) or f"{name}: {_parse_problem(text, error)}")
             continue
         key = override.key_or_group
-        # Hydra builds what its own sections name, so they are looked at, too.
-        if _names_target(key, None if override.is_sweep_override() else override.value()):
-            problems.append(convert.forbidden_target(key))
+        # Hydra builds and sets what its own sections name, so they are looked at, too.
+        value = None if override.is_sweep_override() else override.value()
+        if problem := _forbidden(key, value):
+            problems.append(problem)
             continue
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
             continue
-        if override.is_sweep_override() and not multirun:
+        if key == _SWEEPS and not multirun:
+            problems.append(f"{key}: an ablation is a sweep over several runs; add -m")
+        elif override.is_sweep_override() and not multirun:
             problems.append(f"{key}: several values need a sweep; add -m, or give one value")
         elif key in groups and not isinstance(override.value(), dict):
             problems.extend(_option_problems(override, groups[key]))
@@ -149,13 +157,16 @@ def _group_options(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def _names_target(key: str, value: object) -> bool:
-    """Whether an override has ``_target_`` in its key or in a key of its value."""
-    if "_target_" in key.split("."):
-        return True
+def _forbidden(key: str, value: object) -> str | None:
+    """Why an override's key, or a key in its value, may never be in a config; or None."""
+    if problem := convert.forbidden_key(key):
+        return problem
+    inner: list[tuple[str, object]] = []
     if isinstance(value, dict):
-        return any(_names_target(str(name), inner) for name, inner in value.items())
-    return isinstance(value, list) and any(_names_target("", inner) for inner in value)
+        inner = [(f"{key}.{name}", held) for name, held in value.items()]
+    elif isinstance(value, list):
+        inner = [(key, held) for held in value]
+    return next(filter(None, (_forbidden(*one) for one in inner)), None)
 
 
 def _option_problems(override: Override, options: Sequence[str]) -> list[str]:

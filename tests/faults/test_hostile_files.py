@@ -246,9 +246,9 @@ def test_names_that_lead_outside(tmp_path: Path, tally: Count) -> None:
 OVERRIDES = [
     ("+model._target_=os.mkdir", "model._target_"),
     ("+_target_=os.mkdir", "_target_"),
-    ("+run={_target_:os.mkdir,path:{marker}}", "run"),
+    ("+run={_target_:os.mkdir,path:{marker}}", "run._target_"),
     ("+hydra.callbacks.x._target_=os.mkdir", "hydra.callbacks.x._target_"),
-    ("+hydra.callbacks={x:{_target_:os.mkdir,path:{marker}}}", "hydra.callbacks"),
+    ("+hydra.callbacks={x:{_target_:os.mkdir,path:{marker}}}", "hydra.callbacks.x._target_"),
     ("hydra/launcher=joblib", "hydra/launcher"),
 ]
 
