@@ -17,7 +17,7 @@ from pathlib import Path
 import faults_helpers
 import pytest
 import torch
-from faults_helpers import PATIENCE, QUIET, end, steps, wait_until
+from faults_helpers import PATIENCE, QUIET, end, saved_steps, steps, wait_until
 from faults_table import Tally
 
 from mone_megatron.train.signals import (
@@ -40,8 +40,7 @@ def assert_saved(folder: Path) -> None:
     """At the last step, with the records up to it, and marked as interrupted."""
     done = steps(folder)
     assert done == list(range(1, len(done) + 1))
-    newest = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))[-1]
-    assert newest == f"step_{done[-1]:08d}"
+    assert done[-1:] == saved_steps(folder)[-1:]
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     assert not list((folder / "checkpoints").glob(".*partial*"))
 
