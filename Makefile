@@ -7,10 +7,13 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUNS   := runs/quickstart
+NAME       ?= keep_ratio
+EXPERIMENT ?= quickstart_mone
+ARGS       ?=
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart test test-slow faults lint bench clean
+.PHONY: quickstart ablation test test-slow faults lint bench clean
 
 quickstart: $(VENV)/installed
 	$(TRAIN) experiment=quickstart_moe run.dir=$(RUNS)/moe
@@ -19,6 +22,12 @@ quickstart: $(VENV)/installed
 	@echo
 	@echo "Look at $(RUNS)/report.html and $(RUNS)/comparison.png"
 	@echo "Each run's own report: $(RUNS)/moe/report.html, $(RUNS)/mone/report.html"
+
+# One sweep and its comparison: make ablation NAME=keep_ratio EXPERIMENT=quickstart_mone ARGS=...
+ablation: $(VENV)/installed
+	$(TRAIN) -m experiment=$(EXPERIMENT) ablation=$(NAME) $(ARGS)
+	$(BIN)/python tools/compare_runs.py runs/ablations/$(EXPERIMENT)/$(NAME)/*/ \
+		--output runs/ablations/$(EXPERIMENT)/$(NAME)
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check

@@ -70,9 +70,18 @@ def pretrain(config: Config) -> int:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)
-def _hydra_main(config: DictConfig) -> int:
-    """For Hydra's own flags: ``--multirun``, ``--cfg job``, ``--help``."""
-    return pretrain(from_dictconfig(config))
+def _hydra_main(config: DictConfig) -> None:
+    """For Hydra's own flags: ``--multirun``, ``--cfg job``, ``--help``.
+
+    A run that does not end with 0 ends the sweep: Hydra knows exit codes only this way.
+    """
+    try:
+        code = pretrain(from_dictconfig(config))
+    except ValueError as error:
+        _tell(error, World.from_environment())
+        code = USAGE_EXIT_CODE
+    if code:
+        raise SystemExit(code)
 
 
 def _tell(error: Exception, world: World) -> None:
@@ -100,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             multirun = "-m" in flags or "--multirun" in flags
             if problems := check_overrides(overrides, multirun=multirun):
                 raise ConfigError(problems)
-            return _hydra_main() or 0
+            _hydra_main()
+            return 0
         return pretrain(compose(arguments))
     except ValueError as error:
         _tell(error, world)

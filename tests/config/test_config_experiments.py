@@ -52,7 +52,11 @@ def test_experiments_resolve_validate_and_count(name: str) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes(option: str) -> None:
-    compose([option])
+    if option.startswith("ablation="):  # sweeps: tests/integration/test_ablations.py
+        with pytest.raises(ValueError, match="add -m"):
+            compose([option])
+    else:
+        compose([option])
 
 
 @pytest.mark.parametrize(("moe", "mone"), PAIRS)

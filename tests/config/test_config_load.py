@@ -103,6 +103,10 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert len(problems_of(["train.steps=x", "optim.lr=y", "device.kind=z"])) == 3
 
 
+def test_keys_of_ours_are_no_secrets() -> None:
+    assert compose(["model.experts_per_token=1", "data.tokenizer=t"]).model.experts_per_token == 1
+
+
 @pytest.mark.parametrize(
     "override",
     ["+logging.wandb.api_key=hunter2", "logging.wandb.token=[hunter2", "++data.password=hunter2"],
