@@ -1,0 +1,248 @@
+"""Bytes that one forward pass of a microbatch keeps for its backward pass, tensor by tensor.
+
+Each entry is a tensor that autograd saves (of several views of one storage, the storage), named
+after what it is. Two sets of kernels differ: on CPU in fp32 SwiGLU with selection is one function,
+and RMSNorm keeps fp32 copies; on CUDA the definition in :mod:`mone_megatron.kernels.reference` runs
+in bf16 with torch's fused RMSNorm.
+
+Symbols: n tokens of a microbatch on this context-parallel rank, s of them on a rank where they are
+split over the tensor-parallel ranks, e bytes of an activation, h hidden size, T rows that the
+experts of a rank get, f neurons of an expert on a rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mone_megatron.config.schema import Config
+from mone_megatron.config.validate import neurons_kept
+from mone_megatron.planning.parameters import head_dim_of
+from mone_megatron.planning.shards import expert_width, local_experts
+
+Kernels = Literal["cpu", "cuda"]
+Saved = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Which kernels run, in which dtype."""
+
+    kernels: Kernels
+    # Of one weight or activation: 2 for bf16, 4 for fp32.
+    bytes: int
+    # The rows of the rank whose experts have the most to do, over the mean.
+    imbalance: float = 1.0
+
+    @property
+    def fused_selection(self) -> bool:
+        """Whether SwiGLU with selection is one autograd function (``kernels.ops``)."""
+        return self.kernels == "cpu" and self.bytes == 4
+
+
+def tokens_of_rank(config: Config) -> int:
+    """n: tokens of a microbatch on one context-parallel rank."""
+    return config.train.micro_batch_size * config.train.seq_length // config.parallel.context
+
+
+def expert_rows(config: Config, imbalance: float = 1.0) -> int:
+    """T: rows that the experts of one rank get from a microbatch."""
+    rows = split_tokens(config) * config.model.experts_per_token * config.parallel.expert_tensor
+    return math.ceil(rows * imbalance)
+
+
+def kept_by_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
+    """What one MoE or dense layer keeps until its backward pass, with ``train.recompute``."""
+    if config.train.recompute == "full":
+        hidden = config.model.hidden_size
+        return {"layer input": split_tokens(config) * hidden * numerics.bytes}
+    saved = whole_layer(config, numerics, moe=moe)
+    if config.train.recompute == "none":
+        return saved
+    # Selective: attention and the MoE layer (of a dense model: the MLP) run again from their
+    # inputs. The output of attention stays, since the projection after it keeps it.
+    recomputed = {"attention softmax"}
+    if moe or config.model.num_experts == 0:
+        recomputed |= {name for name in saved if name.startswith(("router", "MLP", "experts"))}
+        recomputed |= {"MoE dispatch", "shared expert", "MoNE masks", "neuron balance"}
+    return {name: size for name, size in saved.items() if name not in recomputed}
+
+
+def whole_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
+    """What one MoE or dense layer keeps when nothing is recomputed."""
+    model, tensor, e = config.model, config.parallel.tensor, numerics.bytes
+    n, s, hidden = tokens_of_rank(config), split_tokens(config), model.hidden_size
+    saved: Saved = {
+        "norms": 2 * _norm(numerics, s, hidden, heads=1, copied=True),
+        # Inputs of the QKV projection and of the MLP.
+        "norm outputs": 2 * s * hidden * e,
+        **_attention(config, numerics, n, tensor),
+    }
+    if model.hidden_dropout:
+        saved["dropout masks"] = 2 * s * hidden
+    if moe:
+        return saved | _moe(config, numerics, n, s)
+    selecting = selects_neurons(config, "dense", model.dense_ffn_hidden_size)
+    mlp = _gated_mlp(numerics, n, model.dense_ffn_hidden_size // tensor, selecting=selecting)
+    saved |= {"MLP": mlp}
+    if selecting:
+        width = model.dense_ffn_hidden_size // tensor
+        saved |= {"MoNE masks": n * width}
+        saved |= _balance(config, numerics, n, width, segments=1, split=tensor > 1)
+    return saved
+
+
+def split_tokens(config: Config) -> int:
+    """s: with sequence parallelism a tensor-parallel rank has its part of the tokens."""
+    return tokens_of_rank(config) // config.parallel.tensor
+
+
+def _norm(numerics: Numerics, tokens: int, width: int, *, heads: int, copied: bool) -> int:
+    """RMSNorm of ``width`` values in ``heads`` rows: its input, the scales and, on CPU, x / rms.
+
+    ``copied`` says that the input is a tensor of its own and not part of one that is kept anyway.
+    """
+    scales = 4 * heads
+    if numerics.kernels == "cuda":
+        return tokens * (scales + width * numerics.bytes)
+    upcast = copied or numerics.bytes == 2
+    return tokens * (scales + 4 * width + (4 * width if upcast else 0))
+
+
+def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved:
+    model, e = config.model, numerics.bytes
+    head_dim = head_dim_of(model)
+    heads, groups = model.num_attention_heads // tensor, model.num_query_groups // tensor
+    queries, keys = heads * head_dim, groups * head_dim
+    saved: Saved = {
+        # The value is a part of the projection's output, which lives with it.
+        "attention QKV": n * (queries + 2 * keys) * e,
+        # Queries and keys after RoPE, the output; then the log-sum-exp of each row.
+        "attention operands": n * (2 * queries + keys) * e,
+        "attention softmax": n * heads * 4,
+        # Cosines and sines, of queries and of keys; the same for all sequences.
+        "RoPE": 4 * (config.train.seq_length // config.parallel.context) * head_dim * e,
+    }
+    if model.qk_norm:
+        copied = heads > groups
+        saved["query and key norms"] = _norm(
+            numerics, n, queries, heads=heads, copied=copied
+        ) + _norm(numerics, n, keys, heads=groups, copied=False)
+    return saved
+
+
+def _gated_mlp(numerics: Numerics, tokens: int, width: int, *, selecting: bool) -> int:
+    """Gate and up projections, SiLU, a copy of the up part, and the input of the last projection.
+
+    With selection the up part is not copied, and on CPU in fp32 SiLU is not kept either.
+    """
+    selected = 3 if numerics.fused_selection else 4
+    kept = selected if selecting else 5
+    return tokens * kept * width * numerics.bytes
+
+
+def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
+    model, e, tensor = config.model, numerics.bytes, config.parallel.tensor
+    rows = expert_rows(config, numerics.imbalance)
+    width, experts = expert_width(config), model.num_experts
+    selecting = selects_neurons(config, "routed", model.expert_ffn_hidden_size)
+    # Gate and up, the input of the down projection, and, where SwiGLU is not one function, SiLU
+    # and its product with up.
+    kept = 3 if numerics.fused_selection else 5
+    saved: Saved = {
+        "router": s * _router(config),
+        "MoE dispatch": s * experts * 5 + _dispatch(config, numerics, s, rows),
+        "experts' gate, up and SwiGLU": rows * (kept * width * e + 4),
+    }
+    if selecting:
+        saved["MoNE masks"] = rows * width
+        segments = local_experts(config) * _microbatches_that_meet(config)
+        split = config.parallel.expert_tensor > 1
+        saved |= _balance(config, numerics, rows, width, segments=segments, split=split)
+    if model.shared_expert_ffn_hidden_size:
+        shared = model.shared_expert_ffn_hidden_size
+        selecting_shared = selects_neurons(config, "shared", shared)
+        size = _gated_mlp(numerics, n, shared // tensor, selecting=selecting_shared)
+        if model.shared_expert_gate:
+            size += s * (model.hidden_size * e + 2 * e)
+        if selecting_shared:
+            size += n * shared // tensor
+            balance = _balance(config, numerics, n, shared // tensor, segments=1, split=tensor > 1)
+            size += sum(balance.values())
+        saved["shared expert"] = size
+    return saved
+
+
+def _router(config: Config) -> int:
+    """Bytes a token of the router's logits, probabilities and choices."""
+    model, router = config.model, config.model.router
+    experts, chosen = model.num_experts, model.experts_per_token
+    wide = 8 if router.dtype == "fp64" else 4
+    size = 8 * chosen  # indices
+    size += wide * (experts if router.pre_softmax or router.score_function == "sigmoid" else chosen)
+    if router.z_loss_coeff:
+        size += wide * (experts + 1)
+    if any(router.balance_coeff):
+        # All scores once more, and the indices of the best.
+        size += 4 * experts + 8 * chosen
+    return size
+
+
+def _dispatch(config: Config, numerics: Numerics, s: int, rows: int) -> int:
+    """Rows as the experts get them, and the permutations that brought them there."""
+    hidden, chosen = config.model.hidden_size, config.model.experts_per_token
+    size = rows * hidden * numerics.bytes
+    if config.parallel.dispatcher == "allgather":
+        # Permuted once, after the gathering; the router's table of all gathered tokens stays.
+        gathered = s * config.parallel.expert * config.parallel.expert_tensor
+        return size + 8 * rows + gathered * 5 * local_experts(config)
+    return size + 8 * s * chosen
+
+
+def _microbatches_that_meet(config: Config) -> int:
+    """Microbatches whose tokens the experts of a rank see at once."""
+    parallel = config.parallel
+    return max(
+        1,
+        parallel.expert * parallel.expert_tensor // (parallel.tensor * parallel.context),
+    )
+
+
+def _balance(
+    config: Config, numerics: Numerics, rows: int, width: int, *, segments: int, split: bool
+) -> Saved:
+    """The weights of the neurons and which segment a row is of, for the neuron balance loss."""
+    balance = config.mone.balance
+    if balance.coeff == 0:
+        return {}
+    plain = numerics.fused_selection and balance.weights == "selected" and not split
+    # In one function: |a|. Otherwise |a| before and after normalisation, and the two sums of a row.
+    neurons = 4 if plain or not balance.normalize else 8
+    sums = 0 if plain or not balance.normalize else 8
+    return {"neuron balance": rows * (neurons * width + sums + 4 * segments)}
+
+
+def selects_neurons(config: Config, target: str, width: int) -> bool:
+    """Whether MLPs of a kind ("routed", "shared" or "dense"), ``width`` wide, select neurons."""
+    mone = config.mone
+    return mone.enabled and target in mone.apply_to and neurons_kept(mone.keep_ratio, width) < width
+
+
+def embedding(config: Config, numerics: Numerics) -> Saved:
+    """What the first stage keeps beside its layers."""
+    saved = {"tokens": 8 * tokens_of_rank(config)}
+    if config.model.hidden_dropout:
+        saved["dropout masks"] = split_tokens(config) * config.model.hidden_size
+    return saved
+
+
+def output(config: Config, numerics: Numerics, vocab_size: int) -> Saved:
+    """What the last stage keeps beside its layers: the final norm and the softmax, in fp32."""
+    n, s, hidden = tokens_of_rank(config), split_tokens(config), config.model.hidden_size
+    vocabulary = config.model.padded_vocab_size(vocab_size) // config.parallel.tensor
+    return {
+        "final norm": _norm(numerics, s, hidden, heads=1, copied=True)
+        + s * hidden * numerics.bytes,
+        "logits": n * (4 * vocabulary + 9),
+    }

@@ -1,0 +1,81 @@
+"""Where a rank stands in a layout, and which ranks it works with: megatron-core's numbering.
+
+Outside the experts tensor parallelism is innermost, then context, data and pipeline parallelism;
+inside them expert-tensor, expert, expert-data and pipeline parallelism.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mone_megatron.config.schema import ParallelConfig
+from mone_megatron.config.validate import Layout
+
+
+@dataclass(frozen=True)
+class Place:
+    """The coordinates of one rank."""
+
+    tensor: int
+    context: int
+    data: int
+    expert_tensor: int
+    expert: int
+    expert_data: int
+    pipeline: int
+
+    def __str__(self) -> str:
+        return (
+            f"pipeline {self.pipeline}, data {self.data}, context {self.context}, "
+            f"tensor {self.tensor}; experts: data {self.expert_data}, expert {self.expert}, "
+            f"tensor {self.expert_tensor}"
+        )
+
+
+def place_of(rank: int, parallel: ParallelConfig, layout: Layout) -> Place:
+    """Where ``rank`` stands."""
+    stage = layout.world_size // parallel.pipeline
+    inside = rank % stage
+    rest, tensor = divmod(inside, parallel.tensor)
+    data, context = divmod(rest, parallel.context)
+    experts, expert_tensor = divmod(inside, parallel.expert_tensor)
+    expert_data, expert = divmod(experts, parallel.expert)
+    return Place(tensor, context, data, expert_tensor, expert, expert_data, rank // stage)
+
+
+def experts_are_dense_like(parallel: ParallelConfig) -> bool:
+    """Whether experts are replicated like everything else, and share its gradient buffers."""
+    return parallel.expert == 1 and parallel.expert_tensor == parallel.tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate: how many, and the distance between neighbours."""
+
+    name: str
+    size: int
+    stride: int
+
+    def in_node(self, gpus_per_node: int) -> int:
+        """How many of its ranks share a node."""
+        return max(1, min(self.size, gpus_per_node // self.stride))
+
+
+def groups(parallel: ParallelConfig, layout: Layout) -> dict[str, Group]:
+    """The groups of a layout by name; those of one rank included."""
+    batch = parallel.tensor * parallel.context
+    experts = parallel.expert * parallel.expert_tensor
+    found = [
+        Group("tensor", parallel.tensor, 1),
+        Group("context", parallel.context, parallel.tensor),
+        # The distributed optimizer shards over context-parallel ranks, too.
+        Group("data", layout.data * parallel.context, parallel.tensor),
+        Group("pipeline", parallel.pipeline, layout.world_size // parallel.pipeline),
+        Group("expert_tensor", parallel.expert_tensor, 1),
+        Group("expert", parallel.expert, parallel.expert_tensor),
+        # What the allgather dispatcher gathers over.
+        Group("expert_and_tensor", experts, 1),
+        Group("expert_data", layout.expert_data, experts),
+    ]
+    assert batch * layout.data * parallel.pipeline == layout.world_size
+    return {group.name: group for group in found}

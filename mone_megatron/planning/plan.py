@@ -1,0 +1,279 @@
+"""One experiment in one layout on one kind of GPU: everything that is known before a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.schema import Config
+from mone_megatron.config.validate import Layout, smallest_world_size, validate
+from mone_megatron.planning.activations import Numerics
+from mone_megatron.planning.communication import Traffic, stage_traffic
+from mone_megatron.planning.flops import Flops, flops_per_step
+from mone_megatron.planning.hardware import GPU, Assumptions
+from mone_megatron.planning.layout import Group, groups
+from mone_megatron.planning.memory import RankMemory, rank_memory, stage_memory, worst_of_stages
+from mone_megatron.planning.parameters import ParameterCount, count_parameters
+from mone_megatron.planning.prediction import StepTime, predict
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for."""
+
+    gpu: GPU
+    gpus: int
+    gpus_per_node: int = 8
+    assumed: Assumptions = field(default_factory=Assumptions)
+    # Optional packages of the machines: "transformer_engine", "deep_ep".
+    installed: frozenset[str] = frozenset()
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        if self.gpus < 1:
+            raise ValueError(f"--gpus: {self.gpus} is too few; use 1 or more")
+        if self.gpus_per_node < 1:
+            raise ValueError(f"--gpus-per-node: {self.gpus_per_node} is too few; use 1 or more")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            near = self.gpus // self.gpus_per_node * self.gpus_per_node
+            raise ValueError(
+                f"--gpus: {self.gpus} does not fill nodes of --gpus-per-node "
+                f"{self.gpus_per_node}; use {near} or {near + self.gpus_per_node}"
+            )
+        self.assumed.check()
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the run."""
+        return max(1, self.gpus // self.gpus_per_node)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See :func:`make_plan`. Everything under "predicted" is arithmetic, not validated on GPUs."""
+
+    config: Config
+    machine: Machine
+    layout: Layout
+    vocab_size: int
+    numerics: Numerics
+    parameters: ParameterCount
+    # As published totals count: without the padding of the vocabulary.
+    published_parameters: int
+    # The worst rank of each pipeline stage.
+    stages: tuple[RankMemory, ...]
+    traffic: tuple[Traffic, ...]
+    flops: Flops
+    # Predicted.
+    time: StepTime
+
+    @property
+    def worst(self) -> RankMemory:
+        """The rank that needs the most memory."""
+        return max(self.stages, key=lambda rank: rank.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it has it."""
+        return self.worst.total <= self.machine.gpu.memory
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all processes."""
+        return self.config.train.global_batch_size * self.config.train.seq_length
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        return self.tokens_per_step * self.config.train.steps
+
+    @property
+    def hours(self) -> float:
+        """Predicted, of the whole run without evaluation, saves and stops."""
+        return self.time.total * self.config.train.steps / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        """Predicted."""
+        return self.hours * self.machine.gpus
+
+    def mfu(self, operations: int) -> float:
+        """Predicted share of the peak, counting ``operations`` a step."""
+        peak = self.machine.gpu.bf16_flops * self.machine.gpus
+        return operations / (self.time.total * peak)
+
+
+def vocabulary_of(config: Config) -> int:
+    """The vocabulary's size: the model's, or that of the corpus's tokenizer."""
+    return config.model.vocab_size or config.data.vocab_size
+
+
+def check_config(config: Config, machine: Machine) -> Layout:
+    """The layout on ``machine``.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    machine.check()
+    if config.device.kind == "cpu":
+        raise ConfigError("device.kind: cpu has no GPU to plan for; use device=cuda")
+    local = min(machine.gpus, machine.gpus_per_node)
+    return validate(
+        config,
+        world_size=machine.gpus,
+        num_devices=local,
+        local_world_size=local,
+        have_transformer_engine="transformer_engine" in machine.installed,
+        have_deep_ep="deep_ep" in machine.installed,
+    )
+
+
+def numerics_of(config: Config, assumed: Assumptions) -> Numerics:
+    """Kernels and dtype on a GPU."""
+    size = 4 if config.device.dtype == "fp32" else 2
+    return Numerics("cuda", size, imbalance=assumed.imbalance)
+
+
+def make_plan(config: Config, machine: Machine, *, rough: bool = False) -> Plan:
+    """Count and predict.
+
+    Args:
+        config: of the run.
+        machine: to run on.
+        rough: look at the first and last pipeline stage, and at one rank of each: what a search
+            needs. State bytes may then be off by the padding of a shard.
+
+    Raises:
+        ConfigError: for a config that cannot run there.
+        ValueError: for a machine that cannot be.
+    """
+    layout = check_config(config, machine)
+    vocab_size = vocabulary_of(config)
+    numerics = numerics_of(config, machine.assumed)
+    reserve = int(machine.assumed.reserve)
+    if rough:
+        size = layout.world_size // config.parallel.pipeline
+        ends = sorted({0, config.parallel.pipeline - 1})
+        stages = [
+            rank_memory(
+                stage_memory(config, layout, vocab_size, stage, numerics),
+                stage * size,
+                config.parallel,
+                layout,
+                reserve=reserve,
+            )
+            for stage in ends
+        ]
+    else:
+        stages = worst_of_stages(config, layout, vocab_size, numerics, reserve=reserve)
+    worst = max(stages, key=lambda rank: rank.total)
+    traffic = stage_traffic(config, layout, worst.stage.state, worst.stage.stage, numerics)
+    return Plan(
+        config=config,
+        machine=machine,
+        layout=layout,
+        vocab_size=vocab_size,
+        numerics=numerics,
+        parameters=count_parameters(config.model, config.mone, vocab_size),
+        published_parameters=count_parameters(
+            config.model, config.mone, vocab_size, padded=False
+        ).total,
+        stages=tuple(stages),
+        traffic=tuple(traffic),
+        flops=flops_per_step(config, vocab_size),
+        time=predict(
+            config,
+            layout,
+            vocab_size,
+            [rank.stage for rank in stages],
+            gpu=machine.gpu,
+            assumed=machine.assumed,
+            numerics=numerics,
+            gpus_per_node=machine.gpus_per_node,
+        ),
+    )
+
+
+def problems(plan: Plan) -> list[str]:
+    """What stops the run although its configuration is valid, one line each."""
+    if plan.fits:
+        return []
+    gpu, worst = plan.machine.gpu, plan.worst
+    return [
+        f"memory: rank {worst.rank} needs {worst.total / GIB:.1f} GiB and an {gpu.name} has "
+        f"{gpu.memory / GIB:.1f}; {_fix(plan)}"
+    ]
+
+
+def _fix(plan: Plan) -> str:
+    """The nearest change that fits."""
+    train = plan.config.train
+    changes: list[tuple[str, Config]] = []
+    for recompute in ("selective", "full"):
+        if recompute != train.recompute and train.recompute != "full":
+            changed = replace(train, recompute=recompute)
+            changes.append((f"train.recompute={recompute}", replace(plan.config, train=changed)))
+    micro = train.micro_batch_size
+    while micro > 1:
+        micro //= 2
+        changed = replace(train, micro_batch_size=micro)
+        changes.append((f"train.micro_batch_size={micro}", replace(plan.config, train=changed)))
+        changed = replace(changed, recompute="full")
+        text = f"train.micro_batch_size={micro} train.recompute=full"
+        changes.append((text, replace(plan.config, train=changed)))
+    for text, config in changes:
+        if _would_fit(config, plan.machine):
+            return f"use {text}"
+    gpus = plan.machine.gpus
+    while gpus < 64 * plan.machine.gpus:
+        gpus *= 2
+        if _would_fit(plan.config, replace(plan.machine, gpus=gpus)):
+            return f"use {gpus} GPUs"
+    return "use more parallel.expert, parallel.pipeline or parallel.tensor (see --search)"
+
+
+def _would_fit(config: Config, machine: Machine) -> bool:
+    try:
+        return make_plan(config, machine, rough=True).fits
+    except ValueError:
+        return False
+
+
+def notes(plan: Plan) -> list[str]:
+    """What is worth a second look, one line each."""
+    config, machine = plan.config, plan.machine
+    found: list[str] = []
+    named = groups(config.parallel, plan.layout)
+    for name in ("tensor", "expert_tensor", "expert"):
+        group: Group = named[name]
+        inside = group.in_node(machine.gpus_per_node)
+        if group.size > inside:
+            found.append(
+                f"parallel.{name}: {group.size} ranks lie on several nodes of "
+                f"{machine.gpus_per_node} GPUs, {inside} on each; {inside} would stay inside"
+            )
+    microbatches, stages = plan.layout.num_microbatches, config.parallel.pipeline
+    if stages > 1 and microbatches < 4 * stages:
+        found.append(
+            f"train.global_batch_size: {microbatches} microbatches for {stages} pipeline stages "
+            f"leave them idle for {plan.time.pipeline_bubble / plan.time.total:.0%} of a step"
+        )
+    if config.data.source == "indexed":
+        found += [
+            f"data.paths: {path}.bin is not on this machine; it must be on the cluster"
+            for path in config.data.paths
+            if not Path(f"{path}.bin").exists()
+        ]
+    return found
+
+
+def default_gpus(config: Config) -> int:
+    """The fewest GPUs that the layout runs on."""
+    return smallest_world_size(config.parallel)

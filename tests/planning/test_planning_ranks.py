@@ -1,0 +1,200 @@
+"""Memory of each rank against real tiny runs.
+
+Weights, gradients, masters and moments exactly, activations within 10% of what torch saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planning_ranks import saved_bytes, state_bytes
+
+from mone_megatron.config.load import compose
+from mone_megatron.config.validate import validate
+from mone_megatron.planning import activations, count_parameters
+from mone_megatron.planning.activations import Numerics
+from mone_megatron.planning.layout import place_of
+from mone_megatron.planning.shards import (
+    LocalParameter,
+    StateBytes,
+    chunk_parameters,
+    lay_out,
+    layer_kinds,
+    stage_state,
+)
+from mone_megatron.testing.processes import Processes
+from mone_megatron.testing.trainer import VOCABULARY
+
+SHAPE = [
+    "experiment=tiny_mone",
+    "model.first_dense_layers=1",
+    "model.shared_expert_ffn_hidden_size=64",
+    "model.shared_expert_gate=true",
+    "model.qkv_bias=true",
+    "train.micro_batch_size=1",
+    "train.seq_length=16",
+]
+LAYOUTS_OF_2 = [
+    [],
+    ["parallel.tensor=2"],
+    ["parallel.tensor=2", "parallel.expert_tensor=2", "model.tie_embeddings=true"],
+    ["parallel.expert=2", "parallel.distributed_optimizer=false"],
+    ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.tie_embeddings=true"],
+]
+LAYOUTS_OF_4 = [
+    [],
+    ["parallel.expert=2"],
+    ["parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2"],
+    ["parallel.pipeline=2", "parallel.expert=2", "model.tie_embeddings=true"],
+]
+
+
+def predicted(overrides: Sequence[str], world_size: int, *, bf16: bool) -> list[StateBytes]:
+    config = compose(overrides)
+    layout = validate(config, world_size=world_size)
+    found = []
+    for rank in range(world_size):
+        place = place_of(rank, config.parallel, layout)
+        stage = stage_state(
+            config, layout, VOCABULARY, place.pipeline, weight_bytes=2 if bf16 else 4
+        )
+        found.append(stage.of(place, config.parallel.context))
+    return found
+
+
+def local_elements(overrides: Sequence[str], world_size: int) -> list[int]:
+    config = compose(overrides)
+    layout = validate(config, world_size=world_size)
+    return [
+        sum(
+            parameter.elements
+            for chunk in range(config.parallel.virtual_pipeline)
+            for parameter in chunk_parameters(
+                config, VOCABULARY, place_of(rank, config.parallel, layout).pipeline, chunk
+            )
+        )
+        for rank in range(world_size)
+    ]
+
+
+def compare(processes: Processes, overrides: Sequence[str], *, bf16: bool) -> None:
+    overrides = [*SHAPE, *overrides]
+    real = processes.run(state_bytes, overrides, bf16=bf16)
+    assert [state for state, _ in real] == predicted(overrides, processes.size, bf16=bf16)
+    assert [count for _, count in real] == local_elements(overrides, processes.size)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[Processes]:
+    """A process of its own: this one's state of megatron-core is other tests'."""
+    with Processes(1) as processes:
+        yield processes
+
+
+def test_one_rank_holds_what_is_predicted(one_rank: Processes) -> None:
+    compare(one_rank, [], bf16=False)
+    compare(one_rank, ["model.tie_embeddings=true", "model.qk_norm=false"], bf16=True)
+
+
+@pytest.mark.parametrize("overrides", LAYOUTS_OF_2, ids=str)
+def test_each_of_two_ranks_holds_what_is_predicted(
+    two_processes: Processes, overrides: list[str]
+) -> None:
+    compare(two_processes, overrides, bf16=False)
+
+
+def test_in_bf16_there_are_masters_sharded_likewise(two_processes: Processes) -> None:
+    compare(two_processes, ["parallel.expert=2"], bf16=True)
+    compare(two_processes, ["parallel.distributed_optimizer=false"], bf16=True)
+
+
+@pytest.mark.parametrize("overrides", LAYOUTS_OF_4, ids=str)
+def test_each_of_four_ranks_holds_what_is_predicted(
+    four_processes: Processes, overrides: list[str]
+) -> None:
+    compare(four_processes, overrides, bf16=False)
+
+
+def test_one_rank_alone_holds_all_parameters() -> None:
+    config = compose(SHAPE)
+    counted = count_parameters(config.model, config.mone, VOCABULARY).total
+    assert local_elements(SHAPE, 1) == [counted]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 700), min_size=1, max_size=30),
+    ranks=st.integers(1, 12),
+    bucket=st.sampled_from([None, 1, 300, 1500]),
+    own=st.integers(0, 29),
+)
+def test_shards_add_up_to_the_parameters(
+    sizes: list[int], ranks: int, bucket: int | None, own: int
+) -> None:
+    parameters = [LocalParameter(str(i), size, own_bucket=i == own) for i, size in enumerate(sizes)]
+    buffer = lay_out(parameters, ranks, bucket_size=bucket, padded=True)
+    assert buffer.padded % ranks == 0
+    assert sum(buffer.shard(rank) for rank in range(ranks)) == sum(sizes)
+    assert all(0 <= buffer.shard(rank) <= buffer.padded // ranks for rank in range(ranks))
+
+
+def predicted_activations(overrides: Sequence[str], *, bf16: bool) -> int:
+    config = compose(overrides)
+    numerics = Numerics("cpu", 2 if bf16 else 4)
+    saved = [
+        activations.embedding(config, numerics),
+        activations.output(config, numerics, VOCABULARY),
+    ]
+    for moe, count in layer_kinds(config, 0, 0).items():
+        saved += count * [activations.kept_by_layer(config, numerics, moe=moe)]
+    return sum(sum(sizes.values()) for sizes in saved)
+
+
+BOTH = ["experiment=tiny_moe", "experiment=tiny_mone"]
+EVERYWHERE = ["mone.apply_to=[routed,shared,dense]", "mone.balance.normalize=false"]
+WIDE = [
+    "model.hidden_size=96", "model.num_attention_heads=6", "model.num_query_groups=6",
+    "model.expert_ffn_hidden_size=160", "model.num_experts=16", "train.seq_length=96",
+    "model.router.pre_softmax=true", "model.qk_norm=false", "train.micro_batch_size=1",
+]  # fmt: skip
+MIXED = [
+    "model.first_dense_layers=2", "model.shared_expert_ffn_hidden_size=192",
+    "model.shared_expert_gate=true",
+]  # fmt: skip
+ACTIVATIONS = [
+    *([experiment, f"train.recompute={kind}"] for experiment in BOTH
+      for kind in ("none", "selective", "full")),
+    *([experiment, *WIDE] for experiment in BOTH),
+    *([experiment, *MIXED] for experiment in BOTH),
+    ["experiment=tiny_mone", *MIXED, *EVERYWHERE],
+    ["experiment=tiny_mone", *MIXED, "mone.balance.coeff=0"],
+    ["experiment=tiny_mone", *WIDE, "mone.balance.weights=all", "train.recompute=selective"],
+    ["experiment=tiny_moe", "model.num_experts=0", "train.recompute=selective"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", ACTIVATIONS, ids=str)
+def test_activations_are_what_torch_saves(one_rank: Processes, overrides: list[str]) -> None:
+    for bf16 in (False, True):
+        (real,) = one_rank.run(saved_bytes, overrides, bf16=bf16)
+        assert predicted_activations(overrides, bf16=bf16) == pytest.approx(real, rel=0.1), bf16
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.expert=2"],
+        ["parallel.expert=2", "parallel.dispatcher=allgather"],
+        ["parallel.tensor=2"],
+        ["parallel.tensor=2", "parallel.expert=2"],
+        ["parallel.tensor=2", "parallel.expert_tensor=2"],
+    ],
+    ids=str,
+)
+def test_activations_in_layouts(two_processes: Processes, layout: list[str]) -> None:
+    # Experts of one rank may get more rows than those of the other, and none are lost.
+    overrides = ["experiment=tiny_mone", *MIXED, *layout]
+    real = two_processes.run(saved_bytes, overrides, bf16=False)
+    assert 2 * predicted_activations(overrides, bf16=False) == pytest.approx(sum(real), rel=0.1)
