@@ -131,7 +131,7 @@ def test_data_changed_under_a_resume(
     tmp_path: Path, corpora: Path, tally: Count, full: bool
 ) -> None:
     jobs: dict[str, Main] = {}
-    for number, change in enumerate(CHANGES if full else CHANGES[:10]):
+    for number, change in enumerate(CHANGES if full else CHANGES[:7]):
         folder = tmp_path / str(number)
         for name in ("a", "b"):
             copy_corpus(corpora / name, folder / name)
@@ -271,7 +271,7 @@ def leave_unfinished(cache: Path) -> None:
         marker.unlink()
 
 
-def test_stale_index_caches(tmp_path: Path, corpora: Path, tally: Count) -> None:
+def test_stale_index_caches(tmp_path: Path, corpora: Path, tally: Count, full: bool) -> None:
     """The corpus under a path changes, and so does nothing else that a run is told."""
     place = tmp_path / "corpus" / "a"
     cache = tmp_path / "cache"
@@ -291,15 +291,18 @@ def test_stale_index_caches(tmp_path: Path, corpora: Path, tally: Count) -> None
     assert after["fresh"].code == 0, after["fresh"].said
     expected = losses(tmp_path / "fresh")
     assert expected != losses(tmp_path / "of the first corpus")
-    leave_unfinished(cache)
-    after |= run(job("unfinished", cache))
-    truncate_indices(cache)
-    after |= run(job("cut short", cache))
-    for path in cache.glob("indices/*/*shuffle_index.npy"):
-        flip(path, path.stat().st_size - 4)
-    after |= run(job("with a flipped bit", cache))
+    tried = ["of another corpus"]
+    if full:
+        leave_unfinished(cache)
+        after |= run(job("unfinished", cache))
+        truncate_indices(cache)
+        after |= run(job("cut short", cache))
+        for path in cache.glob("indices/*/*shuffle_index.npy"):
+            flip(path, path.stat().st_size - 4)
+        after |= run(job("with a flipped bit", cache))
+        tried += ["unfinished", "cut short", "with a flipped bit"]
     with tally(16, STALE) as t:
-        for name in ("of another corpus", "unfinished", "cut short", "with a flipped bit"):
+        for name in tried:
             with attempt(t, name):
                 assert after[name].code == 0, after[name].said[-600:]
                 assert losses(tmp_path / name) == expected

@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from faults_helpers import SMALL, step_folder
 from faults_runs import Ended, Main, attempt, mains, pretrain
@@ -143,12 +144,18 @@ def hostile_checkpoints(whole: Path, marker: Path) -> dict[str, Hostile]:
     return found
 
 
-def test_pickles_in_a_checkpoint(tmp_path: Path, tally: Count, full: bool) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a sound checkpoint of step 2."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    ended = pretrain(*RUN, f"run.dir={run}")
+    assert ended.code == 0, ended.said
+    return run
+
+
+def test_pickles_in_a_checkpoint(tmp_path: Path, whole: Path, tally: Count, full: bool) -> None:
     marker = tmp_path / "marker"
-    first = mains({"whole": Main((*RUN, f"run.dir={tmp_path / 'whole'}"))}, tmp_path / "first")
-    assert first["whole"].code == 0, first["whole"].said
-    whole = step_folder(tmp_path / "whole", 2)
-    hostile = hostile_checkpoints(whole, marker)
+    hostile = hostile_checkpoints(step_folder(whole, 2), marker)
     kinds = {" ".join(name.split()[1:4]) for name in hostile}
     assert {"in .metadata", "in common.pt", "for a tensor", "for an object"} <= kinds
     if not full:
@@ -156,7 +163,7 @@ def test_pickles_in_a_checkpoint(tmp_path: Path, tally: Count, full: bool) -> No
     jobs = {}
     for number, (name, one) in enumerate(hostile.items()):
         run = tmp_path / str(number)
-        shutil.copytree(tmp_path / "whole", run)
+        shutil.copytree(whole, run)
         one.edit(step_folder(run, 2))
         sign(step_folder(run, 2))
         # In turn as the run's newest and as one that is named.
@@ -202,9 +209,7 @@ def link_outside(checkpoint: Path) -> None:
     path.symlink_to(checkpoint.parent.parent / "common.pt")
 
 
-def test_names_that_lead_outside(tmp_path: Path, tally: Count) -> None:
-    first = mains({"whole": Main((*RUN, f"run.dir={tmp_path / 'whole'}"))}, tmp_path / "first")
-    assert first["whole"].code == 0, first["whole"].said
+def test_names_that_lead_outside(tmp_path: Path, whole: Path, tally: Count) -> None:
     hostile = {
         "a manifest": Hostile(("../outside", "not inside the checkpoint"), manifest_outside),
         "the index of the shards": Hostile((".metadata", "not inside"), metadata_outside),
@@ -213,12 +218,12 @@ def test_names_that_lead_outside(tmp_path: Path, tally: Count) -> None:
     jobs = {}
     for number, (name, one) in enumerate(hostile.items()):
         run = tmp_path / str(number)
-        shutil.copytree(tmp_path / "whole", run)
+        shutil.copytree(whole, run)
         one.edit(step_folder(run, 2))
         resume = f"checkpoint.resume={step_folder(run, 2)}"
         jobs[name] = Main((*RUN, f"run.dir={run}", resume))
     run = tmp_path / "tracker"
-    shutil.copytree(tmp_path / "whole", run)
+    shutil.copytree(whole, run)
     shutil.move(step_folder(run, 2), tmp_path / "elsewhere")
     tracker = run / "checkpoints" / "latest.json"
     content = {**json.loads(tracker.read_text()), "folder": "../../elsewhere"}
