@@ -248,7 +248,9 @@ class WandbConfig:
     project: str = "mone_megatron"
     # "" means the user's default.
     entity: str = ""
+    # Runs of one comparison share a group.
     group: str = ""
+    tags: tuple[str, ...] = ()
     # Longest wait for the server at the start (then offline) and at the end (then unfinished).
     timeout_seconds: float = 30.0
 

@@ -172,10 +172,13 @@ class WandbHook(Hook):
     ``wandb sync`` where W&B could write it.
     """
 
-    def __init__(self, config: Config, folder: Path, stream: TextIO = sys.stderr) -> None:
-        """Log into ``folder``/wandb."""
+    def __init__(
+        self, config: Config, folder: Path, run_id: str, stream: TextIO = sys.stderr
+    ) -> None:
+        """Log into ``folder``/wandb; a resumed run has the id of the one it goes on with."""
         self.config = config
         self.folder = folder
+        self.run_id = run_id
         self.stream = stream
         # Records, then the exit code.
         self.queue: queue.SimpleQueue[Record | int] = queue.SimpleQueue()
@@ -206,8 +209,10 @@ class WandbHook(Hook):
     def _work(self) -> None:
         try:
             run = self._open()
+            # W&B's own count of records only goes up; ours goes back when a run is resumed.
+            run.define_metric("*", step_metric="step")
             while not isinstance(item := self.queue.get(), int):
-                run.log({k: v for k, v in item.items() if k != "step"}, step=int(item["step"]))
+                run.log(item)
             run.finish(exit_code=item)
         # Whatever goes wrong in another company's client or server is not the training's problem.
         except Exception as error:
@@ -225,6 +230,10 @@ class WandbHook(Hook):
                 project=settings.project,
                 entity=settings.entity or None,
                 group=settings.group or None,
+                tags=list(settings.tags) or None,
+                id=self.run_id,
+                # Offline, `wandb sync --append` joins the parts by their id.
+                resume="allow" if mode == "online" else None,
                 name=self.config.run.name,
                 dir=str(self.folder),
                 config=flatten(self.config),
@@ -241,6 +250,8 @@ class WandbHook(Hook):
                 return start("online")
             except Exception as error:  # as in _work
                 self._warn(f"{error}; going on offline")
+                # W&B's service would go on with the run that failed, whose id is the same.
+                wandb.teardown()
         return start("offline")
 
     def _warn(self, why: str) -> None:
@@ -281,5 +292,5 @@ def build_hooks(config: Config, folder: Path, facts: dict[str, Any]) -> list[Hoo
     if config.logging.report:
         hooks.append(ReportHook(folder))
     if config.logging.wandb.mode != "disabled":
-        hooks.append(WandbHook(config, folder))
+        hooks.append(WandbHook(config, folder, facts["id"]))
     return [*hooks, RunFileHook(folder, facts), MetricsFileHook(folder), ConsoleHook(config)]

@@ -32,7 +32,7 @@ from mone_megatron.train.checkpointer import Checkpointer
 from mone_megatron.train.hooks import build_hooks
 from mone_megatron.train.loop import Hook, train
 from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
-from mone_megatron.train.run_directory import keep_metrics_up_to, now, open_run_directory
+from mone_megatron.train.run_directory import keep_metrics_up_to, now, open_run_directory, run_id
 from mone_megatron.train.run_identity import run_identity
 from mone_megatron.train.signals import RESUME_EXIT_CODE, StopRequest
 from mone_megatron.train.state import build_state
@@ -79,6 +79,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What run.json holds before the first step (docs/metrics.md)."""
     return {
+        "id": run_id(Path(config.run.dir)),
         "name": config.run.name,
         "world_size": layout.world_size,
         "device": device.kind,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ def open_run_directory(folder: Path) -> str | None:
             f"run.dir: cannot use {str(folder)!r} ({error}); choose another with run.dir=PATH"
         ) from None
     return None
+
+
+def run_id(folder: Path) -> str:
+    """The id of the run in ``folder``, kept when it is resumed; a new one for a new run."""
+    try:
+        known = json.loads((folder / "run.json").read_text(encoding="utf-8"))["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return uuid.uuid4().hex[:12]
+    return str(known)
 
 
 def keep_metrics_up_to(path: Path, step: int) -> float:

@@ -30,8 +30,9 @@ class FakeWandb:
 
     def __init__(self) -> None:
         self.requests: list[str] = []
-        # Whether a run was made.
+        # Whether a run was made, and what was said of each.
         self.made_run = False
+        self.runs: list[dict[str, Any]] = []
         # Asked before each answer, with the path: how to break down now, for good.
         self.break_now: Callable[[str], Break | None] = lambda path: None
         # Bodies of all requests.
@@ -71,6 +72,7 @@ class FakeWandb:
         user = {"id": "u", "entity": "me", "username": "me", "email": "", "flags": "{}"}
         if "upsertBucket" in query:
             self.made_run = True
+            self.runs.append(values)
             entity = {"id": "e", "name": "me"}
             project = {"id": "p", "name": values.get("project"), "entity": entity}
             run = {"id": "r", "name": values.get("name"), "displayName": values.get("displayName")}
