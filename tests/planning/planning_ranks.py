@@ -81,3 +81,25 @@ def _weights(chunk: DistributedDataParallel) -> Iterator[Tensor]:
         yield parameter
         yield parameter.main_grad  # type: ignore[attr-defined]
     yield from chunk.module.buffers()
+
+
+def most_passes_in_flight(overrides: Sequence[str]) -> int:
+    """How many forward passes wait for their backward pass at once on this rank, in a real step."""
+    trainer = build(overrides, torch.float32)
+    waiting = most = 0
+
+    def backward(_: Tensor) -> None:
+        nonlocal waiting
+        waiting -= 1
+
+    def forward(_: torch.nn.Module, __: object, output: Tensor) -> None:
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        output.register_hook(backward)
+
+    for chunk in trainer.chunks:
+        chunk.module.register_forward_hook(forward)
+    trainer.stepper.train(random_batches(trainer))
+    assert waiting == 0
+    return most

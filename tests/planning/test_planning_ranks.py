@@ -1,6 +1,7 @@
 """Memory of each rank against real tiny runs.
 
-Weights, gradients, masters and moments exactly, activations within 10% of what torch saves.
+Weights, gradients, masters and moments exactly, activations within 2% of what torch saves (10% where
+experts are unevenly loaded).
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from collections.abc import Iterator, Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planning_ranks import saved_bytes, state_bytes
+from planning_ranks import most_passes_in_flight, saved_bytes, state_bytes
 
 from mone_megatron.config.load import compose
 from mone_megatron.config.validate import validate
 from mone_megatron.planning import activations, count_parameters
 from mone_megatron.planning.activations import Numerics
 from mone_megatron.planning.layout import place_of
+from mone_megatron.planning.memory import passes_in_flight
 from mone_megatron.planning.shards import (
     LocalParameter,
     StateBytes,
@@ -179,7 +181,7 @@ ACTIVATIONS = [
 def test_activations_are_what_torch_saves(one_rank: Processes, overrides: list[str]) -> None:
     for bf16 in (False, True):
         (real,) = one_rank.run(saved_bytes, overrides, bf16=bf16)
-        assert predicted_activations(overrides, bf16=bf16) == pytest.approx(real, rel=0.1), bf16
+        assert predicted_activations(overrides, bf16=bf16) == pytest.approx(real, rel=0.02), bf16
 
 
 @pytest.mark.parametrize(
@@ -198,3 +200,20 @@ def test_activations_in_layouts(two_processes: Processes, layout: list[str]) -> 
     overrides = ["experiment=tiny_mone", *MIXED, *layout]
     real = two_processes.run(saved_bytes, overrides, bf16=False)
     assert 2 * predicted_activations(overrides, bf16=False) == pytest.approx(sum(real), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("stages", "chunks", "batch"), [(4, 1, 8), (4, 1, 2), (2, 2, 8), (2, 2, 2)], ids=str
+)
+def test_passes_in_flight(
+    two_processes: Processes, four_processes: Processes, stages: int, chunks: int, batch: int
+) -> None:
+    overrides = [
+        "experiment=tiny_moe", f"parallel.pipeline={stages}", f"train.global_batch_size={batch}",
+        f"parallel.virtual_pipeline={chunks}", "train.micro_batch_size=1", "train.seq_length=16",
+    ]  # fmt: skip
+    config = compose(overrides)
+    layout = validate(config, world_size=stages)
+    processes = two_processes if stages == 2 else four_processes
+    counted = [passes_in_flight(config.parallel, layout, stage).total() for stage in range(stages)]
+    assert processes.run(most_passes_in_flight, overrides) == counted

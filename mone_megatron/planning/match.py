@@ -1,0 +1,129 @@
+"""A MoE and a MoNE model that are equal in one count, by changing one dimension of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.schema import Config, ModelConfig
+from mone_megatron.config.validate import smallest_world_size, validate
+from mone_megatron.planning.flops import flops_per_step
+from mone_megatron.planning.parameters import ParameterCount, count_parameters
+from mone_megatron.planning.plan import vocabulary_of
+
+Count = Literal["activated", "flops", "total"]
+Dimension = Literal["expert_ffn_hidden_size", "experts_per_token", "num_experts"]
+Side = Literal["moe", "mone"]
+
+COUNTS: tuple[Count, ...] = ("activated", "flops", "total")
+DIMENSIONS: tuple[Dimension, ...] = (
+    "expert_ffn_hidden_size",
+    "experts_per_token",
+    "num_experts",
+)
+SIDES: tuple[Side, ...] = ("moe", "mone")
+TOLERANCE = 0.001
+# The dimension is tried up to so many times what it is.
+_LARGEST_FACTOR = 8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two configurations that are equal in ``count``."""
+
+    count: Count
+    moe: Config
+    mone: Config
+    # What was changed, and on which side; None when the two were equal as they were.
+    changed: str | None
+    moe_value: int
+    mone_value: int
+
+    @property
+    def difference(self) -> float:
+        """Of the two values, relative to the MoE's."""
+        return abs(self.mone_value - self.moe_value) / self.moe_value
+
+
+def value_of(config: Config, count: Count) -> int:
+    """What is to be equal: parameters activated (gate counted) or in all, or ideal FLOPs a step."""
+    if count == "flops":
+        return flops_per_step(config, vocabulary_of(config)).ideal
+    counted: ParameterCount = count_parameters(config.model, config.mone, vocabulary_of(config))
+    return counted.activated_gate_counted if count == "activated" else counted.total
+
+
+def match(
+    config: Config, count: Count, *, dimension: Dimension, side: Side, tolerance: float = TOLERANCE
+) -> Pair:
+    """Pair ``config``, whose ``mone.*`` says how neurons are selected, with its MoE baseline.
+
+    Args:
+        config: ``mone.enabled`` or not; the pair has one of each.
+        count: what is to be equal.
+        dimension: the one model key that may change.
+        side: which of the two it changes on; the other stays as it is.
+        tolerance: the largest relative difference that is accepted when no value is exact.
+
+    Raises:
+        ConfigError: when no value comes near enough, with the nearest; or nothing can be matched.
+    """
+    if config.model.num_experts == 0:
+        raise ConfigError("--match: model.num_experts=0 has no experts to select neurons in")
+    moe = replace(config, mone=replace(config.mone, enabled=False))
+    mone = replace(config, mone=replace(config.mone, enabled=True))
+    pair = _pair(count, moe, mone, changed=None)
+    if pair.difference == 0:
+        return pair
+    best: Pair | None = None
+    changing = moe if side == "moe" else mone
+    for value, changed in _candidates(changing, dimension):
+        key = f"model.{dimension}={value} ({side})"
+        both = (changed, mone) if side == "moe" else (moe, changed)
+        found = _pair(count, *both, changed=key)
+        if best is None or found.difference < best.difference:
+            best = found
+    if best is None:
+        raise ConfigError(f"--dimension: no value of model.{dimension} is valid; use another")
+    if best.difference > tolerance:
+        raise ConfigError(
+            f"--match {count}: no model.{dimension} of the {side} side comes within "
+            f"{tolerance:.2%}; the nearest is {best.changed}, {best.difference:.2%} off "
+            f"({best.moe_value:,} MoE, {best.mone_value:,} MoNE); use another --dimension, "
+            "--side or mone.keep_ratio"
+        )
+    return best
+
+
+def _pair(count: Count, moe: Config, mone: Config, *, changed: str | None) -> Pair:
+    return Pair(count, moe, mone, changed, value_of(moe, count), value_of(mone, count))
+
+
+def _sizes(model: ModelConfig) -> dict[Dimension, int]:
+    return {
+        "expert_ffn_hidden_size": model.expert_ffn_hidden_size,
+        "experts_per_token": model.experts_per_token,
+        "num_experts": model.num_experts,
+    }
+
+
+def _candidates(config: Config, dimension: Dimension) -> Iterator[tuple[int, Config]]:
+    """Every value of the dimension that gives a valid config on the smallest layout."""
+    gpus = smallest_world_size(config.parallel)
+    for value in range(1, _LARGEST_FACTOR * _sizes(config.model)[dimension] + 1):
+        sizes = _sizes(config.model) | {dimension: value}
+        model = replace(
+            config.model,
+            expert_ffn_hidden_size=sizes["expert_ffn_hidden_size"],
+            experts_per_token=sizes["experts_per_token"],
+            num_experts=sizes["num_experts"],
+        )
+        changed = replace(config, model=model)
+        try:
+            # As on a GPU machine, where experts are aligned for bf16.
+            validate(changed, world_size=gpus, num_devices=gpus, local_world_size=gpus)
+        except ConfigError:
+            continue
+        yield value, changed

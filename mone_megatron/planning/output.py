@@ -1,0 +1,319 @@
+"""Plans as text for people, as JSON for machines, and as files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mone_megatron.config.convert import Scalar
+from mone_megatron.config.schema import Config
+from mone_megatron.planning.match import Pair
+from mone_megatron.planning.plan import GIB, Plan, notes, problems
+from mone_megatron.planning.search import Found
+
+PREDICTED = "predicted, not validated on GPUs here"
+_HOURS_LIMIT = 24
+
+
+def plan_lines(plan: Plan, price: float | None) -> list[str]:
+    """Everything of one plan."""
+    return [
+        *_heading(plan),
+        "",
+        *_parameter_lines(plan),
+        "",
+        *_memory_lines(plan),
+        "",
+        *_traffic_lines(plan),
+        "",
+        *_time_lines(plan, price),
+        "",
+        *_problem_lines(plan),
+    ]
+
+
+def _heading(plan: Plan) -> list[str]:
+    config, machine, layout = plan.config, plan.machine, plan.layout
+    parallel, train = config.parallel, config.train
+    dtype = "bf16" if plan.numerics.bytes == 2 else "fp32"
+    pipeline = f"pipeline {parallel.pipeline}"
+    if parallel.virtual_pipeline > 1:
+        pipeline += f" x {parallel.virtual_pipeline} chunks"
+    return [
+        f"{config.run.name} on {machine.gpus} {machine.gpu.name} ({machine.nodes} nodes of "
+        f"{min(machine.gpus, machine.gpus_per_node)}), {dtype}",
+        f"  tensor {parallel.tensor}, {pipeline}, context {parallel.context}, data {layout.data}; "
+        f"experts: expert {parallel.expert}, tensor {parallel.expert_tensor}, "
+        f"data {layout.expert_data}",
+        f"  {layout.num_microbatches} microbatches of {train.micro_batch_size} x "
+        f"{train.seq_length} tokens a rank and step, recompute {train.recompute}",
+    ]
+
+
+def _row(name: str, value: str, remark: str = "") -> str:
+    return f"  {name:<36}{value:>16}  {remark}".rstrip()
+
+
+def _parameter_lines(plan: Plan) -> list[str]:
+    counted = plan.parameters
+    padded = "" if counted.total == plan.published_parameters else "with the vocabulary padded"
+    lines = [
+        "parameters",
+        _row("total", f"{counted.total:,}", padded),
+        _row("activated, gate counted", f"{counted.activated_gate_counted:,}"),
+        _row("activated, neurons only", f"{counted.activated_neurons_only:,}"),
+    ]
+    if padded:
+        lines.insert(2, _row("total, unpadded", f"{plan.published_parameters:,}", "as published"))
+    return lines
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    worst = plan.worst
+    state, stage = worst.state, worst.stage
+
+    def gib(size: float, name: str, remark: str = "") -> str:
+        return _row(name, f"{size / GIB:.2f} GiB", remark)
+
+    lines = [
+        f"memory of the worst rank, {worst.rank} ({worst.place})",
+        gib(state.weights, "weights", f"{state.weights:,} bytes"),
+        gib(state.gradients, "gradients, fp32", f"{state.gradients:,} bytes"),
+        gib(state.masters, "fp32 masters", f"{state.masters:,} bytes"),
+        gib(state.moments, "Adam's moments", f"{state.moments:,} bytes"),
+        gib(stage.kept, "activations", f"passes in flight: {stage.in_flight}"),
+    ]
+    lines += [
+        gib(size, f"  {name}")
+        for name, size in sorted(stage.activations.items(), key=lambda item: -item[1])
+        if size > stage.kept / 100
+    ]
+    details = ", ".join(
+        f"{name} {size / GIB:.2f}" for name, size in stage.temporaries.items() if size
+    )
+    optimizer = worst.temporaries > sum(stage.temporaries.values())
+    lines += [
+        gib(worst.temporaries, "temporaries", "AdamW" if optimizer else details),
+        gib(worst.reserve, "CUDA, NCCL, fragmentation", "assumed"),
+        gib(worst.total, "peak", f"of {plan.machine.gpu.memory / GIB:.1f} GiB"),
+    ]
+    return lines
+
+
+def _traffic_lines(plan: Plan) -> list[str]:
+    lines = [f"communication, sent by rank {plan.worst.rank} in a step"]
+    for item in plan.traffic:
+        size = item.of_step(plan.layout)
+        lines.append(
+            _row(
+                f"{item.group.name}: {item.operation}",
+                f"{size / 1e9:.3f} GB",
+                f"{item.group.size} ranks, "
+                f"{item.group.in_node(plan.machine.gpus_per_node)} in a node",
+            )
+        )
+    return lines if plan.traffic else [*lines, "  none"]
+
+
+def _time_lines(plan: Plan, price: float | None) -> list[str]:
+    time, flops = plan.time, plan.flops
+    lines = [
+        "operations a step",
+        _row("ideal", f"{flops.ideal:.4e}", "only the kept neurons of up and down"),
+        _row("realised", f"{flops.realised:.4e}", "what dense kernels do"),
+        "",
+        f"time ({PREDICTED})",
+    ]
+    for field in dataclasses.fields(time):
+        seconds = getattr(time, field.name)
+        if seconds > 0:
+            share = f"{seconds / time.total:.1%}"
+            lines.append(_row(f"  {field.name.replace('_', ' ')}", f"{seconds:.4g} s", share))
+    lines += [
+        _row("step", f"{time.total:.4g} s", f"{plan.tokens_per_step / time.total:,.0f} tokens/s"),
+        _row("MFU", f"{plan.mfu(flops.realised):.1%}", f"{plan.mfu(flops.ideal):.1%} of ideal"),
+        _row("tokens", f"{plan.tokens:,}", f"{plan.config.train.steps:,} steps"),
+        _row("GPU-hours", f"{plan.gpu_hours:,.1f}", f"{plan.hours:,.1f} hours"),
+    ]
+    if price is not None:
+        lines.append(_row("cost", f"{plan.gpu_hours * price:,.2f}", f"at {price:g} a GPU-hour"))
+    return lines
+
+
+def _problem_lines(plan: Plan) -> list[str]:
+    lines = [f"problem: {line}" for line in problems(plan)]
+    lines += [f"note: {line}" for line in notes(plan)]
+    return [*lines, "fits" if plan.fits else "does not fit"]
+
+
+def search_lines(found: Sequence[Found], gpus: int, shown: int) -> list[str]:
+    """The best layouts, one a line."""
+    gpu = found[0].plan.machine.gpu
+    fitting = sum(item.plan.fits for item in found)
+    lines = [
+        f"{len(found)} layouts of {gpus} {gpu.name} are valid, {fitting} fit "
+        f"{gpu.memory / GIB:.1f} GiB; times are {PREDICTED}",
+        f"{'':>4} {'step, s':>9} {'MFU':>6} {'GiB':>7} {'fits':>5}  overrides",
+    ]
+    for place, item in enumerate(found[:shown], start=1):
+        plan = item.plan
+        lines.append(
+            f"{place:>4} {plan.time.total:>9.4g} {plan.mfu(plan.flops.realised):>6.1%} "
+            f"{plan.worst.total / GIB:>7.1f} {'yes' if plan.fits else 'no':>5}  "
+            f"{' '.join(item.overrides)}"
+        )
+    return lines
+
+
+def match_lines(pair: Pair) -> list[str]:
+    """What is equal, and what was changed for it."""
+    how = "exactly equal" if pair.difference == 0 else f"{pair.difference:.4%} apart"
+    names = {
+        "activated": "activated parameters (gate counted)",
+        "flops": "ideal FLOPs a step",
+        "total": "parameters in all",
+    }
+    return [
+        f"{names[pair.count]}: {how}",
+        _row("MoE", f"{pair.moe_value:,}"),
+        _row("MoNE", f"{pair.mone_value:,}", f"mone.keep_ratio={pair.mone.mone.keep_ratio:g}"),
+        f"changed: {pair.changed or 'nothing, the two are equal but for mone.enabled'}",
+    ]
+
+
+def launch_line(plan: Plan, overrides: Sequence[str], hours: int | None) -> str:
+    """The command that submits the run; without ``hours`` 1.25 times the predicted, up to 24."""
+    if hours is None:
+        hours = min(_HOURS_LIMIT, int(plan.hours * 1.25) + 1)
+    per_node = min(plan.machine.gpus, plan.machine.gpus_per_node)
+    quoted = " ".join(_quoted(override) for override in overrides)
+    return (
+        f"launch/slurm.sh --nodes {plan.machine.nodes} --gpus-per-node {per_node} "
+        f"--time {hours:02d}:00:00 {quoted}"
+    )
+
+
+def _quoted(text: str) -> str:
+    safe = all(letter.isalnum() or letter in "_-./=:,+@%" for letter in text)
+    return text if safe else "'" + text.replace("'", "'\\''") + "'"
+
+
+def plan_json(plan: Plan, price: float | None) -> dict[str, Any]:
+    """One plan; bytes, seconds and counts."""
+    worst, time = plan.worst, plan.time
+    return {
+        "name": plan.config.run.name,
+        "gpu": dataclasses.asdict(plan.machine.gpu),
+        "gpus": plan.machine.gpus,
+        "gpus_per_node": plan.machine.gpus_per_node,
+        "assumed": dataclasses.asdict(plan.machine.assumed),
+        "layout": dataclasses.asdict(plan.layout) | dataclasses.asdict(plan.config.parallel),
+        "parameters": dataclasses.asdict(plan.parameters)
+        | {"total": plan.parameters.total, "total_unpadded": plan.published_parameters},
+        "memory": {
+            "rank": worst.rank,
+            **dataclasses.asdict(worst.state),
+            "activations": worst.stage.activations,
+            "passes_in_flight": worst.stage.in_flight,
+            "temporaries": worst.temporaries,
+            "reserve": worst.reserve,
+            "total": worst.total,
+            "by_stage": [rank.total for rank in plan.stages],
+        },
+        "fits": plan.fits,
+        "communication": [
+            {
+                "group": item.group.name,
+                "ranks": item.group.size,
+                "operation": item.operation,
+                "bytes": item.of_step(plan.layout),
+            }
+            for item in plan.traffic
+        ],
+        "flops": dataclasses.asdict(plan.flops),
+        "predicted": {
+            "validated_on_gpus": False,
+            "seconds": dataclasses.asdict(time) | {"total": time.total},
+            "mfu": plan.mfu(plan.flops.realised),
+            "mfu_of_ideal": plan.mfu(plan.flops.ideal),
+            "gpu_hours": plan.gpu_hours,
+            "cost": None if price is None else plan.gpu_hours * price,
+        },
+        "tokens": plan.tokens,
+        "problems": problems(plan),
+        "notes": notes(plan),
+    }
+
+
+def search_json(found: Sequence[Found], price: float | None) -> list[dict[str, Any]]:
+    """All layouts, the best first."""
+    return [{"overrides": item.overrides, **plan_json(item.plan, price)} for item in found]
+
+
+def match_json(pair: Pair) -> dict[str, Any]:
+    """The pair's counts."""
+    return {
+        "count": pair.count,
+        "moe": pair.moe_value,
+        "mone": pair.mone_value,
+        "difference": pair.difference,
+        "changed": pair.changed,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` to a file, its folder made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def experiment_yaml(base: str, changes: Mapping[str, Scalar], comment: str) -> str:
+    """A file for ``conf/experiment``: the experiment ``base`` with some keys changed."""
+    tree: dict[str, Any] = {}
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    lines = [
+        "# @package _global_",
+        f"# {comment}",
+        "defaults:",
+        f"  - {base}",
+        "  - _self_",
+        "",
+        *_yaml(tree, 0),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(tree: Mapping[str, Any], depth: int) -> list[str]:
+    lines = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            lines += [f"{'  ' * depth}{name}:", *_yaml(value, depth + 1)]
+        else:
+            # JSON scalars and lists are YAML.
+            lines.append(f"{'  ' * depth}{name}: {json.dumps(value)}")
+    return lines
+
+
+def changed_keys(base: Config, config: Config) -> dict[str, Any]:
+    """Dotted key -> value where ``config`` differs from ``base``; tuples stay lists."""
+    return dict(_differences(dataclasses.asdict(base), dataclasses.asdict(config), ""))
+
+
+def _differences(
+    base: Mapping[str, Any], other: Mapping[str, Any], prefix: str
+) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in other.items():
+        if isinstance(value, dict):
+            found += _differences(base[name], value, f"{prefix}{name}.")
+        elif value != base[name]:
+            found.append((f"{prefix}{name}", value))
+    return found

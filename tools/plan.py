@@ -1,0 +1,239 @@
+"""Before a run: does it fit, how long does it take, what does it cost; without GPU or torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.load import compose
+from mone_megatron.config.schema import Config
+from mone_megatron.planning import output
+from mone_megatron.planning.hardware import GPUS, Assumptions, find_gpu
+from mone_megatron.planning.match import COUNTS, DIMENSIONS, SIDES, TOLERANCE, Pair, match
+from mone_megatron.planning.plan import Machine, default_gpus, make_plan
+from mone_megatron.planning.search import search
+
+_DESCRIPTION = """\
+Count parameters, memory, communication and operations of an experiment in a layout, and predict
+time and cost on a named GPU. Counts are exact or tested (docs/planning.md); times are arithmetic on
+published figures and assumptions, which flags change, and have not been validated on GPUs here."""
+
+_EPILOG = """\
+exit status: 0 when the run fits, 1 when it does not, 2 for what cannot be planned
+
+examples:
+  python tools/plan.py experiment=qwen3_30b_a3b_mone --gpus 16 --gpu H100
+  python tools/plan.py experiment=flame_1_7b_mone --gpu A100 --price 1.80 train.recompute=selective
+  python tools/plan.py experiment=mixtral_8x7b_moe --gpus 64 --search --top 5
+  python tools/plan.py experiment=mone_2.8b --match activated --write conf/experiment
+  python tools/plan.py experiment=mone_2.8b --match flops --side moe --dimension experts_per_token
+  python tools/plan.py experiment=qwen3_30b_a3b_mone --gpus 32 --sbatch"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
+
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--gpu", default="H100", help=f"{', '.join(GPUS)} (default H100)")
+    machine.add_argument("--gpus", type=int, help="in all (default: the fewest of the layout)")
+    machine.add_argument("--gpus-per-node", type=int, default=8, help="default 8")
+    machine.add_argument("--memory-gb", type=float, help="of a GPU, instead of the published")
+    machine.add_argument("--network-gbs", type=float, help="GB/s of a GPU to other nodes, likewise")
+    machine.add_argument("--nvlink-gbs", type=float, help="GB/s of a GPU in its node, likewise")
+    machine.add_argument(
+        "--installed",
+        nargs="+",
+        default=[],
+        choices=("transformer_engine", "deep_ep"),
+        help="optional packages of the machine (default: none)",
+    )
+    machine.add_argument("--price", type=float, help="of a GPU-hour; prints the cost")
+
+    assumed = parser.add_argument_group("assumptions: shares of the published figures")
+    default = Assumptions()
+    for name, what in (
+        ("matmul", "of the peak, in dense matrix products"),
+        ("attention", "of the peak, in attention"),
+        ("grouped", "of the peak, in the experts' products"),
+        ("memory", "of the memory bandwidth"),
+        ("links", "of NVLink and the network"),
+    ):
+        value = getattr(default, name)
+        assumed.add_argument(f"--{name}", type=float, default=value, help=f"{what} ({value:g})")
+    assumed.add_argument(
+        "--passes",
+        type=float,
+        default=default.passes,
+        help=f"over memory of a kept activation, forward and backward ({default.passes:g})",
+    )
+    assumed.add_argument(
+        "--imbalance",
+        type=float,
+        default=default.imbalance,
+        help=f"rows of the busiest rank's experts over the mean ({default.imbalance:g})",
+    )
+    assumed.add_argument(
+        "--reserve-gib",
+        type=float,
+        default=default.reserve / 2**30,
+        help=f"memory of CUDA, NCCL and fragmentation ({default.reserve / 2**30:g})",
+    )
+
+    search_flags = parser.add_argument_group("search")
+    search_flags.add_argument("--search", action="store_true", help="rank the layouts of --gpus")
+    search_flags.add_argument("--top", type=int, default=10, help="layouts to print (default 10)")
+
+    pairs = parser.add_argument_group("pairs of a MoE and a MoNE")
+    pairs.add_argument("--match", choices=COUNTS, help="find a pair that is equal in this count")
+    pairs.add_argument(
+        "--dimension", choices=DIMENSIONS, default=DIMENSIONS[0], help=f"default {DIMENSIONS[0]}"
+    )
+    pairs.add_argument("--side", choices=SIDES, default="mone", help="it changes on (mone)")
+    pairs.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help=f"relative ({TOLERANCE:g})"
+    )
+    pairs.add_argument("--write", type=Path, metavar="DIR", help="write both as experiments")
+
+    launch = parser.add_argument_group("launch")
+    launch.add_argument("--sbatch", action="store_true", help="print the command that submits it")
+    launch.add_argument("--hours", type=int, help="time limit of --sbatch (default: predicted)")
+    return parser
+
+
+def _machine(options: argparse.Namespace, config: Config) -> Machine:
+    figures = {
+        "memory": options.memory_gb,
+        "network": options.network_gbs,
+        "nvlink": options.nvlink_gbs,
+    }
+    for name, flag in (
+        ("memory", "--memory-gb"),
+        ("network", "--network-gbs"),
+        ("nvlink", "--nvlink-gbs"),
+    ):
+        if figures[name] is not None and figures[name] <= 0:
+            raise ValueError(f"{flag}: {figures[name]:g} is not positive; use a number above 0")
+    scaled = {name: None if value is None else value * 1e9 for name, value in figures.items()}
+    assumed = Assumptions(
+        matmul=options.matmul,
+        attention=options.attention,
+        grouped=options.grouped,
+        memory=options.memory,
+        links=options.links,
+        passes=options.passes,
+        imbalance=options.imbalance,
+        reserve=options.reserve_gib * 2**30,
+    )
+    return Machine(
+        gpu=find_gpu(options.gpu, **scaled),
+        gpus=options.gpus if options.gpus is not None else default_gpus(config),
+        gpus_per_node=options.gpus_per_node,
+        assumed=assumed,
+        installed=frozenset(options.installed),
+    )
+
+
+def _experiment_of(overrides: Sequence[str]) -> str:
+    names = [text.split("=", 1)[1] for text in overrides if text.startswith("experiment=")]
+    if not names:
+        raise ConfigError("--write: needs an experiment to start from; add experiment=NAME")
+    return names[-1]
+
+
+def _write_pair(pair: Pair, overrides: Sequence[str], folder: Path) -> list[Path]:
+    """Two files for conf/experiment."""
+    base = _experiment_of(overrides)
+    start = compose([f"experiment={base}"])
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = base.removesuffix("_mone").removesuffix("_moe").removeprefix("mone_")
+    stem = stem.removeprefix("moe_")
+    paths = []
+    for kind, config in (("moe", pair.moe), ("mone", pair.mone)):
+        name = f"{stem}_equal_{pair.count}_{kind}"
+        run = replace(config.run, name=name, dir=start.run.dir)
+        changes = output.changed_keys(start, replace(config, run=run))
+        comment = f"Of a pair with equal {pair.count}; changed: {pair.changed or 'nothing'}."
+        path = folder / f"{name}.yaml"
+        path.write_text(output.experiment_yaml(base, changes, comment), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def _match(options: argparse.Namespace, config: Config) -> int:
+    if not 0 <= options.tolerance < 1:
+        raise ValueError(
+            f"--tolerance: {options.tolerance:g} is outside [0, 1); use a share like 0.001"
+        )
+    pair = match(
+        config,
+        options.match,
+        dimension=options.dimension,
+        side=options.side,
+        tolerance=options.tolerance,
+    )
+    print("\n".join(output.match_lines(pair)))
+    if options.write is not None:
+        for path in _write_pair(pair, options.overrides, options.write):
+            print(f"wrote {path}")
+    if options.json is not None:
+        output.write_json(options.json, output.match_json(pair))
+        print(f"wrote {options.json}")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.price is not None and options.price < 0:
+        raise ValueError(f"--price: {options.price:g} is negative; use 0 or more")
+    if options.hours is not None and options.hours < 1:
+        raise ValueError(f"--hours: {options.hours} is too few; use 1 or more")
+    if options.top < 1:
+        raise ValueError(f"--top: {options.top} is too few; use 1 or more")
+    if options.write is not None and options.match is None:
+        raise ValueError("--write: writes a pair; add --match activated, flops or total")
+    config = compose(options.overrides)
+    if options.match is not None:
+        return _match(options, config)
+    machine = _machine(options, config)
+    if options.search:
+        found = search(config, machine)
+        lines = output.search_lines(found, machine.gpus, options.top)
+        content: object = output.search_json(found, options.price)
+        plan, extra = found[0].plan, list(found[0].overrides)
+    else:
+        plan, extra = make_plan(config, machine), []
+        lines = output.plan_lines(plan, options.price)
+        content = output.plan_json(plan, options.price)
+    print("\n".join(lines))
+    if options.sbatch:
+        print(output.launch_line(plan, [*options.overrides, *extra], options.hours))
+    if options.json is not None:
+        output.write_json(options.json, content)
+        print(f"wrote {options.json}")
+    return 0 if plan.fits else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    # Flags may stand before, between and behind overrides.
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        return _run(options)
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"plan: {line}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
