@@ -39,8 +39,11 @@ test-slow: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # Every row of the fault table with its full counts; writes the table into docs/reliability.md.
+# FAULTS=tests/faults/test_kills.py tries some of them again and updates their lines.
+FAULTS ?=
 faults: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --faults-full --faults-table docs/reliability.md -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(or $(FAULTS),tests/faults) --faults-full \
+		--faults-table docs/reliability.md $(if $(FAULTS),--faults-update) -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix

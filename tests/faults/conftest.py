@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults")
     group.addoption("--faults-full", action="store_true", help="the full counts of every row")
     group.addoption("--faults-table", metavar="FILE", help="write the table into this document")
+    group.addoption("--faults-update", action="store_true", help="keep the table's other lines")
 
 
 @pytest.fixture
@@ -71,4 +72,4 @@ def pytest_terminal_summary(
     for line in lines:
         terminalreporter.write_line(line)
     if target:
-        write_into(Path(target), lines)
+        write_into(Path(target), lines, update=config.getoption("--faults-update"))

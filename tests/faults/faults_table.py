@@ -55,8 +55,13 @@ def render(tallies: Sequence[Tally]) -> list[str]:
     return lines
 
 
-def write_into(document: Path, lines: Sequence[str]) -> None:
+def write_into(document: Path, lines: Sequence[str], *, update: bool = False) -> None:
     """Replace what stands between the two markers of a document.
+
+    Args:
+        document: Markdown.
+        lines: from :func:`render`.
+        update: keep the lines that stand there for other faults.
 
     Raises:
         ValueError: the document has no markers.
@@ -65,5 +70,14 @@ def write_into(document: Path, lines: Sequence[str]) -> None:
     if BEGIN not in text or END not in text:
         raise ValueError(f"{document}: the lines {BEGIN!r} and {END!r} are missing")
     before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
+    old, after = rest.split(END, 1)
+    if update:
+        rows = {_fault(line): line for line in [*old.splitlines()[3:], *lines[2:]]}
+        lines = [*lines[:2], *(rows[fault] for fault in sorted(rows))]
     document.write_text("\n".join([before + BEGIN, *lines, END]) + after, encoding="utf-8")
+
+
+def _fault(line: str) -> tuple[int, str]:
+    """Row number and fault of a line of the table."""
+    _, row, what, *_ = line.split("|")
+    return int(row), what

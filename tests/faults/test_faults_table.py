@@ -22,6 +22,10 @@ def test_parts_of_a_row_are_added_up_and_failures_shown(tmp_path: Path) -> None:
     write_into(document, lines)
     write_into(document, lines)
     assert document.read_text() == "\n".join(["before", BEGIN, *lines, END, "after", ""])
+    again = render([Tally(2, "kills", 4, 3), Tally(3, "trackers", 1, 1)])
+    write_into(document, again, update=True)
+    expected = [*again, lines[3]]
+    assert document.read_text() == "\n".join(["before", BEGIN, *expected, END, "after", ""])
 
 
 def test_a_document_without_markers_is_refused(tmp_path: Path) -> None:
