@@ -38,10 +38,8 @@ WORKDIR /opt/mone_megatron
 COPY pyproject.toml tools/dependencies.py ./
 # torch first and by itself: packages that depend on it then keep the build that is there.
 ARG TORCH=torch==2.13.0
-# PyTorch's own index of CPU builds makes a smaller image than the default one.
-ARG TORCH_INDEX=""
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "${TORCH}" \
+RUN pip install --no-cache-dir "${TORCH}" \
     && python dependencies.py pyproject.toml --without torch > /tmp/requirements.txt \
     && pip install --no-cache-dir --requirement /tmp/requirements.txt \
     && rm /tmp/requirements.txt dependencies.py

@@ -27,7 +27,10 @@ def read_sections(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: naming the file and the section or plot that is wrong.
     """
-    sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(sections, list):
         raise ValueError(f"{path}: expected a list of sections")
     for section in sections:
@@ -97,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"wandb_dashboard: {error}; pip install 'mone_megatron[dashboard]'", file=sys.stderr)
         return 2
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         print(f"wandb_dashboard: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
