@@ -35,11 +35,6 @@ class Numerics:
     # The rows of the rank whose experts have the most to do, over the mean.
     imbalance: float = 1.0
 
-    @property
-    def fused_selection(self) -> bool:
-        """Whether SwiGLU with selection is one autograd function (``kernels.ops``)."""
-        return self.kernels == "cpu" and self.bytes == 4
-
 
 def tokens_of_rank(config: Config) -> int:
     """n: tokens of a microbatch on one context-parallel rank."""
@@ -84,7 +79,9 @@ def whole_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
     if moe:
         return saved | _moe(config, numerics, n, s)
     selecting = selects_neurons(config, "dense", model.dense_ffn_hidden_size)
-    mlp = _gated_mlp(numerics, n, model.dense_ffn_hidden_size // tensor, selecting=selecting)
+    mlp = _gated_mlp(
+        config, numerics, n, model.dense_ffn_hidden_size // tensor, selecting=selecting
+    )
     saved |= {"MLP": mlp}
     if selecting:
         width = model.dense_ffn_hidden_size // tensor
@@ -96,6 +93,12 @@ def whole_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
 def split_tokens(config: Config) -> int:
     """s: with sequence parallelism a tensor-parallel rank has its part of the tokens."""
     return tokens_of_rank(config) // config.parallel.tensor
+
+
+def _one_function(config: Config, numerics: Numerics) -> bool:
+    """Whether SwiGLU with selection is one autograd function (``kernels.ops``)."""
+    silu = config.model.activation == "silu"
+    return silu and numerics.kernels == "cpu" and numerics.bytes == 4
 
 
 def _norm(numerics: Numerics, tokens: int, width: int, *, heads: int, copied: bool) -> int:
@@ -132,14 +135,30 @@ def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved
     return saved
 
 
-def _gated_mlp(numerics: Numerics, tokens: int, width: int, *, selecting: bool) -> int:
-    """Gate and up projections, SiLU, a copy of the up part, and the input of the last projection.
-
-    With selection the up part is not copied, and on CPU in fp32 SiLU is not kept either.
-    """
-    selected = 3 if numerics.fused_selection else 4
-    kept = selected if selecting else 5
+def _gated_mlp(
+    config: Config, numerics: Numerics, tokens: int, width: int, *, selecting: bool
+) -> int:
+    """An MLP of megatron-core's, or one that selects neurons, from its first projection on."""
+    if selecting:
+        kept = _selected_glu(config, numerics)
+    else:
+        # The activation, a copy of the up part and the input of the last projection; and gate and
+        # up, of which SiLU keeps the gate.
+        kept = (5 if config.model.activation == "silu" else 3) + _squares(config)
     return tokens * kept * width * numerics.bytes
+
+
+def _selected_glu(config: Config, numerics: Numerics) -> int:
+    """Tensors of one value a neuron: gate and up, the activation, the last projection's input.
+
+    As one function it keeps the gate and computes the activation again.
+    """
+    return 3 if _one_function(config, numerics) else 4 + _squares(config)
+
+
+def _squares(config: Config) -> int:
+    """ReLU^2 keeps ReLU beside its square."""
+    return 1 if config.model.activation == "relu2" else 0
 
 
 def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
@@ -147,13 +166,12 @@ def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
     rows = expert_rows(config, numerics.imbalance)
     width, experts = expert_width(config), model.num_experts
     selecting = selects_neurons(config, "routed", model.expert_ffn_hidden_size)
-    # Gate and up, the input of the down projection, and, where SwiGLU is not one function, SiLU
-    # and its product with up.
-    kept = 3 if numerics.fused_selection else 5
+    # Where it is not one function, the product that the router's weight scales is kept, too.
+    kept = _selected_glu(config, numerics) + (0 if _one_function(config, numerics) else 1)
     saved: Saved = {
         "router": s * _router(config),
         "MoE dispatch": s * experts * 5 + _dispatch(config, numerics, s, rows),
-        "experts' gate, up and SwiGLU": rows * (kept * width * e + 4),
+        "experts' gate, up and products": rows * (kept * width * e + 4),
     }
     if selecting:
         saved["MoNE masks"] = rows * width
@@ -163,7 +181,7 @@ def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
     if model.shared_expert_ffn_hidden_size:
         shared = model.shared_expert_ffn_hidden_size
         selecting_shared = selects_neurons(config, "shared", shared)
-        size = _gated_mlp(numerics, n, shared // tensor, selecting=selecting_shared)
+        size = _gated_mlp(config, numerics, n, shared // tensor, selecting=selecting_shared)
         if model.shared_expert_gate:
             size += s * (model.hidden_size * e + 2 * e)
         if selecting_shared:
@@ -216,10 +234,13 @@ def _balance(
     balance = config.mone.balance
     if balance.coeff == 0:
         return {}
-    plain = numerics.fused_selection and balance.weights == "selected" and not split
+    plain = _one_function(config, numerics) and balance.weights == "selected" and not split
     # In one function: |a|. Otherwise |a| before and after normalisation, and the two sums of a row.
     neurons = 4 if plain or not balance.normalize else 8
     sums = 0 if plain or not balance.normalize else 8
+    # The activation is computed again; but for SiLU its backward pass keeps a result of its own.
+    if config.model.activation != "silu" and (numerics.bytes < 4 or _squares(config)):
+        neurons += numerics.bytes
     return {"neuron balance": rows * (neurons * width + sums + 4 * segments)}
 
 

@@ -42,8 +42,9 @@ def _heading(plan: Plan) -> list[str]:
     pipeline = f"pipeline {parallel.pipeline}"
     if parallel.virtual_pipeline > 1:
         pipeline += f" x {parallel.virtual_pipeline} chunks"
+    nodes = "1 node" if machine.nodes == 1 else f"{machine.nodes} nodes"
     return [
-        f"{config.run.name} on {machine.gpus} {machine.gpu.name} ({machine.nodes} nodes of "
+        f"{config.run.name} on {machine.gpus} {machine.gpu.name} ({nodes} of "
         f"{min(machine.gpus, machine.gpus_per_node)}), {dtype}",
         f"  tensor {parallel.tensor}, {pipeline}, context {parallel.context}, data {layout.data}; "
         f"experts: expert {parallel.expert}, tensor {parallel.expert_tensor}, "

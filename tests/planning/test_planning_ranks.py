@@ -1,7 +1,7 @@
 """Memory of each rank against real tiny runs.
 
-Weights, gradients, masters and moments exactly, activations within 2% of what torch saves (10% where
-experts are unevenly loaded).
+Weights, gradients, masters and moments exactly, activations within 2% of what torch saves
+(10% where experts are unevenly loaded).
 """
 
 from __future__ import annotations
@@ -174,6 +174,9 @@ ACTIVATIONS = [
     ["experiment=tiny_mone", *MIXED, "mone.balance.coeff=0"],
     ["experiment=tiny_mone", *WIDE, "mone.balance.weights=all", "train.recompute=selective"],
     ["experiment=tiny_moe", "model.num_experts=0", "train.recompute=selective"],
+    ["experiment=tiny_mone", *MIXED, "model.activation=sigmoid"],
+    ["experiment=tiny_moe", *MIXED, "model.activation=relu2"],
+    ["experiment=tiny_mone", *MIXED, *EVERYWHERE, "model.activation=relu2"],
 ]  # fmt: skip
 
 
