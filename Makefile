@@ -13,7 +13,7 @@ ARGS       ?=
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart ablation test test-slow faults lint bench clean
+.PHONY: quickstart ablation test test-slow faults slurm-test lint bench clean
 
 quickstart: $(VENV)/installed
 	$(TRAIN) experiment=quickstart_moe run.dir=$(RUNS)/moe
@@ -44,6 +44,10 @@ FAULTS ?=
 faults: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(or $(FAULTS),tests/faults) --faults-full \
 		--faults-table docs/reliability.md $(if $(FAULTS),--faults-update) -n 2 --dist loadfile
+
+# On a real SLURM of this machine's own: installs Debian's packages when they are missing (root).
+slurm-test: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m "slow or not slow"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix
