@@ -178,13 +178,16 @@ def _data(
     config: Config, layout: Layout, state: StageState, numerics: Numerics
 ) -> Iterator[Traffic]:
     named = groups(config.parallel, layout)
+    # Experts that are sharded otherwise have an optimizer of their own, and unless parameters are
+    # gathered in the forward pass each of the two optimizers has megatron-core gather all of them.
+    times = 1 if config.parallel.overlap_param_gather or not state.experts else 2
     for group, elements in (
         (named["data"], state.dense_elements),
         (named["expert_data"], state.expert_elements),
     ):
         if state.sharded:
             yield Traffic(group, "gradient reduce-scatter", _ring(4 * elements, group), once=True)
-            gathered = _ring(numerics.bytes * elements, group)
+            gathered = times * _ring(numerics.bytes * elements, group)
             yield Traffic(group, "parameter all-gather", gathered, once=True)
         else:
             yield Traffic(group, "gradient all-reduce", 2 * _ring(4 * elements, group), once=True)

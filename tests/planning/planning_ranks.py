@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mone_megatron.parallel.device import Device
 from mone_megatron.planning.shards import StateBytes
@@ -103,3 +106,63 @@ def most_passes_in_flight(overrides: Sequence[str]) -> int:
     trainer.stepper.train(random_batches(trainer))
     assert waiting == 0
     return most
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that this rank sends in collectives of floating-point tensors, by kind of group.
+
+    Rings as in :mod:`mone_megatron.planning.communication`; other tensors are counts of rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, float] = {}
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if function.namespace == "c10d":
+            self._count(function._schema.name.removeprefix("c10d::"), args)
+        return function(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: tuple[Any, ...]) -> None:
+        group = next(
+            dist.ProcessGroup.unbox(argument)
+            for argument in args
+            if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())  # type: ignore[attr-defined]
+        )
+        size = group.size()
+        if size == 1:
+            return
+        if name == "_allgather_base_":
+            operation, tensor, share = "all-gather", args[0], (size - 1) / size
+        elif name == "_reduce_scatter_base_":
+            operation, tensor, share = "reduce-scatter", args[1], (size - 1) / size
+        elif name == "alltoall_base_":
+            operation, tensor = "all-to-all", args[1]
+            splits = args[4] or [1] * size
+            share = 1 - splits[group.rank()] / max(sum(splits), 1)
+        elif name == "allgather_into_tensor_coalesced_":
+            (tensor,), operation, share = args[0], "all-gather", (size - 1) / size
+        elif name == "reduce_scatter_tensor_coalesced_":
+            (tensor,), operation, share = args[1], "reduce-scatter", (size - 1) / size
+        elif name == "send":
+            operation, tensor, share = "send", args[0][0], 1.0
+        else:
+            return
+        if tensor.is_floating_point():
+            key = f"{group.group_desc}: {operation}"
+            self.bytes[key] = self.bytes.get(key, 0.0) + tensor.nbytes * share
+
+
+def sent_in_a_step(overrides: Sequence[str]) -> dict[str, float]:
+    """What this rank sends in one real step."""
+    trainer = build(overrides, torch.float32)
+    batches = random_batches(trainer)
+    with Sent() as sent:
+        trainer.stepper.train(batches)
+    return sent.bytes

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planning_ranks import most_passes_in_flight, saved_bytes, state_bytes
+from planning_ranks import most_passes_in_flight, saved_bytes, sent_in_a_step, state_bytes
 
 from mone_megatron.config.load import compose
 from mone_megatron.config.validate import validate
 from mone_megatron.planning import activations, count_parameters
 from mone_megatron.planning.activations import Numerics
+from mone_megatron.planning.communication import stage_traffic
 from mone_megatron.planning.layout import place_of
 from mone_megatron.planning.memory import passes_in_flight
 from mone_megatron.planning.shards import (
@@ -220,3 +221,50 @@ def test_passes_in_flight(
     processes = two_processes if stages == 2 else four_processes
     counted = [passes_in_flight(config.parallel, layout, stage).total() for stage in range(stages)]
     assert processes.run(most_passes_in_flight, overrides) == counted
+
+
+# megatron-core's names of our groups.
+GROUPS = {
+    "tensor": "TENSOR_MODEL_PARALLEL_GROUP",
+    "data": "DATA_PARALLEL_GROUP_WITH_CP",
+    "expert": "EXPERT_MODEL_PARALLEL_GROUP",
+    "expert_data": "EXPERT_DATA_PARALLEL_GROUP",
+    "expert_and_tensor": "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP",
+    "pipeline": "PIPELINE_MODEL_PARALLEL_GROUP",
+}
+
+
+def predicted_traffic(overrides: Sequence[str], world_size: int, rank: int) -> dict[str, float]:
+    config = compose(overrides)
+    layout = validate(config, world_size=world_size)
+    stage = place_of(rank, config.parallel, layout).pipeline
+    state = stage_state(config, layout, VOCABULARY, stage, weight_bytes=4)
+    return {
+        f"{GROUPS[item.group.name]}: {item.operation.split()[-1]}": item.of_step(layout)
+        for item in stage_traffic(config, layout, state, stage, Numerics("cpu", 4))
+        if item.operation != "all-reduce"
+    }
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        [],
+        ["parallel.tensor=2"],
+        ["parallel.expert=2"],
+        ["parallel.expert=2", "parallel.dispatcher=allgather"],
+        ["parallel.tensor=2", "parallel.expert=2", "train.recompute=full"],
+        ["parallel.tensor=2", "parallel.expert=2", "train.recompute=selective"],
+        ["parallel.pipeline=2"],
+    ],
+    ids=str,
+)
+def test_a_real_step_sends_what_is_planned(two_processes: Processes, layout: list[str]) -> None:
+    overrides = ["experiment=tiny_mone", *MIXED, *layout]
+    for rank, real in enumerate(two_processes.run(sent_in_a_step, overrides)):
+        planned = predicted_traffic(overrides, 2, rank)
+        assert real.keys() == planned.keys()
+        for key, size in real.items():
+            # How many rows go to the other rank is the router's choice; the routing map is bool.
+            uneven = "EXPERT" in key and "DATA" not in key
+            assert planned[key] == pytest.approx(size, rel=0.15 if uneven else 1e-9), key
