@@ -49,7 +49,10 @@ def render(tallies: Sequence[Tally]) -> list[str]:
     """A Markdown table."""
     lines = ["| row | fault | tried | held | |", "|---|---|---|---|---|"]
     for one in tallies:
-        remark = "; ".join(filter(None, [one.note, *one.fell_short])).replace("|", "/")
+        short = one.fell_short[:3]
+        if len(one.fell_short) > len(short):
+            short.append(f"and {len(one.fell_short) - len(short)} more")
+        remark = "; ".join(filter(None, [one.note, *short])).replace("|", "/")
         remark = " ".join(remark.split())
         lines.append(f"| {one.row} | {one.what} | {one.tried} | {one.held} | {remark} |")
     return lines
