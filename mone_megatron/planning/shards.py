@@ -133,6 +133,8 @@ class Buffer:
     # Elements of all parameters, and with the padding between and behind them.
     elements: int
     padded: int
+    # What is reduced in one collective.
+    buckets: int
     # Of `padded`, what is no parameter, by the rank whose shard it lies in.
     padding_of_rank: dict[int, int]
 
@@ -153,22 +155,24 @@ def lay_out(
         padded: with the distributed optimizer.
     """
     elements = sum(parameter.elements for parameter in parameters)
-    if not padded:
-        return Buffer(ranks, elements, elements, {})
     buckets: list[tuple[int, int]] = []
     gaps: list[tuple[int, int]] = []
     bucket_start = position = 0
 
+    parameter_step = _PARAMETER_ALIGNMENT if padded else 1
+    bucket_step = math.lcm(ranks, _BUCKET_ALIGNMENT) if padded else 1
+
     def close_bucket() -> None:
         nonlocal bucket_start, position
-        end = _round_up(position, math.lcm(ranks, _BUCKET_ALIGNMENT))
+        end = _round_up(position, bucket_step)
         gaps.append((position, end))
         buckets.append((bucket_start, end))
         bucket_start = position = end
 
     for parameter in reversed(parameters):
-        start = _round_up(position, _PARAMETER_ALIGNMENT)
-        if parameter.own_bucket and position > bucket_start:
+        start = _round_up(position, parameter_step)
+        own_bucket = parameter.own_bucket and padded
+        if own_bucket and position > bucket_start:
             # The alignment belongs to the bucket that ends here.
             gaps.append((position, start))
             position = start
@@ -177,11 +181,12 @@ def lay_out(
         gaps.append((position, start))
         position = start + parameter.elements
         full = bucket_size is not None and position - bucket_start >= bucket_size
-        if full or parameter.own_bucket:
+        if full or own_bucket:
             close_bucket()
     if position > bucket_start:
         close_bucket()
-    return Buffer(ranks, elements, position, _padding_of_rank(buckets, gaps, ranks))
+    padding = _padding_of_rank(buckets, gaps, ranks) if padded else {}
+    return Buffer(ranks, elements, position, len(buckets), padding)
 
 
 def _padding_of_rank(

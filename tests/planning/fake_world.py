@@ -122,6 +122,7 @@ def check(rank: int, world_size: int, overrides: Sequence[str]) -> str:
     stage = stage_state(config, layout, vocab_size, place.pipeline, weight_bytes=2)
     assert stage.of(place, config.parallel.context) == real, (stage.of(place, 1), real)
     buckets = sum(len(buffer.buckets) for buffer in buffers)
+    assert buckets == sum(buffer.buckets for buffer in (*stage.dense, *stage.experts)), buckets
     return f"rank {rank} of {world_size} ({place}): {real} in {buckets} buckets"
 
 
