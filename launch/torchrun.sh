@@ -115,9 +115,8 @@ fi
 # The trainer takes its own number of threads (device.threads); this silences torchrun's warning.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # A run that is asked to stop saves first. torchrun kills it after 30 s unless told otherwise
-# (torch 2.13; earlier ones have no such setting), and does not pass SIGUSR1 on by itself.
+# (torch 2.13; earlier ones have no such setting).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
-export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
 exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" \
     "${rendezvous[@]}" -m mone_megatron.pretrain "$@"

@@ -6,6 +6,7 @@ The slow ones: make slurm-test.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,15 +114,22 @@ def signal_and_requeue(cluster: Cluster, run: Path, links: int, steps: int) -> N
         *("--nodes", "2", "--time", "5:00:00", *MODEL, *SAVING),
         *(f"train.steps={steps}", f"run.dir={run}"),
     )
+    saved = []
     for link in range(links):
         wait_for_new_step(cluster, job, run, link)
         # What --signal does, to the processes of all steps.
         cluster.ask("scancel", "--signal=USR1", job)
         wait_for_requeue(cluster, job, link + 1)
         assert status(run) == "interrupted"
+        saved.append(saved_step(run))
     facts = cluster.wait_for_end(job)
     assert (facts["JobState"], int(facts["Restarts"])) == ("COMPLETED", links), cluster.told()
     assert output(run).count("ended with 75") == links
+    # Each start took up what the one before it left; none trained from the beginning.
+    said = (run / "logs" / f"slurm-{job}-rank-0.log").read_text(encoding="utf-8")
+    resumed = [int(step) for step in re.findall(r"^resumed from .* after step (\d+)$", said, re.M)]
+    assert resumed == saved
+    assert saved == sorted(set(saved))
     assert status(run) == "completed"
 
 
