@@ -21,12 +21,8 @@ class ExpertSources:
 def open_groups(parallel: ParallelConfig, train: TrainConfig, *, timeout_seconds: int) -> None:
     """Make megatron-core's groups and seed its RNG trackers. Collective over all processes."""
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.transformer.moe import moe_utils
 
-    # Two process-wide globals of megatron-core, of another model's shape after an earlier run in
-    # this process (a sweep).
-    moe_utils.get_moe_layer_wise_logging_tracker().clear()
-    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    _forget_the_last_run()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -79,5 +75,14 @@ def close_groups() -> None:
     if dist.is_initialized():
         from megatron.core import parallel_state
 
+        _forget_the_last_run()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _forget_the_last_run() -> None:
+    """Two process-wide globals of megatron-core, of another model's shape and batch."""
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None

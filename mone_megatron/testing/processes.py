@@ -39,6 +39,8 @@ _READY = pickle.dumps((True, None))
 _START_SECONDS = 300.0
 # After one rank's failure, how long the others may take to report theirs.
 _GRACE_SECONDS = 0.5
+# gloo's threads outlive their groups, some ten a run, and each wakes a hundred times a second.
+_RUNS_BEFORE_RESTART = 16
 
 
 class RankFailedError(RuntimeError):
@@ -89,6 +91,7 @@ class Processes:
         self.size = size
         self.timeout_seconds = timeout_seconds
         self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._runs = 0
 
     def __enter__(self) -> Processes:
         return self
@@ -105,8 +108,11 @@ class Processes:
             RankFailedError: when a rank raises, dies, or does not return in time.
         """
         try:
+            if self._runs == _RUNS_BEFORE_RESTART:
+                self.close()
             if not self._workers:
                 self._start()
+            self._runs += 1
             with tempfile.TemporaryDirectory() as folder:
                 rendezvous = f"file://{Path(folder, 'store')}"
                 message = pickle.dumps((function, args, kwargs, rendezvous, self.timeout_seconds))
@@ -124,6 +130,7 @@ class Processes:
             process.join()
             pipe.close()
         self._workers = []
+        self._runs = 0
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")

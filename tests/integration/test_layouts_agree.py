@@ -5,8 +5,8 @@ rounding decides which neuron (or expert) is chosen; of some 80,000 rows in a ru
 about one. Such a flip is visible: it changes the use of neurons, which is counted every step. Until
 a run's first flip everything agrees to 1e-5 (1e-7 is usual). After it one row of 4,096 sends its
 gradient through another neuron, and later flips follow from the first: of an early one, losses
-5e-6 apart and one gradient norm 7e-3 apart were seen, so wider bounds hold from there on. Most
-runs have no flip; which do changes with the machine.
+5e-6 apart and one gradient norm 7e-3 apart were seen, so wider bounds hold from there on. How many
+layouts meet one, and which, changes with the machine.
 """
 
 from __future__ import annotations
@@ -83,7 +83,12 @@ def first_flip(reference: list[dict[str, float]], records: list[dict[str, float]
     counted = ("router/tokens_per_expert", "mone/load_entropy", "mone/load_max_over_mean")
     for expected, actual in zip(reference, records, strict=True):
         for key, value in expected.items():
-            if key.startswith(counted) and abs(actual[key] - value) > 1e-9:
+            apart = abs(actual[key] - value)
+            # Two flips may cancel in the counts of a step, and show in its microbatches: one token
+            # moves their balance by 1e-5, rounding by 1e-7.
+            if (key.startswith(counted) and apart > 1e-9) or (
+                key.endswith("load_balancing_loss") and apart > 5e-6 * value
+            ):
                 return int(expected["step"])
     return len(reference) + 1
 
@@ -194,11 +199,19 @@ def test_parts_of_the_model_agree_over_layouts(parts: Path, name: str) -> None:
     _assert_equal(_records(parts / f"{name}_1"), _records(parts / f"{name}_2"))
 
 
-def test_most_layouts_choose_the_same_experts_and_neurons_to_the_end(runs: Path) -> None:
+def test_flips_hardly_show_in_the_losses(runs: Path) -> None:
+    """How many layouts have one depends on the machine: 2 of 21 were seen, and 16."""
     reference = _records(runs / "one")
-    flips = {name: first_flip(reference, _records(runs / name)) for name in NAMES}
-    flipped = [name for name, step in flips.items() if step <= len(reference)]
-    assert len(flipped) <= len(NAMES) // 2, flips
+    apart = {
+        name: max(
+            abs(actual["loss"] - expected["loss"]) / expected["loss"]
+            for expected, actual in zip(reference, _records(runs / name), strict=True)
+        )
+        for name in NAMES
+    }
+    over = [name for name, largest in apart.items() if largest > TOLERANCE]
+    assert len(over) <= len(NAMES) // 4, apart
+    assert all(apart[name] == 0 for name in NAMES if name.startswith("one_")), apart
 
 
 def test_the_loss_falls(runs: Path) -> None:
