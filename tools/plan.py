@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose
@@ -14,8 +19,21 @@ from mone_megatron.config.schema import Config
 from mone_megatron.planning import output
 from mone_megatron.planning.hardware import GPUS, Assumptions, find_gpu
 from mone_megatron.planning.match import COUNTS, DIMENSIONS, SIDES, TOLERANCE, Pair, match
-from mone_megatron.planning.plan import Machine, default_gpus, make_plan
+from mone_megatron.planning.plan import Machine, Plan, default_gpus, make_plan
 from mone_megatron.planning.search import search
+
+_LAUNCHER = Path(__file__).resolve().parents[1] / "launch" / "slurm.sh"
+_TOP = 10
+# Flags that mean nothing without one of some others.
+_BESIDE = {
+    "dimension": ("match",),
+    "side": ("match",),
+    "tolerance": ("match",),
+    "write": ("match",),
+    "top": ("search",),
+    "hours": ("sbatch", "render"),
+    "site": ("render",),
+}
 
 _DESCRIPTION = """\
 Count parameters, memory, communication and operations of an experiment in a layout, and predict
@@ -31,11 +49,26 @@ examples:
   python tools/plan.py experiment=mixtral_8x7b_moe --gpus 64 --search --top 5
   python tools/plan.py experiment=mone_2.8b --match activated --write conf/experiment
   python tools/plan.py experiment=mone_2.8b --match flops --side moe --dimension experts_per_token
-  python tools/plan.py experiment=qwen3_30b_a3b_mone --gpus 32 --sbatch"""
+  python tools/plan.py experiment=qwen3_30b_a3b_mone --gpus 32 --sbatch
+  python tools/plan.py experiment=qwen3_30b_a3b_mone --gpus 32 --sbatch --render job.sbatch"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a flag in one line, as everything else is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"plan: {message.removeprefix('argument ')}; see --help\n")
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=_DESCRIPTION,
         epilog=_EPILOG,
         allow_abbrev=False,
@@ -48,9 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--gpu", default="H100", help=f"{', '.join(GPUS)} (default H100)")
     machine.add_argument("--gpus", type=int, help="in all (default: the fewest of the layout)")
     machine.add_argument("--gpus-per-node", type=int, default=8, help="default 8")
-    machine.add_argument("--memory-gb", type=float, help="of a GPU, instead of the published")
-    machine.add_argument("--network-gbs", type=float, help="GB/s of a GPU to other nodes, likewise")
-    machine.add_argument("--nvlink-gbs", type=float, help="GB/s of a GPU in its node, likewise")
+    machine.add_argument("--memory-gb", type=_number, help="of a GPU, instead of the published")
+    machine.add_argument(
+        "--network-gbs", type=_number, help="GB/s of a GPU to other nodes, likewise"
+    )
+    machine.add_argument("--nvlink-gbs", type=_number, help="GB/s of a GPU in its node, likewise")
     machine.add_argument(
         "--installed",
         nargs="+",
@@ -58,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("transformer_engine", "deep_ep"),
         help="optional packages of the machine (default: none)",
     )
-    machine.add_argument("--price", type=float, help="of a GPU-hour; prints the cost")
+    machine.add_argument("--price", type=_number, help="of a GPU-hour; prints the cost")
 
     assumed = parser.add_argument_group("assumptions: shares of the published figures")
     default = Assumptions()
@@ -70,44 +105,42 @@ def _parser() -> argparse.ArgumentParser:
         ("links", "of NVLink and the network"),
     ):
         value = getattr(default, name)
-        assumed.add_argument(f"--{name}", type=float, default=value, help=f"{what} ({value:g})")
+        assumed.add_argument(f"--{name}", type=_number, default=value, help=f"{what} ({value:g})")
     assumed.add_argument(
         "--passes",
-        type=float,
+        type=_number,
         default=default.passes,
         help=f"over memory of a kept activation, forward and backward ({default.passes:g})",
     )
     assumed.add_argument(
         "--imbalance",
-        type=float,
+        type=_number,
         default=default.imbalance,
         help=f"rows of the busiest rank's experts over the mean ({default.imbalance:g})",
     )
     assumed.add_argument(
         "--reserve-gib",
-        type=float,
+        type=_number,
         default=default.reserve / 2**30,
         help=f"memory of CUDA, NCCL and fragmentation ({default.reserve / 2**30:g})",
     )
 
     search_flags = parser.add_argument_group("search")
     search_flags.add_argument("--search", action="store_true", help="rank the layouts of --gpus")
-    search_flags.add_argument("--top", type=int, default=10, help="layouts to print (default 10)")
+    search_flags.add_argument("--top", type=int, help=f"layouts to print (default {_TOP})")
 
     pairs = parser.add_argument_group("pairs of a MoE and a MoNE")
     pairs.add_argument("--match", choices=COUNTS, help="find a pair that is equal in this count")
-    pairs.add_argument(
-        "--dimension", choices=DIMENSIONS, default=DIMENSIONS[0], help=f"default {DIMENSIONS[0]}"
-    )
-    pairs.add_argument("--side", choices=SIDES, default="mone", help="it changes on (mone)")
-    pairs.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help=f"relative ({TOLERANCE:g})"
-    )
+    pairs.add_argument("--dimension", choices=DIMENSIONS, help=f"default {DIMENSIONS[0]}")
+    pairs.add_argument("--side", choices=SIDES, help="it changes on (default mone)")
+    pairs.add_argument("--tolerance", type=_number, help=f"relative (default {TOLERANCE:g})")
     pairs.add_argument("--write", type=Path, metavar="DIR", help="write both as experiments")
 
     launch = parser.add_argument_group("launch")
     launch.add_argument("--sbatch", action="store_true", help="print the command that submits it")
-    launch.add_argument("--hours", type=int, help="time limit of --sbatch (default: predicted)")
+    launch.add_argument("--hours", type=int, help="time limit (default: predicted)")
+    launch.add_argument("--render", type=Path, metavar="FILE", help="write the job for sbatch")
+    launch.add_argument("--site", type=Path, metavar="FILE", help="site file of the cluster")
     return parser
 
 
@@ -155,32 +188,34 @@ def _write_pair(pair: Pair, overrides: Sequence[str], folder: Path) -> list[Path
     """Two files for conf/experiment."""
     base = _experiment_of(overrides)
     start = compose([f"experiment={base}"])
-    folder.mkdir(parents=True, exist_ok=True)
     stem = base.removesuffix("_mone").removesuffix("_moe").removeprefix("mone_")
     stem = stem.removeprefix("moe_")
-    paths = []
+    files: dict[Path, str] = {}
     for kind, config in (("moe", pair.moe), ("mone", pair.mone)):
         name = f"{stem}_equal_{pair.count}_{kind}"
         run = replace(config.run, name=name, dir=start.run.dir)
         changes = output.changed_keys(start, replace(config, run=run))
         comment = f"Of a pair with equal {pair.count}; changed: {pair.changed or 'nothing'}."
-        path = folder / f"{name}.yaml"
-        path.write_text(output.experiment_yaml(base, changes, comment), encoding="utf-8")
-        paths.append(path)
-    return paths
+        files[folder / f"{name}.yaml"] = output.experiment_yaml(base, changes, comment)
+    for path, text in files.items():
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise ConfigError(f"--write: {path} is there and differs; remove it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8")
+    return list(files)
 
 
 def _match(options: argparse.Namespace, config: Config) -> int:
-    if not 0 <= options.tolerance < 1:
-        raise ValueError(
-            f"--tolerance: {options.tolerance:g} is outside [0, 1); use a share like 0.001"
-        )
+    tolerance = TOLERANCE if options.tolerance is None else options.tolerance
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"--tolerance: {tolerance:g} is outside [0, 1); use a share like 0.001")
     pair = match(
         config,
         options.match,
-        dimension=options.dimension,
-        side=options.side,
-        tolerance=options.tolerance,
+        dimension=options.dimension or DIMENSIONS[0],
+        side=options.side or "mone",
+        tolerance=tolerance,
     )
     print("\n".join(output.match_lines(pair)))
     if options.write is not None:
@@ -192,22 +227,67 @@ def _match(options: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace) -> int:
+def _check(options: argparse.Namespace) -> None:
+    """Refuse flags that would be ignored and numbers that cannot be.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    given = {name for name, value in vars(options).items() if value not in (None, False)}
+    for name, others in _BESIDE.items():
+        if name in given and not given.intersection(others):
+            needed = " or ".join(f"--{other}" for other in others)
+            raise ValueError(f"--{name}: means nothing without {needed}; add that, or leave it out")
+    if "match" in given and (apart := sorted(given & {"search", "sbatch", "render", "price"})):
+        raise ValueError(f"--{apart[0]}: not with --match; plan the two of the pair by themselves")
     if options.price is not None and options.price < 0:
         raise ValueError(f"--price: {options.price:g} is negative; use 0 or more")
-    if options.hours is not None and options.hours < 1:
-        raise ValueError(f"--hours: {options.hours} is too few; use 1 or more")
-    if options.top < 1:
-        raise ValueError(f"--top: {options.top} is too few; use 1 or more")
-    if options.write is not None and options.match is None:
-        raise ValueError("--write: writes a pair; add --match activated, flops or total")
+    for name in ("hours", "top"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: {value} is too few; use 1 or more")
+
+
+def _render(plan: Plan, arguments: Sequence[str], options: argparse.Namespace) -> None:
+    """Write the job that launch/slurm.sh would submit.
+
+    Raises:
+        ValueError: what launch/slurm.sh says.
+    """
+    if not plan.fits:
+        raise ValueError("--render: the run does not fit (above); nothing is written")
+    site = [] if options.site is None else ["--site", str(options.site)]
+    environment = dict(os.environ)
+    if sys.prefix != sys.base_prefix:
+        # Overrides are checked by the python that runs this.
+        environment["VIRTUAL_ENV"] = sys.prefix
+    done = subprocess.run(
+        [str(_LAUNCHER), "--dry-run", *site, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise ValueError(done.stderr.strip() or f"--render: {_LAUNCHER} ended with an error")
+    options.render.parent.mkdir(parents=True, exist_ok=True)
+    options.render.write_text(done.stdout, encoding="utf-8")
+    # SLURM makes no folders: without the one of its log a job ends without a word.
+    log = next(line for line in done.stdout.splitlines() if line.startswith("#SBATCH --output="))
+    folder = Path(log.split("=", 1)[1].strip('"')).parent
+    print(f"wrote {options.render}; submit it with:")
+    print(f"mkdir -p {shlex.quote(str(folder))} && sbatch {shlex.quote(str(options.render))}")
+
+
+def _run(options: argparse.Namespace) -> int:
+    _check(options)
     config = compose(options.overrides)
     if options.match is not None:
         return _match(options, config)
     machine = _machine(options, config)
     if options.search:
         found = search(config, machine)
-        lines = output.search_lines(found, machine.gpus, options.top)
+        lines = output.search_lines(found, machine.gpus, options.top or _TOP)
         content: object = output.search_json(found, options.price)
         plan, extra = found[0].plan, list(found[0].overrides)
     else:
@@ -215,11 +295,14 @@ def _run(options: argparse.Namespace) -> int:
         lines = output.plan_lines(plan, options.price)
         content = output.plan_json(plan, options.price)
     print("\n".join(lines))
-    if options.sbatch:
-        print(output.launch_line(plan, [*options.overrides, *extra], options.hours))
     if options.json is not None:
         output.write_json(options.json, content)
         print(f"wrote {options.json}")
+    arguments = output.launch_arguments(plan, [*options.overrides, *extra], options.hours)
+    if options.sbatch:
+        print(shlex.join(["launch/slurm.sh", *arguments]))
+    if options.render is not None:
+        _render(plan, arguments, options)
     return 0 if plan.fits else 1
 
 
@@ -229,10 +312,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         return _run(options)
-    except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            print(f"plan: {line}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        problems = [f"{error.filename}: cannot be written ({error.strerror}); name another file"]
+    except ValueError as error:
+        problems = [line.removeprefix("error: ") for line in str(error).splitlines()]
+    for line in problems:
+        print(f"plan: {line}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -185,21 +185,18 @@ def match_lines(pair: Pair) -> list[str]:
     ]
 
 
-def launch_line(plan: Plan, overrides: Sequence[str], hours: int | None) -> str:
-    """The command that submits the run; without ``hours`` 1.25 times the predicted, up to 24."""
+def launch_arguments(plan: Plan, overrides: Sequence[str], hours: int | None) -> list[str]:
+    """What launch/slurm.sh submits the run with; ``hours`` are 1.25 times the predicted, up to 24,
+    unless given.
+    """
     if hours is None:
         hours = min(_HOURS_LIMIT, int(plan.hours * 1.25) + 1)
     per_node = min(plan.machine.gpus, plan.machine.gpus_per_node)
-    quoted = " ".join(_quoted(override) for override in overrides)
-    return (
-        f"launch/slurm.sh --nodes {plan.machine.nodes} --gpus-per-node {per_node} "
-        f"--time {hours:02d}:00:00 {quoted}"
-    )
-
-
-def _quoted(text: str) -> str:
-    safe = all(letter.isalnum() or letter in "_-./=:,+@%" for letter in text)
-    return text if safe else "'" + text.replace("'", "'\\''") + "'"
+    return [
+        *("--nodes", str(plan.machine.nodes), "--gpus-per-node", str(per_node)),
+        *("--time", f"{hours:02d}:00:00"),
+        *overrides,
+    ]
 
 
 def plan_json(plan: Plan, price: float | None) -> dict[str, Any]:

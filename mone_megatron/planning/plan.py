@@ -265,6 +265,11 @@ def notes(plan: Plan) -> list[str]:
             f"train.global_batch_size: {microbatches} microbatches for {stages} pipeline stages "
             f"leave them idle for {plan.time.pipeline_bubble / plan.time.total:.0%} of a step"
         )
+    if plan.numerics.bytes == 4:
+        found.append(
+            "device.dtype: fp32 products are several times slower than the bf16 ones whose peak is "
+            "taken; time, MFU and cost are too good"
+        )
     if config.data.source == "indexed":
         found += [
             f"data.paths: {path}.bin is not on this machine; it must be on the cluster"

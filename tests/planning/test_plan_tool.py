@@ -107,7 +107,13 @@ def test_it_runs_without_torch_and_prints_everything(tmp_path: Path) -> None:
         (["--reserve-gib", "-1"], "--reserve-gib: "),
         (["--memory-gb", "0"], "--memory-gb: 0 is not positive"),
         (["--price", "-1"], "--price: -1 is negative"),
-        (["--write", "somewhere"], "--write: writes a pair; add --match"),
+        (["--write", "somewhere"], "--write: means nothing without --match"),
+        (["--top", "3"], "--top: means nothing without --search"),
+        (["--hours", "3"], "--hours: means nothing without --sbatch or --render"),
+        (["--match", "flops", "--search"], "--search: not with --match"),
+        (["--json", "/proc/none/plan.json"], "/proc/none: cannot be written"),
+        (["--render", "job", "--site", "/no/site.env"], "--site: /no/site.env is no file"),
+        (["train.micro_batch_size=4", "train.seq_length=2048000", "--render", "job"], "--render: "),
         (["parallel.tensor=3"], "parallel.tensor: 3 does not divide"),
         (["parallel.expert=3"], "parallel.expert: 3 does not divide model.num_experts=8"),
         (["train.global_batch_size=7"], "train.global_batch_size: 7 is not a multiple"),
@@ -124,6 +130,60 @@ def test_what_cannot_be_is_one_line_that_names_it(
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith(f"plan: {told}") for line in lines), lines
     assert all(line.startswith("plan: ") and "; use" in line for line in lines if "--gpu:" in line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--gpus", "many"], "--gpus: invalid int value: 'many'"),
+        (["--price", "nan"], "--price: nan is not a finite number"),
+        (["--memory-gb", "inf"], "--memory-gb: inf is not a finite number"),
+        (["--match", "everything"], "--match: invalid choice: 'everything'"),
+        (["--installed"], "--installed: expected at least one argument"),
+        (["-m"], "unrecognized arguments: -m"),
+    ],
+    ids=str,
+)
+def test_a_flag_that_cannot_be_read_is_one_line(
+    main: Main, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["experiment=tiny_mone", *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"plan: {told}")
+
+
+def test_the_job_that_is_submitted(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    site, job = tmp_path / "site.env", tmp_path / "jobs" / "a job.sbatch"
+    site.write_text("SITE_PARTITION=gpu\n", encoding="utf-8")
+    arguments = ["experiment=mone_0.9b", "train.seed=3", f"run.dir={tmp_path}/run"]
+    options = ["--gpus", "16", "--hours", "30", "--site", str(site), "--render", str(job)]
+    assert main([*arguments, *options]) == 0
+    lines = job.read_text(encoding="utf-8").splitlines()
+    for line in ("--nodes=2", "--gpus-per-node=8", "--time=30:00:00", "--partition=gpu"):
+        assert f"#SBATCH {line}" in lines
+    assert "        train.seed=3" in lines
+    # sbatch ends jobs whose log has no folder, without a word.
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == f"mkdir -p {tmp_path}/run/logs && sbatch '{job}'"
+
+
+def test_fp32_is_noted(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment=tiny_mone", "device.dtype=fp32"]) == 0
+    assert "note: device.dtype: fp32" in capsys.readouterr().out
+
+
+def test_a_pair_is_not_written_over_another(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["experiment=mone_2.8b", "--match", "activated", "--write", str(tmp_path)]
+    assert main(arguments) == main(arguments) == 0
+    written = {path: path.read_text() for path in tmp_path.iterdir()}
+    assert main([*arguments, "--side", "moe"]) == 2
+    assert "2.8b_equal_activated_moe.yaml is there and differs" in capsys.readouterr().err
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == written
 
 
 def test_what_does_not_fit_names_a_change_that_does(
