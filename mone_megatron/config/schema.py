@@ -14,6 +14,7 @@ from typing import Literal
 Score = Literal["abs_activation", "abs_gate", "signed_gate", "abs_product"]
 MoNETarget = Literal["routed", "shared", "dense"]
 Activation = Literal["silu", "sigmoid", "relu", "relu2"]
+QKNormScope = Literal["head", "all_heads"]
 RouterBalance = Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"]
 
 
@@ -83,8 +84,10 @@ class ModelConfig:
     tie_embeddings: bool = False
     # Of the gate projection in every MLP: "silu" is SwiGLU; "relu2" is the square of ReLU.
     activation: Activation = "silu"
-    # RMSNorm on queries and keys, per head.
+    # RMSNorm on queries and keys, before RoPE.
     qk_norm: bool = True
+    # Over each head by itself (Qwen3), or over all query heads and all key heads together (OLMoE).
+    qk_norm_scope: QKNormScope = "head"
     # A bias on the query, key and value projections (Qwen2).
     qkv_bias: bool = False
     norm_eps: float = 1e-6

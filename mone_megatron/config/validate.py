@@ -265,6 +265,11 @@ def _model(model: ModelConfig) -> Iterator[str]:
         )
 
 
+    if model.qk_norm_scope == "all_heads" and not model.qk_norm:
+        yield (
+            "model.qk_norm_scope: all_heads has no effect with model.qk_norm=false; use head, or "
+            "model.qk_norm=true"
+        )
 def _router(model: ModelConfig) -> Iterator[str]:
     router = model.router
     kinds, coeffs = router.balance, router.balance_coeff

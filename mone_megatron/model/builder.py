@@ -34,6 +34,7 @@ def build_gpt(
         config=transformer,
         transformer_layer_spec=decoder_spec(
             transformer,
+            config.model,
             config.mone,
             layer_pattern=moe_layer_pattern(config),
             sources=sources,

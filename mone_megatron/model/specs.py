@@ -29,9 +29,9 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from mone_megatron.config.schema import MoNEConfig
+from mone_megatron.config.schema import ModelConfig, MoNEConfig
 from mone_megatron.model.attention import SDPAttention
-from mone_megatron.model.norm import RMSNorm
+from mone_megatron.model.norm import AllHeadsRMSNorm, RMSNorm
 from mone_megatron.mone.balance import NeuronBalance
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.layer import MicrobatchSources, MoNELayer
@@ -126,24 +126,36 @@ def _moe_mlp(
     return spec
 
 
-def _layer(backend: BackendSpecProvider, mlp: ModuleSpec, *, qk_norm: bool) -> ModuleSpec:
+def _qk_norm(backend: BackendSpecProvider, model: ModelConfig, num_heads: int) -> type | ModuleSpec:
+    """The norm of ``num_heads`` queries or keys."""
+    if not model.qk_norm:
+        return IdentityOp
+    if model.qk_norm_scope == "all_heads":
+        return ModuleSpec(module=AllHeadsRMSNorm, params={"num_heads": num_heads})
+    return backend.layer_norm(rms_norm=True, for_qk=True)
+
+
+def _attention(backend: BackendSpecProvider, model: ModelConfig) -> ModuleSpec:
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=_qk_norm(backend, model, model.num_attention_heads),
+            k_layernorm=_qk_norm(backend, model, model.num_query_groups),
+        ),
+    )
+
+
+def _layer(backend: BackendSpecProvider, model: ModelConfig, mlp: ModuleSpec) -> ModuleSpec:
     norm = backend.layer_norm(rms_norm=True, for_qk=False)
-    head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_norm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=backend.column_parallel_linear(),
-                    core_attention=backend.core_attention(),
-                    linear_proj=backend.row_parallel_linear(),
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
-            ),
+            self_attention=_attention(backend, model),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=mlp,
@@ -154,6 +166,7 @@ def _layer(backend: BackendSpecProvider, mlp: ModuleSpec, *, qk_norm: bool) -> M
 
 def decoder_spec(
     transformer: TransformerConfig,
+    model: ModelConfig,
     mone: MoNEConfig,
     *,
     layer_pattern: list[int],
@@ -165,6 +178,7 @@ def decoder_spec(
 
     Args:
         transformer: megatron-core's configuration.
+        model: what it was made from.
         mone: the method's.
         layer_pattern: 1 for MoE, 0 for dense, one entry a layer of the whole model.
         sources: see :class:`mone_megatron.mone.layer.MicrobatchSources`.
@@ -172,11 +186,11 @@ def decoder_spec(
         vp_stage: model chunk of an interleaved pipeline.
     """
     backend = spec_provider(on_cpu=on_cpu)
-    dense = _layer(backend, _dense_mlp(backend, mone), qk_norm=transformer.qk_layernorm)
+    dense = _layer(backend, model, _dense_mlp(backend, mone))
     layers = {0: dense}
     if transformer.num_moe_experts:
         moe = _moe_mlp(backend, mone, transformer.num_moe_experts, sources)
-        layers[1] = _layer(backend, moe, qk_norm=transformer.qk_layernorm)
+        layers[1] = _layer(backend, model, moe)
     first = get_transformer_layer_offset(transformer, vp_stage=vp_stage)
     count = get_num_layers_to_build(transformer, vp_stage=vp_stage)
     return TransformerBlockSubmodules(

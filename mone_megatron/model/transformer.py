@@ -87,7 +87,9 @@ def transformer_config(
         ffn_hidden_size=model.dense_ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
-        qk_layernorm=model.qk_norm,
+        # Only adds gradients of the two norms up over tensor-parallel ranks, which is wrong where
+        # their weights are split over the ranks.
+        qk_layernorm=model.qk_norm and model.qk_norm_scope == "head",
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         gated_linear_unit=True,

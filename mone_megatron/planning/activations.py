@@ -128,11 +128,29 @@ def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved
         "RoPE": 4 * (config.train.seq_length // config.parallel.context) * head_dim * e,
     }
     if model.qk_norm:
-        copied = heads > groups
-        saved["query and key norms"] = _norm(
-            numerics, n, queries, heads=heads, copied=copied
-        ) + _norm(numerics, n, keys, heads=groups, copied=False)
+        saved["query and key norms"] = n * _query_and_key_norms(config, numerics, heads, groups)
     return saved
+
+
+def _query_and_key_norms(config: Config, numerics: Numerics, heads: int, groups: int) -> int:
+    """Bytes a token of the norms of ``heads`` queries and ``groups`` keys."""
+    head_dim, e = head_dim_of(config.model), numerics.bytes
+    # Queries of several heads a group are copied out of the projection's output.
+    copied = heads > groups
+    if config.model.qk_norm_scope == "head":
+        return _norm(numerics, 1, heads * head_dim, heads=heads, copied=copied) + _norm(
+            numerics, 1, groups * head_dim, heads=groups, copied=False
+        )
+    if config.parallel.tensor == 1:
+        # One row of all heads, which a copy puts side by side.
+        return sum(
+            _norm(numerics, 1, rows * head_dim, heads=1, copied=rows > 1)
+            for rows in (heads, groups)
+        )
+    # The sum of squares is added up over ranks in between: plain operations, in fp32.
+    width = (heads + groups) * head_dim
+    upcast = 4 * width if e == 2 else 4 * heads * head_dim * copied
+    return 2 * 4 + upcast + e * width
 
 
 def _gated_mlp(

@@ -100,6 +100,11 @@ def _attention(config: Config, layout: Layout, numerics: Numerics) -> Iterator[T
     model, context = config.model, groups(config.parallel, layout)["context"]
     keys = 2 * model.num_query_groups * head_dim_of(model) // config.parallel.tensor
     block = activations.tokens_of_rank(config) * keys * numerics.bytes
+    if model.qk_norm and model.qk_norm_scope == "all_heads":
+        # Sums of squares of queries and of keys, and backwards their gradients.
+        tensor = groups(config.parallel, layout)["tensor"]
+        sums = 2 * 4 * activations.tokens_of_rank(config)
+        yield Traffic(tensor, "all-reduce", (3 if full else 2) * 2 * _ring(sums, tensor))
     # Keys and values go round; backwards their gradients, too.
     times = 3 + (config.train.recompute != "none")
     yield Traffic(context, "ring of keys and values", times * block * (context.size - 1))

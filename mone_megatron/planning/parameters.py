@@ -106,7 +106,7 @@ def count_parameters(
     attention = 2 * hidden * queries + 2 * hidden * keys
     if model.qkv_bias:
         attention += queries + 2 * keys
-    norms = 2 * hidden + (2 * head_dim if model.qk_norm else 0)
+    norms = 2 * hidden + sum(qk_norm_widths(model))
     router = model.num_experts * hidden
     shared_gate = hidden if model.shared_expert_gate else 0
 
@@ -165,6 +165,16 @@ def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
 def head_dim_of(model: ModelConfig) -> int:
     """Size of one attention head."""
     return model.head_dim or model.hidden_size // model.num_attention_heads
+
+
+def qk_norm_widths(model: ModelConfig) -> tuple[int, int]:
+    """Weights of the norm of queries and of the norm of keys, in each layer; 0 without."""
+    if not model.qk_norm:
+        return 0, 0
+    head_dim = head_dim_of(model)
+    if model.qk_norm_scope == "head":
+        return head_dim, head_dim
+    return model.num_attention_heads * head_dim, model.num_query_groups * head_dim
 
 
 def moe_layers_of(model: ModelConfig) -> int:

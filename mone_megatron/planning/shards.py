@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mone_megatron.config.schema import Config, ModelConfig
 from mone_megatron.config.validate import Layout
 from mone_megatron.planning.layout import Place, experts_are_dense_like
-from mone_megatron.planning.parameters import head_dim_of
+from mone_megatron.planning.parameters import head_dim_of, qk_norm_widths
 
 # A parameter starts at a multiple of so many elements, a bucket ends at one of the other.
 _PARAMETER_ALIGNMENT = 64
@@ -94,7 +94,10 @@ def _layer(config: Config, layer: int) -> list[LocalParameter]:
     if model.qkv_bias:
         sizes["linear_qkv.bias"] = queries + 2 * keys
     if model.qk_norm:
-        sizes |= {"q_layernorm": head_dim, "k_layernorm": head_dim}
+        # One head's weights are every rank's; those of all heads are split like the heads.
+        ways = tensor if model.qk_norm_scope == "all_heads" else 1
+        query_norm, key_norm = qk_norm_widths(model)
+        sizes |= {"q_layernorm": query_norm // ways, "k_layernorm": key_norm // ways}
     sizes["pre_mlp_layernorm"] = hidden
     if not is_moe_layer(model, layer):
         width = model.dense_ffn_hidden_size // tensor

@@ -102,6 +102,8 @@ BAD: list[tuple[int, dict[str, Any], str, str]] = [
      "model.router.group_topk", "experts_per_token=2"),
     (1, {"model__router__num_groups": 8, "model__router__group_topk": 1},
      "model.router.group_topk", "use 2 or more"),
+    (1, {"model__qk_norm": False, "model__qk_norm_scope": "all_heads"},
+     "model.qk_norm_scope", "no effect with model.qk_norm=false"),
     (1, {"mone__keep_ratio": 0.0}, "mone.keep_ratio", "(0, 1]"),
     (1, {"mone__keep_ratio": 1.5}, "mone.keep_ratio", "(0, 1]"),
     (1, {"mone__enabled": True, "mone__keep_ratio": 0.003}, "mone.keep_ratio", "K=0"),

@@ -242,6 +242,7 @@ MODELS: dict[str, tuple[dict[str, Any], bool]] = {
     "tied_embeddings": ({"tie_embeddings": True}, False),
     "qkv_bias": ({"qkv_bias": True}, False),
     "no_qk_norm": ({"qk_norm": False}, False),
+    "qk_norm_over_all_heads": ({"qk_norm_scope": "all_heads"}, False),
     "head_dim": ({"head_dim": 24}, False),
     "everything": (FULL, True),
 }

@@ -42,7 +42,7 @@ SHAPE = [
 ]
 LAYOUTS_OF_2 = [
     [],
-    ["parallel.tensor=2"],
+    ["parallel.tensor=2", "model.qk_norm_scope=all_heads"],
     ["parallel.tensor=2", "parallel.expert_tensor=2", "model.tie_embeddings=true"],
     ["parallel.expert=2", "parallel.distributed_optimizer=false"],
     ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.tie_embeddings=true"],
@@ -176,7 +176,7 @@ ACTIVATIONS = [
     ["experiment=tiny_mone", *WIDE, "mone.balance.weights=all", "train.recompute=selective"],
     ["experiment=tiny_moe", "model.num_experts=0", "train.recompute=selective"],
     ["experiment=tiny_mone", *MIXED, "model.activation=sigmoid"],
-    ["experiment=tiny_moe", *MIXED, "model.activation=relu2"],
+    ["experiment=tiny_moe", *MIXED, "model.activation=relu2", "model.qk_norm_scope=all_heads"],
     ["experiment=tiny_mone", *MIXED, *EVERYWHERE, "model.activation=relu2"],
 ]  # fmt: skip
 
@@ -194,7 +194,7 @@ def test_activations_are_what_torch_saves(one_rank: Processes, overrides: list[s
         ["parallel.expert=2"],
         ["parallel.expert=2", "parallel.dispatcher=allgather"],
         ["parallel.tensor=2"],
-        ["parallel.tensor=2", "parallel.expert=2"],
+        ["parallel.tensor=2", "parallel.expert=2", "model.qk_norm_scope=all_heads"],
         ["parallel.tensor=2", "parallel.expert_tensor=2"],
     ],
     ids=str,
