@@ -237,6 +237,9 @@ class CheckpointConfig:
     async_save: bool = False
     # "never" starts afresh, "auto" takes the newest checkpoint of this run, a path takes that one.
     resume: str = "never"
+    # A checkpoint whose weights a new run begins with (docs/checkpoints.md); "" for none. With
+    # "auto", checkpoints of the run itself come first.
+    initialize: str = ""
     # Checkpoints kept: the newest so many, and every one whose step is a multiple of keep_every
     # (0 for none of those).
     keep_last: int = 2

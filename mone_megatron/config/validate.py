@@ -14,7 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mone_megatron.config.errors import ConfigError
-from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig, ParallelConfig
+from mone_megatron.config.schema import (
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    MoNEConfig,
+    ParallelConfig,
+)
 
 # Tokens 0-255 of a byte-level BPE are the bytes; the rest is learnt, plus end-of-text.
 _SMALLEST_BPE = 257
@@ -71,6 +77,7 @@ def validate(
         *_data(config),
         *_schedule(config),
         *_loss_faults(config),
+        *_checkpoint(config.checkpoint),
         *_sharding(config),
         *_world(config.parallel, world_size),
         *_batch(config, world_size),
@@ -258,6 +265,11 @@ def _model(model: ModelConfig) -> Iterator[str]:
                 f"model.shared_expert_ffn_hidden_size: {model.shared_expert_ffn_hidden_size} needs "
                 "experts, and model.num_experts=0; use 0"
             )
+    if model.qk_norm_scope == "all_heads" and not model.qk_norm:
+        yield (
+            "model.qk_norm_scope: all_heads has no effect with model.qk_norm=false; use head, or "
+            "model.qk_norm=true"
+        )
     if model.shared_expert_gate and not model.shared_expert_ffn_hidden_size:
         yield (
             "model.shared_expert_gate: there is no shared expert to gate; "
@@ -265,11 +277,6 @@ def _model(model: ModelConfig) -> Iterator[str]:
         )
 
 
-    if model.qk_norm_scope == "all_heads" and not model.qk_norm:
-        yield (
-            "model.qk_norm_scope: all_heads has no effect with model.qk_norm=false; use head, or "
-            "model.qk_norm=true"
-        )
 def _router(model: ModelConfig) -> Iterator[str]:
     router = model.router
     kinds, coeffs = router.balance, router.balance_coeff
@@ -498,6 +505,14 @@ def _loss_faults(config: Config) -> Iterator[str]:
         yield (
             "checkpoint.interval: 0 leaves train.on_bad_loss=rollback nothing to go back to; "
             "set checkpoint.interval, or train.on_bad_loss=skip"
+        )
+
+
+def _checkpoint(checkpoint: CheckpointConfig) -> Iterator[str]:
+    if checkpoint.initialize and checkpoint.resume not in ("never", "auto"):
+        yield (
+            f"checkpoint.initialize: has no effect on a run that goes on from checkpoint.resume="
+            f"{checkpoint.resume}; use one of them, or checkpoint.resume=auto"
         )
 
 

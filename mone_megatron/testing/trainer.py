@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,12 +40,20 @@ class Trainer:
         return self.state.chunks
 
 
-def build_trainer(overrides: Sequence[str], *, data_fingerprint: str | None = None) -> Trainer:
+def build_trainer(
+    overrides: Sequence[str],
+    *,
+    data_fingerprint: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    say: Callable[[str], None] = lambda message: None,
+) -> Trainer:
     """Compose, validate and build on the CPU. ``torch.distributed`` is initialised.
 
     Args:
         overrides: Hydra's.
         data_fingerprint: what checkpoints are checked against; None takes the configured data's.
+        dtype: of parameters and activations.
+        say: takes what the checkpointer tells.
     """
     from mone_megatron.data.prepare import prepare_data
 
@@ -53,7 +61,7 @@ def build_trainer(overrides: Sequence[str], *, data_fingerprint: str | None = No
     layout = validate(config, world_size=dist.get_world_size())
     if data_fingerprint is None:
         data_fingerprint = prepare_data(config).fingerprint
-    device = Device("cpu", torch.device("cpu"), torch.float32, 1, "")
+    device = Device("cpu", torch.device("cpu"), dtype, 1, "")
     open_groups(config.parallel, config.train, timeout_seconds=60)
     state = build_state(config, layout, device, VOCABULARY)
     identity = run_identity(
@@ -64,7 +72,7 @@ def build_trainer(overrides: Sequence[str], *, data_fingerprint: str | None = No
         identity=identity,
         state=state,
         tokenizer_dir=None,
-        say=lambda message: None,
+        say=say,
     )
     stepper = Stepper(config, layout, device, state)
     return Trainer(config, layout, state, stepper, checkpointer)

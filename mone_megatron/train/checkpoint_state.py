@@ -190,12 +190,21 @@ def _by_parameter(
     }
 
 
+def _key(kind: str, name: str) -> str:
+    return f"optimizer.{kind}.{name}"
+
+
+def master_key(name: str) -> str:
+    """Under which name the fp32 master of a weight is saved."""
+    return _key(MASTER, name)
+
+
 def _entry(
     like: ShardedTensor | ShardedTensorFactory, kind: str, tensor: Tensor, replica: int
 ) -> ShardedTensor | ShardedTensorFactory:
     """A sharded tensor beside a weight's: same shape and place, another name."""
     changes: dict[str, object] = {
-        "key": f"optimizer.{kind}.{like.key}",
+        "key": _key(kind, like.key),
         "data": tensor,
         "replica_id": (*like.replica_id[:-1], replica),
     }

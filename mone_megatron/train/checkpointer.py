@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,16 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
-    ShardedStateDict,
-    ShardedTensor,
-    ShardedTensorFactory,
-)
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.utils import unwrap_model
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -36,17 +27,23 @@ from mone_megatron.checkpoint import (
     Checkpoint,
     CheckpointStore,
     CheckpointWriteError,
-    DamagedCheckpointError,
     FileDigest,
     digest_file,
-    open_checkpoint,
-    read_checkpoint,
-    restricted_pickle,
     write_error,
 )
 from mone_megatron.config.load import to_yaml
 from mone_megatron.config.schema import Config
 from mone_megatron.data.tokenizer import TOKENIZER_FILES
+from mone_megatron.train.checkpoint_reading import (
+    Check,
+    broadcast,
+    fill_chunk,
+    find,
+    find_at,
+    incomplete,
+    load,
+    union,
+)
 from mone_megatron.train.checkpoint_state import (
     assign_optimizer_state,
     model_state,
@@ -54,9 +51,14 @@ from mone_megatron.train.checkpoint_state import (
     optimizer_targets,
 )
 from mone_megatron.train.checkpoint_writer import BackgroundSave
+from mone_megatron.train.initial_weights import initialize
 from mone_megatron.train.random_state import missing_streams, random_state, set_random_state
-from mone_megatron.train.run_identity import check_same_run
+from mone_megatron.train.run_identity import check_same_run, holds_a_run
 from mone_megatron.train.state import TrainingState
+
+_NEEDED_FOR = (
+    "the run cannot go on from it exactly: use another checkpoint with checkpoint.resume=PATH"
+)
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,8 @@ class Checkpointer:
     def resume(self) -> Position:
         """Take up the checkpoint that ``checkpoint.resume`` asks for; the beginning if none.
 
+        The beginning has the weights of ``checkpoint.initialize``, if that is set.
+
         Raises:
             ValueError: for a checkpoint that is damaged, incomplete or of another run.
         """
@@ -302,13 +306,20 @@ class Checkpointer:
 
     def _resume(self, wanted: str) -> Position:
         if wanted == "never":
-            return Position()
-        found = self._find(wanted)
+            return self._begin()
+        found = find(self._look) if wanted == "auto" else find_at(Path(wanted))
         if found is None:
             self.say("checkpoint.resume=auto: no checkpoint yet, starting at step 0")
-            return Position()
+            return self._begin()
         folder, facts = found
+        if self.config.checkpoint.initialize:
+            self.say("checkpoint.initialize: not used, since the run has checkpoints of its own")
         chosen = wanted != "auto"
+        if not holds_a_run(facts):
+            raise ValueError(
+                f"checkpoint {folder} holds weights only and no run to go on with; begin one with "
+                f"checkpoint.resume=never checkpoint.initialize={folder}"
+            )
         check_same_run(facts["identity"], self.identity, folder, chosen=chosen, say=self.say)
         same_layout = facts["layout"] == self.layout
         model = model_state(self.state.chunks)
@@ -316,15 +327,12 @@ class Checkpointer:
         content: ShardedStateDict = {"model": model, "optimizer": moments}
         if same_layout:
             content["random"] = self._random_entry(None)
-        with restricted_pickle(folder):
-            self._check_complete(folder, content)
-            # Its access check is for saves: here the main replica of a tensor may not want it.
-            loaded = dist_checkpointing.load(content, str(folder), validate_access_integrity=False)
+        loaded = load(folder, content, needed_for=_NEEDED_FOR)
         position = self._position(folder, loaded)
-        if same_layout and (lacking := _union(missing_streams(loaded["random"]))):
-            raise _incomplete(folder, [f"random.{name}" for name in lacking])
+        if same_layout and (lacking := union(missing_streams(loaded["random"]))):
+            raise incomplete(folder, [f"random.{name}" for name in lacking], _NEEDED_FOR)
         for number, chunk in enumerate(self.state.chunks):
-            self._load_weights(chunk, loaded["model"][f"chunk_{number}"])
+            fill_chunk(chunk, loaded["model"][f"chunk_{number}"])
         assign_optimizer_state(loaded["optimizer"], owners, position.updates)
         self.state.scheduler.num_steps = position.step
         self.state.scheduler.step(0)
@@ -335,17 +343,15 @@ class Checkpointer:
         self.say(f"resumed from {folder} after step {position.step}")
         return position
 
-    def _check_complete(self, folder: Path, content: ShardedStateDict) -> None:
-        """Refuse a checkpoint that lacks anything of ours, before anything is loaded."""
-        there = load_sharded_metadata(str(folder)).keys()
-        # Ranks ask for different entries, and all must refuse.
-        if missing := _union(_keys(content) - there):
-            raise _incomplete(folder, missing)
+    def _begin(self) -> Position:
+        if path := self.config.checkpoint.initialize:
+            initialize(self.state, Path(path), identity=self.identity, say=self.say)
+        return Position()
 
     def _position(self, folder: Path, loaded: dict[str, Any]) -> Position:
         needed = ("step", "tokens", "samples", "updates", "schedule")
         if missing := [name for name in needed if name not in loaded]:
-            raise _incomplete(folder, missing)
+            raise incomplete(folder, missing, _NEEDED_FOR)
         step = loaded["step"]
         for name, expected in (
             ("samples", step * self.config.train.global_batch_size),
@@ -359,52 +365,16 @@ class Checkpointer:
                 )
         return Position(step, loaded["tokens"], step - loaded["updates"])
 
-    @torch.no_grad()
-    def _load_weights(self, chunk: DistributedDataParallel, weights: dict[str, Tensor]) -> None:
-        result = unwrap_model(chunk).load_state_dict(weights, strict=False)
-        missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
-        assert not missing, missing
-        assert not result.unexpected_keys, result.unexpected_keys
-
     def _random_entry(self, state: dict[str, Any] | None) -> ShardedObject:
         shape, place = (dist.get_world_size(),), (dist.get_rank(),)
         return ShardedObject("random", state, shape, place, replica_id=0)
 
     # Finding
 
-    def _find(self, wanted: str) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to take up, every rank having verified its share of the files.
-
-        Rank 0 looks; for each checkpoint it wants verified it sends the others the path, and at
-        the end what was found.
-        """
-        if dist.get_rank() == 0:
-            error: Exception | None = None
-            found: Checkpoint | None = None
-            try:
-                found = self._look(wanted)
-            except (OSError, ValueError) as problem:
-                error = problem
-            answer = (error, None if found is None else (found.path, dict(found.facts)))
-            _broadcast(answer)
-        else:
-            while isinstance(answer := _broadcast(), Path):
-                _verify_share(answer)
-        if answer[0] is not None:
-            raise answer[0]
-        return answer[1]
-
-    def _look(self, wanted: str) -> Checkpoint | None:
-        """On rank 0."""
-
-        def check(checkpoint: Checkpoint) -> list[str]:
-            _broadcast(checkpoint.path)
-            return _verify_share(checkpoint.path)
-
-        if wanted == "auto":
-            self.store.clean()
-            return self.store.newest_verified(check=check)
-        return open_checkpoint(Path(wanted), check=check)
+    def _look(self, check: Check) -> Checkpoint | None:
+        """On rank 0, what ``checkpoint.resume=auto`` goes on from."""
+        self.store.clean()
+        return self.store.newest_verified(check=check)
 
     def _on_rank_0(self, action: Callable[[], Any]) -> Any:
         """Run on rank 0 and tell the others what came out; an error is raised on all."""
@@ -414,52 +384,7 @@ class Checkpointer:
                 outcome = (None, action())
             except (OSError, ValueError) as error:
                 outcome = (error, None)
-        problem, result = _broadcast(outcome)
+        problem, result = broadcast(outcome)
         if problem is not None:
             raise problem
         return result
-
-
-def _broadcast(value: Any = None) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _verify_share(folder: Path) -> list[str]:
-    """Verify a checkpoint together: what is wrong with it, on every rank."""
-    try:
-        mine = read_checkpoint(folder).damage(dist.get_rank(), dist.get_world_size())
-    except DamagedCheckpointError as error:
-        mine = list(error.problems)
-    return _union(mine)
-
-
-def _union(mine: Iterable[str]) -> list[str]:
-    """What any rank has, sorted, on every rank."""
-    everyones: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everyones, list(mine))
-    return sorted({one for theirs in everyones for one in theirs})
-
-
-def _keys(content: ShardedStateDict) -> set[str]:
-    """The names under which a checkpoint must hold the content's entries."""
-    keys: set[str] = set()
-    for entry in nested_values(content):
-        if isinstance(entry, ShardedTensorFactory):
-            keys |= _keys({"built": entry.build()})
-        elif isinstance(entry, ShardedTensor):
-            keys.add(entry.key)
-        else:
-            assert isinstance(entry, ShardedObject), type(entry)
-            keys.add(entry.unique_key)
-    return keys
-
-
-def _incomplete(folder: Path, missing: list[str]) -> ValueError:
-    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-    return ValueError(
-        f"checkpoint {folder} holds no {', '.join(missing[:5])}{more}; the run cannot go on from "
-        "it exactly: use another checkpoint with checkpoint.resume=PATH"
-    )

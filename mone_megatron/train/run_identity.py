@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,18 @@ from mone_megatron.config.schema import Config
 # What may be changed by someone who names a checkpoint to start from; a run that goes on by
 # itself (checkpoint.resume=auto) must be as it was.
 _RECIPE = ("mone.", "optim.")
+# What decides neither a weight's shape nor what the model computes from its weights; balancing by
+# sinkhorn, which routes, is told apart below.
+_OF_TRAINING = (
+    "model.init_std",
+    "model.attention_dropout",
+    "model.hidden_dropout",
+    "model.router.balance",
+    "model.router.balance_coeff",
+    "model.router.z_loss_coeff",
+    "model.router.expert_bias_rate",
+)
+_ROUTES = "sinkhorn"
 # What to look at when a value that nobody configured differs.
 _MADE_OF = {
     "data_fingerprint": " (made of data.split, data.weights, the order of data.paths and the bytes "
@@ -83,6 +95,64 @@ def check_same_run(
             say(f"WARNING: {change}; going on with the configured value")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def holds_a_run(facts: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's facts are those of a run, and not of weights alone (an import)."""
+    return "layout" in facts and any(key.startswith("train.") for key in facts.get("identity", {}))
+
+
+def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
+    """Refuse the weights of another model for the start of a run.
+
+    What the weights were trained on and how (data, ``train.*``, ``optim.*``, ``mone.*``, dtype) is
+    free, and so are the settings of the model that act in training only.
+
+    Args:
+        saved: the identity that the checkpoint tells; of weights alone ``model.*`` and
+            ``vocab_size`` are enough.
+        current: this run's.
+        where: the checkpoint, for messages.
+
+    Raises:
+        ValueError: naming every key that differs, with the fix.
+    """
+    problems = []
+    for key in sorted(saved.keys() | current.keys()):
+        # What model.vocab_size stands for is in vocab_size.
+        if (not key.startswith("model.") and key != "vocab_size") or key == "model.vocab_size":
+            continue
+        old, new = saved.get(key), current.get(key)
+        if (old == new and key in saved and key in current) or _is_free(key, old, new):
+            continue
+        fix = (
+            "use the checkpoint's tokenizer, or data made with it"
+            if key == "vocab_size"
+            else f"use {key}={_written(old)}"
+            if key in saved
+            else "use a checkpoint that says it"
+        )
+        problems.append(
+            f"{key}: {old!r} in the checkpoint, {new!r} configured{_MADE_OF.get(key, '')}; "
+            f"checkpoint.initialize={where} has the weights of another model: {fix}"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _is_free(key: str, old: Any, new: Any) -> bool:
+    if key == "model.router.balance":
+        return (_ROUTES in (old or ())) == (_ROUTES in (new or ()))
+    return key in _OF_TRAINING
+
+
+def _written(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(_written(item) for item in value) + "]"
+    return str(value)
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -163,6 +163,8 @@ BAD: list[tuple[int, dict[str, Any], str, str]] = [
     (6, {"mone__enabled": True, "mone__balance__coeff": 0.1, "parallel__tensor": 2,
          "parallel__expert": 3, "model__num_experts": 9, "train__global_batch_size": 6},
      "mone.balance.coeff", "parallel.expert=2 or 4"),
+    (1, {"checkpoint__initialize": "a", "checkpoint__resume": "b"},
+     "checkpoint.initialize", "checkpoint.resume=b"),
     (1, {"parallel__dispatcher": "flex", "device__kind": "cpu"}, "parallel.dispatcher", "CUDA"),
     (1, {"parallel__dispatcher": "flex", "model__router__dtype": "fp64"},
      "model.router.dtype", "fp32"),

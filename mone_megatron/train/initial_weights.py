@@ -1,0 +1,104 @@
+"""Begin a run with the weights of a checkpoint: ``checkpoint.initialize``.
+
+Only weights (and expert biases) are taken, each in the best precision there is: the fp32 master if
+the checkpoint has one, else the weight. Everything else is a new run's: step 0, no moments, the
+schedule and the data from their beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from torch import Tensor
+
+from mone_megatron.checkpoint import restricted_pickle
+from mone_megatron.train.checkpoint_reading import (
+    Shapes,
+    fill_chunk,
+    find_at,
+    load,
+    stored_shapes,
+    wanted_shapes,
+)
+from mone_megatron.train.checkpoint_state import (
+    MASTER,
+    master_key,
+    model_state,
+    parameter_states,
+)
+from mone_megatron.train.run_identity import check_same_model
+from mone_megatron.train.state import TrainingState
+
+_NEEDED_FOR = "the model cannot begin with it: use another checkpoint with checkpoint.initialize"
+
+
+def initialize(
+    state: TrainingState, path: Path, *, identity: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Fill the weights, and the masters of a model that is not fp32. Collective over all ranks.
+
+    The optimizer must be as it was built. While it loads, a rank holds its part of the weights once
+    more, in fp32 on the host.
+
+    Args:
+        state: this rank's part of the model and the optimizer.
+        path: a checkpoint of a run, of any layout, dtype and step, or one that holds weights only.
+        identity: this run's, from :func:`~mone_megatron.train.run_identity.run_identity`.
+        say: tells the user, once.
+
+    Raises:
+        DamagedCheckpointError: naming each damaged file.
+        UnsafePickleError: the checkpoint wants to run something.
+        ValueError: naming each key of another model, or each weight that is missing.
+    """
+    folder, facts = find_at(path)
+    check_same_model(facts.get("identity", {}), identity, folder)
+    model = model_state(state.chunks)
+    with restricted_pickle(folder):
+        stored = stored_shapes(folder)
+    targets: ShardedStateDict = {
+        chunk: {name: _target(entry, stored) for name, entry in entries.items()}
+        for chunk, entries in model.items()
+    }
+    loaded = load(folder, {"model": targets}, needed_for=_NEEDED_FOR)["model"]
+    for number, chunk in enumerate(state.chunks):
+        fill_chunk(chunk, loaded[f"chunk_{number}"])
+    _fill_masters(state, model, loaded)
+    say(f"begins with the weights of {folder}")
+
+
+def _target(
+    like: ShardedTensor | ShardedTensorFactory, stored: Shapes
+) -> ShardedTensor | ShardedTensorFactory:
+    """Where to load a weight or buffer: in fp32, from its master if the checkpoint has one."""
+    master = replace(like, key=master_key(like.key))
+    source = master if wanted_shapes({"master": master}).keys() <= stored.keys() else like
+    changes: dict[str, object] = {"data": torch.empty(like.data.shape, dtype=torch.float32)}
+    if isinstance(like, ShardedTensor):
+        changes["dtype"] = torch.float32
+    return replace(source, **changes)
+
+
+@torch.no_grad()
+def _fill_masters(
+    state: TrainingState, model: ShardedStateDict, loaded: dict[str, dict[str, Tensor]]
+) -> None:
+    """Masters were copied from the weights when the optimizer was built: copy them anew."""
+    exact = {
+        entry.data: loaded[chunk][name]
+        for chunk, entries in model.items()
+        for name, entry in entries.items()
+    }
+    for one in parameter_states(state.optimizer):
+        if MASTER in one.kinds and one.main is not None:
+            first, last = one.span
+            one.main.copy_(exact[one.parameter].reshape(-1)[first:last].view_as(one.main))
