@@ -1,0 +1,288 @@
+"""Text to measure a perplexity on: a run's validation split, a ``.bin``/``.idx`` pair, or a file.
+
+Each becomes windows of tokens, int64 ``[L + 1]``: the model reads the first L and predicts the last
+L. Documents are packed as the trainer packs them, an end-of-text token after each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from mone_megatron.config.load import from_yaml
+from mone_megatron.data.documents import InputSettings, file_format, read_documents
+from mone_megatron.data.indexed import bin_path, idx_path, read_index
+from mone_megatron.data.loader import SampleDataset
+from mone_megatron.data.prepare import PreparedData, prepare_data
+from mone_megatron.data.sidecar import read_sidecar, tokenizer_path
+from mone_megatron.data.tokenizer import load_tokenizer
+
+Window = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a model reads text."""
+
+    tokenizer: PreTrainedTokenizerFast
+    # Rows of its embedding: token ids are below.
+    vocab_size: int
+    # Tokens of one window.
+    seq_length: int
+
+    @property
+    def end_of_text(self) -> int:
+        """Id of the token that ends a document.
+
+        Raises:
+            ValueError: the tokenizer names none.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer names no eos_token; add it to tokenizer_config.json")
+        return int(self.tokenizer.eos_token_id)
+
+
+class Corpus(Protocol):
+    """Something to measure a perplexity on."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+
+    def windows(self, reader: Reader) -> Sequence[Window]:
+        """All of it, in order.
+
+        Raises:
+            ValueError: the model cannot read it: one line.
+        """
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A validation loss that a trainer wrote down."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class RunValidation:
+    """The validation samples of a run: what its trainer evaluates, sample for sample."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The run."""
+        return str(self.folder)
+
+    def windows(self, reader: Reader) -> Sequence[Window]:
+        """The samples of one evaluation, in the trainer's order; ``reader.seq_length`` is ignored.
+
+        Raises:
+            ValueError: the data is not there any more, or the model has another tokenizer.
+        """
+        config = from_yaml(self.folder / "config.yaml")
+        # A run that never evaluated has the split all the same; now it must hold a sample.
+        train = dataclasses.replace(config.train, eval_interval=1)
+        config = dataclasses.replace(config, train=train)
+        prepared = prepare_data(config)
+        _check_fingerprint(self.folder, prepared)
+        _check_same_tokenizer(self.name, Path(prepared.tokenizer_dir), reader)
+        _check_vocabulary(self.name, prepared.vocab_size - 1, reader)
+        # Imported late: megatron-core has to be imported for a device first (parallel/device.py).
+        from mone_megatron.data.datasets import build_datasets
+
+        _, valid = build_datasets(
+            config,
+            prepared,
+            num_train_samples=train.steps * train.global_batch_size,
+            num_valid_samples=train.eval_steps * train.global_batch_size,
+            build_here=True,
+        )
+        assert valid is not None
+        return _Samples(valid, train.eval_steps * train.global_batch_size)
+
+    def recorded(self, step: int | None = None) -> Recorded | None:
+        """The trainer's own loss after ``step``, or the last it wrote; None when there is none."""
+        found = None
+        with (self.folder / "metrics.jsonl").open(encoding="utf-8") as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # what a killed process was writing
+                if "val_loss" in record and step in (None, record["step"]):
+                    found = Recorded(int(record["step"]), float(record["val_loss"]))
+        return found
+
+
+class _Samples(Sequence[Window]):
+    """Samples of the trainer's dataset as windows."""
+
+    def __init__(self, dataset: SampleDataset, size: int) -> None:
+        self.dataset, self.size = dataset, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Window:  # type: ignore[override]
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        sample = self.dataset[index]
+        tokens, labels, mask = (
+            np.asarray(sample[key]) for key in ("tokens", "labels", "loss_mask")
+        )
+        assert mask.all(), "the trainer's samples are packed, without padding"
+        return np.append(tokens, labels[-1:]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class IndexedCorpus:
+    """All documents of a ``.bin``/``.idx`` pair, in order."""
+
+    prefix: Path
+
+    @property
+    def name(self) -> str:
+        """Its prefix."""
+        return str(self.prefix)
+
+    def windows(self, reader: Reader) -> Sequence[Window]:
+        """Consecutive windows; every token but the first is predicted once.
+
+        Raises:
+            ValueError: a file is missing or damaged, or the tokens are another tokenizer's.
+        """
+        index = read_index(self.prefix)
+        sidecar = read_sidecar(self.prefix)
+        if sidecar is not None:
+            _check_same_tokenizer(self.name, self.prefix.parent / sidecar.tokenizer, reader)
+        elif tokenizer_path(self.prefix).is_dir():
+            _check_same_tokenizer(self.name, tokenizer_path(self.prefix), reader)
+        largest = sidecar.max_token if sidecar is not None else index.max_token()
+        _check_vocabulary(self.name, largest, reader)
+        tokens = np.memmap(bin_path(self.prefix), mode="r", dtype=index.dtype)
+        return _cut(self.name, tokens, reader.seq_length)
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """The documents of a text, JSON-lines or Parquet file."""
+
+    path: Path
+    settings: InputSettings
+
+    @property
+    def name(self) -> str:
+        """The file."""
+        return str(self.path)
+
+    def windows(self, reader: Reader) -> Sequence[Window]:
+        """Tokenized by the model's tokenizer, after one end-of-text (or begin-of-text) token.
+
+        Raises:
+            ValueError: the file cannot be read or holds no text.
+        """
+        end = reader.end_of_text
+        begin = reader.tokenizer.bos_token_id
+        tokens = [end if begin is None else int(begin)]
+        for document in read_documents(self.path, self.settings):
+            if document.text:
+                tokens += reader.tokenizer.encode(document.text, add_special_tokens=False)
+                tokens.append(end)
+        if len(tokens) == 1:
+            raise ValueError(f"{self.path}: holds no text")
+        stream = np.asarray(tokens, dtype=np.int64)
+        _check_vocabulary(self.name, int(stream.max()), reader)
+        return _cut(self.name, stream, reader.seq_length)
+
+
+def open_corpus(where: str, settings: InputSettings | None = None) -> Corpus:
+    """A run's folder, the prefix of a ``.bin``/``.idx`` pair, or a file; by what is there.
+
+    Raises:
+        ValueError: there is nothing of the kind, or it is empty.
+    """
+    path = Path(where)
+    if path.is_dir():
+        if not (path / "config.yaml").is_file() or not (path / "metrics.jsonl").is_file():
+            raise ValueError(
+                f"{where}: a folder without config.yaml and metrics.jsonl is no run; give a run, "
+                "the prefix of a .bin/.idx pair, or a text file"
+            )
+        return RunValidation(path)
+    if path.suffix in (".bin", ".idx") and path.is_file():
+        path = path.with_suffix("")
+    if idx_path(path).is_file() or bin_path(path).is_file():
+        read_index(path)
+        return IndexedCorpus(path)
+    if not path.is_file():
+        raise ValueError(
+            f"{where}: neither a run, the prefix of a .bin/.idx pair, nor a file of text"
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{where}: empty")
+    settings = settings or InputSettings()
+    file_format(path, settings)
+    return TextFile(path, settings)
+
+
+class _Cut(Sequence[Window]):
+    """Consecutive windows of a token stream, each sharing one token with the next."""
+
+    def __init__(self, tokens: npt.NDArray[np.integer], length: int) -> None:
+        self.tokens, self.length = tokens, length
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // self.length)
+
+    def __getitem__(self, index: int) -> Window:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first = index * self.length
+        return np.asarray(self.tokens[first : first + self.length + 1], dtype=np.int64)
+
+
+def _cut(name: str, tokens: npt.NDArray[np.integer], length: int) -> Sequence[Window]:
+    if len(tokens) < 2:
+        raise ValueError(f"{name}: {len(tokens)} tokens; a loss needs at least 2")
+    return _Cut(tokens, length)
+
+
+def _check_vocabulary(name: str, largest: int, reader: Reader) -> None:
+    if not 0 <= largest < reader.vocab_size:
+        raise ValueError(
+            f"{name}: holds token {largest} and the model knows {reader.vocab_size}; "
+            "give data made with the model's tokenizer"
+        )
+
+
+def _check_same_tokenizer(name: str, folder: Path, reader: Reader) -> None:
+    """That a token id means the same text to the model as to who made the data."""
+    theirs = load_tokenizer(folder).tokenizer
+    ours: Tokenizer = reader.tokenizer.backend_tokenizer
+    # Compared by meaning: saving a tokenizer again changes its file.
+    if theirs.get_vocab(with_added_tokens=True) != ours.get_vocab(with_added_tokens=True):
+        raise ValueError(
+            f"{name}: its tokens were made by {folder}, whose vocabulary is not the model's; "
+            "give the text itself instead"
+        )
+
+
+def _check_fingerprint(folder: Path, prepared: PreparedData) -> None:
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if facts.get("data_fingerprint", prepared.fingerprint) != prepared.fingerprint:
+        raise ValueError(
+            f"{folder}: its data has changed since it was trained (run.json has another "
+            "fingerprint); evaluate on a corpus by its prefix instead"
+        )

@@ -1,0 +1,242 @@
+"""Evaluate models: tasks and perplexities of each, and the differences to the first."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from mone_megatron.evaluation.corpora import Corpus, Reader, Recorded, RunValidation, Window
+from mone_megatron.evaluation.estimates import Difference, difference
+from mone_megatron.evaluation.harness import Score, run_tasks
+from mone_megatron.evaluation.models import ModelFacts, load
+from mone_megatron.evaluation.perplexity import Perplexity, measure_perplexity
+from mone_megatron.evaluation.tasks import LoadedTasks
+from mone_megatron.evaluation.token_bytes import bytes_of_tokens
+
+# Windows of long-context models are cut here unless asked otherwise.
+LONGEST_WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate.
+
+    Attributes:
+        batch_size: sequences in one forward pass.
+        limit: questions of each task; None for all.
+        seq_length: tokens of a window of text or of a ``.bin``.
+        max_tokens: of each corpus; None for all.
+        dtype: of weights and activations; None for the model's own.
+        device: as torch names it.
+        trust_remote_code: whether a model may bring code of its own.
+    """
+
+    batch_size: int
+    limit: int | None
+    seq_length: int
+    max_tokens: int | None
+    dtype: torch.dtype | None
+    device: str
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A perplexity, and what the trainer wrote down for the same samples if they are a run's."""
+
+    corpus: str
+    perplexity: Perplexity
+    recorded: Recorded | None
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model's scores: of all tasks, then of all corpora."""
+
+    label: str
+    facts: ModelFacts
+    source: str
+    dtype: str
+    parameters: int
+    seconds: float
+    scores: Sequence[Score]
+    measured: Sequence[Measured]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A score of a model minus the first model's."""
+
+    label: str
+    score: Score
+    difference: Difference
+
+
+def read_corpora(
+    facts: ModelFacts, corpora: Sequence[Corpus], seq_length: int
+) -> list[tuple[Corpus, Sequence[Window]]]:
+    """The corpora as a model reads them, before its weights are.
+
+    Raises:
+        ValueError: it cannot read one of them: one line that names both.
+    """
+    if corpora and seq_length > facts.max_length:
+        raise ValueError(
+            f"--seq-length: {seq_length} is more than the {facts.max_length} tokens that "
+            f"{facts.where} is made for; use {facts.max_length} or less"
+        )
+    reader = Reader(facts.tokenizer, facts.vocab_size, seq_length)
+    try:
+        return [(corpus, corpus.windows(reader)) for corpus in corpora]
+    except ValueError as error:
+        raise ValueError(f"{facts.where}: {error}") from error
+
+
+def common_length(models: Sequence[ModelFacts]) -> int:
+    """The longest window that all models are made for, up to ``LONGEST_WINDOW``."""
+    return min(LONGEST_WINDOW, *(facts.max_length for facts in models))
+
+
+def evaluate_model(
+    facts: ModelFacts,
+    *,
+    label: str,
+    tasks: LoadedTasks | None,
+    corpora: Sequence[tuple[Corpus, Sequence[Window]]],
+    settings: Settings,
+    say: Callable[[str], None],
+) -> ModelResult:
+    """Load one model and measure everything.
+
+    Args:
+        facts: of the model.
+        label: what to call it.
+        tasks: loaded; None for none.
+        corpora: from :func:`read_corpora`.
+        settings: how.
+        say: is told what begins.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
+    started = time.perf_counter()
+    say(f"{label}: loading {facts.where}")
+    loaded = load(
+        facts,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    scores: list[Score] = []
+    measured: list[Measured] = []
+    for corpus, windows in corpora:
+        say(f"{label}: perplexity on {corpus.name}")
+        result = _measure(facts, loaded.model, corpus, windows, settings)
+        measured.append(result)
+        scores += _perplexity_scores(result)
+    if tasks is not None:
+        say(f"{label}: {', '.join(tasks.tasks)}")
+        lm = _harness_model(loaded.model, facts, settings)
+        scores = [*run_tasks(lm, tasks, limit=settings.limit), *scores]
+    return ModelResult(
+        label=label,
+        facts=facts,
+        source=loaded.source,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        parameters=sum(weight.numel() for weight in loaded.model.parameters()),
+        seconds=time.perf_counter() - started,
+        scores=scores,
+        measured=measured,
+    )
+
+
+def compare(results: Sequence[ModelResult]) -> list[Compared]:
+    """Every model's scores minus the first model's, where both have them."""
+    if not results:
+        return []
+    first = {(score.task, score.metric): score for score in results[0].scores}
+    compared = []
+    for result in results[1:]:
+        for score in result.scores:
+            base = first.get((score.task, score.metric))
+            if base is None:
+                continue
+            paired = base.samples == score.samples
+            compared.append(
+                Compared(
+                    result.label,
+                    score,
+                    difference(score.estimate, base.estimate, same_samples=paired),
+                )
+            )
+    return compared
+
+
+def _harness_model(model: PreTrainedModel, facts: ModelFacts, settings: Settings) -> HFLM:
+    """The harness's own class for models of transformers."""
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    before = logger.level
+    # It warns that a loaded model ignores arguments which are not given.
+    logger.setLevel(logging.ERROR)
+    try:
+        return HFLM(
+            pretrained=model,
+            tokenizer=facts.tokenizer,
+            backend="causal",
+            max_length=facts.max_length,
+            batch_size=settings.batch_size,
+            softmax_dtype="float32",
+        )
+    finally:
+        logger.setLevel(before)
+
+
+def _measure(
+    facts: ModelFacts,
+    model: PreTrainedModel,
+    corpus: Corpus,
+    windows: Sequence[Window],
+    settings: Settings,
+) -> Measured:
+    # All windows are as long as the first, but for the last.
+    total = (len(windows) - 1) * (windows[0].size - 1) + windows[len(windows) - 1].size - 1
+    if settings.max_tokens is not None:
+        total = min(total, settings.max_tokens)
+    with tqdm(total=total, desc=corpus.name, unit="tok", unit_scale=True) as bar:
+        perplexity = measure_perplexity(
+            model,
+            windows,
+            bytes_of_token=bytes_of_tokens(facts.tokenizer.backend_tokenizer, facts.vocab_size),
+            batch_size=settings.batch_size,
+            max_tokens=settings.max_tokens,
+            progress=bar.update,
+        )
+    recorded = None
+    if isinstance(corpus, RunValidation) and settings.max_tokens is None:
+        recorded = corpus.recorded(facts.step)
+    return Measured(corpus.name, perplexity, recorded)
+
+
+def _perplexity_scores(measured: Measured) -> list[Score]:
+    found = measured.perplexity
+    estimates = {"loss": found.loss, "perplexity": found.perplexity}
+    if found.bits_per_byte is not None:
+        estimates["bits_per_byte"] = found.bits_per_byte
+    return [
+        Score(
+            task=measured.corpus,
+            metric=metric,
+            estimate=estimate,
+            higher_is_better=False,
+            num_fewshot=None,
+            samples=found.fingerprint,
+        )
+        for metric, estimate in estimates.items()
+    ]

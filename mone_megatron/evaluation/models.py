@@ -1,0 +1,134 @@
+"""Models to evaluate: what can be known of one before its weights are read, and loading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+import mone_megatron.hf  # noqa: F401  # registers our exports with transformers
+from mone_megatron.hf.loading import LoadedModel, load_model
+from mone_megatron.hf.source import is_ours, open_source
+
+# Evaluated in float32 where that costs no more than any other: on CPUs.
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model that is there, unread.
+
+    Attributes:
+        where: as the user gave it.
+        tokenizer: its tokenizer.
+        vocab_size: token ids that it knows.
+        max_length: the longest sequence it is made for, in tokens.
+        step: how far it was trained, of a checkpoint of ours; None otherwise.
+    """
+
+    where: str
+    tokenizer: PreTrainedTokenizerFast
+    vocab_size: int
+    max_length: int
+    step: int | None
+
+
+def look_at(where: str, *, trust_remote_code: bool = False) -> ModelFacts:
+    """What is known of a model without its weights.
+
+    Args:
+        where: a run or checkpoint of ours, an export or any folder in the format of transformers,
+            or a model's name on the Hub.
+        trust_remote_code: whether the model may bring code of its own.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it has no tokenizer: one line.
+    """
+    path = Path(where)
+    if is_ours(path):
+        source = open_source(path, say=lambda message: None)
+        tokenizer = _tokenizer(where, str(source.tokenizer_dir), trust_remote_code)
+        length = source.config.train.seq_length
+        facts = ModelFacts(where, tokenizer, source.vocab_size, length, source.checkpoint.step)
+    else:
+        if path.exists() and not (path / "config.json").is_file():
+            raise ValueError(
+                f"{where}: holds neither checkpoints nor config.json; give a run, an export or a "
+                "model in the format of transformers"
+            )
+        try:
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{where}: neither a folder with a model nor one that the Hub gives "
+                f"({_line(error)})"
+            ) from error
+        text = config.get_text_config()
+        tokenizer = _tokenizer(where, where, trust_remote_code)
+        length = text.max_position_embeddings
+        facts = ModelFacts(where, tokenizer, text.vocab_size, length, None)
+    largest = max(facts.tokenizer.get_vocab().values())
+    if largest >= facts.vocab_size:
+        raise ValueError(
+            f"{where}: its tokenizer has token {largest} and the model knows {facts.vocab_size}; "
+            "give the tokenizer that belongs to it"
+        )
+    return facts
+
+
+def load(
+    facts: ModelFacts, *, dtype: torch.dtype | None, device: str, trust_remote_code: bool = False
+) -> LoadedModel:
+    """Read the weights.
+
+    Args:
+        facts: from :func:`look_at`.
+        dtype: None for the model's own.
+        device: as torch names it.
+        trust_remote_code: as in :func:`look_at`.
+
+    Raises:
+        ValueError: the weights are missing or damaged.
+    """
+    return load_model(facts.where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def choose_device(name: str) -> str:
+    """``auto`` takes CUDA when there is a GPU.
+
+    Raises:
+        ValueError: torch does not know the device or sees none such.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: {name} is no device; use cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: {name} was asked for, but torch sees no GPU; use cpu")
+    return name
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype | None:
+    """``auto``: float32 on a CPU, the model's own (None) elsewhere."""
+    return torch.float32 if name == "auto" and device == "cpu" else DTYPES[name]
+
+
+def _tokenizer(where: str, folder: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
+    if Path(where).exists() and not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(f"{where}: has no tokenizer (no tokenizer.json in {folder})")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{where}: its tokenizer cannot be loaded ({_line(error)})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{where}: its tokenizer is not one of the tokenizers package")
+    return tokenizer
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
