@@ -6,7 +6,10 @@
 #   docker build --target cpu  --tag mone_megatron:cpu .     laptops and CI
 #
 # Not built here: there was no container engine (docs/cluster.md says what was checked instead).
-ARG NVIDIA_PYTORCH=nvcr.io/nvidia/pytorch:26.03-py3
+#
+# 26.05 has torch 2.12.0a0. Before 26.04 it is 2.11.0a0 or older, which comes before the 2.11 that
+# pyproject.toml asks for.
+ARG NVIDIA_PYTORCH=nvcr.io/nvidia/pytorch:26.05-py3
 ARG PYTHON=python:3.12-slim-bookworm
 
 FROM ${NVIDIA_PYTORCH} AS cuda
@@ -14,15 +17,18 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/mone_megatron
 COPY pyproject.toml tools/dependencies.py ./
 # What the image was built around stays as it is: everything else is installed under constraints
-# that pin what is there, and the project itself without its dependencies.
-RUN pip list --format=freeze | grep -iE '^(torch|triton|transformer.engine|apex|nvidia|numpy)' \
+# that pin what is there (in place of the image's own, which pin every package), and the project
+# itself without its dependencies.
+RUN pip list --format=freeze \
+        | grep -iE '^(torch|pytorch|triton|transformer.engine|apex|flash.attn|nvidia|numpy)' \
         > /tmp/constraints.txt \
     && python dependencies.py pyproject.toml --without torch > /tmp/requirements.txt \
     && PIP_CONSTRAINT=/tmp/constraints.txt \
         pip install --no-cache-dir --requirement /tmp/requirements.txt \
     && rm /tmp/constraints.txt /tmp/requirements.txt dependencies.py
 COPY . .
-RUN pip install --no-cache-dir --no-deps --editable . \
+# The image's constraints would hold for setuptools, too, which builds this.
+RUN PIP_CONSTRAINT='' pip install --no-cache-dir --no-deps --editable . \
     && useradd --create-home --uid 10001 mone \
     && install --directory --owner mone /workspace/runs
 USER 10001

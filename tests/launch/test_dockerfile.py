@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from mone_megatron.testing.launch import REPOSITORY
 
@@ -76,6 +78,80 @@ def test_a_package_that_is_no_dependency_is_named() -> None:
     done = _dependencies(str(REPOSITORY / "pyproject.toml"), "--without", "torhc")
     assert done.returncode == 2
     assert done.stderr.startswith("dependencies: --without: torhc not in")
+
+
+# Of nvcr.io/nvidia/pytorch:26.05-py3, as those report who use it.
+NVIDIA_TAG = "26.05-py3"
+NVIDIA_PACKAGES = {
+    "torch": "2.12.0a0+5aff3928d8.nv26.05",
+    "triton": "3.7.0",
+    "transformer_engine": "2.15.0+42b84005",
+    "apex": "0.1",
+    "flash_attn": "2.7.4.post1",
+}
+NVIDIA_NUMPY = "2.1.0"
+
+
+def _stand_in(site_packages: Path, name: str, version: str) -> None:
+    """An installed package that is nothing but its name and version."""
+    folder = site_packages / f"{name}-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (folder / "INSTALLER").write_text("pip\n")
+    (folder / "RECORD").write_text("")
+
+
+@pytest.mark.slow
+def test_the_gpu_image_keeps_what_nvidia_installed(tmp_path: Path) -> None:
+    """The pip commands of its stage, in an environment that holds its packages by name."""
+    assert f"nvidia/pytorch:{NVIDIA_TAG}" in DOCKERFILE
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    pip = str(tmp_path / "venv" / "bin" / "pip")
+    subprocess.run([pip, "install", "--quiet", f"numpy=={NVIDIA_NUMPY}"], check=True)
+    (site_packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    for name, version in NVIDIA_PACKAGES.items():
+        _stand_in(site_packages, name, version)
+    # As the image's own constraints: every package, too old a setuptools among them.
+    (tmp_path / "constraint.txt").write_text("setuptools==70.3.0\npackaging==23.2\nwandb==0.18.0\n")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("conf", "mone_megatron", "tools", "pyproject.toml", "README.md", "LICENSE"):
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, tree)
+    shutil.copy(TOOL, tree)
+
+    stage = DOCKERFILE.split("\nFROM ")[1]
+    steps = re.findall(r"^RUN ((?:.*\\\n)*.*)$", stage, re.MULTILINE)
+    assert len(steps) == 2
+    for step in steps:
+        # Not the user, nor the folder that belongs to it.
+        command = step.split("&& useradd")[0].rstrip("\\\n ").replace("/tmp/", f"{tmp_path}/")
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command],
+            cwd=tree,
+            env=os.environ
+            | {
+                "PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}",
+                "PIP_CONSTRAINT": str(tmp_path / "constraint.txt"),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    listed = subprocess.run(
+        [pip, "list", "--format=freeze"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    there = NVIDIA_PACKAGES | {"numpy": NVIDIA_NUMPY}
+    # pip writes nv26.05 as nv26.5.
+    kept = [f"{name}=={Version(version)}" for name, version in there.items()]
+    assert not [line for line in kept if line not in listed], listed
+    assert [line for line in listed if line.startswith("mone_megatron==")]
+    # Among what it says is right: that torch is new enough for the project.
+    subprocess.run([pip, "check"], check=True)
 
 
 @pytest.mark.slow
