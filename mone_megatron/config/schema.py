@@ -54,12 +54,48 @@ class RouterConfig:
 
 
 @dataclass(frozen=True)
+class MLAConfig:
+    """Multi-latent attention (DeepSeek-V2): keys and values from a small latent vector."""
+
+    # Size of the latent that queries are projected from; 0 projects them from the hidden state.
+    q_lora_rank: int = 0
+    # Size of the latent that keys and values are projected from.
+    kv_lora_rank: int = 512
+    # Of a query or key head: the part without position, and the part that RoPE turns.
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    # Of a value head.
+    v_head_dim: int = 128
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    """RoPE for sequences longer than those a model was first trained on."""
+
+    # "yarn" (arXiv 2309.00071) as DeepSeek-V2 has it.
+    type: Literal["none", "yarn"] = "none"
+    # How many times longer, and than what.
+    factor: float = 1.0
+    original_max_position: int = 4096
+    # Turns within the original length above which a frequency stays, below which it is divided by
+    # the factor.
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    # Weights of log(factor) in the scale of queries and keys, and in that of the scores; with both
+    # 0 queries and keys are scaled by 0.1 * log(factor) + 1, and scores are not.
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen3-MoE-shaped GPT: GQA, RMSNorm, RoPE, SwiGLU, optional QK-norm and shared expert."""
+    """A Qwen3-MoE-shaped GPT: GQA or MLA, RMSNorm, RoPE, SwiGLU, optional shared expert."""
 
     num_layers: int = 4
     hidden_size: int = 128
     num_attention_heads: int = 4
+    # Grouped-query attention, or multi-latent attention (DeepSeek-V2), whose sizes are in `mla`.
+    attention: Literal["gqa", "mla"] = "gqa"
     # Key/value heads (GQA); equal to num_attention_heads for plain multi-head attention.
     num_query_groups: int = 2
     # 0 means hidden_size / num_attention_heads.
@@ -96,6 +132,8 @@ class ModelConfig:
     init_std: float = 0.02
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
 
     def padded_vocab_size(self, vocab_size: int) -> int:

@@ -72,6 +72,7 @@ def validate(
     problems = [
         *_ranges(config),
         *_model(config.model),
+        *_rope_scaling(config.model),
         *_router(config.model),
         *_mone(config),
         *_data(config),
@@ -225,7 +226,9 @@ def _ranges(config: Config) -> Iterator[str]:
 
 
 def _model(model: ModelConfig) -> Iterator[str]:
-    if model.head_dim == 0 and not _is_multiple(model.hidden_size, model.num_attention_heads):
+    if model.attention == "mla":
+        yield from _mla(model)
+    elif model.head_dim == 0 and not _is_multiple(model.hidden_size, model.num_attention_heads):
         yield (
             f"model.hidden_size: {model.hidden_size} is not a multiple of "
             f"model.num_attention_heads={model.num_attention_heads}; use "
@@ -274,6 +277,79 @@ def _model(model: ModelConfig) -> Iterator[str]:
         yield (
             "model.shared_expert_gate: there is no shared expert to gate; "
             "set model.shared_expert_ffn_hidden_size, or model.shared_expert_gate=false"
+        )
+
+
+def _mla(model: ModelConfig) -> Iterator[str]:
+    sizes = {
+        "kv_lora_rank": model.mla.kv_lora_rank,
+        "qk_nope_head_dim": model.mla.qk_nope_head_dim,
+        "qk_rope_head_dim": model.mla.qk_rope_head_dim,
+        "v_head_dim": model.mla.v_head_dim,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            yield f"model.mla.{name}: {size} is too small; use 1 or more"
+    if model.mla.q_lora_rank < 0:
+        yield f"model.mla.q_lora_rank: {model.mla.q_lora_rank} is negative; use 0 or more"
+    if model.mla.qk_rope_head_dim % 2:
+        yield (
+            f"model.mla.qk_rope_head_dim: {model.mla.qk_rope_head_dim} is odd and RoPE turns "
+            f"pairs; use {_near_multiples(model.mla.qk_rope_head_dim, 2)}"
+        )
+    if model.num_query_groups != model.num_attention_heads:
+        yield (
+            f"model.num_query_groups: {model.num_query_groups} with model.attention=mla, where each"
+            f" head has its own keys; use {model.num_attention_heads}, as model.num_attention_heads"
+        )
+    if model.head_dim:
+        yield (
+            f"model.head_dim: {model.head_dim} is not read with model.attention=mla; use 0, and "
+            "model.mla.qk_nope_head_dim, qk_rope_head_dim and v_head_dim"
+        )
+    if model.qk_norm:
+        yield (
+            "model.qk_norm: true with model.attention=mla, which normalises its latents instead; "
+            "use model.qk_norm=false"
+        )
+    if model.qkv_bias:
+        yield (
+            "model.qkv_bias: true with model.attention=mla, whose projections have no bias; "
+            "use model.qkv_bias=false"
+        )
+
+
+def _rope_scaling(model: ModelConfig) -> Iterator[str]:
+    scaling = model.rope_scaling
+    if scaling.type == "none":
+        return
+    if model.attention != "mla":
+        yield (
+            f"model.rope_scaling.type: {scaling.type} needs model.attention=mla; use "
+            "model.rope_scaling.type=none"
+        )
+    if scaling.factor <= 1:
+        yield (
+            f"model.rope_scaling.factor: {scaling.factor:g} does not lengthen anything; use a "
+            "number above 1 such as 40"
+        )
+    if scaling.original_max_position < 1:
+        yield (
+            f"model.rope_scaling.original_max_position: {scaling.original_max_position} is too "
+            "small; use 1 or more"
+        )
+    if not 0 < scaling.beta_slow < scaling.beta_fast:
+        yield (
+            f"model.rope_scaling.beta_fast: {scaling.beta_fast:g} and beta_slow="
+            f"{scaling.beta_slow:g}; use beta_fast above beta_slow above 0, such as 32 and 1"
+        )
+    # Of one without the other transformers and megatron-core make different scales.
+    if min(scaling.mscale, scaling.mscale_all_dim) < 0 or (
+        (scaling.mscale == 0) != (scaling.mscale_all_dim == 0)
+    ):
+        yield (
+            f"model.rope_scaling.mscale: {scaling.mscale:g} with mscale_all_dim="
+            f"{scaling.mscale_all_dim:g}; use two numbers above 0, or 0 for both"
         )
 
 
@@ -643,6 +719,11 @@ def _backend(
         yield (
             f"parallel.context: {parallel.context} needs Transformer Engine, which is not "
             "installed; use parallel.context=1, or install transformer_engine"
+        )
+    elif parallel.context > 1 and config.model.attention == "mla":
+        yield (
+            f"parallel.context: {parallel.context} with model.attention=mla is not supported; "
+            "use parallel.context=1"
         )
     if parallel.dispatcher == "flex":
         if cpu:

@@ -3,7 +3,7 @@
 megatron-core's own, without Transformer Engine, builds the whole score matrix.
 
 Shape suffixes: S sequence, B batch, N query heads of this rank, G key/value heads of this rank,
-D head dimension.
+D head dimension, E of a value head, W the wider of the two.
 """
 
 from __future__ import annotations
@@ -58,33 +58,41 @@ class SDPAttention(MegatronModule):
         Args:
             query: ``[S, B, N, D]``.
             key: ``[S, B, G, D]``.
-            value: ``[S, B, G, D]``.
+            value: ``[S, B, G, E]``.
             attention_mask: ignored, the mask is causal.
             attn_mask_type: ignored likewise.
             kwargs: megatron-core's other arguments; packed sequences and biases are refused.
 
         Returns:
-            ``[S, B, N * D]``.
+            ``[S, B, N * E]``.
         """
         assert all(argument is None for argument in kwargs.values()), kwargs
-        query_BNSD, key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        query_BNSD, key_BGSD, value_BGSE = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        # Flash attention takes heads of one width. Zeros change neither scores nor values.
+        head_dim, value_dim = query.shape[-1], value.shape[-1]
+        wide = max(head_dim, value_dim)
+        query_BNSW, key_BGSW, value_BGSW = (
+            F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x
+            for x in (query_BNSD, key_BGSD, value_BGSE)
+        )
+        scale = head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
         dropout = self.dropout if self.training else 0.0
 
         def attend() -> Tensor:
             return F.scaled_dot_product_attention(
-                query_BNSD,
-                key_BGSD,
-                value_BGSD,
+                query_BNSW,
+                key_BGSW,
+                value_BGSW,
                 dropout_p=dropout,
                 is_causal=True,
-                scale=self.softmax_scale,
+                scale=scale,
                 enable_gqa=query_BNSD.shape[1] != key_BGSD.shape[1],
             )
 
         if dropout and not self.config.sequence_parallel:
             # Heads differ between tensor-parallel ranks, so their dropout must too.
             with get_cuda_rng_tracker().fork():
-                context_BNSD = attend()
+                context_BNSW = attend()
         else:
-            context_BNSD = attend()
-        return context_BNSD.permute(2, 0, 1, 3).flatten(2)
+            context_BNSW = attend()
+        return context_BNSW[..., :value_dim].permute(2, 0, 1, 3).flatten(2)

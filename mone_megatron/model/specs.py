@@ -13,10 +13,15 @@ from dataclasses import replace
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -46,6 +51,10 @@ class TorchSpecProvider(LocalSpecProvider):
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         """RMSNorm; megatron-core's refuses sequence parallelism."""
         return RMSNorm
+
+    def linear(self) -> type:
+        """A linear layer that every tensor-parallel rank has whole."""
+        return Linear
 
     def core_attention(self) -> type:
         """scaled_dot_product_attention; megatron-core's builds the score matrix."""
@@ -135,7 +144,30 @@ def _qk_norm(backend: BackendSpecProvider, model: ModelConfig, num_heads: int) -
     return backend.layer_norm(rms_norm=True, for_qk=True)
 
 
+def _latent_attention(backend: BackendSpecProvider) -> ModuleSpec:
+    norm = backend.layer_norm(rms_norm=True, for_qk=True)
+    return ModuleSpec(
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=backend.column_parallel_linear(),
+            # Whole on every rank. megatron-core takes column-parallel ones, too, whose outputs it
+            # gathers; then the key that all heads share gets the gradient of one rank's heads only.
+            linear_q_down_proj=backend.linear(),
+            linear_q_up_proj=backend.column_parallel_linear(),
+            linear_kv_down_proj=backend.linear(),
+            linear_kv_up_proj=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=norm,
+            kv_layernorm=norm,
+        ),
+    )
+
+
 def _attention(backend: BackendSpecProvider, model: ModelConfig) -> ModuleSpec:
+    if model.attention == "mla":
+        return _latent_attention(backend)
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

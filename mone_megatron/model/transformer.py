@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from mone_megatron.config.schema import Config, RouterConfig
+from mone_megatron.config.schema import Config, ModelConfig, RouterConfig
 from mone_megatron.mone.activations import ACTIVATIONS
 
 
@@ -30,6 +30,31 @@ def _router_fields(router: RouterConfig) -> dict[str, object]:
         "moe_router_num_groups": router.num_groups or None,
         "moe_router_group_topk": router.group_topk or None,
         "moe_router_topk_scaling_factor": router.scaling_factor or None,
+    }
+
+
+def _attention_fields(model: ModelConfig) -> dict[str, object]:
+    if model.attention == "gqa":
+        return {"kv_channels": model.head_dim or model.hidden_size // model.num_attention_heads}
+    mla, scaling = model.mla, model.rope_scaling
+    yarn = scaling.type == "yarn"
+    return {
+        "kv_channels": mla.qk_nope_head_dim + mla.qk_rope_head_dim,
+        "q_lora_rank": mla.q_lora_rank or None,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_head_dim": mla.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": mla.qk_rope_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "rotary_base": model.rope_theta,
+        "rope_type": "yarn" if yarn else "rope",
+        # The scale of the scores is made of this factor whatever the type.
+        "rotary_scaling_factor": scaling.factor if yarn else 1.0,
+        "original_max_position_embeddings": scaling.original_max_position,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        # megatron-core's way to say that neither is given.
+        "mscale": scaling.mscale or 1.0,
+        "mscale_all_dim": scaling.mscale_all_dim,
     }
 
 
@@ -78,12 +103,12 @@ def transformer_config(
             "moe_grouped_gemm": True,
             **_router_fields(model.router),
         }
-    return TransformerConfig(
+    kind = MLATransformerConfig if model.attention == "mla" else TransformerConfig
+    return kind(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
-        kv_channels=model.head_dim or model.hidden_size // model.num_attention_heads,
         ffn_hidden_size=model.dense_ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
@@ -128,6 +153,7 @@ def transformer_config(
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         cuda_graph_scope=[],
+        **_attention_fields(model),
         **experts,
         **recompute,
     )

@@ -18,7 +18,7 @@ from typing import Literal
 
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import neurons_kept
-from mone_megatron.planning.parameters import head_dim_of
+from mone_megatron.planning.attention import head_dim_of, value_dim_of
 from mone_megatron.planning.shards import expert_width, local_experts
 
 Kernels = Literal["cpu", "cuda"]
@@ -57,7 +57,7 @@ def kept_by_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
         return saved
     # Selective: attention and the MoE layer (of a dense model: the MLP) run again from their
     # inputs. The output of attention stays, since the projection after it keeps it.
-    recomputed = {"attention softmax"}
+    recomputed = {"attention softmax", "attention padding"}
     if moe or config.model.num_experts == 0:
         recomputed |= {name for name in saved if name.startswith(("router", "MLP", "experts"))}
         recomputed |= {"MoE dispatch", "shared expert", "MoNE masks", "neuron balance"}
@@ -114,6 +114,8 @@ def _norm(numerics: Numerics, tokens: int, width: int, *, heads: int, copied: bo
 
 
 def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved:
+    if config.model.attention == "mla":
+        return _latent_attention(config, numerics, n, tensor)
     model, e = config.model, numerics.bytes
     head_dim = head_dim_of(model)
     heads, groups = model.num_attention_heads // tensor, model.num_query_groups // tensor
@@ -129,6 +131,30 @@ def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved
     }
     if model.qk_norm:
         saved["query and key norms"] = n * _query_and_key_norms(config, numerics, heads, groups)
+    return saved
+
+
+def _latent_attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved:
+    mla, e, s = config.model.mla, numerics.bytes, split_tokens(config)
+    heads = config.model.num_attention_heads // tensor
+    queries, values = heads * head_dim_of(config.model), heads * value_dim_of(config.model)
+    # The norm of the latent keeps the whole output of the projection that it is a part of, unless
+    # it keeps a copy in fp32.
+    part = 0 if numerics.kernels == "cpu" and e == 2 else e * mla.qk_rope_head_dim
+    latents = [(mla.kv_lora_rank, part)] + ([(mla.q_lora_rank, 0)] if mla.q_lora_rank else [])
+    saved: Saved = {
+        "latent norms": s
+        * sum(_norm(numerics, 1, width, heads=1, copied=True) + more for width, more in latents),
+        # Inputs of the up projections.
+        "latents": s * sum(width for width, _ in latents) * e,
+        "attention operands": n * (2 * queries + 2 * values) * e,
+        "attention softmax": n * heads * 4,
+        "RoPE": 4 * (config.train.seq_length // config.parallel.context) * mla.qk_rope_head_dim * e,
+    }
+    if queries != values:
+        # Kept instead: all four as wide as the wider of the two, and the output cut back.
+        wide = 4 * max(queries, values) + values
+        saved["attention padding"] = n * (wide - 2 * queries - 2 * values) * e
     return saved
 
 

@@ -15,8 +15,8 @@ from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout, neurons_kept
 from mone_megatron.planning import activations
 from mone_megatron.planning.activations import Numerics
+from mone_megatron.planning.attention import head_dim_of, projections
 from mone_megatron.planning.layout import Group, groups
-from mone_megatron.planning.parameters import head_dim_of
 from mone_megatron.planning.shards import (
     StageState,
     expert_width,
@@ -95,6 +95,9 @@ def _split_block(
 
 
 def _attention(config: Config, layout: Layout, numerics: Numerics) -> Iterator[Traffic]:
+    if config.model.attention == "mla":
+        yield from _latent_attention(config, layout, numerics)
+        return
     full = config.train.recompute == "full"
     yield from _split_block(config, layout, numerics, again=full)
     model, context = config.model, groups(config.parallel, layout)["context"]
@@ -108,6 +111,25 @@ def _attention(config: Config, layout: Layout, numerics: Numerics) -> Iterator[T
     # Keys and values go round; backwards their gradients, too.
     times = 3 + (config.train.recompute != "none")
     yield Traffic(context, "ring of keys and values", times * block * (context.size - 1))
+
+
+def _latent_attention(config: Config, layout: Layout, numerics: Numerics) -> Iterator[Traffic]:
+    """The up projections gather what they read, the key that carries the position is gathered.
+
+    Down projections work on the split sequence; their weights' gradients are added up.
+    """
+    model, group = config.model, groups(config.parallel, layout)["tensor"]
+    mla, hidden = model.mla, model.hidden_size
+    again = config.train.recompute == "full"
+    value = activations.tokens_of_rank(config) * numerics.bytes
+    read = (mla.q_lora_rank or hidden) + mla.kv_lora_rank
+    position = mla.qk_rope_head_dim
+    gathered = (2 + again) * read + (1 + again) * position + hidden
+    scattered = read + position + (1 + again) * hidden
+    yield Traffic(group, "all-gather", _ring(value * gathered, group))
+    yield Traffic(group, "reduce-scatter", _ring(value * scattered, group))
+    whole = sum(matrix.parameters for matrix in projections(model) if not matrix.split)
+    yield Traffic(group, "all-reduce", 2 * _ring(4 * whole, group), once=True)
 
 
 def _moe(config: Config, layout: Layout, numerics: Numerics) -> Iterator[Traffic]:

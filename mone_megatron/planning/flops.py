@@ -4,7 +4,8 @@ A multiply-add is 2 operations. Counted: every matrix product (projections, atte
 experts, output layer over the padded vocabulary) and nothing else: norms, RoPE, softmax, the
 selection and the optimizer are left out, as is usual. Attention is causal: a token of a sequence
 of s reads (s + 1) / 2 keys on average. The backward pass costs twice the forward pass. Activations
-that are recomputed are not counted twice.
+that are recomputed are not counted twice, nor are the zeros counted that widen MLA's values to the
+width of its keys.
 
 Each count comes as a pair. `ideal` has MoNE compute only the kept neurons of the up and down
 projections (the gate is always computed in full); `realised` is what dense matrix products run,
@@ -16,11 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
-from mone_megatron.planning.parameters import (
-    gated_mlps,
-    head_dim_of,
-    moe_layers_of,
-)
+from mone_megatron.planning.attention import projection_flops, score_flops
+from mone_megatron.planning.parameters import gated_mlps, moe_layers_of
 
 _BACKWARD = 2  # times the forward pass: gradients of the inputs and of the weights
 
@@ -38,14 +36,10 @@ def forward_flops_per_token(
 ) -> Flops:
     """Operations of one token's forward pass in sequences of ``seq_length``."""
     hidden = model.hidden_size
-    queries = model.num_attention_heads * head_dim_of(model)
-    keys = model.num_query_groups * head_dim_of(model)
-    projections = 2 * hidden * (2 * queries + 2 * keys)
-    # Scores and weighted values: two products over (s + 1) / 2 keys.
-    attention = 2 * queries * (seq_length + 1)
+    attention = projection_flops(model) + score_flops(model, seq_length)
     gates = model.num_experts + (1 if model.shared_expert_gate else 0)
     common = (
-        model.num_layers * (projections + attention)
+        model.num_layers * attention
         + moe_layers_of(model) * 2 * hidden * gates
         + 2 * hidden * model.padded_vocab_size(vocab_size)
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from mone_megatron.config.schema import ModelConfig, MoNEConfig
 from mone_megatron.config.validate import neurons_kept
+from mone_megatron.planning import attention as attention_of
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class ParameterCount:
     embedding: int
     # 0 when tied to the embedding.
     output: int
-    # Query, key, value and output projections, with the biases of the first three if any.
+    # All projections, with the biases of queries, keys and values if any.
     attention: int
-    # RMSNorm weights: two a layer, the final one, and those of QK-norm.
+    # RMSNorm weights: two a layer, the final one, and those of QK-norm or of MLA's latents.
     norms: int
     router: int
     routed_experts: int
@@ -96,17 +97,13 @@ def count_parameters(
     rows that an exported model has, which is how published totals count.
     """
     rows = model.padded_vocab_size(vocab_size) if padded else vocab_size
-    hidden, head_dim = model.hidden_size, head_dim_of(model)
+    hidden = model.hidden_size
     moe_layers = moe_layers_of(model)
-    queries = model.num_attention_heads * head_dim
-    keys = model.num_query_groups * head_dim
 
     embedding = rows * hidden
     output = 0 if model.tie_embeddings else rows * hidden
-    attention = 2 * hidden * queries + 2 * hidden * keys
-    if model.qkv_bias:
-        attention += queries + 2 * keys
-    norms = 2 * hidden + sum(qk_norm_widths(model))
+    attention = sum(matrix.parameters for matrix in attention_of.projections(model))
+    norms = 2 * hidden + sum(norm.width for norm in attention_of.norms(model))
     router = model.num_experts * hidden
     shared_gate = hidden if model.shared_expert_gate else 0
 
@@ -160,21 +157,6 @@ def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
         )
         for kind, (width, count, visited) in sizes.items()
     }
-
-
-def head_dim_of(model: ModelConfig) -> int:
-    """Size of one attention head."""
-    return model.head_dim or model.hidden_size // model.num_attention_heads
-
-
-def qk_norm_widths(model: ModelConfig) -> tuple[int, int]:
-    """Weights of the norm of queries and of the norm of keys, in each layer; 0 without."""
-    if not model.qk_norm:
-        return 0, 0
-    head_dim = head_dim_of(model)
-    if model.qk_norm_scope == "head":
-        return head_dim, head_dim
-    return model.num_attention_heads * head_dim, model.num_query_groups * head_dim
 
 
 def moe_layers_of(model: ModelConfig) -> int:

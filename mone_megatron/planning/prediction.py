@@ -16,11 +16,11 @@ from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout
 from mone_megatron.planning import activations
 from mone_megatron.planning.activations import Numerics
+from mone_megatron.planning.attention import projection_flops, score_flops
 from mone_megatron.planning.communication import Traffic, stage_traffic
 from mone_megatron.planning.hardware import GPU, Assumptions
 from mone_megatron.planning.layout import Group
 from mone_megatron.planning.memory import StageMemory
-from mone_megatron.planning.parameters import head_dim_of
 from mone_megatron.planning.shards import expert_width, layer_kinds
 
 _FORWARD_AND_BACKWARD = 3
@@ -94,10 +94,9 @@ def layer_work(config: Config, *, moe: bool) -> tuple[Work, Work]:
     """Operations of a layer's forward pass on one rank, and of what is recomputed of them."""
     model, tensor = config.model, config.parallel.tensor
     tokens, hidden = activations.tokens_of_rank(config), model.hidden_size
-    queries = model.num_attention_heads * head_dim_of(model)
-    keys = model.num_query_groups * head_dim_of(model)
-    projections = Work(matmul=tokens * 2 * hidden * (2 * queries + 2 * keys) / tensor)
-    attention = Work(attention=tokens * 2 * queries * (config.train.seq_length + 1) / tensor)
+    # MLA's down projections are whole on every rank, which runs them for its part of the tokens.
+    projections = Work(matmul=tokens * projection_flops(model) / tensor)
+    attention = Work(attention=tokens * score_flops(model, config.train.seq_length) / tensor)
     if moe:
         gates = model.num_experts + (1 if model.shared_expert_gate else 0)
         mlp = Work(

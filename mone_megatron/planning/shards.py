@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from mone_megatron.config.schema import Config, ModelConfig
 from mone_megatron.config.validate import Layout
+from mone_megatron.planning import attention
 from mone_megatron.planning.layout import Place, experts_are_dense_like
-from mone_megatron.planning.parameters import head_dim_of, qk_norm_widths
 
 # A parameter starts at a multiple of so many elements, a bucket ends at one of the other.
 _PARAMETER_ALIGNMENT = 64
@@ -83,21 +83,15 @@ def chunk_parameters(
 
 def _layer(config: Config, layer: int) -> list[LocalParameter]:
     model, tensor = config.model, config.parallel.tensor
-    hidden, head_dim = model.hidden_size, head_dim_of(model)
-    queries = model.num_attention_heads * head_dim // tensor
-    keys = model.num_query_groups * head_dim // tensor
-    sizes = {
-        "input_layernorm": hidden,
-        "linear_proj": queries * hidden,
-        "linear_qkv": (queries + 2 * keys) * hidden,
-    }
-    if model.qkv_bias:
-        sizes["linear_qkv.bias"] = queries + 2 * keys
-    if model.qk_norm:
-        # One head's weights are every rank's; those of all heads are split like the heads.
-        ways = tensor if model.qk_norm_scope == "all_heads" else 1
-        query_norm, key_norm = qk_norm_widths(model)
-        sizes |= {"q_layernorm": query_norm // ways, "k_layernorm": key_norm // ways}
+    hidden = model.hidden_size
+    sizes = {"input_layernorm": hidden}
+    for matrix in attention.projections(model):
+        ways = tensor if matrix.split else 1
+        sizes[matrix.name] = matrix.inputs * matrix.outputs // ways
+        if matrix.bias:
+            sizes[f"{matrix.name}.bias"] = matrix.outputs // ways
+    for norm in attention.norms(model):
+        sizes[norm.name] = norm.width // (tensor if norm.split else 1)
     sizes["pre_mlp_layernorm"] = hidden
     if not is_moe_layer(model, layer):
         width = model.dense_ffn_hidden_size // tensor

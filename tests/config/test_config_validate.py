@@ -40,6 +40,11 @@ def problems_of(config: Config, world_size: int = 1, **options: Any) -> Sequence
 
 
 # World size, config, the key that begins the line, a piece of the explanation or fix.
+LATENT: dict[str, Any] = {
+    "model__attention": "mla", "model__num_query_groups": 4, "model__qk_norm": False,
+    "model__rope_scaling__type": "yarn", "model__rope_scaling__factor": 40.0,
+    "model__rope_scaling__mscale": 0.707, "model__rope_scaling__mscale_all_dim": 0.707,
+}  # fmt: skip
 BAD: list[tuple[int, dict[str, Any], str, str]] = [
     (1, {"model__num_layers": 0}, "model.num_layers", "1 or more"),
     (1, {"model__hidden_size": -8}, "model.hidden_size", "1 or more"),
@@ -104,6 +109,24 @@ BAD: list[tuple[int, dict[str, Any], str, str]] = [
      "model.router.group_topk", "use 2 or more"),
     (1, {"model__qk_norm": False, "model__qk_norm_scope": "all_heads"},
      "model.qk_norm_scope", "no effect with model.qk_norm=false"),
+    (1, {"model__attention": "mla"}, "model.num_query_groups", "use 4"),
+    (1, {"model__attention": "mla"}, "model.qk_norm", "use model.qk_norm=false"),
+    (1, {"model__attention": "mla", "model__qkv_bias": True}, "model.qkv_bias", "no bias"),
+    (1, {"model__attention": "mla", "model__head_dim": 64}, "model.head_dim", "v_head_dim"),
+    (1, {"model__attention": "mla", "model__mla__v_head_dim": 0},
+     "model.mla.v_head_dim", "1 or more"),
+    (1, {"model__attention": "mla", "model__mla__q_lora_rank": -1},
+     "model.mla.q_lora_rank", "0 or more"),
+    (1, {"model__attention": "mla", "model__mla__qk_rope_head_dim": 7},
+     "model.mla.qk_rope_head_dim", "6 or 8"),
+    (1, {"model__rope_scaling__type": "yarn"}, "model.rope_scaling.type", "model.attention=mla"),
+    (1, {"model__rope_scaling__type": "yarn"}, "model.rope_scaling.factor", "above 1"),
+    (1, {"model__rope_scaling__type": "yarn", "model__rope_scaling__original_max_position": 0},
+     "model.rope_scaling.original_max_position", "1 or more"),
+    (1, {"model__rope_scaling__type": "yarn", "model__rope_scaling__beta_slow": 32.0},
+     "model.rope_scaling.beta_fast", "32 and 1"),
+    (1, {"model__rope_scaling__type": "yarn", "model__rope_scaling__mscale": 1.0},
+     "model.rope_scaling.mscale", "0 for both"),
     (1, {"mone__keep_ratio": 0.0}, "mone.keep_ratio", "(0, 1]"),
     (1, {"mone__keep_ratio": 1.5}, "mone.keep_ratio", "(0, 1]"),
     (1, {"mone__enabled": True, "mone__keep_ratio": 0.003}, "mone.keep_ratio", "K=0"),
@@ -219,12 +242,18 @@ def test_all_problems_come_at_once() -> None:
         ({"model__router__balance": ["sinkhorn"], "model__router__balance_coeff": [0.0]}, 1),
         ({"model__experts_per_token": 1, "model__router__pre_softmax": True}, 1),
         ({"model__num_experts": 0, "mone__enabled": True, "mone__apply_to": ["dense"]}, 1),
+        (LATENT | {"parallel__tensor": 2}, 2),
         # Selection is off, so its targets are not looked at.
         ({"model__num_experts": 0}, 1),
     ],
 )
 def test_good_configs_pass(values: dict[str, Any], world_size: int) -> None:
     assert problems_of(make(**values), world_size) == ()
+
+
+def test_latent_attention_and_context_parallelism() -> None:
+    (line,) = problems_of(make(**LATENT, parallel__context=2), 2, have_transformer_engine=True)
+    assert line.startswith("parallel.context: 2 with model.attention=mla")
 
 
 def test_layout() -> None:

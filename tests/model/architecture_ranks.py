@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unittest.mock import patch
 
+from megatron.core.tensor_parallel import ColumnParallelLinear
+
+from mone_megatron.model.specs import TorchSpecProvider
 from mone_megatron.testing.trainer import build_trainer, random_batches
 from mone_megatron.train.checkpointer import Position
 
@@ -19,3 +23,11 @@ def train_and_save(overrides: Sequence[str], steps: int) -> list[tuple[float, fl
     results = [trainer.stepper.train(random_batches(trainer)) for _ in range(steps)]
     trainer.checkpointer.save(Position(start.step + steps))
     return [(result.loss, result.grad_norm) for result in results]
+
+
+def train_with_column_parallel_down_projections(
+    overrides: Sequence[str], steps: int
+) -> list[tuple[float, float]]:
+    """As :func:`train_and_save`, with the other layers that megatron-core's MLA takes."""
+    with patch.object(TorchSpecProvider, "linear", lambda _: ColumnParallelLinear):
+        return train_and_save(overrides, steps)

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from architecture_ranks import train_and_save
+from architecture_ranks import train_and_save, train_with_column_parallel_down_projections
 from test_models import build, tiny
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
-from transformers import OlmoeConfig
+from transformers import DeepseekV2Config, OlmoeConfig
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.olmoe import modeling_olmoe
 
+from mone_megatron.config.schema import MLAConfig, RopeScalingConfig
 from mone_megatron.testing.processes import Processes
 
 STEPS = 3
@@ -28,8 +30,27 @@ RUN = [
     "optim.lr=0.001",
     "logging.wandb.mode=disabled",
 ]
+MLA = [
+    "model.attention=mla",
+    "model.num_query_groups=4",
+    "model.qk_norm=false",
+    "model.mla.kv_lora_rank=24",
+    "model.mla.qk_nope_head_dim=16",
+    "model.mla.qk_rope_head_dim=8",
+    "model.mla.v_head_dim=20",
+]
 ARCHITECTURES = {
     "norms_over_all_heads": ["model.qk_norm_scope=all_heads"],
+    "mla": MLA,
+    "mla_with_query_latent_and_yarn": [
+        *MLA,
+        "model.mla.q_lora_rank=12",
+        "model.rope_scaling.type=yarn",
+        "model.rope_scaling.factor=40",
+        "model.rope_scaling.original_max_position=8",
+        "model.rope_scaling.mscale=0.707",
+        "model.rope_scaling.mscale_all_dim=0.707",
+    ],
 }
 
 
@@ -74,6 +95,19 @@ def test_tensor_parallelism_trains_and_saves_the_same_model(
         assert [key for key in expected if not torch.equal(moved[key], expected[key])] == []
 
 
+def test_column_parallel_down_projections_lose_gradients(
+    one_rank: Processes, two_processes: Processes, tmp_path: Path
+) -> None:
+    # Why ours are whole on every rank; when this fails, either will do.
+    run = [*RUN, *MLA, f"run.dir={tmp_path}"]
+    ((loss, grad_norm),) = one_rank.run(train_and_save, run, 1)[0]
+    split = [*run, "parallel.tensor=2"]
+    train = train_with_column_parallel_down_projections
+    ((split_loss, split_norm),) = two_processes.run(train, split, 1)[0]
+    assert split_loss == pytest.approx(loss, rel=1e-6)
+    assert abs(split_norm - grad_norm) > 5e-6 * grad_norm
+
+
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("groups", [2, 4])
 def test_norms_over_all_heads_equal_olmoes(groups: int) -> None:
@@ -91,6 +125,8 @@ def test_norms_over_all_heads_equal_olmoes(groups: int) -> None:
     with torch.no_grad():
         for norm in (attention.q_layernorm, attention.k_layernorm):
             norm.weight.uniform_(0.5, 1.5, generator=generator)
+        for matrix in (attention.linear_qkv, attention.linear_proj):
+            matrix.weight.normal_(0.0, 0.125, generator=generator)
         # A group holds its queries, then its key and its value.
         by_group = attention.linear_qkv.weight.view(groups, 4 // groups + 2, 16, 64)
         theirs.q_proj.weight.copy_(by_group[:, :-2].reshape(-1, 64))
@@ -103,7 +139,88 @@ def test_norms_over_all_heads_equal_olmoes(groups: int) -> None:
     rotary = build(config).rotary_pos_emb(16)
     ours, _ = attention(x_BSH.transpose(0, 1), None, rotary_pos_emb=rotary)
     expected = _attend(theirs, x_BSH, modeling_olmoe.OlmoeRotaryEmbedding(theirs_config))
-    assert expected.abs().max() > 1e-3
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(ours.transpose(0, 1), expected, rtol=0, atol=1e-5)
+
+
+DEEPSEEK_V2 = RopeScalingConfig("yarn", 40.0, 4096, 32.0, 1.0, 0.707, 0.707)
+YARNS = {
+    "none": (RopeScalingConfig(), 96),
+    "yarn": (RopeScalingConfig("yarn", 40.0, 32, 32.0, 1.0, 0.707, 0.707), 96),
+    "yarn_of_two_scales": (RopeScalingConfig("yarn", 4.0, 32, 16.0, 2.0, 1.0, 0.5), 96),
+    "yarn_without_mscale": (RopeScalingConfig("yarn", 4.0, 32), 96),
+    "deepseek_v2": (DEEPSEEK_V2, 4400),
+}
+
+
+def deepseeks_config(mla: MLAConfig, scaling: RopeScalingConfig) -> DeepseekV2Config:
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": 10000.0}
+    if scaling.type == "yarn":
+        rope |= {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+        }
+        if scaling.mscale:
+            rope |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+    return DeepseekV2Config(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=mla.q_lora_rank or None,
+        kv_lora_rank=mla.kv_lora_rank,
+        qk_nope_head_dim=mla.qk_nope_head_dim,
+        qk_rope_head_dim=mla.qk_rope_head_dim,
+        v_head_dim=mla.v_head_dim,
+        rope_parameters=rope,
+        max_position_embeddings=8192,
+        attn_implementation="eager",
+    )
+
+
+# Of one attention layer: ours and transformers'. Nothing is permuted.
+DEEPSEEKS_NAMES = {
+    "linear_q_proj": "q_proj",
+    "linear_q_down_proj": "q_a_proj",
+    "q_layernorm": "q_a_layernorm",
+    "linear_q_up_proj": "q_b_proj",
+    "linear_kv_down_proj": "kv_a_proj_with_mqa",
+    "kv_layernorm": "kv_a_layernorm",
+    "linear_kv_up_proj": "kv_b_proj",
+    "linear_proj": "o_proj",
+}
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("q_lora_rank", [0, 12])
+@pytest.mark.parametrize("name", YARNS)
+def test_mla_equals_deepseeks(name: str, q_lora_rank: int) -> None:
+    scaling, length = YARNS[name]
+    mla = MLAConfig(q_lora_rank, 24, 16, 8, 20)
+    config = tiny(attention="mla", num_query_groups=4, qk_norm=False, mla=mla, rope_scaling=scaling)
+    attention = build(config).decoder.layers[0].self_attention
+    theirs_config = deepseeks_config(mla, scaling)
+    theirs = modeling_deepseek_v2.DeepseekV2Attention(theirs_config, 0)
+    generator = torch.Generator().manual_seed(length + q_lora_rank)
+    copied = set()
+    with torch.no_grad():
+        for ours_name, parameter in attention.named_parameters():
+            module = ours_name.removesuffix(".weight")
+            if "norm" in module:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:  # scores that differ: each value of a row matters
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+            copied.add(f"{DEEPSEEKS_NAMES[module]}.weight")
+            theirs.get_parameter(f"{DEEPSEEKS_NAMES[module]}.weight").copy_(parameter)
+    assert copied == dict(theirs.named_parameters()).keys()
+    x_BSH = torch.randn(1, length, 64, generator=generator)
+    with torch.no_grad():
+        ours, _ = attention(x_BSH.transpose(0, 1), None)
+        rotary = modeling_deepseek_v2.DeepseekV2RotaryEmbedding(theirs_config)
+        expected = _attend(theirs, x_BSH, rotary)
+    assert expected[:, length // 2 :].abs().max() > 0.1
     torch.testing.assert_close(ours.transpose(0, 1), expected, rtol=0, atol=1e-5)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import (
     Config,
+    MLAConfig,
     MoNEConfig,
     NeuronBalanceConfig,
     ParallelConfig,
@@ -229,6 +230,12 @@ def test_initial_values() -> None:
 
 # Sizes --------
 
+LATENT: dict[str, Any] = {
+    "attention": "mla",
+    "num_query_groups": 4,
+    "qk_norm": False,
+    "mla": MLAConfig(0, 24, 16, 8, 20),
+}
 MODELS: dict[str, tuple[dict[str, Any], bool]] = {
     "moe": ({}, False),
     "mone": ({}, True),
@@ -244,6 +251,8 @@ MODELS: dict[str, tuple[dict[str, Any], bool]] = {
     "no_qk_norm": ({"qk_norm": False}, False),
     "qk_norm_over_all_heads": ({"qk_norm_scope": "all_heads"}, False),
     "head_dim": ({"head_dim": 24}, False),
+    "mla": (LATENT, False),
+    "mla_with_query_latent": (LATENT | {"mla": MLAConfig(12, 24, 16, 8, 20)}, True),
     "everything": (FULL, True),
 }
 

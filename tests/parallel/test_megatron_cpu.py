@@ -25,6 +25,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.optimizer import clip_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe import experts as upstream_experts
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -52,6 +53,7 @@ import torch.distributed as dist
 import megatron.core
 from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import random
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
 def problem(function, *args):
@@ -64,6 +66,8 @@ def problem(function, *args):
 values, weight = torch.ones(2, 3), torch.ones(4, 3)
 facts = {
     "has_te_general_gemm": hasattr(moe_utils, "te_general_gemm"),
+    "mla_believes_in_te": multi_latent_attention.HAVE_TE,
+    "mla_asks_for": problem(isinstance, values, multi_latent_attention.TELinear),
     "router": problem(moe_utils.router_gating_linear, values, weight, None, torch.float32),
     "split_sizes": type(moe_utils.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True)).__name__,
     "get_rng_state": problem(random._get_cuda_rng_state),
@@ -258,6 +262,13 @@ def test_the_router_needs_te_general_gemm_to_exist(upstream: dict[str, Any]) -> 
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
     logits = moe_utils.router_gating_linear(x, weight, None, torch.float32)
     torch.testing.assert_close(logits, x @ weight.T)
+
+
+@pytest.mark.skipif(HAVE_TRANSFORMER_ENGINE, reason="Transformer Engine is installed")
+def test_latent_attention_takes_mocks_for_transformer_engine(upstream: dict[str, Any]) -> None:
+    assert upstream["mla_believes_in_te"]
+    assert upstream["mla_asks_for"] == "TypeError"
+    assert not multi_latent_attention.HAVE_TE
 
 
 def test_split_sizes_become_numpy_on_cpu(upstream: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mone_megatron.config.load import compose
-from mone_megatron.config.schema import ModelConfig, MoNEConfig
+from mone_megatron.config.schema import MLAConfig, ModelConfig, MoNEConfig
 from mone_megatron.planning import count_parameters, flops_per_step
 from mone_megatron.planning.flops import forward_flops_per_token, training_flops_per_token
 
@@ -46,6 +46,23 @@ def test_realised_matches_torch_on_the_matrices_of_a_model(backward: bool) -> No
     causal = 3 * 2 * 2 * q * (seq_length + 1) // 2 * (3 if backward else 1)
     assert counted.ideal == counted.realised
     assert tokens * (counted.realised - causal) == matmul_flops(tokens, shapes, backward=backward)
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 10])
+def test_mla_by_its_matrices(q_lora_rank: int) -> None:
+    model = ModelConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=4, num_experts=0,
+        dense_ffn_hidden_size=40, attention="mla", mla=MLAConfig(q_lora_rank, 24, 16, 8, 20),
+    )  # fmt: skip
+    h, q = 32, 4 * (16 + 8)
+    queries = [(h, 10), (10, q)] if q_lora_rank else [(h, q)]
+    attention = [*queries, (h, 24 + 8), (24, 4 * (16 + 20)), (4 * 20, h)]
+    shapes = [(h, 256)] + 2 * [*attention, (h, 40), (h, 40), (40, h)]
+    tokens, seq_length = 10, 7
+    counted = forward_flops_per_token(model, MOE, seq_length, 200).realised
+    # Scores over 24 values a head, then weighted sums of 20.
+    causal = 2 * 4 * 2 * (24 + 20) * (seq_length + 1) // 2
+    assert tokens * (counted - causal) == matmul_flops(tokens, shapes, backward=False)
 
 
 def test_causal_attention_counts_the_lower_triangle() -> None:

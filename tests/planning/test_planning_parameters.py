@@ -108,8 +108,8 @@ def reference(model: ModelConfig, rows: int) -> torch.nn.ModuleList:
 @given(
     layers=st.integers(2, 4), experts=st.sampled_from([0, 4]), dense=st.integers(0, 1),
     shared=st.sampled_from([0, 24]), gate=st.booleans(), tied=st.booleans(),
-    qk_norm=st.sampled_from(["", "head", "all_heads"]), qkv_bias=st.booleans(), head_dim=st.sampled_from([0, 20]),
-    vocab=st.integers(1, 700),
+    qk_norm=st.sampled_from(["", "head", "all_heads"]), qkv_bias=st.booleans(),
+    head_dim=st.sampled_from([0, 20]), vocab=st.integers(1, 700),
 )  # fmt: skip
 def test_totals_match_built_modules(
     layers: int, experts: int, dense: int, shared: int, gate: bool, tied: bool, qk_norm: str,

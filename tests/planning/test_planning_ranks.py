@@ -40,8 +40,14 @@ SHAPE = [
     "train.micro_batch_size=1",
     "train.seq_length=16",
 ]
+LATENT = [
+    "model.attention=mla", "model.num_query_groups=4", "model.qk_norm=false",
+    "model.qkv_bias=false", "model.mla.kv_lora_rank=24", "model.mla.qk_nope_head_dim=16",
+    "model.mla.qk_rope_head_dim=8", "model.mla.v_head_dim=20",
+]  # fmt: skip
 LAYOUTS_OF_2 = [
     [],
+    ["parallel.tensor=2", *LATENT, "model.mla.q_lora_rank=12"],
     ["parallel.tensor=2", "model.qk_norm_scope=all_heads"],
     ["parallel.tensor=2", "parallel.expert_tensor=2", "model.tie_embeddings=true"],
     ["parallel.expert=2", "parallel.distributed_optimizer=false"],
@@ -178,6 +184,9 @@ ACTIVATIONS = [
     ["experiment=tiny_mone", *MIXED, "model.activation=sigmoid"],
     ["experiment=tiny_moe", *MIXED, "model.activation=relu2", "model.qk_norm_scope=all_heads"],
     ["experiment=tiny_mone", *MIXED, *EVERYWHERE, "model.activation=relu2"],
+    ["experiment=tiny_moe", *LATENT],
+    ["experiment=tiny_moe", *LATENT, "train.recompute=selective", "model.mla.v_head_dim=40"],
+    ["experiment=tiny_moe", *LATENT, "model.mla.q_lora_rank=20", "model.mla.v_head_dim=24"],
 ]  # fmt: skip
 
 
@@ -196,6 +205,7 @@ def test_activations_are_what_torch_saves(one_rank: Processes, overrides: list[s
         ["parallel.tensor=2"],
         ["parallel.tensor=2", "parallel.expert=2", "model.qk_norm_scope=all_heads"],
         ["parallel.tensor=2", "parallel.expert_tensor=2"],
+        ["parallel.tensor=2", *LATENT],
     ],
     ids=str,
 )
@@ -255,6 +265,8 @@ def predicted_traffic(overrides: Sequence[str], world_size: int, rank: int) -> d
         ["parallel.expert=2", "parallel.dispatcher=allgather"],
         ["parallel.tensor=2", "parallel.expert=2", "train.recompute=full"],
         ["parallel.tensor=2", "parallel.expert=2", "train.recompute=selective"],
+        ["parallel.tensor=2", *LATENT],
+        ["parallel.tensor=2", *LATENT, "model.mla.q_lora_rank=12", "train.recompute=full"],
         ["parallel.pipeline=2"],
     ],
     ids=str,
