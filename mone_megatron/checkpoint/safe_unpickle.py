@@ -152,6 +152,21 @@ def safe_torch_load(path: Path, *, map_location: str = "cpu") -> Any:
     return _load(path, str(path), map_location=map_location)
 
 
+def load_part(path: Path, *, offset: int, length: int) -> Any:
+    """:func:`safe_torch_load` of one part of a file, as torch.distributed.checkpoint packs them.
+
+    Raises:
+        UnsafePickleError: see :func:`safe_torch_load`.
+        ValueError: the file ends before the part does, or the part is not one of ``torch.save``.
+    """
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        content = stream.read(length)
+    if len(content) != length:
+        raise ValueError(f"{path} ends within what should lie at byte {offset}")
+    return _load(io.BytesIO(content), str(path), map_location="cpu")
+
+
 @contextmanager
 def restricted_pickle(folder: Path) -> Iterator[None]:
     """Within it, this process unpickles what a checkpoint may hold and nothing else.

@@ -1,0 +1,17 @@
+"""MoNE for transformers, and conversion from and to Hugging Face.
+
+``import mone_megatron.hf`` registers the ``mone`` experts implementation and the exported model's
+class, so that ``AutoModelForCausalLM.from_pretrained`` loads an export. It needs the ``hf`` extra
+(``pip install -e '.[hf]'``) and no megatron-core.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mone_megatron.hf.configuration_mone import MoneConfig
+from mone_megatron.hf.experts_mone import NeuronSettings, enable_mone
+from mone_megatron.hf.modeling_mone import MoneForCausalLM, MoneModel
+
+AutoConfig.register(MoneConfig.model_type, MoneConfig, exist_ok=True)
+AutoModelForCausalLM.register(MoneConfig, MoneForCausalLM, exist_ok=True)
+
+__all__ = ["MoneConfig", "MoneForCausalLM", "MoneModel", "NeuronSettings", "enable_mone"]

@@ -1,0 +1,67 @@
+"""The configuration of an exported model: everything that our training can express.
+
+It extends Qwen3-MoE's, whose names it keeps. This file is copied into exported models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen3MoeConfig
+
+
+@strict
+class MoneConfig(Qwen3MoeConfig):
+    r"""A Qwen3-MoE configuration with neuron selection and the choices of our model family.
+
+    mone (`dict`, *optional*): neuron selection: keep_ratio, score, apply_to; None for plain MLPs.
+    attention_type (`str`): "gqa", or "mla" (multi-latent attention, DeepSeek-V2).
+    qk_norm (`str`): RMSNorm of queries and keys: "none", by "head", or over "all_heads" (OLMoE).
+    qkv_bias (`bool`): a bias on the query, key and value projections.
+    shared_expert_intermediate_size (`int`): width of the expert every token visits; 0 for none.
+    shared_expert_gate (`bool`): a sigmoid gate on it.
+    router_score_function (`str`): "softmax" or "sigmoid".
+    router_bias (`bool`): a bias on the scores that choose experts (not on their weights).
+    router_scaling_factor (`float`): multiplies the routing weights.
+    n_group, topk_group (`int`): choose experts within so many of so many groups; 0 for no groups.
+    norm_topk_prob (`bool`): softmax over the chosen experts (True) or over all (False).
+    kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: of "mla".
+    """
+
+    model_type = "mone"
+
+    mone: dict | None = None
+    attention_type: str = "gqa"
+    qk_norm: str = "head"
+    qkv_bias: bool = False
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    router_score_function: str = "softmax"
+    router_bias: bool = False
+    router_scaling_factor: float = 1.0
+    n_group: int = 0
+    topk_group: int = 0
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    head_dim: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Derive what transformers' attention classes read."""
+        if self.attention_type == "mla":
+            assert self.qk_nope_head_dim is not None
+            assert self.qk_rope_head_dim is not None
+            # As in DeepseekV2Config: it also tells caches that keys and values differ in size.
+            self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+            self.head_dim = self.qk_rope_head_dim
+            self.num_key_value_heads = self.num_attention_heads
+        elif self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        # A model that selects does so whatever the library's default is; who asks for another
+        # implementation gets it.
+        if self.mone is not None and self._experts_implementation is None:
+            self._experts_implementation = "mone"

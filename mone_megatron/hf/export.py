@@ -1,0 +1,311 @@
+"""A checkpoint of ours to a Hugging Face folder, one shard in memory at a time.
+
+The folder is written under a hidden name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
+
+from mone_megatron.data.tokenizer import TOKENIZER_FILES
+from mone_megatron.hf.architectures import BY_TYPE, MONE, Architecture, choose
+from mone_megatron.hf.card import model_card
+from mone_megatron.hf.mapping import Rule, rules
+from mone_megatron.hf.settings import to_hf_config
+from mone_megatron.hf.source import Source
+
+INDEX_NAME = "model.safetensors.index.json"
+# What a model with code of ours needs beside it: file in the export -> module it is made from.
+_CODE = {
+    "configuration_mone.py": "mone_megatron/hf/configuration_mone.py",
+    "experts_mone.py": "mone_megatron/hf/experts_mone.py",
+    "modeling_mone.py": "mone_megatron/hf/modeling_mone.py",
+    "neuron_selection.py": "mone_megatron/kernels/reference.py",
+}
+_PACKAGE = Path(__file__).resolve().parents[2]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    folder: Path
+    architecture: Architecture
+    tensors: int
+    bytes: int
+
+
+def choose_architecture(source: Source, wanted: str) -> Architecture:
+    """The architecture to export as.
+
+    Args:
+        source: the checkpoint.
+        wanted: ``auto``, or a model type.
+
+    Raises:
+        ValueError: a model type that is unknown or cannot hold the model, saying what it lacks.
+    """
+    mone = source.mone.enabled
+    if wanted == "auto":
+        return choose(source.model, mone=mone)
+    if wanted not in BY_TYPE:
+        raise ValueError(f"--architecture: {wanted!r} is not auto or one of {', '.join(BY_TYPE)}")
+    architecture = BY_TYPE[wanted]
+    if lacks := architecture.lacks(source.model, mone=mone):
+        raise ValueError(
+            f"--architecture: {wanted} cannot hold this model ({', '.join(lacks)}); use "
+            f"{choose(source.model, mone=mone).model_type}, or auto"
+        )
+    return architecture
+
+
+def export_dtype(source: Source, wanted: str) -> torch.dtype:
+    """The dtype to write weights in: ``saved`` for the checkpoint's own.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if wanted == "saved":
+        return source.dtype
+    if wanted not in _DTYPES:
+        raise ValueError(f"--dtype: {wanted!r} is not saved or one of {', '.join(_DTYPES)}")
+    return _DTYPES[wanted]
+
+
+def hf_config(source: Source, architecture: Architecture, dtype: torch.dtype) -> PreTrainedConfig:
+    """The exported model's configuration."""
+    return to_hf_config(
+        source.model,
+        source.mone,
+        architecture=architecture,
+        vocab_size=source.vocab_size,
+        max_positions=source.config.train.seq_length,
+        dtype=str(dtype).removeprefix("torch."),
+        eos_token_id=source.eos_token_id,
+    )
+
+
+def check_complete(source: Source, table: list[Rule]) -> None:
+    """Every tensor of ours in the table, every one of the table there, each in its shape.
+
+    Raises:
+        ValueError: naming each that is not.
+    """
+    there = {name: info.shape for name, info in source.weights.items()}
+    wanted = {rule.ours: rule.shape for rule in table}
+    problems = [f"{name} is missing" for name in wanted.keys() - there.keys()]
+    problems += [f"{name} has no place there" for name in there.keys() - wanted.keys()]
+    problems += [
+        f"{name} is {there[name]}, not {wanted[name]}"
+        for name in wanted.keys() & there.keys()
+        if there[name] != wanted[name]
+    ]
+    if problems:
+        lines = sorted(f"checkpoint {source.checkpoint.path}: {problem}" for problem in problems)
+        raise ValueError("\n".join(lines))
+
+
+def hf_tensors(
+    source: Source, table: list[Rule], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Their tensors by name, one rule at a time.
+
+    Raises:
+        ValueError: a weight is all zero or not finite; a tensor of theirs comes twice.
+    """
+    seen: set[str] = set()
+    for rule in table:
+        ours = source.reader.read(source.best_name(rule.ours, dtype), rule.row)
+        for name, tensor in rule.export(ours):
+            if name in seen:
+                raise ValueError(f"{name} is made twice")
+            seen.add(name)
+            check_values(name, tensor)
+            # The bias that chooses experts is fp32 on both sides.
+            keep = name.endswith("e_score_correction_bias")
+            yield name, tensor if keep else tensor.to(dtype)
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """Refuse weights that no training leaves.
+
+    Raises:
+        ValueError: some value is not finite; a matrix, or one expert's, is all zero.
+    """
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds values that are not finite")
+    if tensor.ndim == 1 or name.endswith("bias"):
+        return
+    parts = tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
+    for number, part in enumerate(parts):
+        if not part.any():
+            which = f"{name}, expert {number}," if tensor.ndim == 3 else name
+            raise ValueError(f"{which} is all zero")
+
+
+def plan_shards(table: list[Rule], dtype: torch.dtype, shard_bytes: int) -> list[list[Rule]]:
+    """Consecutive rules whose tensors make up a shard of at most ``shard_bytes``.
+
+    A single tensor that is larger has a shard of its own.
+    """
+    shards: list[list[Rule]] = []
+    room = 0
+    for rule in table:
+        size = sum(torch.Size(shape).numel() for _, shape in rule.theirs) * dtype.itemsize
+        if not shards or size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(rule)
+        room -= size
+    return shards
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder that becomes ``output`` when the block ends well, and nothing otherwise.
+
+    Raises:
+        ValueError: ``output`` is there already, or cannot be made.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: is there already; remove it or write elsewhere")
+    partial = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{output}: cannot be made ({error.strerror})") from None
+    try:
+        yield partial
+        if output.exists():
+            output.rmdir()
+        os.rename(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def export(
+    source: Source,
+    output: Path,
+    *,
+    architecture: Architecture,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    check: Callable[[Path], str],
+    progress: Callable[[str], None],
+) -> Exported:
+    """Write the Hugging Face folder.
+
+    Args:
+        source: the checkpoint.
+        output: a folder that is not there yet, or empty.
+        architecture: from :func:`choose_architecture`.
+        dtype: of the weights.
+        shard_bytes: largest safetensors file, and about the largest memory used.
+        check: called with the folder before it gets its name; raises to refuse it, and returns
+            the line for the model card.
+        progress: told of each shard.
+
+    Raises:
+        ValueError: see :func:`check_complete` and :func:`hf_tensors`; nothing is left then.
+    """
+    table = list(rules(source.model, source.vocab_size, architecture))
+    check_complete(source, table)
+    with new_folder(output) as partial:
+        config = hf_config(source, architecture, dtype)
+        if architecture is MONE:
+            config.auto_map = {
+                "AutoConfig": "configuration_mone.MoneConfig",
+                "AutoModelForCausalLM": "modeling_mone.MoneForCausalLM",
+            }
+            write_code(partial)
+        config.save_pretrained(partial)
+        generation = GenerationConfig(
+            eos_token_id=source.eos_token_id, pad_token_id=source.eos_token_id
+        )
+        generation.save_pretrained(partial)
+        for name in TOKENIZER_FILES:
+            if (source.tokenizer_dir / name).is_file():
+                shutil.copyfile(source.tokenizer_dir / name, partial / name)
+        _write_recipe(source, partial / "training_config.yaml")
+        tensors, size = _write_weights(source, table, partial, dtype, shard_bytes, progress)
+        verified = check(partial)
+        card = model_card(source, architecture, dtype, verified)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return Exported(output, architecture, tensors, size)
+
+
+def _write_recipe(source: Source, path: Path) -> None:
+    """The run's configuration, without what names places on its machine."""
+    whole = yaml.safe_load((source.checkpoint.path / "config.yaml").read_text(encoding="utf-8"))
+    kept = {name: whole[name] for name in ("model", "mone", "optim", "parallel", "train")}
+    path.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+
+
+def _write_weights(
+    source: Source,
+    table: list[Rule],
+    folder: Path,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    progress: Callable[[str], None],
+) -> tuple[int, int]:
+    shards = plan_shards(table, dtype, shard_bytes)
+    places: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            name = "model.safetensors"
+        tensors = dict(hf_tensors(source, shard, dtype))
+        if twice := tensors.keys() & places.keys():
+            raise ValueError(f"{sorted(twice)[0]} is made twice")
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        # It makes files for their owner only; whoever may read the folder may read them.
+        (folder / name).chmod(0o666 & ~_umask())
+        places |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        progress(f"{name}: {len(tensors)} tensors, {number} of {len(shards)} files")
+        del tensors
+    if len(shards) > 1:
+        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return len(places), total
+
+
+def _umask() -> int:
+    """The process's, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_code(folder: Path) -> None:
+    """Our model class as files that transformers loads with ``trust_remote_code=True``.
+
+    They are this package's own, with its imports turned into imports of the files beside them.
+    """
+    for name, path in _CODE.items():
+        text = (_PACKAGE / path).read_text(encoding="utf-8")
+        for other, module in _CODE.items():
+            dotted = module.removesuffix(".py").replace("/", ".")
+            text = text.replace(
+                f"from {dotted} import", f"from .{other.removesuffix('.py')} import"
+            )
+        assert "from mone_megatron" not in text, name
+        (folder / name).write_text(text, encoding="utf-8")

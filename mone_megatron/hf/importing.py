@@ -1,0 +1,282 @@
+"""A Hugging Face model to a checkpoint of ours that any layout loads.
+
+The checkpoint holds weights only, at step 0: ``checkpoint.initialize=PATH`` starts a run with them.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from mone_megatron.checkpoint import CheckpointStore
+from mone_megatron.checkpoint.tensors import TensorWriter
+from mone_megatron.config.load import to_yaml
+from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig, RouterConfig, RunConfig
+from mone_megatron.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from mone_megatron.hf.architectures import COPIES, FUSED, ExpertNames
+from mone_megatron.hf.export import check_values, new_folder
+from mone_megatron.hf.mapping import Rule, rules
+from mone_megatron.hf.settings import ImportedSettings, from_hf_config
+from mone_megatron.hf.weights import HFWeights
+
+# Recomputed from the configuration by every program; old checkpoints hold it all the same.
+_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """Make a dense model one with experts, each a copy of the dense MLP."""
+
+    experts: int
+    experts_per_token: int
+
+
+@dataclass(frozen=True)
+class Import:
+    """What is to be imported, checked against the headers of its files."""
+
+    folder: Path
+    settings: ImportedSettings
+    model: ModelConfig
+    table: tuple[Rule, ...]
+    upcycling: Upcycling | None
+
+
+def load_hf_config(folder: Path) -> PreTrainedConfig:
+    """A local model's configuration, without running code of its own.
+
+    Raises:
+        ValueError: none there, or one that only its own code understands.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: holds no config.json; give the folder of a downloaded model")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ValueError(
+                f"{folder}: its configuration needs code of its own, which is not run here; only "
+                "architectures that transformers knows are imported"
+            ) from None
+        raise ValueError(f"{folder}/config.json: cannot be used ({reason[:300]})") from None
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def plan_import(folder: Path, weights: HFWeights, *, upcycling: Upcycling | None = None) -> Import:
+    """Decide which tensor goes where, and check that all are there and nothing else is.
+
+    Raises:
+        ValueError: a configuration that is not supported; a tensor missing, extra or of another
+            shape; a vocabulary that does not fit; each by name, before anything is written.
+    """
+    settings = from_hf_config(load_hf_config(folder), str(folder))
+    model, experts = settings.model, _expert_names(settings, weights)
+    if upcycling is not None:
+        model, experts = _upcycled(settings.model, upcycling), COPIES
+    table = tuple(rules(model, settings.vocab_size, settings.architecture, experts))
+    _check_tensors(folder, weights, table, model)
+    _check_tokenizer(folder, settings.vocab_size)
+    return Import(folder, settings, model, table, upcycling)
+
+
+def _expert_names(settings: ImportedSettings, weights: HFWeights) -> ExpertNames:
+    """How this model's experts are stored: transformers itself writes either way."""
+    if any(name.endswith(".experts.gate_up_proj") for name in weights.names):
+        return FUSED
+    names = settings.architecture.experts
+    if not any(f".{names.block}.experts." in name for name in weights.names):
+        return ExpertNames("split")
+    return names
+
+
+def _upcycled(model: ModelConfig, upcycling: Upcycling) -> ModelConfig:
+    if model.num_experts:
+        raise ValueError("--upcycle-experts: the model has experts already")
+    if not 1 <= upcycling.experts_per_token <= upcycling.experts:
+        raise ValueError(
+            f"--upcycle-experts-per-token: {upcycling.experts_per_token} is not between 1 and "
+            f"--upcycle-experts={upcycling.experts}"
+        )
+    return replace(
+        model,
+        num_experts=upcycling.experts,
+        experts_per_token=upcycling.experts_per_token,
+        expert_ffn_hidden_size=model.dense_ffn_hidden_size,
+        first_dense_layers=0,
+        # The weights of a token's experts sum to 1, so at first nothing changes.
+        router=RouterConfig(pre_softmax=False),
+    )
+
+
+def _check_tensors(
+    folder: Path, weights: HFWeights, table: Iterable[Rule], model: ModelConfig
+) -> None:
+    wanted = {name: shape for rule in table for name, shape in rule.theirs}
+    extra = {name for name in weights.names - wanted.keys() if not _DERIVED.search(name)}
+    if model.tie_embeddings and _HEAD in extra:
+        extra.discard(_HEAD)
+        if not torch.equal(weights.read(_HEAD), weights.read(_EMBEDDING)):
+            raise ValueError(
+                f"{folder}: tie_word_embeddings is true, but {_HEAD} is not {_EMBEDDING}"
+            )
+    problems = [f"{name} is missing" for name in wanted.keys() - weights.names]
+    problems += [f"{name} has no place in our model" for name in extra]
+    problems += [
+        f"{name} is {weights.shape(name)}, not {shape}"
+        for name, shape in wanted.items()
+        if name in weights.names and weights.shape(name) != shape
+    ]
+    if problems:
+        shown = sorted(problems)[:10]
+        more = [f"{folder}: and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise ValueError("\n".join([f"{folder}: {problem}" for problem in shown] + more))
+
+
+def _check_tokenizer(folder: Path, vocab_size: int) -> None:
+    size = load_tokenizer(folder).vocab_size
+    if size > vocab_size:
+        raise ValueError(
+            f"{folder}: its tokenizer has {size} entries, more than vocab_size={vocab_size}"
+        )
+
+
+def run_import(
+    planned: Import,
+    weights: HFWeights,
+    output: Path,
+    *,
+    dtype: torch.dtype | None,
+    seed: int,
+    name: str,
+    check: Callable[[Path], None],
+    progress: Callable[[str], None],
+) -> Path:
+    """Write the checkpoint ``output/checkpoints/step_00000000``, tensor by tensor.
+
+    Args:
+        planned: from :func:`plan_import`.
+        weights: open.
+        output: a folder that is not there yet, or empty.
+        dtype: of the weights; None for their own.
+        seed: for the routers of an upcycled model.
+        name: of the model, for people.
+        check: called with the checkpoint before ``output`` is there; raises to refuse it.
+        progress: told of each layer.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ValueError: a weight that is all zero or not finite; nothing is left then.
+    """
+    dtype = dtype or weights.dtype
+    with new_folder(output) as hidden:
+        store = CheckpointStore(hidden / "checkpoints", log=progress)
+        partial = store.begin(0)
+        writer = TensorWriter(partial)
+        try:
+            for rule in planned.table:
+                _take(rule, weights, writer, dtype)
+                if rule.ours.endswith("pre_mlp_layernorm.weight"):
+                    layer = int(rule.ours.split(".")[2]) + 1
+                    progress(f"layer {layer} of {planned.model.num_layers}")
+            for router, tensor in _new_routers(planned, seed):
+                writer.add(router, tensor.to(dtype))
+            writer.finish({"step": 0})
+        finally:
+            writer.close()
+        config = _config(planned, name)
+        (partial / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (partial / "tokenizer").mkdir()
+        for file in TOKENIZER_FILES:
+            if (planned.folder / file).is_file():
+                shutil.copyfile(planned.folder / file, partial / "tokenizer" / file)
+        checkpoint = store.commit(partial, _facts(planned, config, dtype))
+        check(checkpoint)
+    return output / checkpoint.relative_to(hidden)
+
+
+def _take(rule: Rule, weights: HFWeights, writer: TensorWriter, dtype: torch.dtype) -> None:
+    theirs = tuple(weights.read(name) for name, _ in rule.theirs)
+    for (name, _), tensor in zip(rule.theirs, theirs, strict=True):
+        check_values(name, tensor)
+    keep = rule.ours.endswith("router.expert_bias")
+    ours = rule.take(theirs)
+    ours = ours.float() if keep else ours.to(dtype)
+    if rule.row is None:
+        writer.add(rule.ours, ours)
+    else:
+        writer.add_row(rule.ours, rule.shape[0], rule.row, ours)
+
+
+def _new_routers(planned: Import, seed: int) -> Iterable[tuple[str, Tensor]]:
+    """Routers that an upcycled model has and its dense origin has not: drawn as a new model's."""
+    if planned.upcycling is None:
+        return
+    model = planned.model
+    for layer in range(model.num_layers):
+        generator = torch.Generator().manual_seed(seed * model.num_layers + layer)
+        shape = (model.num_experts, model.hidden_size)
+        drawn = torch.empty(shape).normal_(0.0, model.init_std, generator=generator)
+        yield f"decoder.layers.{layer}.mlp.router.weight", drawn
+
+
+def _config(planned: Import, name: str) -> Config:
+    mone = planned.settings.mone or MoNEConfig()
+    base = Config()
+    return replace(
+        base,
+        run=RunConfig(name=name),
+        model=planned.model,
+        mone=mone,
+        train=replace(base.train, seq_length=planned.settings.max_positions),
+    )
+
+
+def _facts(planned: Import, config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    identity = _flat("model", asdict(config.model))
+    identity |= {"vocab_size": planned.settings.vocab_size, "dtype": str(dtype)}
+    return {
+        "tokens": 0,
+        "identity": identity,
+        "layout": {},
+        "imported_from": planned.settings.architecture.class_name,
+    }
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    """As :func:`mone_megatron.train.run_identity.run_identity` names settings."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}.{key}"
+        if isinstance(value, dict):
+            flat |= _flat(dotted, value)
+        else:
+            flat[dotted] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def model_overrides(model: ModelConfig) -> list[str]:
+    """The Hydra overrides that make ``model.*`` that of an imported checkpoint."""
+    settings, defaults = (_flat("model", asdict(one)) for one in (model, ModelConfig()))
+    changed = {key: value for key, value in settings.items() if value != defaults[key]}
+    return [f"{key}={_spell(value)}" for key, value in changed.items()]
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(_spell(item) for item in value)}]"
+    return str(value)

@@ -1,0 +1,280 @@
+"""The exported model for transformers: Qwen3-MoE's with our family's choices and neuron selection.
+
+Everything that is not a choice of ours is transformers' own code, by inheritance, so generation,
+caches, attention implementations, gradient checkpointing, PEFT and ``Trainer`` come with it. This
+file is copied into exported models and loads there with ``trust_remote_code=True``.
+
+Shape suffixes: N tokens, H hidden size, A all experts, K experts of a token, G groups of experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.integrations.moe import use_experts_implementation
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
+    DeepseekV2Attention,
+    DeepseekV2RotaryEmbedding,
+)
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeDecoderLayer,
+    Qwen3MoeExperts,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeMLP,
+    Qwen3MoeModel,
+    Qwen3MoePreTrainedModel,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+    Qwen3MoeTopKRouter,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from mone_megatron.hf.configuration_mone import MoneConfig
+from mone_megatron.hf.experts_mone import NeuronSettings, register_experts
+
+register_experts()
+
+
+def _settings(config: MoneConfig, target: str) -> NeuronSettings | None:
+    if config.mone is None:
+        return None
+    settings = NeuronSettings.from_config(config.mone)
+    return settings if target in settings.apply_to else None
+
+
+class AllHeadsRMSNorm(Qwen3MoeRMSNorm):
+    """RMSNorm over all heads of a token together (OLMoE); ``[..., heads, head_dim]``."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise over the last two axes."""
+        normed: Tensor = super().forward(hidden_states.flatten(-2))
+        return normed.view_as(hidden_states)
+
+
+class MoneAttention(Qwen3MoeAttention):
+    """GQA with the family's norms and biases."""
+
+    def __init__(self, config: MoneConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        assert config.head_dim is not None
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        if config.qkv_bias:
+            self.q_proj = nn.Linear(config.hidden_size, queries, bias=True)
+            self.k_proj = nn.Linear(config.hidden_size, keys, bias=True)
+            self.v_proj = nn.Linear(config.hidden_size, keys, bias=True)
+        if config.qk_norm == "none":
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        elif config.qk_norm == "all_heads":
+            self.q_norm = AllHeadsRMSNorm(queries, eps=config.rms_norm_eps)
+            self.k_norm = AllHeadsRMSNorm(keys, eps=config.rms_norm_eps)
+        elif config.qk_norm != "head":
+            raise ValueError(f"qk_norm: {config.qk_norm!r} is not none, head or all_heads")
+
+
+class MoneLatentAttention(DeepseekV2Attention):
+    """Multi-latent attention as DeepSeek-V2 has it."""
+
+    def __init__(self, config: MoneConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[arg-type]
+        # Theirs have an epsilon of their own.
+        for norm in (self.q_a_layernorm, self.kv_a_layernorm):
+            if norm is not None:
+                norm.variance_epsilon = config.rms_norm_eps
+
+
+class MoneMLP(Qwen3MoeMLP):
+    """A dense layer or shared expert, with neuron selection where the settings say so."""
+
+    def __init__(self, config: MoneConfig, intermediate_size: int, target: str) -> None:
+        super().__init__(config, intermediate_size)
+        self.neurons = _settings(config, target)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., h]`` to ``[..., h]``."""
+        if self.neurons is None:
+            output: Tensor = super().forward(x)
+            return output
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        selected: Tensor = self.down_proj(self.neurons.select(gate, up, self.act_fn))
+        return selected
+
+
+@use_experts_implementation
+class MoneExperts(nn.Module):
+    """The routed experts' weights; computed by transformers' experts implementations."""
+
+    def __init__(self, config: MoneConfig) -> None:
+        super().__init__()
+        stock = Qwen3MoeExperts(config)
+        self.num_experts, self.hidden_dim = stock.num_experts, stock.hidden_dim
+        self.intermediate_dim = stock.intermediate_dim
+        self.gate_up_proj, self.down_proj = stock.gate_up_proj, stock.down_proj
+        self.act_fn = stock.act_fn
+
+    def forward(self, *args: Tensor) -> Tensor:
+        """Not computed eagerly."""
+        raise ValueError(
+            'experts_implementation "eager" does not select neurons; use "mone" or '
+            '"mone_batched_mm" ("grouped_mm" computes all neurons)'
+        )
+
+
+class MoneTopKRouter(Qwen3MoeTopKRouter):
+    """megatron-core's routing, computed in fp32."""
+
+    def __init__(self, config: MoneConfig) -> None:
+        super().__init__(config)
+        self.score_function = config.router_score_function
+        if self.score_function not in ("softmax", "sigmoid"):
+            raise ValueError(f"router_score_function: {self.score_function!r} is unknown")
+        self.scaling_factor = config.router_scaling_factor
+        self.groups, self.topk_groups = config.n_group, config.topk_group
+        if config.router_bias:
+            bias = torch.zeros(self.num_experts, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", bias)
+        else:
+            self.e_score_correction_bias = None
+
+    def _choose(self, scores_NA: Tensor) -> Tensor:
+        """The experts with the largest scores, ``[N, K]``, within the best groups if there are."""
+        if self.topk_groups:
+            scores_NGE = scores_NA.unflatten(-1, (self.groups, -1))
+            # A group is as good as its best (K / chosen groups) experts together.
+            best = scores_NGE.topk(self.top_k // self.topk_groups, dim=-1).values.sum(dim=-1)
+            chosen_NK = best.topk(self.topk_groups, dim=-1, sorted=False).indices
+            left_out_NG = torch.ones_like(best, dtype=torch.bool).scatter(-1, chosen_NK, False)
+            scores_NA = scores_NGE.masked_fill(left_out_NG.unsqueeze(-1), -torch.inf).flatten(-2)
+        return scores_NA.topk(self.top_k, dim=-1).indices
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits ``[N, A]``, the weights and the numbers of the chosen experts ``[N, K]``."""
+        tokens_NH = hidden_states.reshape(-1, self.hidden_dim)
+        logits_NA = F.linear(tokens_NH.float(), self.weight.float())
+        if self.score_function == "sigmoid":
+            scores_NA = logits_NA.sigmoid()
+            biased_NA = scores_NA
+            if self.e_score_correction_bias is not None:
+                biased_NA = scores_NA + self.e_score_correction_bias
+            index_NK = self._choose(biased_NA)
+            weights_NK = scores_NA.gather(-1, index_NK)
+            if self.top_k > 1:
+                weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
+        elif self.norm_topk_prob:
+            index_NK = self._choose(logits_NA)
+            weights_NK = logits_NA.gather(-1, index_NK).softmax(dim=-1)
+        else:
+            scores_NA = logits_NA.softmax(dim=-1)
+            index_NK = self._choose(scores_NA)
+            weights_NK = scores_NA.gather(-1, index_NK)
+        weights_NK = weights_NK * self.scaling_factor
+        return logits_NA, weights_NK.to(hidden_states.dtype), index_NK
+
+
+class MoneSparseMoeBlock(nn.Module):
+    """Router, routed experts, and the shared expert if there is one."""
+
+    def __init__(self, config: MoneConfig) -> None:
+        super().__init__()
+        self.experts = MoneExperts(config)
+        self.gate = MoneTopKRouter(config)
+        width = config.shared_expert_intermediate_size
+        self.shared_expert = MoneMLP(config, width, "shared") if width else None
+        self.shared_expert_gate = None
+        if width and config.shared_expert_gate:
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[B, S, H]`` to ``[B, S, H]``."""
+        tokens_NH = hidden_states.flatten(0, -2)
+        _, weights_NK, index_NK = self.gate(tokens_NH)
+        output_NH: Tensor = self.experts(tokens_NH, index_NK, weights_NK)
+        if self.shared_expert is not None:
+            shared_NH = self.shared_expert(tokens_NH)
+            if self.shared_expert_gate is not None:
+                shared_NH = shared_NH * self.shared_expert_gate(tokens_NH).sigmoid()
+            output_NH = output_NH + shared_NH
+        return output_NH.view_as(hidden_states)
+
+
+class MoneDecoderLayer(Qwen3MoeDecoderLayer):
+    """One layer."""
+
+    def __init__(self, config: MoneConfig, layer_idx: int) -> None:
+        with torch.device("meta"):  # what it builds is replaced
+            super().__init__(config, layer_idx)
+        attention: nn.Module
+        if config.attention_type == "mla":
+            attention = MoneLatentAttention(config, layer_idx)
+        else:
+            attention = MoneAttention(config, layer_idx)
+        mlp: nn.Module
+        if config.num_experts and layer_idx not in (config.mlp_only_layers or []):
+            mlp = MoneSparseMoeBlock(config)
+        else:
+            mlp = MoneMLP(config, config.intermediate_size, "dense")
+        self.self_attn, self.mlp = attention, mlp  # type: ignore[assignment]
+        self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class MonePreTrainedModel(Qwen3MoePreTrainedModel):
+    """What both classes below share."""
+
+    config: MoneConfig
+    config_class = MoneConfig
+    _no_split_modules = ["MoneDecoderLayer"]  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(MoneTopKRouter, index=0),
+        "hidden_states": MoneDecoderLayer,
+        "attentions": Qwen3MoeAttention,
+    }
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MoneExperts):
+            for weight in (module.gate_up_proj, module.down_proj):
+                init.normal_(weight, std=self.config.initializer_range)
+        elif isinstance(module, MoneTopKRouter) and module.e_score_correction_bias is not None:
+            init.zeros_(module.e_score_correction_bias)
+
+
+class MoneModel(MonePreTrainedModel, Qwen3MoeModel):
+    """The decoder."""
+
+    def __init__(self, config: MoneConfig) -> None:
+        # Past the stock constructors, whose modules are replaced.
+        Qwen3MoePreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            MoneDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        rotary: nn.Module
+        if config.attention_type == "mla":
+            rotary = DeepseekV2RotaryEmbedding(config=config)  # type: ignore[arg-type]
+        else:
+            rotary = Qwen3MoeRotaryEmbedding(config=config)
+        self.rotary_emb = rotary  # type: ignore[assignment]
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class MoneForCausalLM(MonePreTrainedModel, Qwen3MoeForCausalLM):
+    """The language model."""
+
+    def __init__(self, config: MoneConfig) -> None:
+        # Past the stock constructors, whose modules are replaced.
+        Qwen3MoePreTrainedModel.__init__(self, config)
+        self.model = MoneModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.post_init()

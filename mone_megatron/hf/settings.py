@@ -1,0 +1,355 @@
+"""Our model settings as a Hugging Face configuration, and back.
+
+Reading refuses what our model cannot compute, by the key of their configuration, instead of
+leaving it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from mone_megatron.config.schema import (
+    MLAConfig,
+    ModelConfig,
+    MoNEConfig,
+    RopeScalingConfig,
+    RouterConfig,
+)
+from mone_megatron.hf.architectures import MONE, Architecture, architecture_of
+from mone_megatron.hf.configuration_mone import MoneConfig
+from mone_megatron.hf.experts_mone import NeuronSettings
+
+_ACTIVATIONS = ("silu", "sigmoid", "relu", "relu2")
+# Also how transformers spells them.
+_SAME_ACTIVATION = {"swish": "silu"}
+# The epsilon of DeepSeek-V2's latent norms, which no configuration of theirs reaches.
+_LATENT_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class ImportedSettings:
+    """What a Hugging Face configuration says, in our terms."""
+
+    architecture: Architecture
+    model: ModelConfig
+    # None for a model that does not select.
+    mone: MoNEConfig | None
+    vocab_size: int
+    max_positions: int
+
+
+def to_hf_config(
+    model: ModelConfig,
+    mone: MoNEConfig,
+    *,
+    architecture: Architecture,
+    vocab_size: int,
+    max_positions: int,
+    dtype: str,
+    eos_token_id: int | None,
+) -> PreTrainedConfig:
+    """The configuration of an exported model.
+
+    Args:
+        model: ours.
+        mone: ours, with the keep ratio that the weights are to be used with.
+        architecture: from :func:`~mone_megatron.hf.architectures.choose`.
+        vocab_size: true size.
+        max_positions: the longest sequence it was trained on.
+        dtype: of the weights, as torch names it.
+        eos_token_id: ends a document; None when the tokenizer names none.
+    """
+    settings: dict[str, Any] = {
+        "architectures": [architecture.class_name],
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.dense_ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "hidden_act": model.activation,
+        "max_position_embeddings": max_positions,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": _rope_parameters(model),
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": eos_token_id,
+        "attention_dropout": model.attention_dropout,
+    }
+    if model.attention == "gqa":
+        settings["head_dim"] = model.head_dim or model.hidden_size // model.num_attention_heads
+    if model.num_experts:
+        settings |= _expert_settings(model, architecture)
+    if architecture.model_type == "qwen2_moe":
+        settings["qkv_bias"] = model.qkv_bias
+    if architecture.model_type in ("mixtral", "mistral"):
+        settings["sliding_window"] = None
+    if architecture is MONE:
+        settings |= _mone_settings(model, mone)
+        return MoneConfig(**settings)
+    return AutoConfig.for_model(architecture.model_type, **settings)
+
+
+def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    scaling = model.rope_scaling
+    if scaling.type == "none":
+        return {"rope_type": "default", "rope_theta": model.rope_theta}
+    parameters: dict[str, Any] = {
+        "rope_type": "yarn",
+        "rope_theta": model.rope_theta,
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+    }
+    if scaling.mscale:
+        parameters |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+    return parameters
+
+
+def _latent_settings(model: ModelConfig) -> dict[str, Any]:
+    mla = model.mla
+    return {
+        "kv_lora_rank": mla.kv_lora_rank,
+        "q_lora_rank": mla.q_lora_rank or None,
+        "qk_nope_head_dim": mla.qk_nope_head_dim,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "v_head_dim": mla.v_head_dim,
+    }
+
+
+def _expert_settings(model: ModelConfig, architecture: Architecture) -> dict[str, Any]:
+    kind, router = architecture.model_type, model.router
+    settings: dict[str, Any] = {
+        "num_experts_per_tok": model.experts_per_token,
+        "router_aux_loss_coef": sum(router.balance_coeff),
+    }
+    if kind in ("mixtral", "olmoe"):
+        # Every layer has experts, and their width is called that of the MLP.
+        settings["intermediate_size"] = model.expert_ffn_hidden_size
+        settings["num_local_experts" if kind == "mixtral" else "num_experts"] = model.num_experts
+        if kind == "olmoe":
+            settings["norm_topk_prob"] = not router.pre_softmax
+        return settings
+    settings["moe_intermediate_size"] = model.expert_ffn_hidden_size
+    if kind == "deepseek_v2":
+        shared = model.shared_expert_ffn_hidden_size // model.expert_ffn_hidden_size
+        return (
+            settings
+            | _latent_settings(model)
+            | {
+                "n_routed_experts": model.num_experts,
+                "n_shared_experts": shared,
+                "first_k_dense_replace": model.first_dense_layers,
+                "routed_scaling_factor": router.scaling_factor or 1.0,
+                "topk_method": "greedy",
+                "norm_topk_prob": False,
+            }
+        )
+    settings |= {
+        "num_experts": model.num_experts,
+        "norm_topk_prob": not router.pre_softmax,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(model.first_dense_layers)),
+    }
+    if kind == "qwen2_moe":
+        settings["shared_expert_intermediate_size"] = model.shared_expert_ffn_hidden_size
+    return settings
+
+
+def _mone_settings(model: ModelConfig, mone: MoNEConfig) -> dict[str, Any]:
+    router = model.router
+    settings: dict[str, Any] = {
+        "attention_type": model.attention,
+        "qk_norm": model.qk_norm_scope if model.qk_norm else "none",
+        "qkv_bias": model.qkv_bias,
+        "num_experts": model.num_experts,
+        "shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size,
+        "shared_expert_gate": model.shared_expert_gate,
+        "router_score_function": router.score_function,
+        "router_bias": router.expert_bias,
+        "router_scaling_factor": router.scaling_factor or 1.0,
+        "n_group": router.num_groups,
+        "topk_group": router.group_topk,
+    }
+    if model.attention == "mla":
+        settings |= _latent_settings(model)
+    if mone.enabled:
+        chosen = NeuronSettings(mone.keep_ratio, mone.score, tuple(mone.apply_to))
+        settings["mone"] = chosen.to_config()
+    return settings
+
+
+def from_hf_config(config: PreTrainedConfig, where: str) -> ImportedSettings:
+    """Our settings of a Hugging Face model.
+
+    Args:
+        config: loaded by transformers, so that defaults are filled in.
+        where: for messages.
+
+    Raises:
+        ValueError: an architecture or a setting that our model cannot compute; each problem is a
+            line that names their key.
+    """
+    architecture = architecture_of(config.model_type, where)
+    values = config.to_dict()
+    problems = [f"{where}: {problem}" for problem in _unsupported(architecture, values)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    mone = None
+    if values.get("mone"):
+        chosen = NeuronSettings.from_config(values["mone"])
+        mone = MoNEConfig(
+            enabled=True,
+            keep_ratio=chosen.keep_ratio,
+            score=chosen.score,  # type: ignore[arg-type]
+            apply_to=chosen.apply_to,  # type: ignore[arg-type]
+        )
+    return ImportedSettings(
+        architecture=architecture,
+        model=_model(architecture, values),
+        mone=mone,
+        vocab_size=values["vocab_size"],
+        max_positions=values["max_position_embeddings"],
+    )
+
+
+def _unsupported(architecture: Architecture, values: dict[str, Any]) -> Iterator[str]:
+    kind = architecture.model_type
+    activation = values["hidden_act"]
+    if _SAME_ACTIVATION.get(activation, activation) not in _ACTIVATIONS:
+        yield f"hidden_act={activation!r} is not supported; supported are {_ACTIVATIONS}"
+    for key in ("attention_bias", "mlp_bias"):
+        if values.get(key):
+            yield f"{key}=true is not supported: output projections have no bias here"
+    if values.get("clip_qkv") is not None:
+        yield f"clip_qkv={values['clip_qkv']} is not supported"
+    window = values.get("sliding_window")
+    if window is not None and values.get("use_sliding_window", True):
+        yield f"sliding_window={window} is not supported; set it to null if sequences are shorter"
+    latent = kind == "deepseek_v2" or values.get("attention_type") == "mla"
+    rope = values["rope_parameters"]["rope_type"]
+    if rope != "default" and not (latent and rope == "yarn"):
+        yield f"rope_parameters.rope_type={rope!r} is not supported with this attention"
+    if values.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        yield "partial_rotary_factor other than 1 is not supported"
+    if values.get("decoder_sparse_step", 1) != 1:
+        yield f"decoder_sparse_step={values['decoder_sparse_step']} is not supported; only 1 is"
+    dense = values.get("mlp_only_layers") or []
+    if sorted(dense) != list(range(len(dense))):
+        yield f"mlp_only_layers={dense}: dense layers must be the first ones"
+    if kind == "deepseek_v2":
+        if values["rms_norm_eps"] != _LATENT_EPS:
+            yield f"rms_norm_eps={values['rms_norm_eps']}: only {_LATENT_EPS} is supported"
+        grouped = values["topk_method"] != "greedy"
+        # Groups are ranked by their best expert there, and by the sum of as many as are chosen of
+        # a group here: the same when that is one.
+        if grouped and values["num_experts_per_tok"] != values["topk_group"]:
+            yield (
+                f"topk_method={values['topk_method']!r} with num_experts_per_tok="
+                f"{values['num_experts_per_tok']} and topk_group={values['topk_group']} ranks "
+                "groups in a way that is not supported; only greedy is"
+            )
+
+
+def _model(architecture: Architecture, values: dict[str, Any]) -> ModelConfig:
+    kind = architecture.model_type
+    latent = kind == "deepseek_v2" or values.get("attention_type") == "mla"
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    head_dim = values.get("head_dim") or hidden // heads
+    norm = {"qwen3_moe": "head", "qwen3": "head", "olmoe": "all_heads"}.get(kind, "none")
+    norm = values.get("qk_norm", norm)
+    activation = values["hidden_act"]
+    shared: dict[str, Any] = {}
+    if kind == "deepseek_v2":
+        shared["shared_expert_ffn_hidden_size"] = (
+            values["n_shared_experts"] * values["moe_intermediate_size"]
+        )
+    elif width := values.get("shared_expert_intermediate_size", 0):
+        shared["shared_expert_ffn_hidden_size"] = width
+        shared["shared_expert_gate"] = values.get("shared_expert_gate", kind == "qwen2_moe")
+    mla: dict[str, Any] = {}
+    if latent:
+        mla["mla"] = MLAConfig(
+            q_lora_rank=values["q_lora_rank"] or 0,
+            kv_lora_rank=values["kv_lora_rank"],
+            qk_nope_head_dim=values["qk_nope_head_dim"],
+            qk_rope_head_dim=values["qk_rope_head_dim"],
+            v_head_dim=values["v_head_dim"],
+        )
+    dense_only = "all" in architecture.allows.get("dense_layers", ()) and kind != "mone"
+    experts: dict[str, Any] = {"num_experts": 0}
+    if not dense_only and (count := _number_of_experts(values)):
+        experts = {
+            "num_experts": count,
+            "experts_per_token": values["num_experts_per_tok"],
+            "expert_ffn_hidden_size": values.get(
+                "moe_intermediate_size", values["intermediate_size"]
+            ),
+            "first_dense_layers": values.get("first_k_dense_replace")
+            or len(values.get("mlp_only_layers") or []),
+            "router": _router(kind, values),
+            **shared,
+        }
+    return ModelConfig(
+        num_layers=values["num_hidden_layers"],
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=heads if latent else values["num_key_value_heads"],
+        head_dim=0 if latent or head_dim * heads == hidden else head_dim,
+        attention="mla" if latent else "gqa",
+        **mla,
+        dense_ffn_hidden_size=values["intermediate_size"],
+        **experts,
+        vocab_size=values["vocab_size"],
+        tie_embeddings=values["tie_word_embeddings"],
+        activation=_SAME_ACTIVATION.get(activation, activation),
+        qk_norm=norm != "none",
+        qk_norm_scope="all_heads" if norm == "all_heads" else "head",
+        qkv_bias=values.get("qkv_bias", kind == "qwen2"),
+        norm_eps=values["rms_norm_eps"],
+        rope_theta=values["rope_parameters"]["rope_theta"],
+        rope_scaling=_rope_scaling(values["rope_parameters"]),
+        init_std=values["initializer_range"],
+    )
+
+
+def _number_of_experts(values: dict[str, Any]) -> int:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next(values[name] for name in names if name in values)
+
+
+def _router(kind: str, values: dict[str, Any]) -> RouterConfig:
+    always_normalized = kind == "mixtral"
+    scaling = values.get("routed_scaling_factor", values.get("router_scaling_factor", 1.0))
+    grouped = values.get("topk_method", "greedy") != "greedy" or kind == "mone"
+    return RouterConfig(
+        score_function=values.get("router_score_function", "softmax"),
+        pre_softmax=not (always_normalized or values.get("norm_topk_prob", False)),
+        balance_coeff=(values.get("router_aux_loss_coef", 0.01),),
+        expert_bias=values.get("router_bias", False),
+        scaling_factor=0.0 if scaling == 1.0 else scaling,
+        num_groups=(values.get("n_group") or 0) if grouped else 0,
+        group_topk=(values.get("topk_group") or 0) if grouped else 0,
+    )
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScalingConfig:
+    if rope["rope_type"] == "default":
+        return RopeScalingConfig()
+    return RopeScalingConfig(
+        type="yarn",
+        factor=rope["factor"],
+        original_max_position=rope["original_max_position_embeddings"],
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        mscale=float(rope.get("mscale") or 0),
+        mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
+    )

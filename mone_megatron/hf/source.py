@@ -1,0 +1,107 @@
+"""A run or a checkpoint of ours, opened for reading on one machine: verified, layout and all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mone_megatron.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+from mone_megatron.checkpoint.tensors import TensorInfo, TensorReader
+from mone_megatron.config.load import from_yaml
+from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
+from mone_megatron.data.tokenizer import end_of_document, load_tokenizer
+
+OPTIMIZER = "optimizer."
+MASTER = "optimizer.master."
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be exported, evaluated or continued."""
+
+    checkpoint: Checkpoint
+    reader: TensorReader
+    config: Config
+    vocab_size: int
+
+    @property
+    def model(self) -> ModelConfig:
+        """Its shape."""
+        return self.config.model
+
+    @property
+    def mone(self) -> MoNEConfig:
+        """Neuron selection as it was at the checkpoint's step."""
+        return self.config.mone
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer it was trained with."""
+        return self.checkpoint.path / "tokenizer"
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """What ends a document; None when there is no tokenizer or it names none."""
+        try:
+            return end_of_document(load_tokenizer(self.tokenizer_dir))
+        except ValueError:
+            return None
+
+    @property
+    def weights(self) -> dict[str, TensorInfo]:
+        """The model's tensors, without the optimizer's."""
+        return {
+            name: info
+            for name, info in self.reader.tensors.items()
+            if not name.startswith(OPTIMIZER)
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.weights["decoder.final_layernorm.weight"].dtype
+
+    def best_name(self, name: str, dtype: torch.dtype) -> str:
+        """Where a weight lies in the best precision that ``dtype`` can use: its fp32 master?"""
+        master = MASTER + name
+        return master if dtype is torch.float32 and master in self.reader.tensors else name
+
+
+def is_ours(where: Path) -> bool:
+    """Whether a folder is a run or a checkpoint of ours rather than a Hugging Face model."""
+    return (where / "manifest.json").is_file() or (where / "checkpoints").is_dir()
+
+
+def open_source(where: Path, *, say: Callable[[str], None]) -> Source:
+    """Open a run's newest checkpoint that verifies, or the checkpoint ``where``.
+
+    Args:
+        where: a run's folder (``run.dir``), its ``checkpoints``, or one checkpoint.
+        say: is told what was chosen or skipped.
+
+    Raises:
+        ValueError: no checkpoint there, a damaged one (naming the files), or one that lacks what
+            describes it.
+    """
+    if not where.is_dir():
+        raise ValueError(f"{where}: there is no such folder; give a run, a checkpoint or an export")
+    if (where / "manifest.json").is_file():
+        checkpoint: Checkpoint | None = open_checkpoint(where)
+    else:
+        folder = where / "checkpoints" if (where / "checkpoints").is_dir() else where
+        checkpoint = CheckpointStore(folder, log=say).newest_verified()
+    if checkpoint is None:
+        raise ValueError(
+            f"{where}: no checkpoint there; save some with checkpoint.interval, or give one"
+        )
+    for name in ("config.yaml", ".metadata"):
+        if not (checkpoint.path / name).is_file():
+            raise ValueError(f"checkpoint {checkpoint.path} holds no {name}")
+    identity = checkpoint.facts.get("identity", {})
+    if not isinstance(identity.get("vocab_size"), int):
+        raise ValueError(f"checkpoint {checkpoint.path}: its manifest names no vocab_size")
+    config = from_yaml(checkpoint.path / "config.yaml")
+    return Source(checkpoint, TensorReader(checkpoint), config, identity["vocab_size"])

@@ -1,0 +1,120 @@
+"""The weights of a Hugging Face folder by name: headers checked first, tensors read one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+class HFWeights:
+    """The tensors of one folder; see :func:`open_weights`."""
+
+    def __init__(self, folder: Path, files: dict[str, Any]) -> None:
+        self.folder = folder
+        self._file_of = {name: file for file, handle in files.items() for name in handle.keys()}  # noqa: SIM118
+        self._handles = files
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor."""
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, from the header."""
+        return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, on the CPU.
+
+        Raises:
+            ValueError: its file is shorter than its header says.
+        """
+        file = self._file_of[name]
+        try:
+            tensor: Tensor = self._handles[file].get_tensor(name)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{self.folder / file}: {name} cannot be read ({error})") from None
+        return tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the final norm, which stands for all."""
+        return self.read("model.norm.weight").dtype
+
+
+@contextmanager
+def open_weights(folder: Path) -> Iterator[HFWeights]:
+    """Open a folder's safetensors files.
+
+    Raises:
+        ValueError: none there, pickled weights only, a truncated file, a file missing or outside
+            the folder, a tensor that the index names and no file holds or the reverse; by name.
+    """
+    index = _read_index(folder)
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for file in sorted(set(index.values())) if index else [_SINGLE]:
+            files[file] = stack.enter_context(_open(folder, file))
+        weights = HFWeights(folder, files)
+        if index:
+            _check_index(folder, index, files)
+        yield weights
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> file; empty when there is one file and no index."""
+    path = folder / _INDEX
+    if not path.is_file():
+        if (folder / _SINGLE).is_file():
+            return {}
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise ValueError(
+                f"{folder}: holds pickled weights only, which run code when they are read; convert "
+                "them to safetensors first"
+            )
+        raise ValueError(f"{folder}: holds no {_SINGLE} or {_INDEX}")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        pairs = {str(name): str(file) for name, file in index.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is not an index of weights ({error})") from None
+    for name, file in pairs.items():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{path}: {name} is said to be in {file!r}, which is not a file of it")
+    if not pairs:
+        raise ValueError(f"{path}: names no tensors")
+    return pairs
+
+
+@contextmanager
+def _open(folder: Path, file: str) -> Iterator[Any]:
+    path = folder / file
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing")
+    try:
+        handle = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: is truncated or damaged ({error})") from None
+    with handle as opened:
+        yield opened
+
+
+def _check_index(folder: Path, index: dict[str, str], files: dict[str, Any]) -> None:
+    held = {file: set(handle.keys()) for file, handle in files.items()}
+    for name, file in index.items():
+        if name not in held[file]:
+            raise ValueError(f"{folder / file}: holds no {name}, which {_INDEX} says it does")
+    for file, names in held.items():
+        for name in sorted(names):
+            if index.get(name) != file:
+                raise ValueError(f"{folder / file}: holds {name}, which {_INDEX} does not say")

@@ -1,0 +1,124 @@
+"""Convert a Hugging Face model to a checkpoint that any layout starts from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_DESCRIPTION = """\
+Convert a model of the Hugging Face Hub (a local folder with safetensors) to a checkpoint, to go on
+training it as MoE or as MoNE: Qwen3-MoE, Qwen2-MoE, Mixtral, OLMoE, DeepSeek-V2, exports of ours,
+and dense Llama, Mistral, Qwen2 and Qwen3 models, which --upcycle-experts makes into MoE.
+
+What our model cannot compute is refused by the key of the configuration, a tensor that is missing
+or left over by its name. It ends by comparing the logits of both models, in fp32 on real text."""
+
+_EPILOG = """\
+exit status: 0 written and checked, 2 refused
+
+examples:
+  python tools/import_hf.py models/OLMoE-1B-7B --output imported/olmoe
+  python tools/import_hf.py models/Qwen3-1.7B --output imported/moe --upcycle-experts 8
+
+then, as MoNE that keeps a quarter of the neurons after 10,000 steps:
+  torchrun ... -m mone_megatron.pretrain MODEL_KEYS mone=quarter \\
+      mone.keep_ratio_schedule.kind=cosine mone.keep_ratio_schedule.steps=10000 \\
+      checkpoint.initialize=imported/olmoe/checkpoints/step_00000000
+where MODEL_KEYS is what this prints."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, metavar="MODEL", help="folder of a Hugging Face model")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new folder")
+    parser.add_argument("--dtype", default="saved", help="fp32 or bf16; default: as stored")
+    parser.add_argument(
+        "--upcycle-experts",
+        type=int,
+        metavar="N",
+        help="make a dense model one of N experts, each a copy of its MLP",
+    )
+    parser.add_argument(
+        "--upcycle-experts-per-token",
+        type=int,
+        metavar="K",
+        help="experts a token visits in it (default: 2)",
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="for the routers of such a model")
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not compare the two models at the end (it holds both in memory, in fp32)",
+    )
+    return parser
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _import(options: argparse.Namespace) -> None:
+    import torch
+
+    from mone_megatron.hf import importing
+    from mone_megatron.hf.weights import open_weights
+
+    dtypes = {"saved": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+    if options.dtype not in dtypes:
+        raise ValueError(f"--dtype: {options.dtype!r} is not one of {', '.join(dtypes)}")
+    upcycling = None
+    if options.upcycle_experts is not None:
+        per_token = options.upcycle_experts_per_token or 2
+        upcycling = importing.Upcycling(options.upcycle_experts, per_token)
+    elif options.upcycle_experts_per_token is not None:
+        raise ValueError("--upcycle-experts-per-token: needs --upcycle-experts")
+    importing.load_hf_config(options.source)
+    with open_weights(options.source) as weights:
+        planned = importing.plan_import(options.source, weights, upcycling=upcycling)
+        _say(f"{options.source}: {planned.settings.architecture.class_name}")
+        checkpoint = importing.run_import(
+            planned,
+            weights,
+            options.output,
+            dtype=dtypes[options.dtype],
+            seed=options.seed,
+            name=options.source.name,
+            progress=_say,
+            check=lambda folder: _check(options, folder, made_experts=upcycling is not None),
+        )
+    print(f"wrote {checkpoint}")
+    print(f"model keys: {' '.join(importing.model_overrides(planned.model))}")
+
+
+def _check(options: argparse.Namespace, folder: Path, *, made_experts: bool) -> None:
+    from mone_megatron.hf import checks
+
+    if options.no_check:
+        return
+    _say("comparing both models on real text")
+    found = checks.check_import(folder, options.source, choices=not made_experts)
+    if not found.holds:
+        raise ValueError(f"{options.output}: not written: {found.describe()}")
+    print(f"checked: {found.describe()}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from a command line; user errors are one line each."""
+    options = _parser().parse_args(arguments)
+    try:
+        _import(options)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
