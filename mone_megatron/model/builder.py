@@ -51,7 +51,9 @@ def build_gpt(
         rotary_base=config.model.rope_theta,
         vp_stage=vp_stage,
     )
-    initialize_weights(model, seed=config.train.seed, std=config.model.init_std)
+    initialize_weights(
+        model, seed=config.train.seed, std=config.model.init_std, vocab_size=vocab_size
+    )
     return model
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mone_megatron.mone.experts import GroupedExperts
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Projections back into the residual stream, scaled down by depth.
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "down_weight")
 
@@ -55,7 +56,15 @@ def _fill_experts(
         parameter[local].copy_(whole.chunk(ranks, dim=dim)[rank])
 
 
-def _fill(parameter: Tensor, name: str, seed: int, std: float, tp_rank: int, tp_size: int) -> None:
+def _fill(
+    parameter: Tensor,
+    name: str,
+    seed: int,
+    std: float,
+    tp_rank: int,
+    tp_size: int,
+    vocab_size: int,
+) -> None:
     """Draw the whole tensor and take this rank's part."""
     shape = list(parameter.shape)
     split = getattr(parameter, "tensor_model_parallel", False)
@@ -63,6 +72,10 @@ def _fill(parameter: Tensor, name: str, seed: int, std: float, tp_rank: int, tp_
     if split:
         shape[dim] *= tp_size
     whole = _draw(tuple(shape), std, _generator(seed, name, None))
+    if name in _VOCABULARY:
+        # Padding rows stand for no token: nothing reads them, and they stay zero, so that they
+        # need not be kept where the vocabulary has its true size (Hugging Face).
+        whole[vocab_size:] = 0
     if split:
         # Stride 2: each rank holds its part of gate, then its part of up.
         stride = parameter.partition_stride  # type: ignore[attr-defined]
@@ -72,16 +85,17 @@ def _fill(parameter: Tensor, name: str, seed: int, std: float, tp_rank: int, tp_
 
 
 @torch.no_grad()
-def initialize_weights(model: GPTModel, *, seed: int, std: float) -> None:
+def initialize_weights(model: GPTModel, *, seed: int, std: float, vocab_size: int) -> None:
     """Fill the parameters of one model chunk in place.
 
-    Norm weights are 1, biases 0, all else normal with ``std``, or
-    ``std / sqrt(2 * num_layers)`` for projections into the residual stream.
+    Norm weights are 1, biases and the rows that pad the vocabulary 0, all else normal with ``std``,
+    or ``std / sqrt(2 * num_layers)`` for projections into the residual stream.
 
     Args:
         model: a GPTModel, not yet wrapped.
         seed: ``train.seed``.
         std: ``model.init_std``.
+        vocab_size: the tokenizer's, unpadded.
     """
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     tp_group = model.pg_collection.tp
@@ -102,4 +116,5 @@ def initialize_weights(model: GPTModel, *, seed: int, std: float) -> None:
             if local_name in experts:
                 _fill_experts(parameter, experts[local_name], name, seed, width)
             else:
-                _fill(parameter, name, seed, width, tp_group.rank(), tp_group.size())
+                place = tp_group.rank(), tp_group.size()
+                _fill(parameter, name, seed, width, *place, vocab_size)

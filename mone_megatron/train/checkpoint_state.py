@@ -168,7 +168,11 @@ def _put_together(state: ParameterState, kind: str, owner: int) -> Tensor:
 
 def model_state(chunks: list[DistributedDataParallel]) -> ShardedStateDict:
     """The weights and buffers (expert bias) of this rank's chunks as sharded tensors."""
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    metadata = {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        # Otherwise the layers of a dense model are stacked into one tensor.
+        "non_homogeneous_layers": True,
+    }
     return {
         f"chunk_{number}": {
             name: entry
