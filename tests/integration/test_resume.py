@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from mone_megatron.testing.trainer import build_trainer
 QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
 RUN = ("experiment=tiny_mone", *QUIET, "train.steps=12", "checkpoint.interval=3")
 KEEP_ALL = "checkpoint.keep_last=10"
+MAINS = REPOSITORY / "tests" / "faults" / "many_mains.py"
 
 
 def _records(folder: Path) -> list[dict[str, float]]:
@@ -47,17 +50,40 @@ def _step(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
+BF16 = (*RUN, "device.dtype=bf16", "train.steps=4", "checkpoint.interval=2", KEEP_ALL)
+DROPOUT = (*RUN, "model.hidden_dropout=0.1", "model.attention_dropout=0.1", KEEP_ALL)
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    run_layouts({"run": (*RUN, KEEP_ALL)}, processes=1, folder=folder)
-    return folder / "run"
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs of one process that nothing interrupts, and what goes on from them."""
+    folder = tmp_path_factory.mktemp("single")
+    jobs = {
+        "run": (*RUN, KEEP_ALL),
+        "without_saves": (*RUN, "checkpoint.interval=0"),
+        "bf16": BF16,
+        "bf16_resumed": (*BF16, f"checkpoint.resume={_step(folder / 'bf16', 2)}"),
+        "dropout": DROPOUT,
+        "dropout_resumed": (*DROPOUT, f"checkpoint.resume={_step(folder / 'dropout', 6)}"),
+    }
+    run_layouts(jobs, processes=1, folder=folder)
+    return folder
 
 
-def test_checkpointing_does_not_change_the_run(uninterrupted: Path, tmp_path: Path) -> None:
-    run_layouts({"run": (*RUN, "checkpoint.interval=0")}, processes=1, folder=tmp_path)
-    losses = [record["loss"] for record in _records(uninterrupted)]
-    assert [record["loss"] for record in _records(tmp_path / "run")] == losses
+@pytest.fixture(scope="module")
+def uninterrupted(single: Path) -> Path:
+    return single / "run"
+
+
+@pytest.fixture(scope="module")
+def one_kept_process() -> Iterator[Processes]:
+    with Processes(1) as one:
+        yield one
+
+
+def test_checkpointing_does_not_change_the_run(single: Path) -> None:
+    losses = [record["loss"] for record in _records(single / "run")]
+    assert [record["loss"] for record in _records(single / "without_saves")] == losses
 
 
 def test_a_killed_run_resumes_bitwise(uninterrupted: Path, tmp_path: Path) -> None:
@@ -156,16 +182,19 @@ def load_and_save(overrides: tuple[str, ...], source: str, target: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, (size, _) in LAYOUTS.items() if size <= 2])
 def test_weights_and_moments_move_between_layouts_bitwise(
-    uninterrupted: Path, two_processes: Processes, tmp_path: Path, name: str
+    uninterrupted: Path,
+    one_kept_process: Processes,
+    two_processes: Processes,
+    tmp_path: Path,
+    name: str,
 ) -> None:
     size, overrides = LAYOUTS[name]
     away, back = tmp_path / "away", tmp_path / "back"
     source = _step(uninterrupted, 12)
-    with Processes(1) as one:
-        here = two_processes if size == 2 else one
-        here.run(load_and_save, overrides, str(source), str(away))
-        _assert_bitwise_equal(_step(away, 12), source)
-        one.run(load_and_save, (), str(_step(away, 12)), str(back))
+    here = two_processes if size == 2 else one_kept_process
+    here.run(load_and_save, overrides, str(source), str(away))
+    _assert_bitwise_equal(_step(away, 12), source)
+    one_kept_process.run(load_and_save, (), str(_step(away, 12)), str(back))
     _assert_bitwise_equal(_step(back, 12), source)
 
 
@@ -178,52 +207,53 @@ def test_weights_and_moments_move_to_four_processes_bitwise(
     _assert_bitwise_equal(_step(tmp_path, 12), source)
 
 
-def test_bf16_masters_are_kept(tmp_path: Path) -> None:
-    bf16 = (*RUN, "device.dtype=bf16", "train.steps=4", "checkpoint.interval=2", KEEP_ALL)
-    run_layouts({"whole": bf16}, processes=1, folder=tmp_path)
-    resume = f"checkpoint.resume={_step(tmp_path / 'whole', 2)}"
-    run_layouts({"resumed": (*bf16, resume)}, processes=1, folder=tmp_path)
-    _assert_bitwise_equal(_step(tmp_path / "resumed", 4), _step(tmp_path / "whole", 4))
-    assert any(
-        key.startswith("optimizer.master.") for key in _tensors(_step(tmp_path / "whole", 4))
-    )
+def test_bf16_masters_are_kept(single: Path) -> None:
+    _assert_bitwise_equal(_step(single / "bf16_resumed", 4), _step(single / "bf16", 4))
+    assert any(key.startswith("optimizer.master.") for key in _tensors(_step(single / "bf16", 4)))
 
 
-def test_dropout_resumes_exactly(tmp_path: Path) -> None:
-    dropout = (*RUN, "model.hidden_dropout=0.1", "model.attention_dropout=0.1", KEEP_ALL)
-    run_layouts({"whole": dropout}, processes=1, folder=tmp_path)
-    resume = f"checkpoint.resume={_step(tmp_path / 'whole', 6)}"
-    run_layouts({"resumed": (*dropout, resume)}, processes=1, folder=tmp_path)
-    _assert_bitwise_equal(_step(tmp_path / "resumed", 12), _step(tmp_path / "whole", 12))
+def test_dropout_resumes_exactly(single: Path) -> None:
+    _assert_bitwise_equal(_step(single / "dropout_resumed", 12), _step(single / "dropout", 12))
 
 
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("train.seed=7", "train.seed"),
-        ("train.steps=13", "train.steps"),
-        ("train.global_batch_size=16", "train.global_batch_size"),
-        ("model.norm_eps=1e-5", "model.norm_eps"),
-        ("data.split=[0.9,0.1,0.0]", "data_fingerprint"),
-        ("device.dtype=bf16", "dtype"),
-    ],
-)
+# An override that makes it another run, and what the refusal names.
+OTHER_RUNS = {
+    "train.seed=7": "train.seed",
+    "train.steps=13": "train.steps",
+    "train.global_batch_size=16": "train.global_batch_size",
+    "model.norm_eps=1e-5": "model.norm_eps",
+    "data.split=[0.9,0.1,0.0]": "data_fingerprint",
+    "device.dtype=bf16": "dtype",
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(
+    uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """How the command line of each other run ended, one after another in one process."""
+    folder = tmp_path_factory.mktemp("refusals")
+    common = ("device=cpu", *RUN, f"checkpoint.resume={_step(uninterrupted, 6)}")
+    jobs = [
+        {"arguments": [*common, f"run.dir={folder / 'run'}", override], "environment": {}}
+        for override in OTHER_RUNS
+    ]
+    listed = folder / "mains.json"
+    listed.write_text(json.dumps({"jobs": jobs, "watch": False}), encoding="utf-8")
+    subprocess.run([sys.executable, str(MAINS), str(listed)], cwd=REPOSITORY, check=True)
+    ended = json.loads((folder / "mains.ended.json").read_text(encoding="utf-8"))
+    return dict(zip(OTHER_RUNS, ended, strict=True))
+
+
+@pytest.mark.parametrize("override", OTHER_RUNS)
 def test_a_checkpoint_of_another_run_is_refused(
-    uninterrupted: Path, tmp_path: Path, override: str, named: str
+    refusals: dict[str, dict[str, Any]], override: str
 ) -> None:
-    resume = f"checkpoint.resume={_step(uninterrupted, 6)}"
-    command = [sys.executable, "-m", "mone_megatron.pretrain", "device=cpu", *RUN, resume]
-    result = subprocess.run(
-        [*command, f"run.dir={tmp_path / 'run'}", override],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert any(named in line for line in lines), result.stderr
-    assert "Traceback" not in result.stderr
+    code, said = refusals[override]["code"], refusals[override]["said"]
+    assert code == 2, said
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert any(OTHER_RUNS[override] in line for line in lines), said
+    assert "Traceback" not in said
 
 
 def test_a_disk_that_is_full_leaves_the_checkpoints_before(
