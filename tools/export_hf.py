@@ -65,11 +65,14 @@ def _say(message: str) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.shard_gb <= 0:
+        raise ValueError(f"--shard-gb: {options.shard_gb:g} is not above 0")
+    if not options.source.is_dir():
+        raise ValueError(f"{options.source}: there is no such folder; give a run or a checkpoint")
+    # Only now: transformers takes seconds to import.
     from mone_megatron.hf import checks, export
     from mone_megatron.hf.source import Source, open_source
 
-    if options.shard_gb <= 0:
-        raise ValueError(f"--shard-gb: {options.shard_gb:g} is not above 0")
     source: Source = open_source(options.source, say=_say)
     architecture = export.choose_architecture(source, options.architecture)
     dtype = export.export_dtype(source, options.dtype)

@@ -28,6 +28,8 @@ then, as MoNE that keeps a quarter of the neurons after 10,000 steps:
       checkpoint.initialize=imported/olmoe/checkpoints/step_00000000
 where MODEL_KEYS is what this prints."""
 
+_DTYPES = ("saved", "fp32", "bf16")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -64,21 +66,24 @@ def _say(message: str) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    if options.dtype not in _DTYPES:
+        raise ValueError(f"--dtype: {options.dtype!r} is not one of {', '.join(_DTYPES)}")
+    if options.upcycle_experts is None and options.upcycle_experts_per_token is not None:
+        raise ValueError("--upcycle-experts-per-token: needs --upcycle-experts")
+    if not (options.source / "config.json").is_file():
+        raise ValueError(
+            f"{options.source}: holds no config.json; give the folder of a downloaded model"
+        )
+    # Only now: transformers takes seconds to import.
     import torch
 
     from mone_megatron.hf import importing
     from mone_megatron.hf.weights import open_weights
 
-    dtypes = {"saved": None, "fp32": torch.float32, "bf16": torch.bfloat16}
-    if options.dtype not in dtypes:
-        raise ValueError(f"--dtype: {options.dtype!r} is not one of {', '.join(dtypes)}")
     upcycling = None
     if options.upcycle_experts is not None:
         per_token = options.upcycle_experts_per_token or 2
         upcycling = importing.Upcycling(options.upcycle_experts, per_token)
-    elif options.upcycle_experts_per_token is not None:
-        raise ValueError("--upcycle-experts-per-token: needs --upcycle-experts")
-    importing.load_hf_config(options.source)
     with open_weights(options.source) as weights:
         planned = importing.plan_import(options.source, weights, upcycling=upcycling)
         _say(f"{options.source}: {planned.settings.architecture.class_name}")
@@ -86,7 +91,7 @@ def _import(options: argparse.Namespace) -> None:
             planned,
             weights,
             options.output,
-            dtype=dtypes[options.dtype],
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}.get(options.dtype),
             seed=options.seed,
             name=options.source.name,
             progress=_say,
