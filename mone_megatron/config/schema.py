@@ -46,7 +46,9 @@ class RouterConfig:
     expert_bias_rate: float = 1e-3
     # Precision of the routing computation.
     dtype: Literal["fp32", "fp64", "model"] = "fp32"
-    # Group-limited routing: 0 turns it off.
+    # Group-limited routing: 0 turns it off. megatron-core's (and DeepSeek-V3's) ranks a group by
+    # the sum of its best experts_per_token / group_topk experts; DeepSeek-V2's, by its best
+    # expert, is the same only where that is 1.
     num_groups: int = 0
     group_topk: int = 0
     # Multiplies the routing weights (sigmoid or pre-softmax routers); 0 means 1.

@@ -19,7 +19,10 @@ PAIRS = [
     ),
     ("moe_0.9b", "mone_0.9b"),
     ("moe_2.8b", "mone_2.8b"),
-    *((f"{name}_moe", f"{name}_mone") for name in ("qwen3_30b_a3b", "olmoe_1b_7b", "mixtral_8x7b")),
+    *(
+        (f"{name}_moe", f"{name}_mone")
+        for name in ("qwen3_30b_a3b", "olmoe_1b_7b", "mixtral_8x7b", "deepseek_v2_lite")
+    ),
 ]
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"

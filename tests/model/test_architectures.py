@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from architecture_ranks import train_and_save, train_with_column_parallel_down_projections
+from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from test_models import build, tiny
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
@@ -222,6 +223,29 @@ def test_mla_equals_deepseeks(name: str, q_lora_rank: int) -> None:
         expected = _attend(theirs, x_BSH, rotary)
     assert expected[:, length // 2 :].abs().max() > 0.1
     torch.testing.assert_close(ours.transpose(0, 1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("chosen", "same"), [(2, True), (4, False)])
+def test_groups_are_deepseek_v2s_only_where_each_gives_one_expert(chosen: int, same: bool) -> None:
+    config = DeepseekV2Config(
+        hidden_size=16,
+        num_attention_heads=4,
+        n_routed_experts=16,
+        num_experts_per_tok=chosen,
+        n_group=8,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=1.0,
+    )
+    router = modeling_deepseek_v2.DeepseekV2TopkRouter(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        # Narrow: where one expert outweighs all others the sum of two ranks like the best.
+        router.weight.normal_(0.0, 0.1, generator=generator)
+        logits, _, theirs = router(torch.randn(50, 16, generator=generator))
+    _, ours = group_limited_topk(logits.softmax(-1), chosen, 50, 16, 8, 2)
+    equal = theirs.sort(-1).values.eq(ours.sort(-1).values).all(-1)
+    assert bool(equal.all()) == same
 
 
 def _attend(attention: torch.nn.Module, x_BSH: Tensor, rotary: torch.nn.Module) -> Tensor:

@@ -28,6 +28,7 @@ def count(experiment: str, *, padded: bool = False) -> ParameterCount:
         ("qwen3_30b_a3b_moe", 30_532_122_624),
         ("mixtral_8x7b_moe", 46_702_792_704),
         ("olmoe_1b_7b_moe", 6_919_161_856),
+        ("deepseek_v2_lite_moe", 15_706_484_224),
     ],
 )
 def test_published_totals(experiment: str, total: int) -> None:
