@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,6 +11,10 @@ import torch
 import torch.distributed as dist
 
 from mone_megatron.parallel.megatron_cpu import install_cpu_backend
+
+# Before Triton is imported, by us or by megatron-core: without a GPU its interpreter runs kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Before a test module is collected: importing it may import megatron-core.
 install_cpu_backend()

@@ -1,18 +1,69 @@
 """Neuron selection in plain eager torch: the definition every fast path is tested against.
 
-Shape suffixes: T tokens (rows), F neurons of one expert on this rank, K kept neurons.
+Shape suffixes: T tokens (rows), F neurons of one expert on this rank, K kept neurons, S segments
+of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Score = Literal["abs_activation", "abs_gate", "signed_gate", "abs_product"]
 Activate = Callable[[Tensor], Tensor]
+
+# Divisors are not smaller: the smallest normal number of fp32.
+TINY = torch.finfo(torch.float32).tiny
+
+
+def squared_relu(gate: Tensor) -> Tensor:
+    """``max(g, 0)^2`` (Primer)."""
+    return F.relu(gate).square()
+
+
+# model.activation -> the function of the gate projection.
+ACTIVATIONS: dict[str, Activate] = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "relu": F.relu,
+    "relu2": squared_relu,
+}
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k neurons of each row whose score is largest, ties to the lowest index."""
+
+    k: int
+    score: Score
+
+
+# Which neurons each row keeps: [T, F] bool, a rule to choose them by, or None for all.
+Keep = Tensor | TopK | None
+
+
+@dataclass(frozen=True)
+class WeightSums:
+    """Asks for sums of the neurons' weights over groups of rows: what the balance loss is made of.
+
+    Attributes:
+        segment_T: int64, the segment of each row.
+        segments: S.
+        weights: |a| at the kept neurons and 0 at others, or |a| at all.
+        normalize: divide the weights of each row by their sum.
+        in_order: whether ``segment_T`` never decreases.
+    """
+
+    segment_T: Tensor
+    segments: int
+    weights: Literal["selected", "all"] = "selected"
+    normalize: bool = True
+    in_order: bool = False
 
 
 def neuron_scores(
@@ -74,6 +125,14 @@ def mask_at_threshold(scores_TF: Tensor, kth_T1: Tensor, k: int) -> Tensor:
     return above_TF | (tied_TF & (tied_TF.cumsum(dim=-1) <= room_T1))
 
 
+def kept_mask(gate_TF: Tensor, up_TF: Tensor, keep: Keep, activate: Activate) -> Tensor | None:
+    """The mask that ``keep`` stands for, without gradients."""
+    if not isinstance(keep, TopK):
+        return keep
+    with torch.no_grad():
+        return topk_mask(neuron_scores(gate_TF, up_TF, keep.score, activate), keep.k)
+
+
 def selected_glu(
     gate_TF: Tensor,
     up_TF: Tensor,
@@ -100,3 +159,32 @@ def selected_glu(
     if scale_T is not None:
         hidden_TF = hidden_TF * scale_T.unsqueeze(-1)
     return hidden_TF.to(gate_TF.dtype)
+
+
+def segment_matrix(segment_T: Tensor, segments: int) -> Tensor:
+    """``[S, T]`` fp32, 1 where row t belongs to segment s: sums over segments are matmuls."""
+    index_S1 = torch.arange(segments, device=segment_T.device).unsqueeze(-1)
+    return (segment_T.unsqueeze(0) == index_S1).float()
+
+
+def weight_sums(
+    gate_TF: Tensor, mask_TF: Tensor, sums: WeightSums, activate: Activate = F.silu
+) -> tuple[Tensor, Tensor]:
+    """The sums that ``sums`` asks for, and how many rows of each segment keep each neuron.
+
+    Args:
+        gate_TF: gate projections, of all neurons of the expert.
+        mask_TF: bool, True at kept neurons.
+        sums: what is asked.
+        activate: a as a function of g.
+
+    Returns:
+        ``[S, F]`` fp32 each. Gradients flow through the first.
+    """
+    weights_TF = activate(gate_TF).float().abs()
+    if sums.weights == "selected":
+        weights_TF = weights_TF * mask_TF
+    if sums.normalize:
+        weights_TF = weights_TF / weights_TF.sum(dim=-1, keepdim=True).clamp_min(TINY)
+    segment_ST = segment_matrix(sums.segment_T, sums.segments)
+    return segment_ST @ weights_TF, segment_ST @ mask_TF.float()

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mone_megatron.kernels.reference import TINY
+
 
 @dataclass(frozen=True)
 class NeuronBalance:
@@ -82,13 +84,7 @@ def neuron_weights(
     total_T1 = weights_TF.sum(dim=-1, keepdim=True)
     if neuron_group is not None:
         total_T1 = _AllReduceSum.apply(total_T1, neuron_group)
-    return weights_TF / total_T1.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def segment_matrix(segment_T: Tensor, segments: int) -> Tensor:
-    """``[S, T]`` fp32, 1 where row t belongs to segment s: sums over segments are matmuls."""
-    index_S1 = torch.arange(segments, device=segment_T.device).unsqueeze(-1)
-    return (segment_T.unsqueeze(0) == index_S1).float()
+    return weights_TF / total_T1.clamp_min(TINY)
 
 
 def neuron_balance_loss(
@@ -104,7 +100,7 @@ def neuron_balance_loss(
 
     Args:
         weights_TF: from :func:`neuron_weights`; carries the gradient.
-        segment_ST: from :func:`segment_matrix`.
+        segment_ST: from :func:`mone_megatron.kernels.reference.segment_matrix`.
         kept_SF: how many tokens of a segment keep each neuron, over all ranks that hold tokens of
             the segment.
         tokens_S: tokens of a segment, over the same ranks.

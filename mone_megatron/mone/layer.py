@@ -125,7 +125,7 @@ class MoNELayer(MoELayer):
         if num_microbatches == 1:
             expert_E = torch.arange(self.num_local_experts, device=device)
             index_T = expert_E.repeat_interleave(rows_per_expert_E.to(device), output_size=num_rows)
-            return Segments(index_T, 1, self.sources.shared_group)
+            return Segments(index_T, 1, self.sources.shared_group, in_order=True)
         rows_RE, self.rows_by_source_RE = self.rows_by_source_RE, None
         assert rows_RE is not None
         microbatch_R = torch.tensor(self.sources.microbatch_of_source, device=device)

@@ -9,6 +9,7 @@ tokens of one microbatch), E experts on this rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mone_megatron.kernels import ops
-from mone_megatron.kernels.reference import Activate
+from mone_megatron.kernels.reference import Activate, Keep, WeightSums, segment_matrix
 from mone_megatron.mone.balance import (
     NeuronBalance,
     balance_of_sums,
     neuron_weights,
-    segment_matrix,
 )
 from mone_megatron.mone.metrics import Usage
 from mone_megatron.mone.selection import NeuronSelection, NeuronTopK
@@ -41,6 +41,8 @@ class NeuronSettings:
 
     selection: NeuronSelection
     balance: NeuronBalance = field(default_factory=NeuronBalance)
+    # What the backward pass finds: all gate and up values, or only those of kept neurons.
+    memory: Literal["full", "packed"] = "full"
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class Segments:
 
     ``index_T`` numbers each row's segment; segment ``m * E + e`` holds the tokens that expert e
     got from microbatch m. ``shared_group``: ranks with other tokens of the same segments.
+    ``in_order``: whether ``index_T`` never decreases.
     """
 
     index_T: Tensor
     num_microbatches: int
     shared_group: dist.ProcessGroup | None
+    in_order: bool = False
 
 
 class NeuronGate(MegatronModule):
@@ -102,9 +106,11 @@ class NeuronGate(MegatronModule):
         self.activate: Activate = config.activation_func
         self.balance = settings.balance if settings else NeuronBalance()
         self.topk: NeuronTopK | None = None
+        self.packed = False
         # Keeping all neurons is the plain expert: the same code, bit for bit.
         if settings is not None and settings.selection.kept(neurons) < neurons:
             self.topk = NeuronTopK(settings.selection, neurons, neuron_group, self.activate)
+            self.packed = settings.memory == "packed"
 
     def forward(
         self, gate_TF: Tensor, up_TF: Tensor, scale_T: Tensor | None, segments: Segments
@@ -117,41 +123,79 @@ class NeuronGate(MegatronModule):
             scale_T: the router's probability of each row, or None.
             segments: which rows belong together for the balance loss.
         """
-        mask_TF = self.topk(gate_TF, up_TF) if self.topk is not None else None
         # Under activation recomputation the first forward runs without gradients: observe once.
         observing = self.training and torch.is_grad_enabled()
-        if not observing or not (self.usage.collecting or self._balancing):
-            return ops.selected_glu(gate_TF, up_TF, mask_TF, scale_T, self.activate)
-        num_segments = segments.num_microbatches * self.num_local_experts
-        segment_ST = segment_matrix(segments.index_T, num_segments)
-        if self.usage.collecting:
+        collecting = observing and self.usage.collecting
+        segment_ST = None
+        if collecting:
+            num_segments = segments.num_microbatches * self.num_local_experts
+            segment_ST = segment_matrix(segments.index_T, num_segments)
             tokens_ME = segment_ST.sum(dim=-1).view(-1, self.num_local_experts)
             self.usage.add_tokens(tokens_ME.sum(dim=0))
-        if mask_TF is None:
-            return ops.selected_glu(gate_TF, up_TF, None, scale_T, self.activate)
-        if self.balance.weights == "selected" and self.neuron_group is None:
-            hidden_TF, weight_sum_SF, kept_SF = ops.selected_glu_and_sums(
-                gate_TF,
-                up_TF,
-                mask_TF,
-                scale_T,
-                segment_ST,
-                normalize=self.balance.normalize,
-                activate=self.activate,
+        keep = self._keep(gate_TF, up_TF, look=collecting)
+        if keep is None or not observing or not (collecting or self._balancing):
+            width = self._packed_width(gate_TF)
+            return ops.selected_glu(
+                gate_TF, up_TF, keep, scale_T, self.activate, packed_width=width
             )
-        else:
-            hidden_TF = ops.selected_glu(gate_TF, up_TF, mask_TF, scale_T, self.activate)
-            kept_SF = segment_ST @ mask_TF.float()
+        hidden_TF, weight_sum_SF, kept_SF = self._with_sums(gate_TF, up_TF, keep, scale_T, segments)
+        if segment_ST is not None:
+            assert isinstance(keep, Tensor)
+            self._count(gate_TF, keep, kept_SF, segment_ST, segments.num_microbatches)
+        return self._attach_balance(hidden_TF, weight_sum_SF, kept_SF, segments)
+
+    def _keep(self, gate_TF: Tensor, up_TF: Tensor, *, look: bool) -> Keep:
+        """Which neurons are kept: None for all, a mask, or a rule.
+
+        By a rule the kernel that multiplies selects, too; but then nobody sees the mask.
+        """
+        if self.topk is None:
+            return None
+        if look or self.topk.rule is None or self.topk.watched:
+            mask_TF: Tensor = self.topk(gate_TF, up_TF)
+            return mask_TF
+        return self.topk.rule
+
+    def _packed_width(self, gate_TF: Tensor) -> int | None:
+        """The most neurons that a row keeps on this rank, in packed memory mode."""
+        if not self.packed:
+            return None
+        assert self.topk is not None
+        return min(self.topk.kept, gate_TF.shape[-1])
+
+    def _with_sums(
+        self, gate_TF: Tensor, up_TF: Tensor, keep: Keep, scale_T: Tensor | None, segments: Segments
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden values, and sums of weights and counts of kept neurons over each segment."""
+        num_segments = segments.num_microbatches * self.num_local_experts
+        balance, width = self.balance, self._packed_width(gate_TF)
+        if self.neuron_group is None and (balance.weights == "selected" or not self.packed):
+            sums = WeightSums(
+                segments.index_T,
+                num_segments,
+                balance.weights,
+                balance.normalize,
+                segments.in_order,
+            )
+            return ops.selected_glu_and_sums(
+                gate_TF, up_TF, keep, scale_T, sums, self.activate, packed_width=width
+            )
+        # A row's sum runs over ranks, or over neurons that packed mode forgets.
+        mask_TF = keep if isinstance(keep, Tensor) else self._keep(gate_TF, up_TF, look=True)
+        assert isinstance(mask_TF, Tensor)
+        hidden_TF = ops.selected_glu(
+            gate_TF, up_TF, mask_TF, scale_T, self.activate, packed_width=width
+        )
+        segment_ST = segment_matrix(segments.index_T, num_segments)
+        with torch.set_grad_enabled(balance.coeff > 0):
             weight_sum_SF = segment_ST @ neuron_weights(
                 activation_TF=self.activate(gate_TF),
                 mask_TF=mask_TF,
-                weights=self.balance.weights,
-                normalize=self.balance.normalize,
+                weights=balance.weights,
+                normalize=balance.normalize,
                 neuron_group=self.neuron_group,
             )
-        if self.usage.collecting:
-            self._count(gate_TF, mask_TF, kept_SF, segment_ST, segments.num_microbatches)
-        return self._attach_balance(hidden_TF, weight_sum_SF, kept_SF, segment_ST, segments)
+        return hidden_TF, weight_sum_SF, segment_ST @ mask_TF.float()
 
     @property
     def _balancing(self) -> bool:
@@ -178,12 +222,12 @@ class NeuronGate(MegatronModule):
         hidden_TF: Tensor,
         weight_sum_SF: Tensor,
         kept_SF: Tensor,
-        segment_ST: Tensor,
         segments: Segments,
     ) -> Tensor:
         """Log the balance loss and let it backpropagate with ``hidden_TF``."""
         assert self.topk is not None
-        tokens_S = segment_ST.sum(dim=-1)
+        ones_T = torch.ones_like(segments.index_T, dtype=torch.float32)
+        tokens_S = kept_SF.new_zeros(len(kept_SF)).scatter_add_(0, segments.index_T, ones_T)
         if segments.shared_group is not None:
             counts = torch.cat([kept_SF, tokens_S.unsqueeze(-1)], dim=-1)
             dist.all_reduce(counts, group=segments.shared_group)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mone_megatron.kernels import ops
-from mone_megatron.kernels.reference import Activate, Score, neuron_scores
+from mone_megatron.kernels.reference import Activate, Score, TopK, neuron_scores
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,16 @@ class NeuronTopK(nn.Module):
         self.activate = activate
         self.kept = selection.kept(neurons)
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
+
+    @property
+    def rule(self) -> TopK | None:
+        """The selection as a rule for a kernel to apply; None when it needs other ranks."""
+        return None if self.group is not None else TopK(self.kept, self.selection.score)
+
+    @property
+    def watched(self) -> bool:
+        """Whether a forward hook wants to see the mask."""
+        return bool(self._forward_hooks)
 
     @torch.no_grad()
     def forward(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:

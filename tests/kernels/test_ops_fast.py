@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mone_megatron.kernels import ops, reference
+from mone_megatron.kernels import cpu, ops, reference
+from mone_megatron.kernels.reference import WeightSums
 
 # Rows in which several blocks meet and the last is not full; one block; fewer rows than a block.
 SHAPES = [(1100, 192), (341, 192), (3, 7), (5, 70000)]
@@ -25,10 +26,10 @@ def _inputs(rows: int, neurons: int, seed: int = 0) -> tuple[Tensor, Tensor, Ten
     return gate, up, mask, torch.rand(rows, generator=generator)
 
 
-def _segments(rows: int, segments: int = 3) -> Tensor:
+def _sums(rows: int, *, normalize: bool, segments: int = 3) -> WeightSums:
     """Rows in no order, and one segment without any."""
     index = torch.randint(segments, (rows,), generator=torch.Generator().manual_seed(7))
-    return F.one_hot(index, segments + 1).T.float()
+    return WeightSums(index, segments + 1, normalize=normalize)
 
 
 def _by_definition(
@@ -36,12 +37,11 @@ def _by_definition(
     up: Tensor,
     mask: Tensor,
     scale: Tensor | None,
-    segment: Tensor,
-    *,
-    normalize: bool,
+    sums: WeightSums,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = F.silu(gate).abs() * mask
-    if normalize:
+    segment = F.one_hot(sums.segment_T, sums.segments).T.float()
+    if sums.normalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     hidden = reference.selected_glu(gate, up, mask, scale)
     return hidden, segment @ weights, segment @ mask.float()
@@ -56,7 +56,7 @@ def _values_and_gradients(
     gate, up, mask, scale = inputs
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (gate, up, scale)]
     hidden, sums, counts = function(
-        leaves[0], leaves[1], mask, leaves[2], _segments(len(gate)), normalize=normalize
+        leaves[0], leaves[1], mask, leaves[2], _sums(len(gate), normalize=normalize)
     )
     grads = [
         torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
@@ -116,7 +116,7 @@ def test_each_of_the_two_outputs_backpropagates_alone() -> None:
         gradients = []
         for function in (ops.selected_glu_and_sums, _by_definition):
             leaf = gate.clone().requires_grad_()
-            output = function(leaf, up, mask, scale, _segments(20), normalize=True)[which]
+            output = function(leaf, up, mask, scale, _sums(20, normalize=True))[which]
             gradients.append(torch.autograd.grad(output.square().sum(), leaf)[0])
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=2e-6)
 
@@ -126,7 +126,7 @@ def test_without_a_scale() -> None:
     results = []
     for function in (ops.selected_glu_and_sums, _by_definition):
         leaves = [tensor.clone().requires_grad_() for tensor in (gate, up)]
-        hidden, sums, _ = function(*leaves, mask, None, _segments(1100), normalize=True)
+        hidden, sums, _ = function(*leaves, mask, None, _sums(1100, normalize=True))
         results.append(torch.autograd.grad(hidden.square().sum() + sums.square().sum(), leaves))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=2e-6)
@@ -136,7 +136,7 @@ def test_other_dtypes_take_the_eager_path() -> None:
     gate, up, mask, scale = (
         tensor.double() if tensor.is_floating_point() else tensor for tensor in _inputs(9, 8)
     )
-    hidden, *_ = ops.selected_glu_and_sums(gate, up, mask, scale, _segments(9), normalize=True)
+    hidden, *_ = ops.selected_glu_and_sums(gate, up, mask, scale, _sums(9, normalize=True))
     assert torch.equal(hidden, reference.selected_glu(gate, up, mask, scale))
 
 
@@ -172,7 +172,7 @@ def test_masks_of_tied_rows_equal_the_reference_over_small_blocks(
     if levels == 6:
         scores[torch.rand(rows, neurons, generator=generator) < 0.05] = torch.nan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_BLOCK_ELEMENTS", 3 * neurons)
+        patch.setattr(cpu, "_BLOCK_ELEMENTS", 3 * neurons)
         assert torch.equal(ops.topk_mask(scores, k), reference.topk_mask(scores, k))
 
 

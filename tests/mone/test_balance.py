@@ -15,12 +15,11 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mone_megatron.kernels.reference import selected_glu, topk_mask
+from mone_megatron.kernels.reference import segment_matrix, selected_glu, topk_mask
 from mone_megatron.mone.balance import (
     NeuronBalance,
     neuron_balance_loss,
     neuron_weights,
-    segment_matrix,
 )
 from mone_megatron.mone.neurons import (
     NEURON_BALANCE_LOSS,

@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mone_megatron.kernels.reference import topk_mask
-from mone_megatron.mone.balance import segment_matrix
+from mone_megatron.kernels.reference import segment_matrix, topk_mask
 from mone_megatron.mone.metrics import (
     DEAD_SHARE,
     LOAD_ENTROPY,

@@ -1,0 +1,317 @@
+"""Autograd over the Triton kernels: selection, gated linear unit and balance sums in one pass.
+
+Imported only where Triton is (see :mod:`.ops`). Tensors are on CUDA, or on CPU under Triton's
+interpreter, which the tests use.
+
+Saved for the backward pass: in full mode gate and up (views of what the caller has) and the mask as
+bits; in packed mode the kept values of both and the bits. With the balance sums also one number a
+row.
+
+Shape suffixes: T tokens (rows), F neurons of one expert on this rank, S segments of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from mone_megatron.kernels.reference import (
+    ACTIVATIONS,
+    Activate,
+    Score,
+    TopK,
+    WeightSums,
+    neuron_scores,
+)
+from mone_megatron.kernels.triton_glu import backward_kernel, forward_kernel, segment_sums
+from mone_megatron.kernels.triton_select import activation_kernel, topk_mask_kernel
+
+# Widest row that one program holds.
+MAX_NEURONS = 16384
+_DTYPES = (torch.bfloat16, torch.float32)
+_NAMES = {activate: name for name, activate in ACTIVATIONS.items()}
+# Programs that add up the balance sums: enough to fill a GPU, few enough that their partial sums
+# are small beside the rows.
+_SUMMING_PROGRAMS = 1024
+_MOST_ROWS = 64
+
+
+class LaunchShape(NamedTuple):
+    """Lanes of a program, and the warps they are spread over."""
+
+    block: int
+    warps: int
+
+
+def launch_shape(neurons: int) -> LaunchShape:
+    """8 lanes a thread, up to 16 warps: see :mod:`.triton_glu`."""
+    block = max(32, triton.next_power_of_2(neurons))
+    return LaunchShape(block, min(16, max(1, block // 256)))
+
+
+def supports(gate_TF: Tensor, up_TF: Tensor, activate: Activate) -> bool:
+    """Whether the kernels know these dtypes, this width and this activation."""
+    return (
+        gate_TF.dtype in _DTYPES
+        and up_TF.dtype is gate_TF.dtype
+        and gate_TF.shape[-1] <= MAX_NEURONS
+        and activate in _NAMES
+    )
+
+
+@cache
+def scores_equal_torch(activation: str, device: torch.device) -> bool:
+    """Whether the kernels' bf16 activation is torch's for every bf16 number on this device.
+
+    NaN counts as equal to NaN. Subnormal numbers are left out: an activation that small is never
+    among the K largest unless nearly all are zero.
+    """
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device).to(torch.int16)
+    gate = bits.view(torch.bfloat16)
+    ours = torch.empty_like(bits)
+    activation_kernel[(64,)](gate, ours, BLOCK=1024, ACTIVATION=activation)
+    expected = ACTIVATIONS[activation](gate)
+    same = (ours == expected.view(torch.int16)) | expected.isnan()
+    subnormal = gate.float().abs() < torch.finfo(torch.float32).tiny
+    return bool((same | subnormal).all())
+
+
+def _given_scores(gate_TF: Tensor, up_TF: Tensor, score: Score, activation: str) -> Tensor | None:
+    """Torch's scores, where the kernel's own could differ in the last bit; else None."""
+    exact = score in ("abs_gate", "signed_gate") or activation in ("relu", "relu2")
+    if exact or (
+        gate_TF.dtype is torch.bfloat16 and scores_equal_torch(activation, gate_TF.device)
+    ):
+        return None
+    return neuron_scores(gate_TF, up_TF, score, ACTIVATIONS[activation])
+
+
+def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
+    """See :func:`mone_megatron.kernels.reference.topk_mask`; the same mask, bit for bit."""
+    scores_TF = _rows(scores_TF.detach())
+    if scores_TF.dtype not in _DTYPES:
+        scores_TF = scores_TF.float()
+    rows, neurons = scores_TF.shape
+    mask_TF = torch.empty(rows, neurons, dtype=torch.bool, device=scores_TF.device)
+    if rows:
+        block, warps = launch_shape(neurons)
+        topk_mask_kernel[(rows,)](
+            scores_TF,
+            mask_TF.view(torch.int8),
+            neurons,
+            k,
+            scores_TF.stride(0),
+            BLOCK=block,
+            NARROW=scores_TF.dtype is torch.bfloat16,
+            num_warps=warps,
+        )
+    return mask_TF
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The kernels take any row stride, but neurons side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Of one call, without tensors that autograd should see."""
+
+    activation: str
+    keep: Tensor | TopK | None
+    packed_width: int | None
+    sums: WeightSums | None
+
+
+class _FusedGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        scale_T: Tensor | None,
+        settings: _Settings,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        gate_TF, up_TF = _rows(gate_TF), _rows(up_TF)
+        rows, neurons = gate_TF.shape
+        keep, sums = settings.keep, settings.sums
+        saving = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+        new = gate_TF.new_empty
+        hidden_TF = new(rows, neurons)
+        bits = packed_gate = packed_up = scores_TF = mask_TF = None
+        if keep is not None and saving:
+            bits = new(rows, -(-neurons // 8), dtype=torch.uint8)
+            if settings.packed_width is not None:
+                packed_gate, packed_up = new(2, rows, settings.packed_width)
+        if isinstance(keep, TopK):
+            scores_TF = _given_scores(gate_TF, up_TF, keep.score, settings.activation)
+        elif keep is not None:
+            mask_TF = keep.contiguous().view(torch.int8)
+        share_T = weight_sum_SF = kept_SF = None
+        partial = _Partial(gate_TF, sums) if sums is not None else None
+        if partial is not None and sums is not None and sums.normalize:
+            share_T = new(rows, dtype=torch.float32)
+        block, warps = launch_shape(neurons)
+        rows_each = partial.rows_each if partial is not None else max(1, 512 // block)
+        if rows:
+            forward_kernel[(triton.cdiv(rows, rows_each),)](
+                gate_TF,
+                up_TF,
+                scale_T,
+                scores_TF,
+                mask_TF,
+                hidden_TF,
+                bits,
+                packed_gate,
+                packed_up,
+                partial.order_T if partial is not None else None,
+                partial.segment_T if partial is not None else None,
+                share_T,
+                partial.weights if partial is not None else None,
+                partial.counts if partial is not None else None,
+                rows,
+                neurons,
+                keep.k if isinstance(keep, TopK) else 0,
+                settings.packed_width or 0,
+                gate_TF.stride(0),
+                up_TF.stride(0),
+                scores_TF.stride(0) if scores_TF is not None else 0,
+                ROWS=rows_each,
+                BLOCK=block,
+                ACTIVATION=settings.activation,
+                KEEP="top" if isinstance(keep, TopK) else "all" if keep is None else "mask",
+                SCORE=_score(keep, given=scores_TF is not None),
+                SIGNED=isinstance(keep, TopK) and keep.score == "signed_gate",
+                NARROW=gate_TF.dtype is torch.bfloat16,
+                WEIGHTS=sums.weights if sums is not None else "selected",
+                NORMALIZE=sums is not None and sums.normalize,
+                num_warps=warps,
+            )
+        if partial is not None:
+            weight_sum_SF, kept_SF = partial.add_up()
+            ctx.mark_non_differentiable(kept_SF)
+        packed = packed_gate is not None
+        ctx.save_for_backward(
+            packed_gate if packed_gate is not None else gate_TF,
+            packed_up if packed_up is not None else up_TF,
+            scale_T,  # type: ignore[arg-type]
+            bits,  # type: ignore[arg-type]
+            sums.segment_T if sums is not None else None,  # type: ignore[arg-type]
+            share_T,  # type: ignore[arg-type]
+        )
+        ctx.set_materialize_grads(False)
+        ctx.settings, ctx.packed, ctx.neurons = settings, packed, neurons  # type: ignore[attr-defined]
+        return hidden_TF, weight_sum_SF, kept_SF
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx,
+        grad_hidden_TF: Tensor | None,
+        grad_sum_SF: Tensor | None,
+        _: None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        gate, up, scale_T, bits, segment_T, share_T = ctx.saved_tensors  # type: ignore[attr-defined]
+        settings: _Settings = ctx.settings  # type: ignore[attr-defined]
+        rows, neurons = gate.shape[0], ctx.neurons  # type: ignore[attr-defined]
+        # Halves of one matrix, as gate and up are.
+        grad_gate_TF, grad_up_TF = gate.new_empty(rows, 2 * neurons).chunk(2, dim=-1)
+        grad_scale_T = torch.zeros_like(scale_T) if scale_T is not None else None
+        if grad_hidden_TF is not None:
+            grad_hidden_TF = _rows(grad_hidden_TF)
+        block, warps = launch_shape(neurons)
+        if rows:
+            backward_kernel[(rows,)](
+                grad_hidden_TF,
+                grad_sum_SF.contiguous() if grad_sum_SF is not None else None,
+                gate,
+                up,
+                scale_T,
+                bits,
+                segment_T if grad_sum_SF is not None else None,
+                share_T if grad_sum_SF is not None else None,
+                grad_gate_TF,
+                grad_up_TF,
+                grad_scale_T,
+                neurons,
+                gate.stride(0),
+                up.stride(0),
+                grad_hidden_TF.stride(0) if grad_hidden_TF is not None else 0,
+                grad_gate_TF.stride(0),
+                BLOCK=block,
+                ACTIVATION=settings.activation,
+                PACKED=ctx.packed,  # type: ignore[attr-defined]
+                WEIGHTS=settings.sums.weights if settings.sums is not None else "selected",
+                NORMALIZE=share_T is not None,
+                num_warps=warps,
+            )
+        return grad_gate_TF, grad_up_TF, grad_scale_T, None
+
+
+def _score(keep: Tensor | TopK | None, *, given: bool) -> str:
+    return keep.score if isinstance(keep, TopK) and not given else "given"
+
+
+class _Partial:
+    """Where the forward kernel leaves the balance sums of each program, and their addition."""
+
+    def __init__(self, gate_TF: Tensor, sums: WeightSums) -> None:
+        rows, neurons = gate_TF.shape
+        self.neurons, self.segments = neurons, sums.segments
+        segment_T, self.order_T = sums.segment_T, None
+        if not sums.in_order:
+            segment_T, order_T = segment_T.sort(stable=True)
+            self.order_T = order_T
+        numbers = torch.arange(sums.segments + 1, device=segment_T.device)
+        self.starts = torch.searchsorted(segment_T, numbers.to(segment_T.dtype))
+        self.segment_T = segment_T
+        each = triton.next_power_of_2(triton.cdiv(max(1, rows), _SUMMING_PROGRAMS))
+        self.rows_each = min(_MOST_ROWS, each)
+        slots = triton.cdiv(rows, self.rows_each) + sums.segments
+        self.weights = gate_TF.new_empty(slots, neurons, dtype=torch.float32)
+        self.counts = gate_TF.new_empty(slots, neurons, dtype=torch.int32)
+
+    def add_up(self) -> tuple[Tensor, Tensor]:
+        """``[S, F]`` fp32 each: sums of weights, counts of rows."""
+        weight_sum_SF, kept_SF = self.weights.new_empty(2, self.segments, self.neurons)
+        block = min(128, triton.next_power_of_2(self.neurons))
+        segment_sums[(self.segments, triton.cdiv(self.neurons, block))](
+            self.starts,
+            self.weights,
+            self.counts,
+            weight_sum_SF,
+            kept_SF,
+            self.neurons,
+            ROWS=self.rows_each,
+            SLOTS=16,
+            BLOCK=block,
+            num_warps=4,
+        )
+        return weight_sum_SF, kept_SF
+
+
+def fused_glu(
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    scale_T: Tensor | None,
+    keep: Tensor | TopK | None,
+    *,
+    activate: Activate,
+    packed_width: int | None,
+    sums: WeightSums | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Hidden values, and with ``sums`` the sums of weights and the counts.
+
+    See :func:`mone_megatron.kernels.ops.selected_glu_and_sums`.
+    """
+    if isinstance(keep, TopK) and keep.k >= gate_TF.shape[-1]:
+        keep = None
+    settings = _Settings(_NAMES[activate], keep, packed_width, sums)
+    outputs: tuple[Tensor, Tensor | None, Tensor | None] = _FusedGLU.apply(
+        gate_TF, up_TF, scale_T, settings
+    )
+    return outputs
