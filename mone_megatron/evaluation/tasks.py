@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 _SHIPPED = Path(lm_eval.__file__).parent / "tasks"
-_LISTS = Path(__file__).resolve().parents[2] / "conf" / "evaluation"
+_LISTS = Path(__file__).resolve().parent / "task_lists"
 # Every shipped task states its name like this; group and tag names need the whole index.
 _TASK_LINE = re.compile(rb"^task:[ \t]*[\"']?([\w.\-]+)[\"']?[ \t]*\r?$", re.MULTILINE)
 # Builders of the datasets package that read files.
@@ -53,7 +53,7 @@ class LoadedTasks:
 
 
 def task_lists() -> dict[str, Path]:
-    """The lists under ``conf/evaluation``, by name."""
+    """The lists in the folder ``task_lists``, by name."""
     return {path.stem: path for path in sorted(_LISTS.glob("*.yaml"))}
 
 
