@@ -117,7 +117,8 @@ class ModelConfig:
     first_dense_layers: int = 0
     # 0 takes the tokenizer's size.
     vocab_size: int = 0
-    # The embedding is padded to a multiple of this, whatever the layout, so that checkpoints move.
+    # The embedding is padded to a multiple of this, whatever the layout, so that checkpoints move;
+    # the loss does not see the padding.
     vocab_padding_multiple: int = 128
     tie_embeddings: bool = False
     # Of the gate projection in every MLP: "silu" is SwiGLU; "relu2" is the square of ReLU.

@@ -10,6 +10,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mone_megatron.config.schema import Config
+from mone_megatron.model.gpt import LanguageModel
 from mone_megatron.model.initialize import initialize_weights
 from mone_megatron.model.specs import decoder_spec
 from mone_megatron.model.transformer import moe_layer_pattern, transformer_config
@@ -30,7 +31,8 @@ def build_gpt(
     """One model chunk with its initial weights, unwrapped."""
     stage = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
     first, last = (is_edge(ignore_virtual=False, vp_stage=vp_stage) for is_edge in stage)
-    model = GPTModel(
+    model = LanguageModel(
+        true_vocab_size=vocab_size,
         config=transformer,
         transformer_layer_spec=decoder_spec(
             transformer,
