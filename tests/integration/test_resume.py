@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,35 +148,44 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def resharded(
-    request: pytest.FixtureRequest, uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Each layout takes up step 3 of the single process, trains to step 6 and saves; then the
-    single process takes that up and trains to step 12."""
-    folder = tmp_path_factory.mktemp("resharded")
-    names = TRAIN_ON[request.param]
-    away = (*RUN, KEEP_ALL, f"checkpoint.resume={_step(uninterrupted, 3)}")
-    for processes in (1, 2, 4):
-        jobs = {
-            name: (*away, *overrides)
-            for name, (size, overrides) in LAYOUTS.items()
-            if size == processes and name in names
+    uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Where a part of the layouts trained, launched when it is first asked for.
+
+    Each layout takes up step 3 of the single process, trains to step 12 and saves; then the single
+    process takes up step 6 of that and trains to step 12.
+    """
+
+    @functools.cache
+    def trained(part: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"resharded_{part}")
+        names = TRAIN_ON[part]
+        away = (*RUN, KEEP_ALL, f"checkpoint.resume={_step(uninterrupted, 3)}")
+        for processes in (1, 2, 4):
+            jobs = {
+                name: (*away, *overrides)
+                for name, (size, overrides) in LAYOUTS.items()
+                if size == processes and name in names
+            }
+            if jobs:
+                run_layouts(jobs, processes=processes, folder=folder)
+        back = {
+            f"{name}_back": (*RUN, KEEP_ALL, f"checkpoint.resume={_step(folder / name, 6)}")
+            for name in names
         }
-        if jobs:
-            run_layouts(jobs, processes=processes, folder=folder)
-    back = {
-        f"{name}_back": (*RUN, KEEP_ALL, f"checkpoint.resume={_step(folder / name, 6)}")
-        for name in names
-    }
-    run_layouts(back, processes=1, folder=folder)
-    return folder
+        run_layouts(back, processes=1, folder=folder)
+        return folder
+
+    return trained
 
 
-@pytest.mark.parametrize(("resharded", "name"), CASES, indirect=["resharded"])
+@pytest.mark.parametrize(("part", "name"), CASES)
 def test_layouts_take_up_each_others_checkpoints(
-    uninterrupted: Path, resharded: Path, name: str
+    uninterrupted: Path, resharded: Callable[[str], Path], part: str, name: str
 ) -> None:
     expected = {record["step"]: record for record in _records(uninterrupted)}
-    away, back = _records(resharded / name), _records(resharded / f"{name}_back")
+    folder = resharded(part)
+    away, back = _records(folder / name), _records(folder / f"{name}_back")
     assert [record["step"] for record in away] == list(range(4, 13))
     assert [record["step"] for record in back] == list(range(7, 13))
     for record in (*away, *back):
