@@ -1,0 +1,195 @@
+"""Text from a model, streamed as it comes, with the time that the prompt and each token take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedily at temperature 0."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens: {self.max_new_tokens} is not 1 or more")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature: {self.temperature:g} is negative; 0 is greedy")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p: {self.top_p:g} is not in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"--top-k: {self.top_k} is negative; 0 is no limit")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise ValueError("--top-p and --top-k: need a --temperature above 0")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For transformers' ``generate``."""
+        if self.temperature == 0:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came of a batch of prompts."""
+
+    texts: tuple[str, ...]
+    prompt_tokens: int
+    new_tokens: int
+    # Until the first new token, and from it to the last.
+    prompt_seconds: float
+    decode_seconds: float
+
+    def describe(self) -> str:
+        """One line: tokens a second for the prompt and for what followed."""
+        line = (
+            f"{self.prompt_tokens} prompt tokens in {self.prompt_seconds:.2f} s "
+            f"({self.prompt_tokens / self.prompt_seconds:,.0f} tokens/s)"
+        )
+        # The first token comes with the prompt.
+        later = self.new_tokens - len(self.texts)
+        if later > 0:
+            line += (
+                f"; {later} more tokens in {self.decode_seconds:.2f} s "
+                f"({later / self.decode_seconds:,.1f} tokens/s)"
+            )
+        return line
+
+
+class _Clock(BaseStreamer):
+    """Notes when the prompt and the first new token have come; shows text if asked to."""
+
+    def __init__(self, shown: TextStreamer | None) -> None:
+        self.shown = shown
+        self.first: float | None = None
+        self._prompts_seen = False
+
+    def put(self, value: Tensor) -> None:
+        """Called with the prompts, then with the tokens of each step."""
+        if self._prompts_seen and self.first is None:
+            self.first = time.perf_counter()
+        self._prompts_seen = True
+        if self.shown is not None:
+            self.shown.put(value)
+
+    def end(self) -> None:
+        """After the last token."""
+        if self.shown is not None:
+            self.shown.end()
+
+
+class _Printer(TextStreamer):
+    """Gives finished words to a function instead of printing them."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """The next piece of text."""
+        self._show(text)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    show: Callable[[str], None] | None = None,
+) -> Generated:
+    """Continue prompts, all at once.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its own.
+        prompts: not empty.
+        sampling: how.
+        show: is given the text piece by piece as it comes; with one prompt only.
+
+    Raises:
+        ValueError: an empty prompt, or one with more tokens than the model was made for.
+    """
+    rows = [tokenizer(prompt, add_special_tokens=True)["input_ids"] for prompt in prompts]
+    limit = model.config.get_text_config().max_position_embeddings
+    for number, row in enumerate(rows, start=1):
+        if not row:
+            raise ValueError(f"prompt {number}: is empty; give at least one token")
+        if len(row) + sampling.max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {number}: {len(row)} tokens and --max-new-tokens="
+                f"{sampling.max_new_tokens} are more than the {limit} the model was trained on"
+            )
+    eos = model.generation_config.eos_token_id
+    pad = eos if isinstance(eos, int) else 0
+    length = max(map(len, rows))
+    # On the left: new tokens follow the last one of each prompt.
+    batch = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    assert show is None or len(rows) == 1
+    clock = _Clock(_Printer(tokenizer, show) if show else None)
+    torch.manual_seed(sampling.seed)
+    started = time.perf_counter()
+    continued: Any = model.generate  # its type is lost in the library's mixins
+    produced: Tensor = continued(
+        batch.to(model.device),
+        attention_mask=mask.to(model.device),
+        pad_token_id=pad,
+        streamer=clock if len(rows) == 1 else None,
+        **sampling.settings,
+    )
+    ended = time.perf_counter()
+    new = produced[:, length:]
+    first = clock.first or ended
+    if len(rows) > 1:
+        # transformers streams one sequence only: the prompts' share is measured by itself.
+        first = started + _prompt_seconds(model, batch, mask)
+    texts = tuple(tokenizer.batch_decode(new, skip_special_tokens=True))
+    return Generated(
+        texts=texts,
+        prompt_tokens=sum(map(len, rows)),
+        new_tokens=_count(new, eos),
+        prompt_seconds=first - started,
+        decode_seconds=max(ended - first, 1e-9),
+    )
+
+
+@torch.no_grad()
+def _prompt_seconds(model: PreTrainedModel, batch: Tensor, mask: Tensor) -> float:
+    started = time.perf_counter()
+    model(batch.to(model.device), attention_mask=mask.to(model.device), logits_to_keep=1)
+    return time.perf_counter() - started
+
+
+def _count(new: Tensor, eos: int | list[int] | None) -> int:
+    """Tokens up to the end of each text, without what pads it to the longest."""
+    if eos is None:
+        return new.numel()
+    ends = torch.isin(new, torch.tensor(eos, device=new.device))
+    # The end itself counts; everything after it is padding.
+    return int((ends.cumsum(dim=-1) - ends.long()).eq(0).sum())

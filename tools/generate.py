@@ -1,0 +1,123 @@
+"""Continue a prompt with a run of ours, an export, or any transformers model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_DESCRIPTION = """\
+Prompt in, text streamed out. The model is a run (its newest checkpoint, converted in memory), a
+checkpoint, an export, or any folder in the format of transformers. The prompt is --prompt, the
+lines of a file, or standard input. Speed goes to standard error: the prompt and the tokens after it
+apart."""
+
+_EPILOG = """\
+exit status: 0 done, 2 for what cannot be done
+
+examples:
+  python tools/generate.py runs/quickstart/mone --prompt "import os"
+  python tools/generate.py exports/mone --prompts prompts.txt --temperature 0.8 --top-p 0.95
+  echo "def main(" | python tools/generate.py exports/mone --max-new-tokens 100"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="run, checkpoint, export or model folder")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt (default: standard input)")
+    source.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a prompt a line, all of them in one batch"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (64)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (the default)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 for no limit")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="for sampling")
+    parser.add_argument("--dtype", choices=("saved", "fp32", "bf16"), default="saved")
+    parser.add_argument("--device", default="cpu", help="as torch names it (cpu)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that lies beside the weights"
+    )
+    return parser
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompt is not None:
+        return [options.prompt]
+    if options.prompts is None:
+        return [sys.stdin.read().rstrip("\n")]
+    try:
+        lines = options.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts: {options.prompts} cannot be read ({error})") from None
+    if not any(lines):
+        raise ValueError(f"--prompts: {options.prompts} holds no prompt")
+    return [line for line in lines if line]
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompts = _prompts(options)
+    # Only now: transformers takes seconds to import.
+    import torch
+
+    from mone_megatron.hf.generation import Sampling, generate
+    from mone_megatron.hf.loading import load_model
+
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    loaded = load_model(
+        options.model,
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}.get(options.dtype),
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        say=_say,
+    )
+    if loaded.tokenizer is None:
+        raise ValueError(f"{options.model}: holds no tokenizer")
+    _say(f"{loaded.source}: {type(loaded.model).__name__}")
+    if len(prompts) == 1:
+        _show(prompts[0])
+        outcome = generate(loaded.model, loaded.tokenizer, prompts, sampling, show=_show)
+        print()
+    else:
+        outcome = generate(loaded.model, loaded.tokenizer, prompts, sampling)
+        for number, (prompt, text) in enumerate(zip(prompts, outcome.texts, strict=True), 1):
+            print(f"--- {number}\n{prompt}{text}")
+    _say(outcome.describe())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from a command line; user errors are one line each."""
+    options = _parser().parse_args(arguments)
+    try:
+        _generate(options)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
