@@ -118,18 +118,19 @@ def wrong(folder: Path, moment: str, number: int, everyone: bool, processes: int
     return ""
 
 
-# Moment, signal, every process or one rank, ranks.
+# Moment, signal, every process or one rank, ranks. (SIGINT: tests/integration/test_pretrain.py.)
 CASES = [
-    ("a step", signal.SIGINT, False, 2),
     ("a step", signal.SIGTERM, False, 2),
     ("a step", signal.SIGUSR1, False, 2),
-    ("a step", signal.SIGTERM, True, 1),
     ("start-up", signal.SIGUSR1, False, 2),
     ("an evaluation", signal.SIGTERM, False, 1),
     ("a save", signal.SIGTERM, False, 1),
     ("an asynchronous save", signal.SIGTERM, True, 1),
 ]
 FULL = [
+    ("a step", signal.SIGINT, False, 2),
+    ("a step", signal.SIGTERM, True, 1),
+] + [
     (moment, number, everyone, 2)
     for moment in MOMENTS
     for number in (signal.SIGTERM, signal.SIGUSR1)

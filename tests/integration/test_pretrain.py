@@ -138,13 +138,19 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run of one process that only its files are read of."""
     folder = tmp_path_factory.mktemp("variants")
     common = ("experiment=tiny_mone", *QUIET, "train.steps=2", "logging.layer_interval=1")
-    run_layouts(
-        {name: (*common, *overrides) for name, overrides in VARIANTS.items()},
-        processes=1,
-        folder=folder,
-    )
+    five = (*QUIET, "train.steps=5")
+    once = ("experiment=tiny_moe", "train.steps=1", *QUIET)
+    jobs = {name: (*common, *overrides) for name, overrides in VARIANTS.items()} | {
+        "baseline": ("experiment=tiny_moe", *five),
+        "keeps_all": ("experiment=tiny_mone", "mone.keep_ratio=1.0", *five),
+        # Two in one folder.
+        "again": (*once, "train.seed=1"),
+        "./again": (*once, "train.seed=2"),
+    }
+    run_layouts(jobs, processes=1, folder=folder)
     return folder
 
 
@@ -170,17 +176,10 @@ def test_variants_log_what_they_add(variants: Path) -> None:
     assert "mone/balance_loss" not in _records(variants / "keep_all")[0]
 
 
-def test_keeping_all_neurons_is_the_moe_baseline_bitwise(tmp_path: Path) -> None:
-    common = (*QUIET, "train.steps=5")
-    run_layouts(
-        {
-            "moe": ("experiment=tiny_moe", *common),
-            "mone": ("experiment=tiny_mone", "mone.keep_ratio=1.0", *common),
-        },
-        processes=1,
-        folder=tmp_path,
-    )
-    for moe, mone in zip(_records(tmp_path / "moe"), _records(tmp_path / "mone"), strict=True):
+def test_keeping_all_neurons_is_the_moe_baseline_bitwise(variants: Path) -> None:
+    baseline, keeps_all = _records(variants / "baseline"), _records(variants / "keeps_all")
+    assert len(baseline) == 5
+    for moe, mone in zip(baseline, keeps_all, strict=True):
         assert moe["loss"] == mone["loss"]
         assert moe["grad_norm"] == mone["grad_norm"]
 
@@ -244,15 +243,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["status"] == "failed"
 
 
-def test_an_earlier_run_is_kept(tmp_path: Path) -> None:
-    for seed in (1, 2):
-        run_layouts(
-            {"run": ("experiment=tiny_moe", "train.steps=1", f"train.seed={seed}", *QUIET)},
-            processes=1,
-            folder=tmp_path,
-        )
-    earlier = json.loads((tmp_path / "run/earlier/1/run.json").read_text(encoding="utf-8"))
-    latest = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
+def test_an_earlier_run_is_kept(variants: Path) -> None:
+    earlier = json.loads((variants / "again/earlier/1/run.json").read_text(encoding="utf-8"))
+    latest = json.loads((variants / "again/run.json").read_text(encoding="utf-8"))
     assert (earlier["seed"], latest["seed"]) == (1, 2)
 
 

@@ -87,6 +87,8 @@ def test_checkpointing_does_not_change_the_run(single: Path) -> None:
     assert [record["loss"] for record in _records(single / "without_saves")] == losses
 
 
+# In `make test` tests/faults/test_kills.py kills a run, also inside its saves.
+@pytest.mark.slow
 def test_a_killed_run_resumes_bitwise(uninterrupted: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mone_megatron.pretrain", "device=cpu", *RUN]
     command += [f"run.dir={tmp_path}", "checkpoint.resume=auto", KEEP_ALL]

@@ -161,7 +161,6 @@ def predicted_activations(overrides: Sequence[str], *, bf16: bool) -> int:
     return sum(sum(sizes.values()) for sizes in saved)
 
 
-BOTH = ["experiment=tiny_moe", "experiment=tiny_mone"]
 EVERYWHERE = ["mone.apply_to=[routed,shared,dense]", "mone.balance.normalize=false"]
 WIDE = [
     "model.hidden_size=96", "model.num_attention_heads=6", "model.num_query_groups=6",
@@ -173,15 +172,13 @@ MIXED = [
     "model.shared_expert_gate=true",
 ]  # fmt: skip
 ACTIVATIONS = [
-    *([experiment, f"train.recompute={kind}"] for experiment in BOTH
+    *(["experiment=tiny_mone", f"train.recompute={kind}"]
       for kind in ("none", "selective", "full")),
-    *([experiment, *WIDE] for experiment in BOTH),
-    *([experiment, *MIXED] for experiment in BOTH),
+    ["experiment=tiny_mone", *WIDE],
+    ["experiment=tiny_mone", *MIXED],
     ["experiment=tiny_mone", *MIXED, *EVERYWHERE],
-    ["experiment=tiny_mone", *MIXED, "mone.balance.coeff=0"],
     ["experiment=tiny_mone", *WIDE, "mone.balance.weights=all", "train.recompute=selective"],
     ["experiment=tiny_moe", "model.num_experts=0", "train.recompute=selective"],
-    ["experiment=tiny_mone", *MIXED, "model.activation=sigmoid"],
     ["experiment=tiny_moe", *MIXED, "model.activation=relu2", "model.qk_norm_scope=all_heads"],
     ["experiment=tiny_mone", *MIXED, *EVERYWHERE, "model.activation=relu2"],
     ["experiment=tiny_moe", *LATENT],
@@ -190,7 +187,25 @@ ACTIVATIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", ACTIVATIONS, ids=str)
+# What adds least to those: in `make test-slow`.
+MORE_ACTIVATIONS = [
+    *(["experiment=tiny_moe", f"train.recompute={kind}"]
+      for kind in ("none", "selective", "full")),
+    ["experiment=tiny_moe", *WIDE],
+    ["experiment=tiny_moe", *MIXED],
+    ["experiment=tiny_mone", *MIXED, "mone.balance.coeff=0"],
+    ["experiment=tiny_mone", *MIXED, "model.activation=sigmoid"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *ACTIVATIONS,
+        *(pytest.param(more, marks=pytest.mark.slow) for more in MORE_ACTIVATIONS),
+    ],
+    ids=str,
+)
 def test_activations_are_what_torch_saves(one_rank: Processes, overrides: list[str]) -> None:
     for bf16 in (False, True):
         (real,) = one_rank.run(saved_bytes, overrides, bf16=bf16)
