@@ -24,7 +24,7 @@ examples:
 
 then, as MoNE that keeps a quarter of the neurons after 10,000 steps:
   torchrun ... -m mone_megatron.pretrain MODEL_KEYS mone=quarter \\
-      mone.keep_ratio_schedule.kind=cosine mone.keep_ratio_schedule.steps=10000 \\
+      mone.keep_ratio_schedule=cosine mone.keep_ratio_steps=10000 \\
       checkpoint.initialize=imported/olmoe/checkpoints/step_00000000
 where MODEL_KEYS is what this prints."""
 

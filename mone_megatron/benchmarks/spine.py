@@ -19,6 +19,7 @@ from mone_megatron.parallel.groups import close_groups
 from mone_megatron.planning.flops import flops_per_step
 from mone_megatron.train.checkpointer import Position
 from mone_megatron.train.hooks import ConsoleHook, MetricsFileHook
+from mone_megatron.train.keep_ratio import KeepRatio
 from mone_megatron.train.loop import train
 from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
 from mone_megatron.train.signals import StopRequest
@@ -72,7 +73,8 @@ def measure_spine(config: Config, *, repeats: int, steps: int) -> SpineCost:
                 validation=None,
                 auxiliary=auxiliary,
                 panel=panel,
-                flops=flops,
+                keep_ratio=KeepRatio(config.mone, ours.state.chunks),
+                flops_at=lambda step: flops,
                 hooks=hooks,
                 stop=StopRequest(),
                 start=Position(),

@@ -8,6 +8,7 @@ read from YAML in :mod:`mone_megatron.config.load` and cross-checked in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -170,6 +171,21 @@ class MoNEConfig:
     # Which MLPs select: routed experts, the shared expert, dense layers.
     apply_to: tuple[MoNETarget, ...] = ("routed",)
     balance: NeuronBalanceConfig = field(default_factory=NeuronBalanceConfig)
+    # The keep ratio over the first steps, so that an MoE with dense experts anneals into MoNE:
+    # "constant" is keep_ratio from the first step, the others go down to it.
+    keep_ratio_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # The ratio of the first step (1 keeps all neurons), and after how many steps it is keep_ratio.
+    keep_ratio_start: float = 1.0
+    keep_ratio_steps: int = 0
+
+    def keep_ratio_at(self, step: int) -> float:
+        """The keep ratio that a step (from 1) trains with; a checkpoint of it is used with it."""
+        if self.keep_ratio_schedule == "constant" or step > self.keep_ratio_steps:
+            return self.keep_ratio
+        progress = max(step - 1, 0) / self.keep_ratio_steps
+        if self.keep_ratio_schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.keep_ratio_start + (self.keep_ratio - self.keep_ratio_start) * progress
 
 
 @dataclass(frozen=True)

@@ -486,7 +486,25 @@ def _mone(config: Config) -> Iterator[str]:
                 f"mone.keep_ratio: {mone.keep_ratio:g} of {key}={width} rounds to K=0 neurons; "
                 f"use {1 / width:.3g} or more"
             )
+    yield from _keep_ratio_schedule(config)
     yield from _neuron_balance_layout(mone, config.parallel)
+
+
+def _keep_ratio_schedule(config: Config) -> Iterator[str]:
+    mone, steps = config.mone, config.mone.keep_ratio_steps
+    if mone.keep_ratio_schedule == "constant":
+        if steps:
+            yield f"mone.keep_ratio_steps: {steps} needs mone.keep_ratio_schedule=linear or cosine"
+        return
+    if not mone.keep_ratio <= mone.keep_ratio_start <= 1:
+        yield (
+            f"mone.keep_ratio_start: {mone.keep_ratio_start:g} is not between mone.keep_ratio="
+            f"{mone.keep_ratio:g} and 1; a schedule goes down"
+        )
+    if not 1 <= steps <= config.train.steps:
+        yield (
+            f"mone.keep_ratio_steps: {steps} is not between 1 and train.steps={config.train.steps}"
+        )
 
 
 def _neuron_balance_layout(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +35,8 @@ class Source:
     @property
     def mone(self) -> MoNEConfig:
         """Neuron selection as it was at the checkpoint's step."""
-        return self.config.mone
+        mone = self.config.mone
+        return replace(mone, keep_ratio=mone.keep_ratio_at(self.checkpoint.step))
 
     @property
     def tokenizer_dir(self) -> Path:

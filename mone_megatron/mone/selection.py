@@ -5,7 +5,7 @@ Shape suffixes: T tokens (rows), F neurons of one expert on this rank, C candida
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -89,6 +89,11 @@ class NeuronTopK(nn.Module):
         self.activate = activate
         self.kept = selection.kept(neurons)
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
+
+    def set_keep_ratio(self, keep_ratio: float) -> None:
+        """Keep another share of the neurons from now on (``mone.keep_ratio_schedule``)."""
+        self.selection = replace(self.selection, keep_ratio=keep_ratio)
+        self.kept = self.selection.kept(self.neurons)
 
     @property
     def rule(self) -> TopK | None:

@@ -15,6 +15,7 @@ from mone_megatron.parallel.device import Device
 from mone_megatron.planning.flops import Flops
 from mone_megatron.train.checkpointer import Checkpointer, Position
 from mone_megatron.train.faults import LossFaults
+from mone_megatron.train.keep_ratio import KeepRatio
 from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
 from mone_megatron.train.signals import StopRequest, exit_code
 from mone_megatron.train.step import Batch, Stepper
@@ -66,7 +67,8 @@ def train(
     validation: Callable[[], Iterator[Batch]] | None,
     auxiliary: AuxiliaryLosses,
     panel: UtilisationPanel,
-    flops: Flops,
+    keep_ratio: KeepRatio,
+    flops_at: Callable[[int], Flops],
     hooks: Sequence[Hook],
     stop: StopRequest,
     start: Position,
@@ -83,7 +85,8 @@ def train(
         validation: the validation microbatches from their beginning, or None.
         auxiliary: auxiliary losses.
         panel: expert and neuron use.
-        flops: of one step.
+        keep_ratio: of the neurons, step by step.
+        flops_at: of a step.
         hooks: told of every step.
         stop: this process's request to stop; all ranks agree on it at the end of a step.
         start: where to go on from.
@@ -111,6 +114,7 @@ def train(
         started = time.perf_counter()
         show_layers = _is_due(step, config.logging.layer_interval, last)
         panel.collect(show_layers)
+        ratio = keep_ratio.set_for(step)
         result = stepper.attempt(
             [next(batches) for _ in range(layout.num_microbatches)],
             extra=extra,
@@ -136,6 +140,7 @@ def train(
             skipped += 1
         position = Position(step, position.tokens + tokens_per_step, skipped)
         rate = 1e-12 / seconds / layout.world_size
+        flops = flops_at(step)
         record: Record = {
             "step": step,
             "loss": result.loss,
@@ -148,6 +153,8 @@ def train(
             "tflops_ideal": flops.ideal * rate,
             **auxiliary.metrics(result.extra[3:], per_layer=show_layers),
         }
+        if ratio is not None:
+            record["mone/keep_ratio"] = ratio
         if checkpointer and (blocked := checkpointer.take_blocked_seconds()):
             record["checkpoint_seconds"] = blocked
         if result.fault is not None:

@@ -6,7 +6,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from mone_megatron.model.specs import have_transformer_engine
 from mone_megatron.parallel.device import Device, open_process_group
 from mone_megatron.parallel.groups import close_groups, open_groups
 from mone_megatron.parallel.world import World
-from mone_megatron.planning.flops import flops_per_step
+from mone_megatron.planning.flops import Flops, flops_per_step
 from mone_megatron.planning.parameters import ParameterCount, count_parameters
 from mone_megatron.train.checkpointer import Checkpointer
 from mone_megatron.train.hooks import build_hooks
+from mone_megatron.train.keep_ratio import KeepRatio
 from mone_megatron.train.loop import Hook, train
 from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
 from mone_megatron.train.run_directory import keep_metrics_up_to, now, open_run_directory, run_id
@@ -228,6 +229,13 @@ def _run(
     if start.step >= config.train.steps:
         say(f"nothing to train: the checkpoint is at train.steps={config.train.steps}")
 
+    def flops_at(step: int) -> Flops:
+        ratio = config.mone.keep_ratio_at(step)
+        if ratio == config.mone.keep_ratio:
+            return flops
+        mone = replace(config.mone, keep_ratio=ratio)
+        return flops_per_step(replace(config, mone=mone), data.vocab_size)
+
     def validation() -> Iterator[Batch]:
         assert valid_data is not None
         steps = config.train.eval_steps
@@ -258,7 +266,8 @@ def _run(
                 validation=validation if valid_data is not None else None,
                 auxiliary=AuxiliaryLosses(config, layout),
                 panel=UtilisationPanel(config, state.chunks),
-                flops=flops,
+                keep_ratio=KeepRatio(config.mone, state.chunks),
+                flops_at=flops_at,
                 hooks=hooks,
                 stop=stop,
                 start=start,
