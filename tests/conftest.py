@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -27,6 +29,34 @@ from mone_megatron.testing.processes import Processes  # noqa: E402
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("default")
+
+
+TESTS = Path(__file__).parent
+# Files that take longest, most of it in processes of their own.
+LONGEST = (
+    "integration/test_layouts_agree.py",
+    "integration/test_resume.py",
+    "planning/test_planning_ranks.py",
+    "faults/test_bad_loss.py",
+    "slurm/test_slurm.py",
+    "integration/test_pretrain.py",
+    "faults/test_signals.py",
+    "launch/test_torchrun.py",
+    "faults/test_kills.py",
+    "faults/test_checkpoint_contents.py",
+    "faults/test_row12_hangs.py",
+    "faults/test_full_disk.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, then those of many tests: none is begun when the other process is done.
+
+    pytest-xdist keeps this order with ``--no-loadscope-reorder``, as in ``make test``.
+    """
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (places.get(item.path, len(places)), -counts[item.path]))
 
 
 @pytest.fixture(scope="session")
