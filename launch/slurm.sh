@@ -66,6 +66,7 @@ while [[ $# -gt 0 ]]; do
         --no-requeue) requeue=no && shift ;;
         --dry-run) dry_run=yes && shift ;;
         -*)
+            [[ $1 != -m && $1 != --multirun ]] || fail "$1: is --sweep here"
             [[ $known == *" $1 "* ]] || fail "$1: unknown option; see launch/slurm.sh --help"
             need_value "$1" "$@"
             case $1 in
@@ -117,8 +118,9 @@ seconds() {
 if [[ -n $time_limit ]]; then
     limit=$(seconds "$time_limit")
     [[ -n $limit ]] || fail "--time: '$time_limit' is not a limit; write minutes, H:M:S or D-H:M:S"
-    [[ $requeue == no || $grace -lt $limit ]] ||
-        fail "--grace: $grace s are no less than --time=$time_limit ($limit s); give less, such as --grace $((limit / 4))"
+    # 0 is no limit.
+    [[ $requeue == no || $limit -eq 0 || $grace -lt $limit ]] ||
+        fail "--grace: $grace s are no less than --time=$time_limit ($limit s); give less, such as --grace $(((limit + 3) / 4))"
 fi
 
 # --- the site file

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -81,9 +81,21 @@ def check_overrides(
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
             continue
         if key == _SWEEPS and not multirun:
-            problems.append(f"{key}: an ablation is a sweep over several runs; add -m")
+            problems.append(
+                f"{key}: an ablation is a sweep over several runs; "
+                "add -m (launch/slurm.sh: --sweep)"
+            )
         elif override.is_sweep_override() and not multirun:
-            problems.append(f"{key}: several values need a sweep; add -m, or give one value")
+            problems.append(
+                f"{key}: several values need a sweep; "
+                "add -m (launch/slurm.sh: --sweep), or give one value"
+            )
+        elif override.is_interval_sweep() or (
+            isinstance(override.value(), Glob) and key not in groups
+        ):
+            # Hydra's sweeper has no use for these, and says so by a traceback or not at all.
+            value_text = text.partition("=")[2]
+            problems.append(f"{key}: {value_text} is not a list of values; write {key}=a,b")
         elif key in groups and not isinstance(override.value(), dict):
             problems.extend(_option_problems(override, groups[key]))
         elif key not in known:
@@ -171,11 +183,13 @@ def _forbidden(key: str, value: object, known: Sequence[str]) -> str | None:
 
 
 def _option_problems(override: Override, options: Sequence[str]) -> list[str]:
-    group = override.key_or_group
+    group, value = override.key_or_group, override.value()
+    if isinstance(value, Glob):
+        found = value.filter(list(options))
+        return [] if found else [f"{group}: no option is like {override.get_value_string()}"]
     if override.is_sweep_override():
         chosen = [str(value) for value in override.sweep_string_iterator()]
     else:
-        value = override.value()
         chosen = [str(item) for item in value] if isinstance(value, list) else [str(value)]
         if value is None:
             return [] if override.is_delete() else [f"{group}: null is not an option; use ~{group}"]

@@ -76,6 +76,9 @@ def spell_out_ablation(overrides: Sequence[str]) -> list[str]:
         ConfigError: for an ablation that is not there, or one without an experiment.
     """
     given = {key: value for key, _, value in (text.partition("=") for text in overrides)}
+    names = [text for text in overrides if text.startswith("ablation=")]
+    if len(names) > 1 or (names and "," in names[0]):
+        raise ConfigError(f"ablation: {' '.join(names)}: one at a time; submit a sweep for each")
     name = given.get("ablation")
     if name is None:
         return list(overrides)

@@ -98,6 +98,21 @@ def test_mistakes_are_one_line_with_the_key_and_a_hint(
     assert hint in problem
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("mone=glob(*)", None),
+        ("mone=glob(quarter*)", None),
+        ("mone=glob(nothing*)", "mone: no option is like glob(nothing*)"),
+        ("mone.keep_ratio=glob(*)", "mone.keep_ratio: glob(*) is not a list of values"),
+        ("mone.keep_ratio=interval(0,1)", "mone.keep_ratio: interval(0,1) is not a list of values"),
+    ],
+)
+def test_what_hydra_sweeps_over(override: str, told: str | None) -> None:
+    problems = check_overrides(["experiment=tiny_mone", override], multirun=True)
+    assert [problem.split(";")[0] for problem in problems] == ([told] if told else [])
+
+
 def test_all_mistakes_are_reported_at_once() -> None:
     assert len(problems_of(["stepz=1", "modle=tiny", "device=tpu"])) == 3
     assert len(problems_of(["train.steps=x", "optim.lr=y", "device.kind=z"])) == 3

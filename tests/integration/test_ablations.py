@@ -83,5 +83,6 @@ def test_an_ablation_without_a_sweep_is_refused() -> None:
     done = _run("-m", "mone_megatron.pretrain", "experiment=tiny_mone", "ablation=score")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: ablation: an ablation is a sweep over several runs; add -m"
+        "error: ablation: an ablation is a sweep over several runs; add -m "
+        "(launch/slurm.sh: --sweep)"
     ]

@@ -218,6 +218,8 @@ def test_a_sweep_with_names_and_folders_of_ones_own(tmp_path: Path) -> None:
         (["--sbatch", "exclusive", TINY], "'exclusive' is not an option of sbatch"),
         (["--max-parallel", "2", TINY], "--max-parallel: for sweeps"),
         (["--sweep", TINY], "--sweep: no key has several values"),
+        (["--sweep", TINY, "ablation=score,shared"], "ablation: ablation=score,shared: one at a"),
+        (["-m", TINY, "train.seed=1,2"], "-m: is --sweep here"),
         (["--sweep", TINY, "train.seed=range(1,"], "train.seed: cannot read"),
         (
             ["--sweep", TINY, "train.seed=interval(1,5)"],
