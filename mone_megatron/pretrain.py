@@ -101,14 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown := [flag for flag in flags if flag.split("=")[0] not in _FLAGS]:
             raise ConfigError([f"{flag}: not taken; use {', '.join(_FLAGS)}" for flag in unknown])
         if flags:
-            overrides = [
-                argument
-                for before, argument in zip(["", *arguments], arguments, strict=False)
-                if not argument.startswith("-") and before not in _FLAGS_WITH_VALUE
-            ]
+            overrides: list[str] = []
+            for_hydra: list[str] = []
+            for before, argument in zip(["", *arguments], arguments, strict=False):
+                is_override = not argument.startswith("-") and before not in _FLAGS_WITH_VALUE
+                (overrides if is_override else for_hydra).append(argument)
             multirun = "-m" in flags or "--multirun" in flags
             if problems := check_overrides(overrides, multirun=multirun):
                 raise ConfigError(problems)
+            # What it reads; overrides on both sides of a flag it would refuse.
+            sys.argv[1:] = [*for_hydra, *overrides]
             _hydra_main()
             return 0
         return pretrain(compose(arguments))
