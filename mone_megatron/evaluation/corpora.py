@@ -25,6 +25,7 @@ from mone_megatron.data.loader import SampleDataset
 from mone_megatron.data.prepare import PreparedData, prepare_data
 from mone_megatron.data.sidecar import read_sidecar, tokenizer_path
 from mone_megatron.data.tokenizer import load_tokenizer
+from mone_megatron.parallel.megatron_cpu import import_megatron
 
 Window = npt.NDArray[np.int64]
 
@@ -99,7 +100,8 @@ class RunValidation:
         _check_fingerprint(self.folder, prepared)
         _check_same_tokenizer(self.name, Path(prepared.tokenizer_dir), reader)
         _check_vocabulary(self.name, prepared.vocab_size - 1, reader)
-        # Imported late: megatron-core has to be imported for a device first (parallel/device.py).
+        # megatron-core is only to read data here, so it is imported for no device.
+        import_megatron(compile_fused=False)
         from mone_megatron.data.datasets import build_datasets
 
         _, valid = build_datasets(
@@ -111,6 +113,10 @@ class RunValidation:
         )
         assert valid is not None
         return _Samples(valid, train.eval_steps * train.global_batch_size)
+
+    def has_written(self, model: Path) -> bool:
+        """Whether a model is this run or one of its checkpoints."""
+        return model.resolve().is_relative_to(self.folder.resolve())
 
     def recorded(self, step: int | None = None) -> Recorded | None:
         """The trainer's own loss after ``step``, or the last it wrote; None when there is none."""

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -219,7 +220,8 @@ def _measure(
             progress=bar.update,
         )
     recorded = None
-    if isinstance(corpus, RunValidation) and settings.max_tokens is None:
+    whole = settings.max_tokens is None
+    if whole and isinstance(corpus, RunValidation) and corpus.has_written(Path(facts.where)):
         recorded = corpus.recorded(facts.step)
     return Measured(corpus.name, perplexity, recorded)
 
