@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -96,8 +97,8 @@ def _capture(session: Session, step: Callable[[], None]) -> _GateInputs:
     """Run a step and keep the inputs of its first layer's gate, in the last microbatch."""
     seen: list[_GateInputs] = []
 
-    def keep(module: torch.nn.Module, inputs: tuple[Tensor, Tensor, Tensor, Segments]) -> None:
-        gate_TF, up_TF, scale_T, segments = inputs
+    def keep(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        gate_TF, up_TF, scale_T, segments, _project = inputs
         gate_up_TF = torch.cat([gate_TF, up_TF], dim=-1).detach()
         seen.append(_GateInputs(gate_up_TF, scale_T.detach().clone(), segments))
 

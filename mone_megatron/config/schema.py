@@ -170,6 +170,9 @@ class MoNEConfig:
     score: Score = "abs_activation"
     # Which MLPs select: routed experts, the shared expert, dense layers.
     apply_to: tuple[MoNETarget, ...] = ("routed",)
+    # What the experts save for the backward pass: every neuron's values, or only those of the
+    # kept ones (docs/performance.md).
+    memory: Literal["full", "packed"] = "full"
     balance: NeuronBalanceConfig = field(default_factory=NeuronBalanceConfig)
     # The keep ratio over the first steps, so that an MoE with dense experts anneals into MoNE:
     # "constant" is keep_ratio from the first step, the others go down to it.
@@ -348,6 +351,9 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True)
+    # "auto" takes the fastest kernels for the experts' neurons: Triton's on CUDA. "reference" is
+    # plain torch, to compare with.
+    kernels: Literal["auto", "reference"] = "auto"
 class Config:
     """One run, whole."""
 

@@ -78,6 +78,7 @@ def validate(
         *_data(config),
         *_schedule(config),
         *_loss_faults(config),
+        *_eval_tasks(config),
         *_checkpoint(config.checkpoint),
         *_sharding(config),
         *_world(config.parallel, world_size),
@@ -176,6 +177,8 @@ def _ranges(config: Config) -> Iterator[str]:
         "optim.clip_grad": optim.clip_grad,
         "train.seed": train.seed,
         "train.eval_interval": train.eval_interval,
+        "train.eval_tasks_interval": train.eval_tasks_interval,
+        "train.eval_tasks_limit": train.eval_tasks_limit,
         "train.exit_after_minutes": train.exit_after_minutes,
         "train.max_skips": train.max_skips,
         "train.max_rollbacks": train.max_rollbacks,
@@ -488,6 +491,26 @@ def _mone(config: Config) -> Iterator[str]:
             )
     yield from _keep_ratio_schedule(config)
     yield from _neuron_balance_layout(mone, config.parallel)
+    yield from _packed_memory(mone, config.parallel)
+
+
+def _packed_memory(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """What the balance loss needs of neurons that packed mode forgets."""
+    if mone.memory == "full" or mone.balance.coeff == 0:
+        return
+    if mone.balance.weights == "all":
+        yield (
+            "mone.memory: packed forgets the neurons that are not kept, and the balance loss "
+            "weighs them with mone.balance.weights=all; use weights=selected, or mone.memory=full"
+        )
+    for target in mone.apply_to:
+        key = "expert_tensor" if target == "routed" else "tensor"
+        size = parallel.expert_tensor if target == "routed" else parallel.tensor
+        if size > 1:
+            yield (
+                f"mone.memory: packed saves nothing with a neuron balance loss where parallel.{key}"
+                f"={size} splits the neurons ({target}); use mone.memory=full, or parallel.{key}=1"
+            )
 
 
 def _keep_ratio_schedule(config: Config) -> Iterator[str]:
@@ -600,6 +623,33 @@ def _loss_faults(config: Config) -> Iterator[str]:
             "checkpoint.interval: 0 leaves train.on_bad_loss=rollback nothing to go back to; "
             "set checkpoint.interval, or train.on_bad_loss=skip"
         )
+
+
+def _eval_tasks(config: Config) -> Iterator[str]:
+    train = config.train
+    if not train.eval_tasks:
+        if train.eval_tasks_interval:
+            yield (
+                f"train.eval_tasks_interval: {train.eval_tasks_interval} with no train.eval_tasks; "
+                "name some, or use 0"
+            )
+        return
+    if train.eval_tasks_interval == 0:
+        yield (
+            "train.eval_tasks_interval: 0 never runs train.eval_tasks; use a number of steps, or "
+            "train.eval_tasks=[]"
+        )
+    if config.parallel.context > 1:
+        yield (
+            f"train.eval_tasks: not with parallel.context={config.parallel.context}, which splits "
+            "sequences; use tools/eval_hf.py on a checkpoint"
+        )
+    for package in ("lm_eval", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            yield (
+                f"train.eval_tasks: needs {package}, which is not installed; "
+                "pip install -e '.[hf]', or train.eval_tasks=[]"
+            )
 
 
 def _checkpoint(checkpoint: CheckpointConfig) -> Iterator[str]:

@@ -13,7 +13,7 @@ Shape suffixes: T tokens (rows), F neurons of one expert on this rank, S segment
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -23,12 +23,18 @@ from torch import Tensor
 from mone_megatron.kernels.reference import (
     ACTIVATIONS,
     Activate,
+    Packed,
     Score,
     TopK,
     WeightSums,
     neuron_scores,
 )
-from mone_megatron.kernels.triton_glu import backward_kernel, forward_kernel, segment_sums
+from mone_megatron.kernels.triton_glu import (
+    backward_kernel,
+    forward_kernel,
+    rebuild_kernel,
+    segment_sums,
+)
 from mone_megatron.kernels.triton_select import activation_kernel, topk_mask_kernel
 
 # Widest row that one program holds.
@@ -124,7 +130,6 @@ class _Settings:
 
     activation: str
     keep: Tensor | TopK | None
-    packed_width: int | None
     sums: WeightSums | None
 
 
@@ -136,6 +141,7 @@ class _FusedGLU(torch.autograd.Function):
         up_TF: Tensor,
         scale_T: Tensor | None,
         settings: _Settings,
+        packed: Packed | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         gate_TF, up_TF = _rows(gate_TF), _rows(up_TF)
         rows, neurons = gate_TF.shape
@@ -146,18 +152,18 @@ class _FusedGLU(torch.autograd.Function):
         bits = packed_gate = packed_up = scores_TF = mask_TF = None
         if keep is not None and saving:
             bits = new(rows, -(-neurons // 8), dtype=torch.uint8)
-            if settings.packed_width is not None:
-                packed_gate, packed_up = new(2, rows, settings.packed_width)
+            if packed is not None:
+                packed_gate, packed_up = new(2, rows, packed.width)
         if isinstance(keep, TopK):
             scores_TF = _given_scores(gate_TF, up_TF, keep.score, settings.activation)
         elif keep is not None:
             mask_TF = keep.contiguous().view(torch.int8)
         share_T = weight_sum_SF = kept_SF = None
-        partial = _Partial(gate_TF, sums) if sums is not None else None
-        if partial is not None and sums is not None and sums.normalize:
+        slots = _Slots(gate_TF, sums) if sums is not None else None
+        if slots is not None and sums is not None and sums.normalize:
             share_T = new(rows, dtype=torch.float32)
         block, warps = launch_shape(neurons)
-        rows_each = partial.rows_each if partial is not None else max(1, 512 // block)
+        rows_each = slots.rows_each if slots is not None else max(1, 512 // block)
         if rows:
             forward_kernel[(triton.cdiv(rows, rows_each),)](
                 gate_TF,
@@ -169,15 +175,15 @@ class _FusedGLU(torch.autograd.Function):
                 bits,
                 packed_gate,
                 packed_up,
-                partial.order_T if partial is not None else None,
-                partial.segment_T if partial is not None else None,
+                slots.order_T if slots is not None else None,
+                slots.segment_T if slots is not None else None,
                 share_T,
-                partial.weights if partial is not None else None,
-                partial.counts if partial is not None else None,
+                slots.weights if slots is not None else None,
+                slots.counts if slots is not None else None,
                 rows,
                 neurons,
                 keep.k if isinstance(keep, TopK) else 0,
-                settings.packed_width or 0,
+                packed.width if packed is not None else 0,
                 gate_TF.stride(0),
                 up_TF.stride(0),
                 scores_TF.stride(0) if scores_TF is not None else 0,
@@ -192,20 +198,26 @@ class _FusedGLU(torch.autograd.Function):
                 NORMALIZE=sums is not None and sums.normalize,
                 num_warps=warps,
             )
-        if partial is not None:
-            weight_sum_SF, kept_SF = partial.add_up()
+        if slots is not None:
+            weight_sum_SF, kept_SF = slots.add_up()
             ctx.mark_non_differentiable(kept_SF)
-        packed = packed_gate is not None
+        if packed_gate is not None and packed_up is not None and bits is not None:
+            assert packed is not None
+            gate_TF, up_TF = packed_gate, packed_up
+            packed.rebuild = partial(
+                _rebuild, packed_gate, packed_up, scale_T, bits, neurons, settings.activation
+            )
         ctx.save_for_backward(
-            packed_gate if packed_gate is not None else gate_TF,
-            packed_up if packed_up is not None else up_TF,
+            gate_TF,
+            up_TF,
             scale_T,  # type: ignore[arg-type]
             bits,  # type: ignore[arg-type]
             sums.segment_T if sums is not None else None,  # type: ignore[arg-type]
             share_T,  # type: ignore[arg-type]
         )
         ctx.set_materialize_grads(False)
-        ctx.settings, ctx.packed, ctx.neurons = settings, packed, neurons  # type: ignore[attr-defined]
+        ctx.settings, ctx.neurons = settings, neurons  # type: ignore[attr-defined]
+        ctx.packed = packed_gate is not None  # type: ignore[attr-defined]
         return hidden_TF, weight_sum_SF, kept_SF
 
     @staticmethod
@@ -214,7 +226,7 @@ class _FusedGLU(torch.autograd.Function):
         grad_hidden_TF: Tensor | None,
         grad_sum_SF: Tensor | None,
         _: None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         gate, up, scale_T, bits, segment_T, share_T = ctx.saved_tensors  # type: ignore[attr-defined]
         settings: _Settings = ctx.settings  # type: ignore[attr-defined]
         rows, neurons = gate.shape[0], ctx.neurons  # type: ignore[attr-defined]
@@ -249,14 +261,42 @@ class _FusedGLU(torch.autograd.Function):
                 NORMALIZE=share_T is not None,
                 num_warps=warps,
             )
-        return grad_gate_TF, grad_up_TF, grad_scale_T, None
+        return grad_gate_TF, grad_up_TF, grad_scale_T, None, None
+
+
+def _rebuild(
+    packed_gate: Tensor,
+    packed_up: Tensor,
+    scale_T: Tensor | None,
+    bits: Tensor,
+    neurons: int,
+    activation: str,
+) -> Tensor:
+    """The hidden values of a packed call, as its forward pass computed them."""
+    rows, width = packed_gate.shape
+    hidden_TF = packed_gate.new_empty(rows, neurons)
+    if rows:
+        block, warps = launch_shape(neurons)
+        rebuild_kernel[(rows,)](
+            packed_gate,
+            packed_up,
+            scale_T,
+            bits,
+            hidden_TF,
+            neurons,
+            width,
+            BLOCK=block,
+            ACTIVATION=activation,
+            num_warps=warps,
+        )
+    return hidden_TF
 
 
 def _score(keep: Tensor | TopK | None, *, given: bool) -> str:
     return keep.score if isinstance(keep, TopK) and not given else "given"
 
 
-class _Partial:
+class _Slots:
     """Where the forward kernel leaves the balance sums of each program, and their addition."""
 
     def __init__(self, gate_TF: Tensor, sums: WeightSums) -> None:
@@ -271,9 +311,9 @@ class _Partial:
         self.segment_T = segment_T
         each = triton.next_power_of_2(triton.cdiv(max(1, rows), _SUMMING_PROGRAMS))
         self.rows_each = min(_MOST_ROWS, each)
-        slots = triton.cdiv(rows, self.rows_each) + sums.segments
-        self.weights = gate_TF.new_empty(slots, neurons, dtype=torch.float32)
-        self.counts = gate_TF.new_empty(slots, neurons, dtype=torch.int32)
+        count = triton.cdiv(rows, self.rows_each) + sums.segments
+        self.weights = gate_TF.new_empty(count, neurons, dtype=torch.float32)
+        self.counts = gate_TF.new_empty(count, neurons, dtype=torch.int32)
 
     def add_up(self) -> tuple[Tensor, Tensor]:
         """``[S, F]`` fp32 each: sums of weights, counts of rows."""
@@ -301,7 +341,7 @@ def fused_glu(
     keep: Tensor | TopK | None,
     *,
     activate: Activate,
-    packed_width: int | None,
+    packed: Packed | None,
     sums: WeightSums | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Hidden values, and with ``sums`` the sums of weights and the counts.
@@ -310,8 +350,8 @@ def fused_glu(
     """
     if isinstance(keep, TopK) and keep.k >= gate_TF.shape[-1]:
         keep = None
-    settings = _Settings(_NAMES[activate], keep, packed_width, sums)
+    settings = _Settings(_NAMES[activate], keep, sums)
     outputs: tuple[Tensor, Tensor | None, Tensor | None] = _FusedGLU.apply(
-        gate_TF, up_TF, scale_T, settings
+        gate_TF, up_TF, scale_T, settings, packed
     )
     return outputs

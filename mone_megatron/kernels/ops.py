@@ -6,8 +6,8 @@
 
 :func:`use_kernels` turns the fast paths off; :func:`describe` says in words what is chosen.
 
-``packed_width`` is the memory mode. None saves gate and up for the backward pass. A number, the
-largest count of neurons that a row keeps, saves only the kept values of both and the mask as bits.
+``packed`` is the memory mode. None saves gate and up for the backward pass. With a ``Packed`` only
+the kept values of both and the mask as bits are saved (3.5 times less or better at r=1/4).
 
 Shape suffixes: T tokens (rows), F neurons of one expert on this rank, S segments of rows.
 """
@@ -21,8 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mone_megatron.kernels import cpu, packed, reference
-from mone_megatron.kernels.reference import Activate, Keep, TopK, WeightSums
+from mone_megatron.kernels import cpu, reference
+from mone_megatron.kernels.packed import Outputs, packed_glu, rebuilt_when_needed
+from mone_megatron.kernels.reference import Activate, Keep, Packed, TopK, WeightSums
+
+__all__ = [
+    "describe",
+    "rebuilt_when_needed",
+    "selected_glu",
+    "selected_glu_and_sums",
+    "topk_mask",
+    "use_kernels",
+]
 
 Kernels = Literal["auto", "reference"]
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
@@ -67,14 +77,14 @@ def selected_glu(
     scale_T: Tensor | None,
     activate: Activate = F.silu,
     *,
-    packed_width: int | None = None,
+    packed: Packed | None = None,
 ) -> Tensor:
     """``a * u`` at the neurons that ``keep`` names, times the router's weight of a row.
 
     As :func:`mone_megatron.kernels.reference.selected_glu`; a rule for ``keep`` lets one kernel
     select and multiply.
     """
-    hidden_TF, _, _ = _glu(gate_TF, up_TF, scale_T, keep, activate, packed_width, None)
+    hidden_TF, _, _ = _glu(gate_TF, up_TF, scale_T, keep, activate, packed, None)
     return hidden_TF
 
 
@@ -86,7 +96,7 @@ def selected_glu_and_sums(
     sums: WeightSums,
     activate: Activate = F.silu,
     *,
-    packed_width: int | None = None,
+    packed: Packed | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`selected_glu`, and what the balance loss asks of the kept neurons, in one pass.
 
@@ -97,7 +107,7 @@ def selected_glu_and_sums(
         scale_T: the router's probability of each row, or None.
         sums: the sums that are wanted.
         activate: a as a function of g.
-        packed_width: the memory mode, see above.
+        packed: the memory mode, see above.
 
     Returns:
         ``[T, F]`` hidden values; ``[S, F]`` fp32 sums over the rows of a segment of the weights;
@@ -107,14 +117,12 @@ def selected_glu_and_sums(
         ValueError: for weights of all neurons in packed memory mode, which lets the other values
             go.
     """
-    if packed_width is not None and sums.weights == "all":
+    if packed is not None and sums.weights == "all":
         raise ValueError(
             "mone.memory: packed forgets the neurons that are not kept, and "
             "mone.balance.weights=all needs them; use mone.memory=full or weights=selected"
         )
-    hidden_TF, weight_sum_SF, kept_SF = _glu(
-        gate_TF, up_TF, scale_T, keep, activate, packed_width, sums
-    )
+    hidden_TF, weight_sum_SF, kept_SF = _glu(gate_TF, up_TF, scale_T, keep, activate, packed, sums)
     assert weight_sum_SF is not None
     assert kept_SF is not None
     return hidden_TF, weight_sum_SF, kept_SF
@@ -126,9 +134,9 @@ def _glu(
     scale_T: Tensor | None,
     keep: Keep,
     activate: Activate,
-    packed_width: int | None,
+    packed: Packed | None,
     sums: WeightSums | None,
-) -> packed.Outputs:
+) -> Outputs:
     if _on_triton(gate_TF):
         from mone_megatron.kernels import fused
 
@@ -139,7 +147,7 @@ def _glu(
                 scale_T,
                 keep,
                 activate=activate,
-                packed_width=packed_width,
+                packed=packed,
                 sums=sums,
             )
     mask_TF = keep
@@ -150,8 +158,12 @@ def _glu(
     assert not isinstance(mask_TF, TopK)
 
     def run(
-        gate_TF: Tensor, up_TF: Tensor, scale_T: Tensor | None, mask_TF: Tensor | None
-    ) -> packed.Outputs:
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        scale_T: Tensor | None,
+        mask_TF: Tensor | None,
+        sums: WeightSums | None,
+    ) -> Outputs:
         on_cpu = _chosen == "auto" and not gate_TF.is_cuda
         if on_cpu and cpu.supports(gate_TF, up_TF, scale_T, activate=activate, sums=sums):
             return cpu.selected_swiglu(gate_TF, up_TF, scale_T, mask_TF, sums)
@@ -161,6 +173,7 @@ def _glu(
         assert mask_TF is not None
         return hidden_TF, *reference.weight_sums(gate_TF, mask_TF, sums, activate)
 
-    if packed_width is not None and mask_TF is not None:
-        return packed.packed_glu(gate_TF, up_TF, scale_T, mask_TF, run)
-    return run(gate_TF, up_TF, scale_T, mask_TF)
+    saving = torch.is_grad_enabled() and (gate_TF.requires_grad or up_TF.requires_grad)
+    if packed is not None and mask_TF is not None and saving:
+        return packed_glu(gate_TF, up_TF, scale_T, mask_TF, run, sums, packed)
+    return run(gate_TF, up_TF, scale_T, mask_TF, sums)

@@ -10,15 +10,18 @@ of a row's bits, V kept values of all rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mone_megatron.kernels.reference import Packed, WeightSums
+
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
-# (gate, up, scale, mask) to hidden values, sums of weights and counts.
-Run = Callable[[Tensor, Tensor, Tensor | None, Tensor], Outputs]
+# (gate, up, scale, mask, sums) to hidden values, sums of weights and counts.
+Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, WeightSums | None], Outputs]
 
 
 def pack_bits(mask_TF: Tensor) -> Tensor:
@@ -45,6 +48,27 @@ def _spread(values_V: Tensor, mask_TF: Tensor) -> Tensor:
     return values_V.new_zeros(mask_TF.shape).masked_scatter_(mask_TF, values_V)
 
 
+@contextmanager
+def rebuilt_when_needed(hidden_TF: Tensor, packed: Packed) -> Iterator[None]:
+    """Operations in here that save ``hidden_TF`` save how to rebuild it instead."""
+    rebuild = packed.rebuild
+
+    def forget(tensor: Tensor) -> Tensor | tuple[Callable[[], Tensor], torch.Size]:
+        same = tensor.data_ptr() == hidden_TF.data_ptr() and tensor.numel() == hidden_TF.numel()
+        if rebuild is None or not same or not tensor.is_contiguous():
+            return tensor
+        return rebuild, tensor.shape
+
+    def recall(saved: Tensor | tuple[Callable[[], Tensor], torch.Size]) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        again, shape = saved
+        return again().view(shape)
+
+    with torch.autograd.graph.saved_tensors_hooks(forget, recall):
+        yield
+
+
 class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -54,16 +78,23 @@ class _Packed(torch.autograd.Function):
         scale_T: Tensor | None,
         mask_TF: Tensor,
         run: Run,
+        sums: WeightSums | None,
+        packed: Packed,
     ) -> Outputs:
-        hidden_TF, weight_sum_SF, kept_SF = run(gate_TF, up_TF, scale_T, mask_TF)
-        ctx.save_for_backward(
-            gate_TF.masked_select(mask_TF),
-            up_TF.masked_select(mask_TF),
-            scale_T,  # type: ignore[arg-type]
-            pack_bits(mask_TF),
-        )
+        hidden_TF, weight_sum_SF, kept_SF = run(gate_TF, up_TF, scale_T, mask_TF, sums)
+        gate_V, up_V = gate_TF.masked_select(mask_TF), up_TF.masked_select(mask_TF)
+        bits_TB, neurons = pack_bits(mask_TF), gate_TF.shape[-1]
+        ctx.save_for_backward(gate_V, up_V, scale_T, bits_TB)  # type: ignore[arg-type]
+
+        def rebuild() -> Tensor:
+            mask_TF = unpack_bits(bits_TB, neurons)
+            gate_TF, up_TF = _spread(gate_V, mask_TF), _spread(up_V, mask_TF)
+            with torch.no_grad():
+                return run(gate_TF, up_TF, scale_T, mask_TF, None)[0]
+
+        packed.rebuild = rebuild
         ctx.set_materialize_grads(False)
-        ctx.run, ctx.neurons = run, gate_TF.shape[-1]  # type: ignore[attr-defined]
+        ctx.run, ctx.neurons, ctx.sums = run, neurons, sums  # type: ignore[attr-defined]
         if kept_SF is not None:
             ctx.mark_non_differentiable(kept_SF)
         return hidden_TF, weight_sum_SF, kept_SF
@@ -74,7 +105,7 @@ class _Packed(torch.autograd.Function):
         grad_hidden_TF: Tensor | None,
         grad_sum_SF: Tensor | None,
         _: None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, None, None, None, None]:
         gate_V, up_V, scale_T, bits_TB = ctx.saved_tensors  # type: ignore[attr-defined]
         mask_TF = unpack_bits(bits_TB, ctx.neurons)  # type: ignore[attr-defined]
         gate_TF = _spread(gate_V, mask_TF).requires_grad_()
@@ -84,7 +115,13 @@ class _Packed(torch.autograd.Function):
             scale_T = scale_T.detach().requires_grad_()
             leaves.append(scale_T)
         with torch.enable_grad():
-            hidden_TF, weight_sum_SF, _kept = ctx.run(gate_TF, up_TF, scale_T, mask_TF)  # type: ignore[attr-defined]
+            hidden_TF, weight_sum_SF, _kept = ctx.run(  # type: ignore[attr-defined]
+                gate_TF,
+                up_TF,
+                scale_T,
+                mask_TF,
+                ctx.sums,  # type: ignore[attr-defined]
+            )
         outputs, grads = [], []
         for output, grad in ((hidden_TF, grad_hidden_TF), (weight_sum_SF, grad_sum_SF)):
             if grad is not None:
@@ -92,12 +129,18 @@ class _Packed(torch.autograd.Function):
                 grads.append(grad)
         gradients = torch.autograd.grad(outputs, leaves, grads, materialize_grads=True)
         grad_scale_T = gradients[2] if scale_T is not None else None
-        return gradients[0], gradients[1], grad_scale_T, None, None
+        return gradients[0], gradients[1], grad_scale_T, None, None, None, None
 
 
 def packed_glu(
-    gate_TF: Tensor, up_TF: Tensor, scale_T: Tensor | None, mask_TF: Tensor, run: Run
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    scale_T: Tensor | None,
+    mask_TF: Tensor,
+    run: Run,
+    sums: WeightSums | None,
+    packed: Packed,
 ) -> Outputs:
-    """``run(gate, up, scale, mask)``, saving only what the kept neurons need."""
-    outputs: Outputs = _Packed.apply(gate_TF, up_TF, scale_T, mask_TF, run)
+    """``run(gate, up, scale, mask, sums)``, saving only what the kept neurons need."""
+    outputs: Outputs = _Packed.apply(gate_TF, up_TF, scale_T, mask_TF, run, sums, packed)
     return outputs

@@ -47,6 +47,20 @@ class TopK:
 Keep = Tensor | TopK | None
 
 
+@dataclass
+class Packed:
+    """The packed memory mode of one call: only what the kept neurons need is saved for backward.
+
+    Attributes:
+        width: the largest number of neurons that a row keeps.
+        rebuild: filled in by the call when something is saved: gives the hidden values again, from
+            what is saved, so that whoever needs them in the backward pass need not keep them.
+    """
+
+    width: int
+    rebuild: Callable[[], Tensor] | None = None
+
+
 @dataclass(frozen=True)
 class WeightSums:
     """Asks for sums of the neurons' weights over groups of rows: what the balance loss is made of.

@@ -182,6 +182,37 @@ def forward_kernel(
 
 
 @triton.jit
+def rebuild_kernel(
+    # [T, K] each, [T], [T, ceil(F/8)].
+    packed_gate: tl.tensor,
+    packed_up: tl.tensor,
+    scale: tl.tensor,
+    bits: tl.tensor,
+    # Written: [T, F].
+    hidden: tl.tensor,
+    neurons: tl.tensor,
+    packed_width: tl.tensor,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+) -> None:
+    """Hidden values once more, from packed values. One program a row. Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    lane_N = tl.arange(0, BLOCK)
+    byte_B = tl.arange(0, BLOCK // 8)
+    width = (neurons + 7) // 8
+    bits_B = tl.load(bits + row * width + byte_B, mask=byte_B < width, other=0)
+    kept_N = kept_from(bits_B, BLOCK)
+    place_N = row * packed_width + tl.cumsum(kept_N, axis=0) - kept_N
+    gate_N = tl.load(packed_gate + place_N, mask=kept_N != 0, other=0.0).to(tl.float32)
+    up_N = tl.load(packed_up + place_N, mask=kept_N != 0, other=0.0).to(tl.float32)
+    value_N = activation(gate_N, ACTIVATION) * up_N * kept_N.to(tl.float32)
+    if scale is not None:
+        value_N = value_N * tl.load(scale + row).to(tl.float32)
+    at = hidden + row * neurons
+    tl.store(at + lane_N, value_N.to(hidden.dtype.element_ty), mask=lane_N < neurons)
+
+
+@triton.jit
 def segment_sums(
     # [S + 1]: where each segment starts in segment order.
     starts: tl.tensor,

@@ -105,6 +105,7 @@ def neuron_settings(mone: MoNEConfig, target: str) -> NeuronSettings | None:
     return NeuronSettings(
         NeuronSelection(mone.keep_ratio, mone.score),
         NeuronBalance(mone.balance.coeff, mone.balance.weights, mone.balance.normalize),
+        mone.memory,
     )
 
 

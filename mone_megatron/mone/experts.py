@@ -110,12 +110,15 @@ class GroupedExperts(MegatronModule):
             gate_up_TF = tokens_TH @ self.gate_up_weight[0].flatten(0, 1).T
             gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
             return self.neuron_gate(gate_TF, up_TF, probs_T, segments) @ self.down_weight[0], None
+
+        def project_down(hidden_TF: Tensor) -> Tensor:
+            return F.grouped_mm(hidden_TF, self.down_weight, offs=ends_E)
+
         ends_E = tokens_per_expert_E.to(tokens_TH.device).cumsum(0).to(torch.int32)
         gate_up_EHF = self.gate_up_weight.flatten(1, 2).transpose(1, 2)
         gate_up_TF = F.grouped_mm(tokens_TH, gate_up_EHF, offs=ends_E)
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        hidden_TF = self.neuron_gate(gate_TF, up_TF, probs_T, segments)
-        return F.grouped_mm(hidden_TF, self.down_weight, offs=ends_E), None
+        return self.neuron_gate(gate_TF, up_TF, probs_T, segments, project_down), None
 
     def sharded_state_dict(
         self,

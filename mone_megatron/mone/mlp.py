@@ -36,9 +36,13 @@ def _forward(mlp: MLP, gate: NeuronGate, hidden_states: Tensor) -> tuple[Tensor,
     gate_up, _ = mlp.linear_fc1(hidden_states)
     gate_TF, up_TF = gate_up.flatten(0, -2).chunk(2, dim=-1)
     index_T = torch.zeros(gate_TF.shape[0], dtype=torch.long, device=gate_TF.device)
-    hidden_TF = gate(gate_TF, up_TF, None, Segments(index_T, 1, _context_group(), in_order=True))
-    output, _ = mlp.linear_fc2(hidden_TF.view(*gate_up.shape[:-1], -1))
-    return output, None
+
+    def project_down(hidden_TF: Tensor) -> Tensor:
+        output: Tensor = mlp.linear_fc2(hidden_TF.view(*gate_up.shape[:-1], -1))[0]
+        return output
+
+    segments = Segments(index_T, 1, _context_group(), in_order=True)
+    return gate(gate_TF, up_TF, None, segments, project_down), None
 
 
 def _context_group() -> dist.ProcessGroup | None:

@@ -8,6 +8,7 @@ tokens of one microbatch), E experts on this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,7 +23,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mone_megatron.kernels import ops
-from mone_megatron.kernels.reference import Activate, Keep, WeightSums, segment_matrix
+from mone_megatron.kernels.reference import (
+    Activate,
+    Keep,
+    Packed,
+    WeightSums,
+    segment_matrix,
+)
 from mone_megatron.mone.balance import (
     NeuronBalance,
     balance_of_sums,
@@ -106,23 +113,44 @@ class NeuronGate(MegatronModule):
         self.activate: Activate = config.activation_func
         self.balance = settings.balance if settings else NeuronBalance()
         self.topk: NeuronTopK | None = None
-        self.packed = False
+        self.memory = settings.memory if settings else "full"
         # Keeping all neurons is the plain expert: the same code, bit for bit.
         if settings is not None and settings.selection.kept(neurons) < neurons:
             self.topk = NeuronTopK(settings.selection, neurons, neuron_group, self.activate)
-            self.packed = settings.memory == "packed"
 
     def forward(
-        self, gate_TF: Tensor, up_TF: Tensor, scale_T: Tensor | None, segments: Segments
+        self,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        scale_T: Tensor | None,
+        segments: Segments,
+        project: Callable[[Tensor], Tensor] = lambda hidden_TF: hidden_TF,
     ) -> Tensor:
-        """The input of the down projection, ``[T, F]``.
+        """The down projection of the unit's hidden values.
 
         Args:
             gate_TF: gate projections, this rank's neurons.
             up_TF: up projections.
             scale_T: the router's probability of each row, or None.
             segments: which rows belong together for the balance loss.
+            project: the down projection of ``[T, F]`` hidden values; by default they are returned.
+                In packed memory mode what it saves of them is rebuilt in the backward pass.
         """
+        packed = self._packed(gate_TF)
+        hidden_TF = self._hidden(gate_TF, up_TF, scale_T, segments, packed)
+        if packed is None:
+            return project(hidden_TF)
+        with ops.rebuilt_when_needed(hidden_TF, packed):
+            return project(hidden_TF)
+
+    def _hidden(
+        self,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        scale_T: Tensor | None,
+        segments: Segments,
+        packed: Packed | None,
+    ) -> Tensor:
         # Under activation recomputation the first forward runs without gradients: observe once.
         observing = self.training and torch.is_grad_enabled()
         collecting = observing and self.usage.collecting
@@ -134,11 +162,10 @@ class NeuronGate(MegatronModule):
             self.usage.add_tokens(tokens_ME.sum(dim=0))
         keep = self._keep(gate_TF, up_TF, look=collecting)
         if keep is None or not observing or not (collecting or self._balancing):
-            width = self._packed_width(gate_TF)
-            return ops.selected_glu(
-                gate_TF, up_TF, keep, scale_T, self.activate, packed_width=width
-            )
-        hidden_TF, weight_sum_SF, kept_SF = self._with_sums(gate_TF, up_TF, keep, scale_T, segments)
+            return ops.selected_glu(gate_TF, up_TF, keep, scale_T, self.activate, packed=packed)
+        hidden_TF, weight_sum_SF, kept_SF = self._with_sums(
+            gate_TF, up_TF, keep, scale_T, segments, packed
+        )
         if segment_ST is not None:
             assert isinstance(keep, Tensor)
             self._count(gate_TF, keep, kept_SF, segment_ST, segments.num_microbatches)
@@ -156,20 +183,26 @@ class NeuronGate(MegatronModule):
             return mask_TF
         return self.topk.rule
 
-    def _packed_width(self, gate_TF: Tensor) -> int | None:
-        """The most neurons that a row keeps on this rank, in packed memory mode."""
-        if not self.packed:
+    def _packed(self, gate_TF: Tensor) -> Packed | None:
+        """The memory mode of one call."""
+        if self.topk is None or self.memory == "full":
             return None
-        assert self.topk is not None
-        return min(self.topk.kept, gate_TF.shape[-1])
+        # Of a row that is spread over ranks, each may keep all that the row keeps.
+        return Packed(min(self.topk.kept, gate_TF.shape[-1]))
 
     def _with_sums(
-        self, gate_TF: Tensor, up_TF: Tensor, keep: Keep, scale_T: Tensor | None, segments: Segments
+        self,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        keep: Keep,
+        scale_T: Tensor | None,
+        segments: Segments,
+        packed: Packed | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden values, and sums of weights and counts of kept neurons over each segment."""
         num_segments = segments.num_microbatches * self.num_local_experts
-        balance, width = self.balance, self._packed_width(gate_TF)
-        if self.neuron_group is None and (balance.weights == "selected" or not self.packed):
+        balance = self.balance
+        if self.neuron_group is None and (balance.weights == "selected" or packed is None):
             sums = WeightSums(
                 segments.index_T,
                 num_segments,
@@ -178,14 +211,12 @@ class NeuronGate(MegatronModule):
                 segments.in_order,
             )
             return ops.selected_glu_and_sums(
-                gate_TF, up_TF, keep, scale_T, sums, self.activate, packed_width=width
+                gate_TF, up_TF, keep, scale_T, sums, self.activate, packed=packed
             )
         # A row's sum runs over ranks, or over neurons that packed mode forgets.
         mask_TF = keep if isinstance(keep, Tensor) else self._keep(gate_TF, up_TF, look=True)
         assert isinstance(mask_TF, Tensor)
-        hidden_TF = ops.selected_glu(
-            gate_TF, up_TF, mask_TF, scale_T, self.activate, packed_width=width
-        )
+        hidden_TF = ops.selected_glu(gate_TF, up_TF, mask_TF, scale_T, self.activate, packed=packed)
         segment_ST = segment_matrix(segments.index_T, num_segments)
         with torch.set_grad_enabled(balance.coeff > 0):
             weight_sum_SF = segment_ST @ neuron_weights(

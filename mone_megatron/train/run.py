@@ -22,6 +22,7 @@ from mone_megatron.config.validate import Layout
 from mone_megatron.data.datasets import build_datasets
 from mone_megatron.data.loader import MicrobatchSampler, SampleDataset, build_loader
 from mone_megatron.data.prepare import PreparedData
+from mone_megatron.kernels import ops
 from mone_megatron.model.specs import have_transformer_engine
 from mone_megatron.parallel.device import Device, open_process_group
 from mone_megatron.parallel.groups import close_groups, open_groups
@@ -119,7 +120,8 @@ def _introduce(
         f"{parameters.activated_neurons_only:,} by neurons only)"
     )
     say(
-        f"on {device.hardware}; {device.dtype}, {modules} modules; "
+        f"on {device.hardware}; {device.dtype}, {modules} modules, "
+        f"{ops.describe(device.torch_device)}; "
         f"TP{parallel.tensor} PP{parallel.pipeline} CP{parallel.context} EP{parallel.expert} "
         f"ETP{parallel.expert_tensor} DP{layout.data}, "
         f"{layout.num_microbatches} microbatches a step"
@@ -197,6 +199,7 @@ def _run(
     assert train_data is not None
     state = build_state(config, layout, device, data.vocab_size)
     parameters = count_parameters(config.model, config.mone, data.vocab_size)
+    ops.use_kernels(config.device.kernels)
     flops = flops_per_step(config, data.vocab_size)
     folder = Path(config.run.dir)
     checkpointer = Checkpointer(

@@ -39,9 +39,12 @@ def run_identity(
     config: Config, *, data_fingerprint: str, vocab_size: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What a checkpoint says of the run it belongs to: plain values by configuration key."""
+    mone = asdict(config.mone)
+    # Changes what is kept in memory, and no number.
+    del mone["memory"]
     return {
         **_flat("model", asdict(config.model)),
-        **_flat("mone", asdict(config.mone)),
+        **_flat("mone", mone),
         **_flat("optim", asdict(config.optim)),
         "train.seed": config.train.seed,
         "train.seq_length": config.train.seq_length,

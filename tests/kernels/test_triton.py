@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mone_megatron.kernels import reference
-from mone_megatron.kernels.reference import ACTIVATIONS, Score, TopK, WeightSums
+from mone_megatron.kernels.reference import ACTIVATIONS, Packed, Score, TopK, WeightSums
 
 fused = pytest.importorskip("mone_megatron.kernels.fused", reason="Triton is not installed")
 
@@ -139,7 +139,7 @@ def run(case: Case) -> Results:
         leaves[2] if len(leaves) > 2 else None,
         keep,
         activate=ACTIVATIONS[case.activation],
-        packed_width=case.k if case.packed else None,
+        packed=Packed(case.k) if case.packed else None,
         sums=case.sums(),
     )
     assert hidden.dtype is case.dtype
@@ -196,7 +196,7 @@ def masks(case: Case) -> Tensor:
         None,
         TopK(case.k, case.score),
         activate=ACTIVATIONS[case.activation],
-        packed_width=None,
+        packed=None,
         sums=sums,
     )
     return kept.bool()
@@ -310,7 +310,7 @@ def test_each_output_backpropagates_alone(which: int) -> None:
                 scale,
                 keep,
                 activate=ACTIVATIONS["silu"],
-                packed_width=None,
+                packed=None,
                 sums=sums,
             )
         else:
@@ -349,7 +349,7 @@ def test_packed_mode_saves_a_third_or_less(dtype: torch.dtype) -> None:
                 None,
                 TopK(16, "abs_activation"),
                 activate=ACTIVATIONS["silu"],
-                packed_width=16 if packed else None,
+                packed=Packed(16) if packed else None,
                 sums=None,
             )
         sizes.append(sum(storages.values()))
