@@ -270,6 +270,13 @@ class TrainConfig:
     eval_interval: int = 0
     # Global batches per evaluation.
     eval_steps: int = 4
+    # Tasks of lm-evaluation-harness to run on the model meanwhile: names, YAML files or lists of
+    # names (docs/evaluation.md).
+    eval_tasks: tuple[str, ...] = ()
+    # Run them every so many steps, and after the last; 0 for never.
+    eval_tasks_interval: int = 0
+    # Questions of each task; 0 for all.
+    eval_tasks_limit: int = 0
     # "selective" recomputes the activations of attention and the MoE layer; "full" whole layers.
     recompute: Literal["none", "selective", "full"] = "none"
     # Save and stop at the end of the step after so many minutes of the run, with the exit code that
@@ -344,6 +351,9 @@ class DeviceConfig:
     kind: Literal["auto", "cuda", "cpu"] = "auto"
     # "auto": bf16 on CUDA, fp32 on CPU.
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    # "auto" takes the fastest kernels for the experts' neurons: Triton's on CUDA. "reference" is
+    # plain torch, to compare with.
+    kernels: Literal["auto", "reference"] = "auto"
     # Compute threads of one process on CPU; 0 shares the cores among the processes of the machine.
     threads: int = 0
     # Seconds without progress after which the run ends, naming the rank at fault.
@@ -351,9 +361,6 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True)
-    # "auto" takes the fastest kernels for the experts' neurons: Triton's on CUDA. "reference" is
-    # plain torch, to compare with.
-    kernels: Literal["auto", "reference"] = "auto"
 class Config:
     """One run, whole."""
 
