@@ -1,9 +1,9 @@
 """Bytes that one forward pass of a microbatch keeps for its backward pass, tensor by tensor.
 
 Each entry is a tensor that autograd saves (of several views of one storage, the storage), named
-after what it is. Two sets of kernels differ: on CPU in fp32 SwiGLU with selection is one function,
-and RMSNorm keeps fp32 copies; on CUDA the definition in :mod:`mone_megatron.kernels.reference` runs
-in bf16 with torch's fused RMSNorm.
+after what it is. Two sets of kernels differ: on CPU SwiGLU with selection is one function in fp32
+only, and RMSNorm keeps fp32 copies; on CUDA selection and gated unit are Triton's
+(:mod:`mone_megatron.kernels.fused`), and RMSNorm is torch's fused one.
 
 Symbols: n tokens of a microbatch on this context-parallel rank, s of them on a rank where they are
 split over the tensor-parallel ranks, e bytes of an activation, h hidden size, T rows that the
@@ -85,7 +85,7 @@ def whole_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
     saved |= {"MLP": mlp}
     if selecting:
         width = model.dense_ffn_hidden_size // tensor
-        saved |= {"MoNE masks": n * width}
+        saved |= {"MoNE masks": n * _mask(config, numerics, width)}
         saved |= _balance(config, numerics, n, width, segments=1, split=tensor > 1)
     return saved
 
@@ -96,9 +96,16 @@ def split_tokens(config: Config) -> int:
 
 
 def _one_function(config: Config, numerics: Numerics) -> bool:
-    """Whether SwiGLU with selection is one autograd function (``kernels.ops``)."""
+    """Whether the gated unit with selection is one autograd function (``kernels.ops``)."""
     silu = config.model.activation == "silu"
-    return silu and numerics.kernels == "cpu" and numerics.bytes == 4
+    return numerics.kernels == "cuda" or (silu and numerics.bytes == 4)
+
+
+def _mask(config: Config, numerics: Numerics, width: int) -> int:
+    """Bytes a row of the mask of ``width`` neurons: bits, or on CPU in full mode whole bytes."""
+    if numerics.kernels == "cuda" or config.mone.memory == "packed":
+        return -(-width // 8)
+    return width
 
 
 def _norm(numerics: Numerics, tokens: int, width: int, *, heads: int, copied: bool) -> int:
@@ -184,20 +191,25 @@ def _gated_mlp(
 ) -> int:
     """An MLP of megatron-core's, or one that selects neurons, from its first projection on."""
     if selecting:
-        kept = _selected_glu(config, numerics)
-    else:
-        # The activation, a copy of the up part and the input of the last projection; and gate and
-        # up, of which SiLU keeps the gate.
-        kept = (5 if config.model.activation == "silu" else 3) + _squares(config)
+        return tokens * _selected_glu(config, numerics, width) * numerics.bytes
+    # The activation, a copy of the up part and the input of the last projection; and gate and up,
+    # of which SiLU keeps the gate.
+    kept = (5 if config.model.activation == "silu" else 3) + _squares(config)
     return tokens * kept * width * numerics.bytes
 
 
-def _selected_glu(config: Config, numerics: Numerics) -> int:
-    """Tensors of one value a neuron: gate and up, the activation, the last projection's input.
+def _selected_glu(
+    config: Config, numerics: Numerics, width: int, *, selecting: bool = True, scaled: bool = False
+) -> int:
+    """Values a row: gate and up, the activation, the last projection's input, of each neuron.
 
-    As one function it keeps the gate and computes the activation again.
+    As one function it keeps the gate and computes the activation again. Otherwise the product
+    that the router's weight scales is kept, too, where there is one (``scaled``).
     """
-    return 3 if _one_function(config, numerics) else 4 + _squares(config)
+    if selecting and config.mone.memory == "packed":
+        # Of each rank of several that share the neurons, its part of what is kept.
+        return 2 * neurons_kept(config.mone.keep_ratio, width)
+    return width * (3 if _one_function(config, numerics) else 4 + _squares(config) + scaled)
 
 
 def _squares(config: Config) -> int:
@@ -210,15 +222,14 @@ def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
     rows = expert_rows(config, numerics.imbalance)
     width, experts = expert_width(config), model.num_experts
     selecting = selects_neurons(config, "routed", model.expert_ffn_hidden_size)
-    # Where it is not one function, the product that the router's weight scales is kept, too.
-    kept = _selected_glu(config, numerics) + (0 if _one_function(config, numerics) else 1)
+    kept = _selected_glu(config, numerics, width, selecting=selecting, scaled=True)
     saved: Saved = {
         "router": s * _router(config),
         "MoE dispatch": s * experts * 5 + _dispatch(config, numerics, s, rows),
-        "experts' gate, up and products": rows * (kept * width * e + 4),
+        "experts' gate, up and products": rows * (kept * e + 4),
     }
     if selecting:
-        saved["MoNE masks"] = rows * width
+        saved["MoNE masks"] = rows * _mask(config, numerics, width)
         segments = local_experts(config) * _microbatches_that_meet(config)
         split = config.parallel.expert_tensor > 1
         saved |= _balance(config, numerics, rows, width, segments=segments, split=split)
@@ -229,7 +240,7 @@ def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
         if model.shared_expert_gate:
             size += s * (model.hidden_size * e + 2 * e)
         if selecting_shared:
-            size += n * shared // tensor
+            size += n * _mask(config, numerics, shared // tensor)
             balance = _balance(config, numerics, n, shared // tensor, segments=1, split=tensor > 1)
             size += sum(balance.values())
         saved["shared expert"] = size
@@ -277,6 +288,11 @@ def _balance(
     """The weights of the neurons and which segment a row is of, for the neuron balance loss."""
     balance = config.mone.balance
     if balance.coeff == 0:
+        return {}
+    if numerics.kernels == "cuda" and not split:
+        # The segment of each row, and with normalisation one over its sum of weights.
+        return {"neuron balance": rows * (8 + 4 * balance.normalize)}
+    if config.mone.memory == "packed":
         return {}
     plain = _one_function(config, numerics) and balance.weights == "selected" and not split
     # In one function: |a|. Otherwise |a| before and after normalisation, and the two sums of a row.

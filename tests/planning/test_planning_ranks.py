@@ -181,6 +181,7 @@ ACTIVATIONS = [
     ["experiment=tiny_moe", "model.num_experts=0", "train.recompute=selective"],
     ["experiment=tiny_moe", *MIXED, "model.activation=relu2", "model.qk_norm_scope=all_heads"],
     ["experiment=tiny_mone", *MIXED, *EVERYWHERE, "model.activation=relu2"],
+    ["experiment=tiny_mone", *MIXED, *EVERYWHERE, "mone.memory=packed"],
     ["experiment=tiny_moe", *LATENT],
     ["experiment=tiny_moe", *LATENT, "train.recompute=selective", "model.mla.v_head_dim=40"],
     ["experiment=tiny_moe", *LATENT, "model.mla.q_lora_rank=20", "model.mla.v_head_dim=24"],
