@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from mone_megatron.config.schema import DeviceConfig
 from mone_megatron.parallel import megatron_cpu
 from mone_megatron.parallel.world import World
+
+# Numbers the process groups of this process, one for each run of a sweep.
+_opened = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,14 @@ def open_process_group(device: Device, world: World, timeout_seconds: int) -> No
             device_id=device_id,
         )
         return
+    store, rank, size = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+    store.set_timeout(timeout)
+    # torchrun's store outlives a run: the next one of a sweep would find its addresses there.
     dist.init_process_group(
-        backend, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id
+        backend,
+        store=dist.PrefixStore(f"run_{next(_opened)}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device_id,
     )

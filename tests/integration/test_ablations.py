@@ -55,8 +55,12 @@ def test_every_point_of_the_sweep_is_a_valid_run(path: Path, experiment: str) ->
 def test_a_sweep_runs_and_is_compared(tmp_path: Path) -> None:
     dirs = "run.dir=" + str(tmp_path) + "/${hydra:runtime.choices.mone}"
     arguments = ("experiment=tiny_mone", "train.steps=1", *QUIET, dirs)
-    # As `make ablation` does: overrides before and after the flag.
-    done = _run("-m", "mone_megatron.pretrain", "device=cpu", "-m", "ablation=shared", *arguments)
+    # As `make ablation` does: two processes, overrides before and after the flag.
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    done = _run(
+        *(*launcher, "-m", "mone_megatron.pretrain", "device=cpu"),
+        *("-m", "ablation=shared", *arguments),
+    )
     assert done.returncode == 0, done.stderr
     folders = sorted(path for path in tmp_path.iterdir() if path.is_dir())
     assert len(folders) == 4
