@@ -22,6 +22,7 @@ from mone_megatron.analysis.runs import METRICS_FILE, Run, Series, load_run
 
 REPORT_FILE = "report.html"
 
+_TASK_PREFIX, _STDERR = "eval/", "_stderr"
 _BALANCE_LOSS = re.compile(r"(router|mone)/\w*loss")
 _BALANCE_TITLES = {
     "router/load_balancing_loss": "Expert balance loss (per batch)",
@@ -63,6 +64,7 @@ def report_page(run: Run) -> str:
     page = Page(f"{run.name}: training report")
     _head(page, run)
     _loss(page, run)
+    _tasks(page, run)
     _balance(page, run)
     _optimisation(page, run)
     _experts(page, run)
@@ -197,6 +199,25 @@ def _balance(page: Page, run: Run) -> None:
     page.open_grid()
     for color, key in enumerate(keys):
         _line(page, run, key, _BALANCE_TITLES.get(key, key), color, note=key)
+    page.close_grid()
+
+
+def _tasks(page: Page, run: Run) -> None:
+    """Tasks during training (train.eval_tasks): each metric with its standard error."""
+    keys = [
+        key for key in run.columns if key.startswith(_TASK_PREFIX) and not key.endswith(_STDERR)
+    ]
+    if not keys:
+        return
+    page.heading("Tasks", "Bands: one standard error to both sides.")
+    page.open_grid()
+    for color, key in enumerate(sorted(keys)):
+        series, low, high = run.series(key), None, None
+        if run.has(key + _STDERR):
+            error = run.series(key + _STDERR).on(series.steps).values
+            low, high = series.values - error, series.values + error
+        name = key.removeprefix(_TASK_PREFIX)
+        page.chart(name, [Curve(series, name, color, low=low, high=high)])
     page.close_grid()
 
 

@@ -71,6 +71,7 @@ def measure_spine(config: Config, *, repeats: int, steps: int) -> SpineCost:
                 stepper=ours_stepper,
                 batches_from=lambda step: ours.batches,
                 validation=None,
+                tasks=None,
                 auxiliary=auxiliary,
                 panel=panel,
                 keep_ratio=KeepRatio(config.mone, ours.state.chunks),

@@ -194,6 +194,9 @@ def _harness_model(model: PreTrainedModel, facts: ModelFacts, settings: Settings
             max_length=facts.max_length,
             batch_size=settings.batch_size,
             softmax_dtype="float32",
+            # With it, windows of a text that repeats itself share logits, and 0.4.13 takes the
+            # wrong ones of them where the windows differ in how much is scored.
+            logits_cache=False,
         )
     finally:
         logger.setLevel(before)

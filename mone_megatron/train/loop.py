@@ -19,6 +19,7 @@ from mone_megatron.train.keep_ratio import KeepRatio
 from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
 from mone_megatron.train.signals import StopRequest, exit_code
 from mone_megatron.train.step import Batch, Stepper
+from mone_megatron.train.task_evaluation import TaskEvaluation
 
 Record = dict[str, float]
 
@@ -65,6 +66,7 @@ def train(
     stepper: Stepper,
     batches_from: Callable[[int], Iterator[Batch]],
     validation: Callable[[], Iterator[Batch]] | None,
+    tasks: TaskEvaluation | None,
     auxiliary: AuxiliaryLosses,
     panel: UtilisationPanel,
     keep_ratio: KeepRatio,
@@ -83,6 +85,7 @@ def train(
         stepper: one step.
         batches_from: this rank's microbatches of the steps after one.
         validation: the validation microbatches from their beginning, or None.
+        tasks: run every ``train.eval_tasks_interval`` steps; None for none.
         auxiliary: auxiliary losses.
         panel: expert and neuron use.
         keep_ratio: of the neurons, step by step.
@@ -163,6 +166,8 @@ def train(
             record |= panel.metrics(where)
         if validation is not None and _is_due(step, config.train.eval_interval, last):
             record["val_loss"] = stepper.evaluate(validation(), config.train.eval_steps)
+        if tasks is not None and _is_due(step, config.train.eval_tasks_interval, last):
+            record |= tasks.run()
         for hook in hooks:
             hook.on_step(record)
         code = exit_code(result.extra[:2])

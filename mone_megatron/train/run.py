@@ -36,9 +36,11 @@ from mone_megatron.train.loop import Hook, train
 from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
 from mone_megatron.train.run_directory import keep_metrics_up_to, now, open_run_directory, run_id
 from mone_megatron.train.run_identity import run_identity
+from mone_megatron.train.scoring import Scorer
 from mone_megatron.train.signals import RESUME_EXIT_CODE, StopRequest
 from mone_megatron.train.state import build_state
 from mone_megatron.train.step import Batch, Stepper
+from mone_megatron.train.task_evaluation import TaskEvaluation
 from mone_megatron.train.watchdog import BACKSTOP_SECONDS, Watchdog, WatchdogHook
 
 
@@ -197,9 +199,9 @@ def _run(
         build_here=True,
     )
     assert train_data is not None
+    ops.use_kernels(config.device.kernels)
     state = build_state(config, layout, device, data.vocab_size)
     parameters = count_parameters(config.model, config.mone, data.vocab_size)
-    ops.use_kernels(config.device.kernels)
     flops = flops_per_step(config, data.vocab_size)
     folder = Path(config.run.dir)
     checkpointer = Checkpointer(
@@ -247,6 +249,11 @@ def _run(
     def batches_from(step: int) -> Iterator[Batch]:
         return _loader(config, layout, device, train_data, first=step, last=config.train.steps)
 
+    tasks = None
+    if config.train.eval_tasks:
+        scorer = Scorer(config, layout, device, state, data.vocab_size, watchdog.beat)
+        tasks = TaskEvaluation(config.train, Path(data.tokenizer_dir), scorer)
+
     # So that there is always a state to roll back to.
     fresh = start.step == 0 or config.checkpoint.resume != "auto"
     if config.train.on_bad_loss == "rollback" and fresh and start.step < config.train.steps:
@@ -267,6 +274,7 @@ def _run(
                 stepper=Stepper(config, layout, device, state),
                 batches_from=batches_from,
                 validation=validation if valid_data is not None else None,
+                tasks=tasks,
                 auxiliary=AuxiliaryLosses(config, layout),
                 panel=UtilisationPanel(config, state.chunks),
                 keep_ratio=KeepRatio(config.mone, state.chunks),
