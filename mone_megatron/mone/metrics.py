@@ -131,7 +131,7 @@ def expert_metrics(table: Tensor, *, with_neurons: bool) -> dict[str, float]:
 
     Args:
         table: ``[num_experts, NUM_COLUMNS]`` fp64.
-        with_neurons: whether the layer selects neurons.
+        with_neurons: whether the layer may select neurons.
 
     Returns:
         ``router/tokens_per_expert_{min,mean,max,std}``, ``router/dead_experts`` and, with
@@ -147,7 +147,8 @@ def expert_metrics(table: Tensor, *, with_neurons: bool) -> dict[str, float]:
         "router/dead_experts": float((tokens == 0).sum()),
     }
     used = table[tokens > 0]
-    if with_neurons and len(used):
+    # All 0 where nothing was selected, since all neurons were kept (mone.keep_ratio_schedule).
+    if with_neurons and used[:, MAX_OVER_MEAN].any():
         metrics["mone/load_entropy"] = used[:, LOAD_ENTROPY].mean().item()
         metrics["mone/dead_neuron_share"] = used[:, DEAD_SHARE].mean().item()
         metrics["mone/load_max_over_mean"] = used[:, MAX_OVER_MEAN].mean().item()

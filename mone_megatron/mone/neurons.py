@@ -114,7 +114,6 @@ class NeuronGate(MegatronModule):
         self.balance = settings.balance if settings else NeuronBalance()
         self.topk: NeuronTopK | None = None
         self.memory = settings.memory if settings else "full"
-        # Keeping all neurons is the plain expert: the same code, bit for bit.
         if settings is not None and settings.selection.kept(neurons) < neurons:
             self.topk = NeuronTopK(settings.selection, neurons, neuron_group, self.activate)
 
@@ -176,7 +175,7 @@ class NeuronGate(MegatronModule):
 
         By a rule the kernel that multiplies selects, too; but then nobody sees the mask.
         """
-        if self.topk is None:
+        if self.topk is None or not self._selecting:
             return None
         if look or self.topk.rule is None or self.topk.watched:
             mask_TF: Tensor = self.topk(gate_TF, up_TF)
@@ -185,7 +184,7 @@ class NeuronGate(MegatronModule):
 
     def _packed(self, gate_TF: Tensor) -> Packed | None:
         """The memory mode of one call."""
-        if self.topk is None or self.memory == "full":
+        if self.topk is None or not self._selecting or self.memory == "full":
             return None
         # Of a row that is spread over ranks, each may keep all that the row keeps.
         return Packed(min(self.topk.kept, gate_TF.shape[-1]))
@@ -229,8 +228,16 @@ class NeuronGate(MegatronModule):
         return hidden_TF, weight_sum_SF, segment_ST @ mask_TF.float()
 
     @property
+    def _selecting(self) -> bool:
+        """Whether a neuron is left out; with a schedule that may begin later.
+
+        Keeping all neurons is the plain expert: the same code, bit for bit, and nothing to balance.
+        """
+        return self.topk is not None and self.topk.kept < self.topk.neurons
+
+    @property
     def _balancing(self) -> bool:
-        return self.topk is not None and self.balance.coeff > 0
+        return self._selecting and self.balance.coeff > 0
 
     def _count(
         self,

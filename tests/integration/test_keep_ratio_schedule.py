@@ -22,6 +22,8 @@ _QUICK = [
     "checkpoint.keep_last=9",
 ]
 _SCHEDULE = ["mone.keep_ratio_schedule=linear", "mone.keep_ratio_steps=4"]
+# A balance loss that has a gradient also when all neurons are kept.
+_SCHEDULE += ["mone.balance.normalize=false", "mone.balance.coeff=0.1"]
 
 
 def records(folder: Path) -> list[dict[str, float]]:
@@ -48,11 +50,13 @@ def test_each_step_keeps_what_the_schedule_says(runs: Path) -> None:
     found = records(runs / "annealed")
     ratios = [record["mone/keep_ratio"] for record in found]
     assert ratios == pytest.approx([1.0, 0.8125, 0.625, 0.4375, 0.25, 0.25])
-    # All neurons at first: all of the mass is kept, and the loss is the dense experts'.
-    masses = [record["mone/mass_kept"] for record in found]
-    assert masses[0] == pytest.approx(1.0)
-    assert all(later < earlier for earlier, later in pairwise(masses[:5]))
-    assert found[0]["loss"] == records(runs / "plain")[0]["loss"]
+    # All neurons at first: the dense experts' step, bit for bit, with nothing to balance or count.
+    plain = records(runs / "plain")[0]
+    assert (found[0]["loss"], found[0]["grad_norm"]) == (plain["loss"], plain["grad_norm"])
+    assert [key for key in found[0] if key.startswith("mone/")] == ["mone/keep_ratio"]
+    assert "mone/balance_loss" in found[1]
+    masses = [record["mone/mass_kept"] for record in found[1:]]
+    assert all(later < earlier for earlier, later in pairwise(masses[:4]))
     ideal = [record["tflops_ideal"] * record["step_seconds"] for record in found]
     assert ideal[0] > ideal[2] > ideal[4]
     assert ideal[4] == pytest.approx(ideal[5])
