@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _DESCRIPTION = """\
-Measure, on this machine's CPU, ratios of things timed in turn (A B B A) in one run, after warm-up.
-Each is printed as: median (smallest..largest).
+Measure, on this machine's CPU (select: or GPU), ratios of things timed in turn (A B B A) in one
+run, after warm-up. Each is printed as: median (smallest..largest).
 
   spine   tokens/s of the trainer over a bare loop on the same megatron-core objects
   cost    step time of MoNE over MoE, and what each part of the difference takes
@@ -24,7 +24,8 @@ examples:
   python tools/bench.py cost --processes 2 --output runs/bench/cost.json
   python tools/bench.py cost mone.keep_ratio=0.5 model.expert_ffn_hidden_size=512
   python tools/bench.py save --processes 2 parallel.expert=2
-  python tools/bench.py select --rows 2048 --neurons 256 1024"""
+  python tools/bench.py select --rows 2048 --neurons 256 1024
+  python tools/bench.py select --device cuda --dtype bf16 --rows 32768 --neurons 768 1024"""
 
 
 def _positive(text: str) -> int:
@@ -70,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--rows", type=_positive, nargs="+", default=[64, 512, 4096])
     select.add_argument("--neurons", type=_positive, nargs="+", default=[64, 256, 1024, 4096])
     select.add_argument("--threads", type=_positive, default=1, help="of torch (default 1)")
+    select.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    select.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     select.add_argument("--keep-ratio", type=float, default=0.25)
     select.add_argument("--repeats", type=_positive, default=15, help="of each (default 15)")
     return parser
@@ -80,11 +83,19 @@ def _run(options: argparse.Namespace) -> None:
     from mone_megatron.benchmarks import output, ranks
 
     if options.command == "select":
+        import torch
+
         from mone_megatron.benchmarks.select import measure_select
 
-        hardware = ranks.use_threads(options.threads)
+        on_gpu = options.device == "cuda"
+        hardware = ranks.use_gpu() if on_gpu else ranks.use_threads(options.threads)
         cells = measure_select(
-            options.rows, options.neurons, options.keep_ratio, repeats=options.repeats
+            options.rows,
+            options.neurons,
+            options.keep_ratio,
+            repeats=options.repeats,
+            device=torch.device(options.device),
+            dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32,
         )
         lines, result = output.select_lines(cells), cells
     elif options.command == "spine":

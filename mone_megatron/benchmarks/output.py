@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -19,7 +20,9 @@ if TYPE_CHECKING:  # only their fields are read: no megatron-core here
 
 def versions() -> dict[str, str]:
     """What speed depends on."""
-    packages = ("torch", "megatron-core", "numpy")
+    packages = ["torch", "megatron-core", "numpy"]
+    if importlib.util.find_spec("triton") is not None:
+        packages.append("triton")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 

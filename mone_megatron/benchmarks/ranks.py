@@ -40,6 +40,15 @@ def use_threads(threads: int) -> str:
     return open_device(DeviceConfig(kind="cpu", threads=threads), World()).hardware
 
 
+def use_gpu() -> str:
+    """Compute in this process on its GPU; tells the hardware.
+
+    Raises:
+        ValueError: without one.
+    """
+    return open_device(DeviceConfig(kind="cuda"), World()).hardware
+
+
 def run_spine(config: Config, processes: int, *, repeats: int, steps: int) -> SpineCost:
     """:func:`mone_megatron.benchmarks.spine.measure_spine` on ``processes`` ranks; rank 0's."""
     open_device(config.device, World())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mone_megatron.benchmarks.measure import Spread, interleave, ratio
 from mone_megatron.kernels.ops import topk_mask
+
+_CALLS_ON_GPU = 20
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,13 @@ def kthvalue_mask(scores_TF: Tensor, k: int) -> Tensor:
 
 
 def measure_select(
-    rows: Sequence[int], neurons: Sequence[int], keep_ratio: float, *, repeats: int
+    rows: Sequence[int],
+    neurons: Sequence[int],
+    keep_ratio: float,
+    *,
+    repeats: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[SelectCost]:
     """Time the masks of random |SiLU| scores, interleaved.
 
@@ -47,33 +55,50 @@ def measure_select(
         neurons: of the grid.
         keep_ratio: k is this share of the neurons, at least 1.
         repeats: measurements of each.
+        device: where; None is the CPU. On a GPU a measurement is several calls and one wait.
+        dtype: of the scores.
 
     Raises:
         ValueError: for a size below 1 or a ratio outside (0, 1].
     """
     if min(*rows, *neurons) < 1 or not 0 < keep_ratio <= 1:
         raise ValueError("--rows and --neurons must be 1 or more, --keep-ratio in (0, 1]")
-    return [_cell(t, f, max(1, round(keep_ratio * f)), repeats) for t in rows for f in neurons]
+    place = device or torch.device("cpu")
+    return [
+        _cell(torch.randn(t, f, device=place, dtype=dtype), max(1, round(keep_ratio * f)), repeats)
+        for t in rows
+        for f in neurons
+    ]
 
 
-def _cell(rows: int, neurons: int, kept: int, repeats: int) -> SelectCost:
-    scores_TF = F.silu(torch.randn(rows, neurons)).abs()
-    expected = topk_mask(scores_TF, kept)
-    assert int(expected.sum()) == kept * rows
-    seconds = interleave(
-        {
-            "ours": lambda: topk_mask(scores_TF, kept),
-            "topk": lambda: topk_scatter(scores_TF, kept),
-            "kthvalue": lambda: kthvalue_mask(scores_TF, kept),
-        },
-        repeats=repeats,
-        warmup=2,
-    ).clock
+def _finished(
+    mask: Callable[[Tensor, int], Tensor], scores_TF: Tensor, k: int
+) -> Callable[[], object]:
+    """An action that returns when its work is done."""
+    if not scores_TF.is_cuda:
+        return lambda: mask(scores_TF, k)
+
+    def several() -> None:
+        for _ in range(_CALLS_ON_GPU):
+            mask(scores_TF, k)
+        torch.cuda.synchronize(scores_TF.device)
+
+    return several
+
+
+def _cell(gate_TF: Tensor, kept: int, repeats: int) -> SelectCost:
+    scores_TF = F.silu(gate_TF).abs()
+    rows, neurons = scores_TF.shape
+    assert int(topk_mask(scores_TF, kept).sum()) == kept * rows
+    rivals = {"ours": topk_mask, "topk": topk_scatter, "kthvalue": kthvalue_mask}
+    actions = {name: _finished(mask, scores_TF, kept) for name, mask in rivals.items()}
+    seconds = interleave(actions, repeats=repeats, warmup=2).clock
+    calls = _CALLS_ON_GPU if scores_TF.is_cuda else 1
     return SelectCost(
         rows=rows,
         neurons=neurons,
         kept=kept,
-        ours_milliseconds=Spread.of([1e3 * once for once in seconds["ours"]]),
+        ours_milliseconds=Spread.of([1e3 * once / calls for once in seconds["ours"]]),
         topk_scatter_over_ours=ratio(seconds, "topk", "ours"),
         kthvalue_over_ours=ratio(seconds, "kthvalue", "ours"),
     )

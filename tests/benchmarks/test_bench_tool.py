@@ -65,6 +65,22 @@ def test_spine_and_cost_measure_real_steps(tmp_path: Path) -> None:
     assert "MoNE / MoE, step time" in done.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_select_on_a_gpu_that_is_not_there_is_one_line() -> None:
+    done = _bench("select", "--device", "cuda")
+    assert done.returncode == 2
+    assert "device.kind" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_select_on_a_gpu() -> None:
+    grid = ("--rows", "512", "--neurons", "1024", "--repeats", "2", "--dtype", "bf16")
+    done = _bench("select", "--device", "cuda", *grid)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_layout_that_cannot_be_is_one_line() -> None:
     done = _bench("cost", "--processes", "3")
     assert done.returncode == 2

@@ -1,0 +1,262 @@
+"""Compile the Triton kernels for a GPU that need not be there; report registers and spills.
+
+``python -m mone_megatron.benchmarks.registers`` prints one line a kernel. The compiler, ptxas
+included, comes with Triton; this is how launch shapes were chosen without a GPU, and how the tests
+know that the kernels compile, which the interpreter does not tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mone_megatron.kernels import triton_glu, triton_select
+from mone_megatron.kernels.fused import launch_shape
+
+_REGISTERS_OF_A_MULTIPROCESSOR = 65536
+_WARPS_OF_A_MULTIPROCESSOR = 64
+_PROGRAMS = 32
+# Arguments that are multiples of 16 elements or bytes for common widths.
+_ALIGNED = ("neurons", "gate_stride", "up_stride", "scores_stride", "grad_stride")
+_NUMBERS = (
+    "rows", "k", "packed_width", "grad_hidden_stride", *_ALIGNED,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes of a GPU."""
+
+    kernel: str
+    neurons: int
+    dtype: str
+    warps: int
+    registers: int
+    # Bytes a thread.
+    spilled: int
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor of an H100 holds at a time."""
+        by_registers = _REGISTERS_OF_A_MULTIPROCESSOR // (self.registers * 32 * self.warps)
+        return min(by_registers, _WARPS_OF_A_MULTIPROCESSOR // self.warps, _PROGRAMS)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:<36} {self.dtype} f={self.neurons:<5} {self.warps:>2} warps, "
+            f"{self.registers:>3} registers, {self.spilled:>4} bytes spilled, "
+            f"{self.resident} programs a multiprocessor"
+        )
+
+
+def _compile(
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    neurons: int,
+    dtype: str,
+    architecture: int,
+    num_warps: int | None = None,
+) -> Resources:
+    block, warps = launch_shape(neurons)
+    warps = num_warps or warps
+    constants = {"BLOCK": block, **constants}
+    numbers = {number: "i32" for number in _NUMBERS if number in kernel.arg_names}
+    types = {key: f"*{kind}" for key, kind in pointers.items()} | numbers
+    signature = {key: types.get(key, "constexpr") for key in kernel.arg_names}
+    values = {key: constants.get(key) for key in kernel.arg_names if key not in types}
+    aligned = {
+        (kernel.arg_names.index(key),): [["tt.divisibility", 16]]
+        for key in types
+        if key in pointers or key in _ALIGNED
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, values, aligned),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": warps},
+    )
+    registers, spilled = _usage(compiled.asm["cubin"])
+    return Resources(name, neurons, dtype, warps, registers, spilled)
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found is not None, told
+    return int(found[1]), int(found[2])
+
+
+def forward(
+    neurons: int,
+    dtype: str,
+    *,
+    sums: bool,
+    packed: bool,
+    architecture: int,
+    name: str | None = None,
+    more_pointers: dict[str, str] | None = None,
+    more_constants: dict[str, Any] | None = None,
+) -> Resources:
+    """The forward kernel; by default selection is by |SiLU(g)|, in fp32 by torch's scores."""
+    given = {"scores": dtype} if dtype == "fp32" else {}
+    pointers = {"gate": dtype, "up": dtype, "scale": "fp32", "hidden": dtype, "bits": "u8", **given}
+    if packed:
+        pointers |= {"packed_gate": dtype, "packed_up": dtype}
+    if sums:
+        pointers |= {"segment": "i64", "share": "fp32"}
+        pointers |= {"weight_slots": "fp32", "count_slots": "i32"}
+    constants = {
+        "ROWS": 16 if sums else 1,
+        "ACTIVATION": "silu",
+        "KEEP": "top",
+        "SCORE": "given" if given else "abs_activation",
+        "SIGNED": False,
+        "NARROW": dtype == "bf16",
+        "WEIGHTS": "selected",
+        "NORMALIZE": sums,
+    }
+    return _compile(
+        name or "forward" + ", sums" * sums + ", packed" * packed,
+        triton_glu.forward_kernel,
+        pointers | (more_pointers or {}),
+        constants | (more_constants or {}),
+        neurons=neurons,
+        dtype=dtype,
+        architecture=architecture,
+    )
+
+
+# Scores, activations and modes beside the default: extra pointers and constants.
+_VARIANTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "forward, |a u|": ({}, {"SCORE": "abs_product"}),
+    "forward, sigmoid": ({}, {"ACTIVATION": "sigmoid"}),
+    "forward, |g|, ReLU": ({}, {"SCORE": "abs_gate", "ACTIVATION": "relu"}),
+    "forward, g, ReLU^2": ({}, {"SCORE": "signed_gate", "SIGNED": True, "ACTIVATION": "relu2"}),
+    "forward, a given mask": ({"mask": "i8"}, {"KEEP": "mask"}),
+    "forward, all kept": ({}, {"KEEP": "all"}),
+    "forward, weights of all, any order": ({"order": "i64"}, {"WEIGHTS": "all"}),
+}
+
+
+def variants(neurons: int, *, architecture: int) -> list[Resources]:
+    """The forward kernel of bf16 in its other variants."""
+    return [
+        forward(
+            neurons,
+            "bf16",
+            sums="order" in pointers,
+            packed=False,
+            architecture=architecture,
+            name=name,
+            more_pointers=pointers,
+            more_constants=constants,
+        )
+        for name, (pointers, constants) in _VARIANTS.items()
+    ]
+
+
+def backward(neurons: int, dtype: str, *, sums: bool, packed: bool, architecture: int) -> Resources:
+    """The backward kernel."""
+    pointers = dict.fromkeys(("grad_hidden", "gate", "up", "grad_gate", "grad_up"), dtype)
+    pointers |= {"scale": "fp32", "grad_scale": "fp32", "bits": "u8"}
+    if sums:
+        pointers |= {"grad_sum": "fp32", "segment": "i64", "share": "fp32"}
+    constants = {
+        "ACTIVATION": "silu",
+        "PACKED": packed,
+        "WEIGHTS": "selected",
+        "NORMALIZE": sums,
+    }
+    name = "backward" + ", sums" * sums + ", packed" * packed
+    return _compile(
+        name,
+        triton_glu.backward_kernel,
+        pointers,
+        constants,
+        neurons=neurons,
+        dtype=dtype,
+        architecture=architecture,
+    )
+
+
+def others(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
+    """The mask alone, hidden values rebuilt, and the addition of sums."""
+    common: dict[str, Any] = {"neurons": neurons, "dtype": dtype, "architecture": architecture}
+    rebuilt = {
+        "packed_gate": dtype, "packed_up": dtype, "scale": "fp32", "bits": "u8", "hidden": dtype,
+    }  # fmt: skip
+    added = {
+        "starts": "i64", "weight_slots": "fp32", "count_slots": "i32", "weight_sum": "fp32",
+        "kept": "fp32",
+    }  # fmt: skip
+    return [
+        _compile(
+            "mask",
+            triton_select.topk_mask_kernel,
+            {"scores": dtype, "mask": "i8"},
+            {"NARROW": dtype == "bf16"},
+            **common,
+        ),
+        _compile("rebuild", triton_glu.rebuild_kernel, rebuilt, {"ACTIVATION": "silu"}, **common),
+        _compile(
+            "addition of sums",
+            triton_glu.segment_sums,
+            added,
+            {"ROWS": 16, "SLOTS": 16, "BLOCK": 128},
+            num_warps=4,
+            **common,
+        ),
+    ]
+
+
+def all_of(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
+    """Every kernel for one width and dtype."""
+    results = []
+    for sums, packed in ((False, False), (True, False), (True, True)):
+        settings: dict[str, Any] = {"sums": sums, "packed": packed, "architecture": architecture}
+        results += [forward(neurons, dtype, **settings), backward(neurons, dtype, **settings)]
+    return [*results, *others(neurons, dtype, architecture=architecture)]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--neurons", type=int, nargs="+", default=[256, 1024, 4096, 8192])
+    parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp32"), default=["bf16"])
+    parser.add_argument("--architecture", type=int, default=90, help="90 is H100 (default)")
+    parser.add_argument("--variants", action="store_true", help="other scores and modes, too")
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    print(f"triton {triton.__version__}, sm_{options.architecture}")
+    for dtype in options.dtype:
+        for neurons in options.neurons:
+            for resources in all_of(neurons, dtype, architecture=options.architecture):
+                print(resources, flush=True)
+    if options.variants:
+        for resources in variants(options.neurons[0], architecture=options.architecture):
+            print(resources, flush=True)
+
+
+if __name__ == "__main__":
+    main()
