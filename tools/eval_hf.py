@@ -122,6 +122,9 @@ def _run(options: argparse.Namespace) -> None:
     _check(options)
     labels = _labels(options.models, options.labels)
 
+    from mone_megatron.extras import require
+
+    require("hf", "transformers", "safetensors", "lm_eval")
     # Only now: these take seconds to import.
     from mone_megatron.data.documents import InputSettings
     from mone_megatron.evaluation import evaluate, output

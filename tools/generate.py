@@ -44,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("saved", "fp32", "bf16"), default="saved")
     parser.add_argument("--device", default="cpu", help="as torch names it (cpu)")
     parser.add_argument(
+        "--experts",
+        choices=("auto", "mone_sparse", "mone", "mone_batched_mm", "grouped_mm", "batched_mm"),
+        default="auto",
+        help="how experts are computed (auto: mone_sparse, which reads the rows of kept neurons "
+        "only, where the model selects; grouped_mm and batched_mm compute all neurons)",
+    )
+    parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that lies beside the weights"
     )
     return parser
@@ -73,10 +80,13 @@ def _show(text: str) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     prompts = _prompts(options)
+    from mone_megatron.extras import require
+
+    require("hf", "transformers", "safetensors")
     # Only now: transformers takes seconds to import.
     import torch
 
-    from mone_megatron.hf.generation import Sampling, generate
+    from mone_megatron.hf.generation import Sampling, choose_experts, generate
     from mone_megatron.hf.loading import load_model
 
     sampling = Sampling(
@@ -95,7 +105,8 @@ def _generate(options: argparse.Namespace) -> None:
     )
     if loaded.tokenizer is None:
         raise ValueError(f"{options.model}: holds no tokenizer")
-    _say(f"{loaded.source}: {type(loaded.model).__name__}")
+    experts = choose_experts(loaded.model, options.experts)
+    _say(f"{loaded.source}: {type(loaded.model).__name__}, experts: {experts}")
     if len(prompts) == 1:
         _show(prompts[0])
         outcome = generate(loaded.model, loaded.tokenizer, prompts, sampling, show=_show)

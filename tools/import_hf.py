@@ -74,6 +74,9 @@ def _import(options: argparse.Namespace) -> None:
         raise ValueError(
             f"{options.source}: holds no config.json; give the folder of a downloaded model"
         )
+    from mone_megatron.extras import require
+
+    require("hf", "transformers", "safetensors")
     # Only now: transformers takes seconds to import.
     import torch
 

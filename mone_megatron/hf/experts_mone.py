@@ -48,8 +48,13 @@ class ExpertsModule(Protocol):
     is_concatenated: bool
     num_experts: int
     intermediate_dim: int
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
     gate_up_proj: Tensor
+    down_proj: Tensor
     act_fn: Callable[[Tensor], Tensor]
+    _is_expert_parallel: bool
 
     def _apply_gate(self, gate_up_out: Tensor) -> Tensor: ...
 
@@ -121,26 +126,39 @@ class NeuronSettings:
         return hidden_TF * self.mask(gate_TF, up_TF, activate)
 
 
+def settings_of(experts: ExpertsModule) -> NeuronSettings:
+    """What ``config.mone`` says for these experts.
+
+    Raises:
+        ValueError: when it is not set, or the experts have no gate to select by.
+    """
+    settings = getattr(experts.config, "mone", None)
+    if not settings:
+        raise ValueError(
+            "config.mone is not set: call mone_megatron.hf.enable_mone(model, keep_ratio=...)"
+        )
+    if not experts.has_gate:
+        raise ValueError(f"{type(experts).__name__} has no gate projection to select by")
+    return NeuronSettings.from_config(settings)
+
+
+def has_own_gate(experts: ExpertsModule) -> bool:
+    """Whether it computes something else than ``act_fn(gate) * up``."""
+    return getattr_static(type(experts), "_apply_gate") is not _default_apply_gate
+
+
 class _Selecting:
     """An experts module as transformers' functions see it, with a gate that selects."""
 
     def __init__(self, experts: ExpertsModule) -> None:
         self._experts = experts
-        settings = getattr(experts.config, "mone", None)
-        if not settings:
-            raise ValueError(
-                "config.mone is not set: call mone_megatron.hf.enable_mone(model, keep_ratio=...)"
-            )
-        self._settings = NeuronSettings.from_config(settings)
-        if not experts.has_gate:
-            raise ValueError(f"{type(experts).__name__} has no gate projection to select by")
-        own = getattr_static(type(experts), "_apply_gate") is not _default_apply_gate
-        if own and self._settings.score == "abs_activation":
+        self._settings = settings_of(experts)
+        self._own_gate = has_own_gate(experts)
+        if self._own_gate and self._settings.score == "abs_activation":
             raise ValueError(
                 f"{type(experts).__name__} computes its gate in a way of its own, so |a| is not "
                 "defined: use score abs_gate, signed_gate or abs_product"
             )
-        self._own_gate = own
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._experts, name)

@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from mone_megatron.hf.decode_mone import MONE_SPARSE, speeds_up
+from mone_megatron.hf.experts_mone import experts_modules
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -52,6 +55,27 @@ class Sampling:
             "top_p": self.top_p,
             "top_k": self.top_k,
         }
+
+
+def choose_experts(model: PreTrainedModel, wanted: str) -> str:
+    """Set how a model computes its experts, and say in words what that is.
+
+    Args:
+        model: any; a dense one has no choice.
+        wanted: a name that transformers knows, or "auto": the rows of kept neurons only where the
+            model selects neurons and that pays, else as the model is.
+
+    Raises:
+        ValueError: for an unknown name, or experts of a dense model.
+    """
+    if wanted == "auto":
+        if not speeds_up(model):
+            return "as the model has them"
+        wanted = MONE_SPARSE
+    elif not experts_modules(model):
+        raise ValueError(f"--experts: {type(model).__name__} has no experts to compute by {wanted}")
+    model.set_experts_implementation(wanted)
+    return wanted
 
 
 @dataclass(frozen=True)

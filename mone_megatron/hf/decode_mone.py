@@ -1,0 +1,116 @@
+"""The ``mone_sparse`` experts implementation: while text is generated, kept neurons' rows only.
+
+    import mone_megatron.hf
+    model.set_experts_implementation("mone_sparse")
+
+computes a step of few tokens with :func:`mone_megatron.kernels.decode.sparse_experts`, and
+everything else (prompts, large batches, training) as ``mone`` does. The selection is the same.
+
+The first such step lays the down projections out neuron by neuron, in place: shapes, values and
+what ``save_pretrained`` writes stay as they are, only the strides change, and no copy is kept.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from mone_megatron.hf.experts_mone import (
+    ExpertsModule,
+    NeuronSettings,
+    experts_modules,
+    has_own_gate,
+    mone_experts_forward,
+    settings_of,
+)
+from mone_megatron.kernels.decode import ExpertWeights, sparse_experts, speed_limit
+from mone_megatron.kernels.reference import TopK
+
+MONE_SPARSE = "mone_sparse"
+# Below this limit of the speed-up whole matrices are multiplied.
+WORTH_IT = 1.15
+
+
+def mone_sparse_experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """``[N, h]``, ``[N, K]`` expert numbers and ``[N, K]`` weights to ``[N, h]``.
+
+    Raises:
+        ValueError: for experts that are more than three matrices.
+    """
+    experts = cast(ExpertsModule, self)
+    settings = settings_of(experts)
+    if torch.is_grad_enabled() or not _worth_it(experts, settings, *top_k_index.shape):
+        return mone_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if reason := unsupported(experts):
+        raise ValueError(f"{MONE_SPARSE}: {type(self).__name__} {reason}; use mone")
+    return sparse_experts(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        _weights(experts),
+        TopK(settings.kept(experts.intermediate_dim), settings.score),  # type: ignore[arg-type]
+        experts.act_fn,
+    )
+
+
+def unsupported(experts: ExpertsModule) -> str | None:
+    """Why the rows of neurons are not all there is to these experts; None if they are."""
+    if has_own_gate(experts):
+        return "computes its gate in a way of its own"
+    if experts.has_bias:
+        return "has biases"
+    if experts.has_post_expert_norm:
+        return "normalises its output"
+    if experts._is_expert_parallel:
+        return "is spread over devices"
+    return None
+
+
+def speeds_up(model: PreTrainedModel) -> bool:
+    """Whether ``mone_sparse`` is worth choosing for one token: the model is MoNE by settings."""
+    modules = [cast(ExpertsModule, module) for module in experts_modules(model)]
+    return bool(modules) and all(
+        getattr(experts.config, "mone", None)
+        and unsupported(experts) is None
+        and 3 / (1 + 2 * settings_of(experts).keep_ratio) >= WORTH_IT
+        for experts in modules
+    )
+
+
+def _worth_it(experts: ExpertsModule, settings: NeuronSettings, tokens: int, chosen: int) -> bool:
+    if tokens == 0:
+        return False
+    limit = speed_limit(
+        tokens, experts=experts.num_experts, chosen=chosen, keep_ratio=settings.keep_ratio
+    )
+    return limit >= WORTH_IT
+
+
+def _weights(experts: ExpertsModule) -> ExpertWeights:
+    gate_up = _rows(experts.gate_up_proj, neurons_first=not experts.is_transposed)
+    if experts.is_concatenated:
+        gate, up = gate_up.chunk(2, dim=1)
+    else:
+        gate, up = gate_up[:, ::2], gate_up[:, 1::2]
+    return ExpertWeights(gate, up, _rows(experts.down_proj, neurons_first=experts.is_transposed))
+
+
+def _rows(parameter: Tensor, *, neurons_first: bool) -> Tensor:
+    """``[E, neurons, h]`` with contiguous rows; the parameter's storage is laid out anew if not."""
+    rows = parameter if neurons_first else parameter.transpose(1, 2)
+    if rows.stride(-1) == 1:
+        return rows
+    rows = rows.contiguous()
+    parameter.data = rows if neurons_first else rows.transpose(1, 2)
+    return rows
+
+
+def register_decoding() -> None:
+    """Make ``mone_sparse`` known to transformers; again is fine."""
+    ALL_EXPERTS_FUNCTIONS.register(MONE_SPARSE, mone_sparse_experts_forward)
