@@ -1,7 +1,9 @@
-"""Optional dependencies: what a user is told when they are not installed."""
+"""What the command lines over optional libraries share."""
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.util import find_spec
 
 
@@ -16,3 +18,12 @@ def require(extra: str, *packages: str) -> None:
         raise ValueError(
             f"{', '.join(missing)}: needed and not installed; pip install -e '.[{extra}]'"
         )
+
+
+def calm_bars() -> None:
+    """Let the libraries' progress bars (tqdm) write now and then only where there is no terminal.
+
+    To be called before they are imported; a setting of the user's stays.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")

@@ -122,9 +122,10 @@ def _run(options: argparse.Namespace) -> None:
     _check(options)
     labels = _labels(options.models, options.labels)
 
-    from mone_megatron.extras import require
+    from mone_megatron.extras import calm_bars, require
 
     require("hf", "transformers", "safetensors", "lm_eval")
+    calm_bars()
     # Only now: these take seconds to import.
     from mone_megatron.data.documents import InputSettings
     from mone_megatron.evaluation import evaluate, output

@@ -69,9 +69,10 @@ def _export(options: argparse.Namespace) -> None:
         raise ValueError(f"--shard-gb: {options.shard_gb:g} is not above 0")
     if not options.source.is_dir():
         raise ValueError(f"{options.source}: there is no such folder; give a run or a checkpoint")
-    from mone_megatron.extras import require
+    from mone_megatron.extras import calm_bars, require
 
     require("hf", "transformers", "safetensors")
+    calm_bars()
     # Only now: transformers takes seconds to import.
     from mone_megatron.hf import checks, export
     from mone_megatron.hf.source import Source, open_source

@@ -80,9 +80,10 @@ def _show(text: str) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     prompts = _prompts(options)
-    from mone_megatron.extras import require
+    from mone_megatron.extras import calm_bars, require
 
     require("hf", "transformers", "safetensors")
+    calm_bars()
     # Only now: transformers takes seconds to import.
     import torch
 

@@ -74,9 +74,10 @@ def _import(options: argparse.Namespace) -> None:
         raise ValueError(
             f"{options.source}: holds no config.json; give the folder of a downloaded model"
         )
-    from mone_megatron.extras import require
+    from mone_megatron.extras import calm_bars, require
 
     require("hf", "transformers", "safetensors")
+    calm_bars()
     # Only now: transformers takes seconds to import.
     import torch
 
@@ -101,7 +102,8 @@ def _import(options: argparse.Namespace) -> None:
             check=lambda folder: _check(options, folder, made_experts=upcycling is not None),
         )
     print(f"wrote {checkpoint}")
-    print(f"model keys: {' '.join(importing.model_overrides(planned.model))}")
+    keys = importing.model_overrides(planned.model, planned.settings.mone)
+    print(f"model keys: {' '.join(keys)}")
 
 
 def _check(options: argparse.Namespace, folder: Path, *, made_experts: bool) -> None:

@@ -267,9 +267,18 @@ def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def model_overrides(model: ModelConfig) -> list[str]:
-    """The Hydra overrides that make ``model.*`` that of an imported checkpoint."""
-    settings, defaults = (_flat("model", asdict(one)) for one in (model, ModelConfig()))
+def model_overrides(model: ModelConfig, mone: MoNEConfig | None = None) -> list[str]:
+    """The Hydra overrides that make ``model.*`` that of an imported checkpoint.
+
+    And ``mone.*`` where the imported model selects neurons itself.
+    """
+    settings, defaults = (
+        _flat("model", asdict(of_model)) | _flat("mone", asdict(of_mone))
+        for of_model, of_mone in (
+            (model, mone or MoNEConfig()),
+            (ModelConfig(), MoNEConfig()),
+        )
+    )
     changed = {key: value for key, value in settings.items() if value != defaults[key]}
     return [f"{key}={_spell(value)}" for key, value in changed.items()]
 

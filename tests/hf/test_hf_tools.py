@@ -44,6 +44,7 @@ def test_there_back_and_on_with_training(run: Path) -> None:
     lines = dict(line.split(": ", 1) for line in imported.stdout.splitlines() if ": " in line)
     checkpoint = run / "back" / "checkpoints" / "step_00000000"
     assert f"wrote {checkpoint}" in imported.stdout
+    assert "mone.enabled=true" in lines["model keys"]
     # What is printed starts a run of those weights on two processes.
     overrides = [
         "experiment=tiny_mone",
