@@ -23,6 +23,7 @@ from mone_megatron.analysis.formatting import (
     format_number,
     format_ratio,
     format_signed,
+    text_table,
 )
 from mone_megatron.analysis.page import Curve, Page
 from mone_megatron.analysis.plots import (
@@ -77,11 +78,11 @@ _GROUP_DEFINITION = (
 def text_report(comparison: Comparison) -> str:
     """The verdict and the tables as plain text, without a newline at the end."""
     parts = [*_verdict_lines(comparison), ""]
-    parts.append(_text_table(_RUN_HEADER, [_run_cells(f) for f in comparison.figures]))
+    parts.append(text_table(_RUN_HEADER, [_run_cells(f) for f in comparison.figures]))
     parts.append(_DEFINITIONS)
     if comparison.groups:
         parts.append("")
-        parts.append(_text_table(_GROUP_HEADER, [_group_cells(g) for g in comparison.groups]))
+        parts.append(text_table(_GROUP_HEADER, [_group_cells(g) for g in comparison.groups]))
         parts.append(_GROUP_DEFINITION)
     if comparison.config_differences:
         parts.append("")
@@ -288,22 +289,6 @@ def _plain_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(value)
-
-
-def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart; the first and the last one left-aligned, the others right."""
-    table = [list(header), *map(list, rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    left = (0, len(header) - 1)
-    lines = []
-    for row in table:
-        cells = [
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
 
 
 def _run_json(figure: RunFigures) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def line_style_of(index: int) -> str:
 
 def loss_figure(run: Run) -> Figure:
     """Train and validation loss over a small learning-rate panel, 1200 by 700 pixels."""
-    figure = _figure()
+    figure = new_figure()
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4.2, 1])
     loss = run.series("loss")
     smooth = loss.smoothed()
@@ -71,7 +71,7 @@ def loss_figure(run: Run) -> Figure:
             label="validation",
             zorder=3,
         )
-    _style(top)
+    style_axes(top)
     _limit_losses(top, [loss, *([run.series("val_loss")] if run.has("val_loss") else [])])
     top.set_ylabel("loss (nats per token)")
     top.legend(frameon=False, fontsize=13, labelcolor=_INK, loc="upper right")
@@ -80,7 +80,7 @@ def loss_figure(run: Run) -> Figure:
         finals += f"    final validation {format_loss(run.final_validation_loss)}"
     if run.summary.status != "completed":
         finals += f"    ({run.summary.status} at step {run.last_step})"
-    _title(top, run.name, f"{parameter_line(run)}    {finals}")
+    title_axes(top, run.name, f"{parameter_line(run)}    {finals}")
 
     if run.has("lr"):
         rate = run.series("lr")
@@ -91,7 +91,7 @@ def loss_figure(run: Run) -> Figure:
     else:
         bottom.text(0.5, 0.5, "no learning rate recorded", color=_SOFT, ha="center", va="center",
                     transform=bottom.transAxes)  # fmt: skip
-    _style(bottom)
+    style_axes(bottom)
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     bottom.yaxis.get_offset_text().set(fontsize=11, color=_SOFT)
     bottom.set_ylabel("lr")
@@ -130,7 +130,7 @@ def comparison_figure(curves: Sequence[ComparedCurve], heading: str, warning: st
         heading: title.
         warning: a red line under the title; "" for none.
     """
-    figure = _figure()
+    figure = new_figure()
     differences = [(i, curve) for i, curve in enumerate(curves) if curve.difference is not None]
     if differences:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
@@ -164,7 +164,7 @@ def comparison_figure(curves: Sequence[ComparedCurve], heading: str, warning: st
                 markeredgewidth=1,
                 zorder=3,
             )
-    _style(top)
+    style_axes(top)
     top.set_ylabel("loss (nats per token)")
     shown = [curve.loss for curve in curves]
     shown += [curve.validation for curve in curves if curve.validation is not None]
@@ -186,7 +186,7 @@ def comparison_figure(curves: Sequence[ComparedCurve], heading: str, warning: st
         loc="upper left" if beside else "upper right",
         bbox_to_anchor=(1.0, 1.0) if beside else None,
     )
-    _title(top, heading, warning or "smoothed train loss; dots are validation", bool(warning))
+    title_axes(top, heading, warning or "smoothed train loss; dots are validation", bool(warning))
     if bottom is None:
         top.set_xlabel("step")
         return figure
@@ -201,7 +201,7 @@ def comparison_figure(curves: Sequence[ComparedCurve], heading: str, warning: st
             linewidth=1.8,
             marker="o" if len(curve.difference) == 1 else "",
         )
-    _style(bottom)
+    style_axes(bottom)
     settled = [_settled(curve.difference.values) for _, curve in differences if curve.difference]
     finite = np.concatenate([values[np.isfinite(values)] for values in settled])
     if len(finite):
@@ -252,7 +252,8 @@ def parameter_line(run: Run) -> str:
     return line
 
 
-def _figure() -> Figure:
+def new_figure() -> Figure:
+    """An empty figure of 1200 by 700 pixels."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.09)
     return Figure(figsize=(12, 7), dpi=100, layout=layout, facecolor="white")
 
@@ -272,7 +273,8 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _title(axes: Axes, heading: str, line: str, warn: bool = False) -> None:
+def title_axes(axes: Axes, heading: str, line: str, warn: bool = False) -> None:
+    """A heading and a quiet line under it, red when it warns."""
     axes.set_title(
         _plain(_shorten(heading, 90)),
         loc="left",
@@ -292,7 +294,8 @@ def _title(axes: Axes, heading: str, line: str, warn: bool = False) -> None:
     )
 
 
-def _style(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
+    """Grid, spines and ticks of our pictures, for axes that count whole steps along x."""
     axes.grid(True, color=_GRID, linewidth=0.9)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
