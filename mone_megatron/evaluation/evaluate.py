@@ -141,10 +141,10 @@ def evaluate_model(
         say(f"{label}: perplexity on {corpus.name}")
         result = _measure(facts, loaded.model, corpus, windows, settings)
         measured.append(result)
-        scores += _perplexity_scores(result)
+        scores += perplexity_scores(corpus.name, result.perplexity)
     if tasks is not None:
         say(f"{label}: {', '.join(tasks.tasks)}")
-        lm = _harness_model(loaded.model, facts, settings)
+        lm = harness_model(loaded.model, facts, batch_size=settings.batch_size)
         scores = [*run_tasks(lm, tasks, limit=settings.limit), *scores]
     return ModelResult(
         label=label,
@@ -180,7 +180,7 @@ def compare(results: Sequence[ModelResult]) -> list[Compared]:
     return compared
 
 
-def _harness_model(model: PreTrainedModel, facts: ModelFacts, settings: Settings) -> HFLM:
+def harness_model(model: PreTrainedModel, facts: ModelFacts, *, batch_size: int) -> HFLM:
     """The harness's own class for models of transformers."""
     logger = logging.getLogger("lm_eval.models.huggingface")
     before = logger.level
@@ -192,7 +192,7 @@ def _harness_model(model: PreTrainedModel, facts: ModelFacts, settings: Settings
             tokenizer=facts.tokenizer,
             backend="causal",
             max_length=facts.max_length,
-            batch_size=settings.batch_size,
+            batch_size=batch_size,
             softmax_dtype="float32",
             # With it, windows of a text that repeats itself share logits, and 0.4.13 takes the
             # wrong ones of them where the windows differ in how much is scored.
@@ -229,14 +229,14 @@ def _measure(
     return Measured(corpus.name, perplexity, recorded)
 
 
-def _perplexity_scores(measured: Measured) -> list[Score]:
-    found = measured.perplexity
+def perplexity_scores(corpus: str, found: Perplexity) -> list[Score]:
+    """The loss, the perplexity and, where the bytes are known, bits per byte of a corpus."""
     estimates = {"loss": found.loss, "perplexity": found.perplexity}
     if found.bits_per_byte is not None:
         estimates["bits_per_byte"] = found.bits_per_byte
     return [
         Score(
-            task=measured.corpus,
+            task=corpus,
             metric=metric,
             estimate=estimate,
             higher_is_better=False,

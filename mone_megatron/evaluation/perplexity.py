@@ -71,7 +71,7 @@ def measure_perplexity(
     tokens: list[int] = []
     text_bytes: list[int] = []
     digest = hashlib.sha256()
-    for batch in _batches(windows, batch_size, max_tokens):
+    for batch in batches(windows, batch_size, max_tokens):
         stacked = torch.from_numpy(np.stack(batch))
         losses_BS = _losses(model, stacked)
         nats += losses_BS.sum(dim=1, dtype=torch.float64).tolist()
@@ -96,7 +96,7 @@ def measure_perplexity(
     )
 
 
-def _batches(
+def batches(
     windows: Sequence[Window], batch_size: int, max_tokens: int | None
 ) -> Iterator[list[Window]]:
     """Windows of one length together, in order."""

@@ -1,0 +1,257 @@
+"""Pictures of studies, without pyplot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator, MaxNLocator, PercentFormatter
+
+from mone_megatron.analysis.plots import (
+    color_of,
+    line_style_of,
+    new_figure,
+    style_axes,
+    title_axes,
+)
+from mone_megatron.analysis.sparsification.statistics import LayerStatistics
+from mone_megatron.analysis.sparsification.study import BudgetResult, Point, Study
+
+# Layers of the pictures that have a line for each: from the first to the last.
+_LAYER_COLORS = colormaps["viridis"]
+# Room above the curves that a loss figure is about, in parts of their height.
+_ROOM = 0.08
+
+
+def figures(studies: Sequence[Study]) -> Iterator[tuple[str, Figure]]:
+    """Every picture with the name of its file."""
+    yield "sparsification.png", loss_figure(studies)
+    if any(_rated(study.dense) for study in studies):
+        yield "relative.png", relative_figure(studies)
+    if any(study.statistics for study in studies):
+        yield "thresholds.png", threshold_figure(studies)
+    for study in studies:
+        name = re.sub(r"[^\w.-]+", "_", study.label)
+        if study.statistics:
+            yield f"activations_{name}.png", activation_figure(study)
+            yield f"mass_{name}.png", mass_figure(study)
+        if study.budget is not None:
+            yield f"budget_{name}.png", budget_figure(study, study.budget)
+
+
+def loss_figure(studies: Sequence[Study]) -> Figure:
+    """The loss over the share of neurons pruned: the paper's figure."""
+    figure = new_figure()
+    axes = figure.subplots()
+    main: list[float] = []
+    for label, curve, color, style, first in _curves(studies):
+        shares = [point.share for point in curve]
+        losses = np.array([_loss(point) for point in curve])
+        spread = 2 * np.array([point.changes[_loss_index(point)].stderr for point in curve])
+        axes.plot(shares, losses, color=color, linestyle=style, marker="o", markersize=4.5,
+                  linewidth=2, label=label)  # fmt: skip
+        axes.fill_between(shares, losses - spread, losses + spread, color=color, alpha=0.18, lw=0)
+        main += list(losses[np.isfinite(losses)]) if first else []
+    _finish(axes, "neurons pruned of each token and expert", percent_x=True)
+    if main:
+        low, high = min(main), max(main)
+        room = _ROOM * (high - low) or 0.05
+        axes.set_ylim(low - room, high + room)
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False, fontsize=12, loc="upper left")
+    title_axes(
+        axes,
+        "loss over the share of neurons pruned",
+        "no weight is changed; bands: 2 standard errors of the difference to the model as it is; "
+        "steeper curves leave the frame",
+    )
+    return figure
+
+
+def relative_figure(studies: Sequence[Study]) -> Figure:
+    """The mean over tasks of the score, as a part of the unpruned model's."""
+    figure = new_figure()
+    axes = figure.subplots()
+    for label, curve, color, style, _ in _curves(studies, tasks_only=True):
+        base = _rated(curve[0])
+        parts = [
+            np.mean([_rated(point)[task] / base[task] for task in base if base[task]])
+            for point in curve
+        ]
+        axes.plot([point.share for point in curve], parts, color=color, linestyle=style,
+                  marker="o", markersize=4.5, linewidth=2, label=label)  # fmt: skip
+    axes.axhline(0.95, color="#5c6673", linewidth=1, linestyle=":")
+    _finish(axes, "neurons pruned of each token and expert", percent_x=True)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylabel("score, of the unpruned model's")
+    axes.legend(frameon=False, fontsize=12, loc="lower left")
+    title_axes(
+        axes,
+        "task scores over the share of neurons pruned",
+        "mean over tasks and metrics that are better when higher; dotted: 95%",
+    )
+    return figure
+
+
+def threshold_figure(studies: Sequence[Study]) -> Figure:
+    """Per layer, the |a| above which the largest share of activations lies."""
+    figure = new_figure()
+    axes = figure.subplots()
+    index = 0
+    for study in studies:
+        for target in dict.fromkeys(entry.target for entry in study.statistics):
+            rows = [entry for entry in study.statistics if entry.target == target]
+            for at, threshold in enumerate(rows[0].thresholds):
+                axes.plot(
+                    [entry.layer for entry in rows],
+                    [entry.thresholds[at].pooled for entry in rows],
+                    color=color_of(index),
+                    linestyle=line_style_of(index),
+                    marker="o",
+                    markersize=4.5,
+                    linewidth=2,
+                    label=f"{study.label}, {target}, top {threshold.top:.0%}",
+                )
+                index += 1
+    _finish(axes, "layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("threshold of |a|")
+    axes.legend(frameon=False, fontsize=12)
+    title_axes(axes, "thresholds of |a|", "over all tokens, experts and neurons of a layer")
+    return figure
+
+
+def activation_figure(study: Study) -> Figure:
+    """How often |a| has which magnitude, a line for each layer."""
+    figure = new_figure()
+    axes = figure.subplots()
+    for entry in study.statistics:
+        edges = np.array(entry.edges)
+        counts = np.array(entry.positive) + np.array(entry.negative)
+        density = counts / counts.sum() / np.diff(np.log10(edges))
+        axes.stairs(density, edges, color=_color(study, entry.layer), linewidth=1.6)
+    negative = sum(sum(entry.negative) for entry in study.statistics)
+    total = sum(entry.rows * entry.neurons for entry in study.statistics)
+    _finish(axes, "|a|")
+    axes.set_xscale("log")
+    axes.set_xlim(left=min(_visible(entry) for entry in study.statistics))
+    axes.set_ylabel("share per decade")
+    _color_bar(figure, axes, study)
+    title_axes(axes, f"activations of {study.label}", f"{negative / total:.0%} are negative")
+    return figure
+
+
+def _visible(entry: LayerStatistics) -> float:
+    """The magnitude that a thousandth of the activations is below."""
+    counts = np.array(entry.positive) + np.array(entry.negative)
+    return entry.edges[int(np.searchsorted(np.cumsum(counts), counts.sum() / 1000))]
+
+
+def mass_figure(study: Study) -> Figure:
+    """The part of a token's sum of |a| that its largest neurons hold, a line for each layer."""
+    figure = new_figure()
+    axes = figure.subplots()
+    for entry in study.statistics:
+        axes.plot((0.0, *entry.ranks), (0.0, *entry.mass), color=_color(study, entry.layer),
+                  linewidth=1.8)  # fmt: skip
+    axes.plot((0, 1), (0, 1), color="#5c6673", linewidth=1, linestyle=":")
+    _finish(axes, "largest neurons of each token and expert", percent_x=True)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylim(0, 1.01)
+    axes.set_ylabel("share of the sum of |a|")
+    _color_bar(figure, axes, study)
+    title_axes(axes, f"|a| by rank, {study.label}", "dotted: all neurons alike")
+    return figure
+
+
+def budget_figure(study: Study, budget: BudgetResult) -> Figure:
+    """The share that each layer loses within the loss budget."""
+    figure = new_figure()
+    axes = figure.subplots()
+    best = budget.best.allotment
+    axes.bar(budget.layers, best.shares, color=color_of(0))
+    axes.axhline(best.pruned, color=color_of(1), linewidth=1.8, label="all layers together")
+    _finish(axes, "layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("neurons pruned")
+    axes.legend(frameon=False, fontsize=12)
+    title_axes(
+        axes,
+        f"shares of {study.label} within {budget.settings.rise:g} nats",
+        f"rise of the loss: predicted {best.predicted:.4f}, measured "
+        f"{budget.best_change.value:.4f} ± {budget.best_change.stderr:.4f}; one share for all "
+        f"layers {budget.uniform_change.value:.4f}",
+    )
+    return figure
+
+
+def _curves(
+    studies: Sequence[Study], tasks_only: bool = False
+) -> Iterator[tuple[str, list[Point], str, str, bool]]:
+    """Label, points from the unpruned model on, colour, line style, and whether by the first score.
+
+    Colours tell models apart when there are several and scores otherwise, line styles the other.
+    """
+    for number, study in enumerate(studies):
+        if tasks_only and not _rated(study.dense):
+            continue
+        scores = list(dict.fromkeys(point.score for point in study.points))
+        for at, score in enumerate(scores):
+            points = [point for point in study.points if point.score == score and point.share]
+            color, style = (number, at) if len(studies) > 1 else (at, 0)
+            label = score if len(studies) == 1 else study.label
+            if len(studies) > 1 and len(scores) > 1:
+                label = f"{study.label}, {score}"
+            yield label, [study.dense, *points], color_of(color), _style(style), at == 0
+
+
+def _style(index: int) -> str:
+    styles = ("-", "--", ":", "-.")
+    return styles[index % len(styles)]
+
+
+def _loss_index(point: Point) -> int:
+    return next(at for at, score in enumerate(point.scores) if score.metric == "loss")
+
+
+def _loss(point: Point) -> float:
+    return point.scores[_loss_index(point)].estimate.value
+
+
+def _rated(point: Point) -> dict[tuple[str, str], float]:
+    """Scores that are better when higher."""
+    return {
+        (score.task, score.metric): score.estimate.value
+        for score in point.scores
+        if score.higher_is_better
+    }
+
+
+def _color(study: Study, layer: int) -> tuple[float, float, float, float]:
+    red, green, blue, alpha = _LAYER_COLORS(layer / max(1, len(study.layers) - 1))
+    return red, green, blue, alpha
+
+
+def _color_bar(figure: Figure, axes: Axes, study: Study) -> None:
+    scale = Normalize(0, max(1, len(study.layers) - 1))
+    bar = figure.colorbar(ScalarMappable(scale, _LAYER_COLORS), ax=axes, label="layer")
+    bar.locator = MaxNLocator(integer=True, nbins=8)
+    bar.update_ticks()
+
+
+def _finish(axes: Axes, x_label: str, percent_x: bool = False) -> None:
+    axes.set_xlabel(x_label)
+    style_axes(axes)
+    # Ours counts whole steps.
+    axes.xaxis.set_major_locator(AutoLocator())
+    if percent_x:
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))

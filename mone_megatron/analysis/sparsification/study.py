@@ -1,0 +1,525 @@
+"""Everything that is asked about one model, measured or taken from the results file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mone_megatron.analysis.sparsification.budget import Allotment, Probe, path, search
+from mone_megatron.analysis.sparsification.engine import Engine, Text
+from mone_megatron.analysis.sparsification.layered import model_without_weights, open_layered
+from mone_megatron.analysis.sparsification.places import (
+    check_definable,
+    choose_targets,
+    compute_all_neurons,
+    decoder_layers,
+    places_of,
+)
+from mone_megatron.analysis.sparsification.plans import Plan, dense, kept_neurons, plan, uniform
+from mone_megatron.analysis.sparsification.progress import WorkProgress
+from mone_megatron.analysis.sparsification.resident import ResidentEngine
+from mone_megatron.analysis.sparsification.results import (
+    Results,
+    score_from_json,
+    score_to_json,
+)
+from mone_megatron.analysis.sparsification.statistics import LayerStatistics
+from mone_megatron.analysis.sparsification.streaming import StreamedEngine
+from mone_megatron.evaluation.estimates import Difference, difference
+from mone_megatron.evaluation.evaluate import harness_model, perplexity_scores
+from mone_megatron.evaluation.harness import Score, run_tasks
+from mone_megatron.evaluation.models import ModelFacts, load
+from mone_megatron.evaluation.tasks import LoadedTasks
+from mone_megatron.hf.source import is_ours, open_source
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """Allot shares to layers.
+
+    Attributes:
+        rise: the largest rise of the loss, nats a token.
+        score: neurons are ranked by.
+        shares: that each layer's sensitivity is measured at, ascending, above 0.
+    """
+
+    rise: float
+    score: str
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What to measure of every model, and how.
+
+    Attributes:
+        scores: to rank neurons by.
+        shares: to prune, each in every layer.
+        tops: shares of the largest activations to give thresholds for.
+        targets: kinds of neurons to prune; None for the routed experts, or the dense MLPs of a
+            model that has none.
+        all_neurons: a model that selects neurons computes all of them.
+        seed: of random scores.
+        batch_size: windows or questions at once.
+        limit: questions of each task; None for all.
+        budget: None for none.
+        dtype: of the weights; None for the model's own.
+        device: as torch names it.
+        stream: hold one decoder layer at a time.
+        stream_bytes: of hidden states between layers, about.
+        trust_remote_code: whether a model may bring code of its own.
+    """
+
+    scores: tuple[str, ...]
+    shares: tuple[float, ...]
+    tops: tuple[float, ...]
+    targets: tuple[str, ...] | None
+    all_neurons: bool
+    seed: int
+    batch_size: int
+    limit: int | None
+    budget: BudgetSettings | None
+    dtype: torch.dtype | None
+    device: str
+    stream: bool
+    stream_bytes: int
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to study, and what to read to it.
+
+    Attributes:
+        label: what to call it.
+        facts: known of it before its weights are.
+        text: to measure on.
+        calibration: to choose shares for layers on; the same object as ``text`` when it is.
+        tasks: None for none.
+    """
+
+    label: str
+    facts: ModelFacts
+    text: Text
+    calibration: Text
+    tasks: LoadedTasks | None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of neurons of a decoder layer.
+
+    Attributes:
+        target: ``routed``, ``shared`` or ``dense``.
+        neurons: of one expert or MLP.
+        own_kept: how many of them the model itself keeps.
+        uses: experts of a token.
+    """
+
+    target: str
+    neurons: int
+    own_kept: int
+    uses: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What can be pruned in one decoder layer.
+
+    Attributes:
+        number: from 0.
+        kinds: none where there is nothing.
+    """
+
+    number: int
+    kinds: tuple[Kind, ...]
+
+    @property
+    def weight(self) -> int:
+        """Neurons that a token goes through."""
+        return sum(kind.neurons * kind.uses for kind in self.kinds)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model under a plan.
+
+    Attributes:
+        score: neurons are ranked by.
+        share: asked for.
+        pruned: share of the neurons of a token that is gone: a whole number of each expert's, and
+            those that the model itself leaves out.
+        scores: what was measured.
+        changes: of each of ``scores``, its difference to the model as it is.
+    """
+
+    score: str
+    share: float
+    pruned: float
+    scores: tuple[Score, ...]
+    changes: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """Shares of the layers that keep a loss budget.
+
+    Attributes:
+        settings: what was asked.
+        layers: numbers of the layers that were pruned.
+        loss: of the model as it is, on the text that the shares were chosen on.
+        sensitivity: ``[layers][shares]``, rises of the loss.
+        best: the shares, with the rise of the loss as predicted and as measured.
+        best_change: the measured rise with its standard error.
+        probes: all that were measured.
+        uniform_change: of pruning as many neurons with one share for all layers.
+        elsewhere: the rise on the text that the study is about; None when that is the same.
+    """
+
+    settings: BudgetSettings
+    layers: tuple[int, ...]
+    loss: float
+    sensitivity: tuple[tuple[float, ...], ...]
+    best: Probe
+    best_change: Difference
+    probes: tuple[Probe, ...]
+    uniform_change: Difference
+    elsewhere: Difference | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was found of one model."""
+
+    label: str
+    where: str
+    targets: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    tokens: int
+    dense: Point
+    points: tuple[Point, ...]
+    statistics: tuple[LayerStatistics, ...]
+    budget: BudgetResult | None
+
+
+class _Lazy:
+    """The engine of one model, whose weights are read when something is first measured."""
+
+    def __init__(self, open_: Callable[[], Engine]) -> None:
+        self._open = open_
+        self._engine: Engine | None = None
+
+    def __call__(self) -> Engine:
+        if self._engine is None:
+            self._engine = self._open()
+        return self._engine
+
+
+class ModelStudy:
+    """Measures one model; see :func:`look_into`, which makes it, and :meth:`run`."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        settings: StudySettings,
+        model: PreTrainedModel,
+        targets: tuple[str, ...],
+    ) -> None:
+        self._subject, self._settings, self._targets = subject, settings, targets
+        self._layers = tuple(_layers(model, targets))
+        self._count = len(self._layers)
+        # Without |a| there are no statistics of it.
+        self._observable = any(
+            place.defines_activation
+            for layer in decoder_layers(model)
+            for place in places_of(layer, targets)
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model and its text from others, for the results file."""
+        return {
+            "where": self._subject.facts.where,
+            "weights": _identity(self._subject.facts.where),
+            "text": _fingerprint(self._subject.text),
+            "targets": list(self._targets),
+        }
+
+    def run(self, results: Results, say: Say) -> Study:
+        """Measure everything that is not in ``results`` yet.
+
+        Raises:
+            ValueError: the weights cannot be read, or activations are not finite.
+        """
+        results.same_or_add({"model": self._subject.label}, self.identity(), "models or text")
+        with ExitStack() as stack:
+            engine = _Lazy(lambda: stack.enter_context(self._open(say)))
+            return self._study(engine, results, say)
+
+    def _study(self, engine: _Lazy, results: Results, say: Say) -> Study:
+        settings, subject = self._settings, self._subject
+        plans = [dense(self._count)]
+        plans += [
+            uniform(score, share, self._count)
+            for score in settings.scores
+            for share in settings.shares
+        ]
+        found = self._on_text(plans, subject.text, engine, results)
+        if subject.tasks is not None:
+            by_task = self._on_tasks(plans, subject.tasks, engine, results)
+            found = {each: (*by_task[each], *found[each]) for each in found}
+        base = found[plans[0]]
+        points = [
+            _point(score, share, self._pruned(uniform(score, share, self._count)),
+                   found[uniform(score, share, self._count)], base)
+            for score in settings.scores
+            for share in settings.shares
+        ]  # fmt: skip
+        budget = None
+        statistics = self._statistics(engine, results, say)
+        if settings.budget is not None:
+            budget = self._budget(settings.budget, engine, results, say)
+        return Study(
+            label=subject.label,
+            where=subject.facts.where,
+            targets=self._targets,
+            layers=self._layers,
+            tokens=subject.text.tokens,
+            dense=_point(plans[0].score, 0.0, self._pruned(plans[0]), base, base),
+            points=tuple(points),
+            statistics=statistics,
+            budget=budget,
+        )
+
+    @contextmanager
+    def _open(self, say: Say) -> Iterator[Engine]:
+        settings, facts = self._settings, self._subject.facts
+        say(f"{self._subject.label}: reading {facts.where}")
+        if settings.stream:
+            with open_layered(
+                facts.where, dtype=settings.dtype, device=settings.device, say=say
+            ) as layered:
+                if settings.all_neurons:
+                    compute_all_neurons(layered.model)
+                yield StreamedEngine(
+                    layered, self._targets, seed=settings.seed, memory_bytes=settings.stream_bytes
+                )
+            return
+        model = load(
+            facts,
+            dtype=settings.dtype,
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
+        ).model
+        if settings.all_neurons:
+            compute_all_neurons(model)
+        yield ResidentEngine(model, self._targets, seed=settings.seed)
+
+    def _on_text(
+        self, plans: Sequence[Plan], text: Text, engine: _Lazy, results: Results
+    ) -> dict[Plan, tuple[Score, ...]]:
+        """Loss, perplexity and bits per byte under every plan."""
+        digest = _fingerprint(text)
+
+        def key(each: Plan) -> dict[str, Any]:
+            return self._key(each) | {"text": digest}
+
+        todo = [each for each in dict.fromkeys(plans) if results.get(key(each)) is None]
+        if todo:
+            ready = engine()
+            title = f"{self._subject.label}: {len(todo)} prunings"
+            with WorkProgress(title, ready.work(todo, text)) as progress:
+                for each, perplexity in ready.measure(todo, text, progress.add):
+                    scores = perplexity_scores(text.name, perplexity)
+                    results.add(key(each), {"scores": [score_to_json(one) for one in scores]})
+        return {each: _scores(results, key(each)) for each in plans}
+
+    def _on_tasks(
+        self, plans: Sequence[Plan], tasks: LoadedTasks, engine: _Lazy, results: Results
+    ) -> dict[Plan, tuple[Score, ...]]:
+        def key(each: Plan) -> dict[str, Any]:
+            return self._key(each) | {"tasks": list(tasks.tasks)}
+
+        todo = [each for each in dict.fromkeys(plans) if results.get(key(each)) is None]
+        if todo:
+            ready = engine()
+            assert isinstance(ready, ResidentEngine), "tasks and streaming are refused together"
+            settings = self._settings
+            lm = harness_model(ready.model, self._subject.facts, batch_size=settings.batch_size)
+            title = f"{self._subject.label}: tasks"
+            with WorkProgress(title, len(todo), unit="prunings") as progress:
+                for each in todo:
+                    with ready.pruning(each):
+                        scores = run_tasks(lm, tasks, limit=settings.limit)
+                    results.add(key(each), {"scores": [score_to_json(one) for one in scores]})
+                    progress.add(1)
+        return {each: _scores(results, key(each)) for each in plans}
+
+    def _statistics(self, engine: _Lazy, results: Results, say: Say) -> tuple[LayerStatistics, ...]:
+        if not self._observable:
+            say(f"{self._subject.label}: its experts do not define |a|, so no thresholds of it")
+            return ()
+        text, tops = self._subject.text, self._settings.tops
+        key = {"model": self._subject.label, "statistics": list(tops)}
+        if results.get(key) is None:
+            ready = engine()
+            title = f"{self._subject.label}: activations"
+            with WorkProgress(title, ready.work([dense(self._count)], text)) as progress:
+                layers = ready.observe(text, tops, progress.add)
+            results.add(key, {"layers": [layer.to_json() for layer in layers]})
+        kept = results.get(key)
+        assert kept is not None
+        return tuple(LayerStatistics.from_json(layer) for layer in kept["layers"])
+
+    def _budget(
+        self, settings: BudgetSettings, engine: _Lazy, results: Results, say: Say
+    ) -> BudgetResult:
+        text = self._subject.calibration
+        layers = [layer for layer in self._layers if layer.weight]
+
+        def whole(shares: Sequence[float]) -> Plan:
+            """A plan of all layers from shares of those that have something to prune."""
+            by_layer = dict(zip((layer.number for layer in layers), shares, strict=True))
+            return plan(settings.score, [by_layer.get(layer.number, 0.0) for layer in self._layers])
+
+        def alone(position: int, share: float) -> Plan:
+            return whole([share if other == position else 0.0 for other in range(len(layers))])
+
+        nothing = dense(self._count)
+        ones = [[alone(at, share) for share in settings.shares] for at in range(len(layers))]
+        plans = [nothing, *(each for row in ones for each in row)]
+        say(f"{self._subject.label}: sensitivity of {len(layers)} layers")
+        found = self._on_text(plans, text, engine, results)
+
+        def change(each: Plan, on: Text = text) -> Difference:
+            measured = self._on_text([nothing, each], on, engine, results)
+            return _changes(measured[each], measured[nothing])[0]
+
+        sensitivity = [
+            [_changes(found[each], found[nothing])[0].value for each in row] for row in ones
+        ]
+        allotments = path(sensitivity, settings.shares, [layer.weight for layer in layers])
+
+        def measure(allotment: Allotment) -> float:
+            return change(whole(allotment.shares)).value
+
+        best, probes = search(allotments, settings.rise, measure)
+        chosen = whole(best.allotment.shares)
+        other = None
+        if self._subject.text is not text:
+            other = change(chosen, self._subject.text)
+        return BudgetResult(
+            settings=settings,
+            layers=tuple(layer.number for layer in layers),
+            loss=found[nothing][0].estimate.value,
+            sensitivity=tuple(tuple(row) for row in sensitivity),
+            best=best,
+            best_change=change(chosen),
+            probes=tuple(probes),
+            uniform_change=change(whole([best.allotment.pruned] * len(layers))),
+            elsewhere=other,
+        )
+
+    def _key(self, each: Plan) -> dict[str, Any]:
+        return {
+            "model": self._subject.label,
+            "score": each.score,
+            "shares": list(each.shares),
+        }
+
+    def _pruned(self, each: Plan) -> float:
+        """The share of a token's neurons that is gone, in whole neurons."""
+        gone = 0.0
+        for layer in self._layers:
+            for kind in layer.kinds:
+                kept = kept_neurons(each.shares[layer.number], kind.neurons)
+                gone += (kind.neurons - min(kept, kind.own_kept)) * kind.uses
+        return gone / sum(layer.weight for layer in self._layers)
+
+
+def look_into(subject: Subject, settings: StudySettings) -> ModelStudy:
+    """Check a model before its weights are read.
+
+    Raises:
+        ValueError: it has nothing of what is to be pruned, or a score is not defined for it; one
+            line that names it.
+    """
+    where = subject.facts.where
+    model = model_without_weights(where, trust_remote_code=settings.trust_remote_code)
+    if settings.all_neurons:
+        compute_all_neurons(model)
+    try:
+        targets = choose_targets(model, settings.targets)
+        places = [place for layer in decoder_layers(model) for place in places_of(layer, targets)]
+        scores = {*settings.scores} | ({settings.budget.score} if settings.budget else set())
+        check_definable(places, sorted(scores))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return ModelStudy(subject, settings, model, targets)
+
+
+def _layers(model: PreTrainedModel, targets: Sequence[str]) -> Iterator[Layer]:
+    config = model.config.get_text_config()
+    for number, layer in enumerate(decoder_layers(model)):
+        yield Layer(
+            number,
+            tuple(
+                Kind(
+                    place.target,
+                    place.neurons,
+                    place.own_kept,
+                    int(config.num_experts_per_tok) if place.target == "routed" else 1,
+                )
+                for place in places_of(layer, targets)
+            ),
+        )
+
+
+def _point(
+    score: str, share: float, gone: float, scores: tuple[Score, ...], base: tuple[Score, ...]
+) -> Point:
+    return Point(score, share, gone, scores, _changes(scores, base))
+
+
+def _changes(scores: Sequence[Score], base: Sequence[Score]) -> tuple[Difference, ...]:
+    return tuple(
+        difference(one.estimate, other.estimate, same_samples=one.samples == other.samples)
+        for one, other in zip(scores, base, strict=True)
+    )
+
+
+def _scores(results: Results, key: dict[str, Any]) -> tuple[Score, ...]:
+    kept = results.get(key)
+    assert kept is not None
+    return tuple(score_from_json(one) for one in kept["scores"])
+
+
+def _fingerprint(text: Text) -> str:
+    """SHA-256 of the windows that are read."""
+    digest = hashlib.sha256()
+    for batch in text.batches():
+        for window in batch:
+            digest.update(window.size.to_bytes(8, "little") + window.tobytes())
+    return digest.hexdigest()
+
+
+def _identity(where: str) -> str:
+    """Tells weights apart without reading them: changes when a run has gone on."""
+    folder = Path(where)
+    if not folder.is_dir():
+        return where
+    if is_ours(folder):
+        checkpoint = open_source(folder, say=lambda message: None).checkpoint
+        return hashlib.sha256((checkpoint.path / "manifest.json").read_bytes()).hexdigest()
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+    return digest.hexdigest()
