@@ -122,6 +122,11 @@ class Page:
     _body: list[str] = field(default_factory=list)
     _charts: dict[str, dict[str, Any]] = field(default_factory=dict)
     _heatmaps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _extension: tuple[dict[str, Any], str, str] = ({}, "", "")
+
+    def extend(self, data: dict[str, Any], *, style: str, script: str) -> None:
+        """Views of the caller's own; the script finds `data` as ``monePage.DATA.extension``."""
+        self._extension = (data, style, script)
 
     def raw(self, markup: str) -> None:
         """Append markup, already escaped."""
@@ -195,6 +200,7 @@ class Page:
         zero: bool = False,
         height: int = 240,
         wide: bool = False,
+        x_label: str = "step",
     ) -> None:
         """A chart over steps with hover readout, zoom by dragging, and a double click to undo.
 
@@ -205,6 +211,7 @@ class Page:
             zero: the y axis includes 0.
             height: pixels.
             wide: stands alone rather than in a grid.
+            x_label: what the x axis counts.
         """
         identity = f"chart{len(self._charts)}"
         self._charts[identity] = {
@@ -212,6 +219,7 @@ class Page:
             "title": title,
             "zero": zero,
             "height": height,
+            "xLabel": x_label,
             "series": [curve.to_json() for curve in curves],
         }
         self._card("chart", identity, title, note, wide)
@@ -253,8 +261,9 @@ class Page:
 
     def render(self) -> str:
         """The page as one HTML document."""
+        extension, style, script = self._extension
         data = json.dumps(
-            {"charts": self._charts, "heatmaps": self._heatmaps},
+            {"charts": self._charts, "heatmaps": self._heatmaps, "extension": extension},
             allow_nan=False,
             separators=(",", ":"),
         )
@@ -265,8 +274,10 @@ class Page:
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(self.title)}</title>\n<style>{CSS}</style>\n</head>\n"
+            f"<title>{escape(self.title)}</title>\n<style>{CSS}{style}</style>\n</head>\n"
             f"<body><main>\n{body}\n</main>\n"
             f'<script type="application/json" id="data">{data}</script>\n'
-            f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
+            f"<script>{SCRIPT}</script>\n"
+            + (f"<script>{script}</script>\n" if script else "")
+            + "</body>\n</html>\n"
         )

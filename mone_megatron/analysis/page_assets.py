@@ -412,5 +412,7 @@ for (const node of document.querySelectorAll('.chart')) {
 for (const node of document.querySelectorAll('.heatmap')) {
   new Heatmap(node, DATA.heatmaps[node.dataset.id]);
 }
+// For a page's own views (Page.extend).
+window.monePage = { DATA, fmt, el, MAP, shade, placeTip };
 })();
 """

@@ -1,0 +1,239 @@
+"""Static pictures of an analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from mone_megatron.analysis.files import write_whole
+from mone_megatron.analysis.plots import color_of, png_bytes
+from mone_megatron.analysis.routing.counting import conditional, divide
+from mone_megatron.analysis.routing.output import Analysis
+from mone_megatron.analysis.routing.statistics import LayerStatistics
+from mone_megatron.analysis.stats import FloatArray
+
+_INK, _SOFT = "#1b1f24", "#5c6673"
+# Beyond these a picture would be a blur: layers are taken at even distances.
+_MAX_PANELS = 12
+
+
+def write_figures(analysis: Analysis, folder: Path) -> list[Path]:
+    """Write every picture there is data for; the paths."""
+    figures = {
+        "load.png": load_figure(analysis),
+        "coactivation.png": coactivation_figure(analysis),
+        "saturation.png": saturation_figure(analysis),
+        "specialisation.png": specialisation_figure(analysis),
+        "neurons.png": neuron_figure(analysis),
+    }
+    return [
+        write_whole(folder / name, png_bytes(figure))
+        for name, figure in figures.items()
+        if figure is not None
+    ]
+
+
+def load_figure(analysis: Analysis) -> Figure:
+    """Load of every expert of every layer of the last checkpoint, over the even load."""
+    final = analysis.checkpoints[-1]
+    loads = [
+        divide(layer.experts.tokens_E, layer.experts.tokens_E.mean()) for layer in final.layers
+    ]
+    grid = _padded(loads)
+    figure = _figure(9, 1.6 + 0.3 * len(loads))
+    axes = figure.subplots()
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    _layer_ticks(axes, final.layers)
+    axes.set_xlabel("expert")
+    _title(axes, f"Load over the even load, {final.name}")
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def coactivation_figure(analysis: Analysis) -> Figure:
+    """count(i, j) / count(i) of the last checkpoint, a panel a layer."""
+    layers = _some(analysis.checkpoints[-1].layers)
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = _figure(3.4 * columns, 3.4 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    matrices = []
+    for layer in layers:
+        matrix = conditional(layer.experts.together_EE)
+        np.fill_diagonal(matrix, np.nan)
+        matrices.append(matrix)
+    largest = max((np.nanmax(m) for m in matrices if np.isfinite(m).any()), default=1.0)
+    for axes in panels.flat:
+        axes.set_visible(False)
+    for axes, layer, matrix in zip(panels.flat, layers, matrices, strict=False):
+        axes.set_visible(True)
+        image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=largest, interpolation="nearest")
+        axes.set_title(f"layer {layer.shape.layer}", fontsize=11, color=_INK)
+        axes.set_xlabel("expert j", color=_SOFT)
+        axes.set_ylabel("expert i", color=_SOFT)
+    figure.colorbar(image, ax=panels, label="tokens of i that also go to j")
+    figure.suptitle(f"Expert co-activation, {analysis.checkpoints[-1].name}", color=_INK)
+    return figure
+
+
+def saturation_figure(analysis: Analysis) -> Figure | None:
+    """Experts and kept neurons shared with the last checkpoint, over the checkpoints."""
+    earlier = analysis.checkpoints[:-1]
+    if not earlier:
+        return None
+    names = [str(one.step) if one.step is not None else one.name for one in earlier]
+    places = np.arange(len(names))
+    figure = _figure(11, 5)
+    left, right = figure.subplots(1, 2)
+    top_k = max(layer.shape.top_k for one in earlier for layer in one.layers)
+    for index, k in enumerate(_top_ks(top_k)):
+        values = [
+            _mean([s[k - 1] for layer in one.layers if (s := layer.experts.saturation_K) is not None
+                   and len(s) >= k])
+            for one in earlier
+        ]  # fmt: skip
+        left.plot(places, values, marker="o", color=color_of(index), label=f"top {k}")
+    left.set_ylabel("mean |S & S final| / k")
+    _title(left, "Router saturation, mean over layers")
+    summaries = analysis.summaries()[:-1]
+    for index, (key, label) in enumerate(
+        (
+            ("neuron_saturation", "kept neurons"),
+            ("neuron_saturation_by_load", "independent, same loads"),
+        )
+    ):
+        values = [_mean([getattr(layer, key) for layer in one]) for one in summaries]
+        right.plot(places, values, marker="o", color=color_of(index), label=label,
+                   linestyle="-" if index == 0 else "--")  # fmt: skip
+    right.set_ylabel("share of the kept set")
+    _title(right, "Neuron saturation, in experts in common")
+    for axes in (left, right):
+        axes.set_ylim(0, 1.02)
+        axes.set_xticks(places, names, rotation=30 if len(names) > 6 else 0)
+        axes.set_xlabel("checkpoint")
+        axes.legend(frameon=False)
+        axes.grid(True, color="#e3e7ec")
+    return figure
+
+
+def specialisation_figure(analysis: Analysis) -> Figure | None:
+    """How far tokens and domains are routed apart, by layer of the last checkpoint."""
+    final, summaries = analysis.checkpoints[-1], analysis.summaries()[-1]
+    curves = [
+        ("token_specialisation", "largest share of a token, mean", "-"),
+        ("token_specialisation_even", "the same without specialisation", "--"),
+        ("domain_specialisation", "distance of domains", "-"),
+    ]
+    return _by_layer(final.layers, summaries, curves, f"Expert specialisation, {final.name}")
+
+
+def neuron_figure(analysis: Analysis) -> Figure | None:
+    """Loads of neurons, sorted, and what adjacent tokens share, of the last checkpoint."""
+    final, summaries = analysis.checkpoints[-1], analysis.summaries()[-1]
+    layers = [layer for layer in _some(final.layers) if layer.neurons is not None]
+    if not layers:
+        return None
+    figure = _figure(12, 5)
+    left, right = figure.subplots(1, 2)
+    for index, layer in enumerate(layers):
+        assert layer.neurons is not None
+        used = layer.experts.tokens_E > 0
+        loads = divide(layer.neurons.kept_EF[used], layer.experts.tokens_E[used, None])
+        ordered = -np.sort(-loads.reshape(-1))
+        left.plot(
+            np.linspace(0, 1, len(ordered)),
+            ordered,
+            color=color_of(index),
+            label=f"layer {layer.shape.layer}",
+        )
+    left.set_xlabel("share of the layer's neurons, the most kept first")
+    left.set_ylabel("share of the expert's tokens that keep it")
+    left.legend(frameon=False, fontsize=9)
+    _title(left, f"Neuron load, {final.name}")
+    places = np.arange(len(final.layers))
+    for index, (key, label) in enumerate(
+        (
+            ("neuron_adjacent", "kept neurons shared by adjacent tokens"),
+            ("neuron_adjacent_by_load", "by independent ones of these loads"),
+            ("dead_neurons", "dead neurons"),
+        )
+    ):
+        values = [getattr(summary, key) for summary in summaries]
+        right.plot(places, values, marker="o", color=color_of(index), label=label)
+    right.set_xticks(places, [str(layer.shape.layer) for layer in final.layers])
+    right.set_xlabel("layer")
+    right.set_ylim(0, None)
+    right.legend(frameon=False, fontsize=9)
+    _title(right, "Adjacent tokens and dead neurons")
+    return figure
+
+
+def _by_layer(
+    layers: Sequence[LayerStatistics],
+    summaries: Sequence[object],
+    curves: Sequence[tuple[str, str, str]],
+    heading: str,
+) -> Figure | None:
+    values = {key: [getattr(one, key) for one in summaries] for key, _, _ in curves}
+    if not any(np.isfinite(row).any() for row in values.values()):
+        return None
+    figure = _figure(9, 4.6)
+    axes = figure.subplots()
+    places = np.arange(len(layers))
+    for index, (key, label, style) in enumerate(curves):
+        if np.isfinite(values[key]).any():
+            axes.plot(places, values[key], style, marker="o", color=color_of(index), label=label)
+    axes.set_xticks(places, [str(layer.shape.layer) for layer in layers])
+    axes.set_xlabel("layer")
+    axes.set_ylim(0, None)
+    axes.legend(frameon=False)
+    axes.grid(True, color="#e3e7ec")
+    _title(axes, heading)
+    return figure
+
+
+def _top_ks(top_k: int) -> list[int]:
+    """All, and the halves down to one: FLAME-MoE's 6, 4, 2, 1 for its six."""
+    if top_k == 6:
+        return [6, 4, 2, 1]
+    return sorted({max(1, top_k >> shift) for shift in range(top_k.bit_length())}, reverse=True)
+
+
+def _some(layers: Sequence[LayerStatistics]) -> Sequence[LayerStatistics]:
+    if len(layers) <= _MAX_PANELS:
+        return layers
+    places = np.linspace(0, len(layers) - 1, _MAX_PANELS).astype(int)
+    return [layers[place] for place in places.tolist()]
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else np.nan
+
+
+def _padded(rows: Sequence[FloatArray]) -> FloatArray:
+    grid = np.full((len(rows), max(map(len, rows))), np.nan)
+    for index, row in enumerate(rows):
+        grid[index, : len(row)] = row
+    return grid
+
+
+def _layer_ticks(axes: Axes, layers: Sequence[LayerStatistics]) -> None:
+    every = -(-len(layers) // 24)
+    places = list(range(0, len(layers), every))
+    axes.set_yticks(places, [str(layers[place].shape.layer) for place in places])
+    axes.set_ylabel("layer")
+
+
+def _figure(width: float, height: float) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    return Figure(figsize=(width, height), dpi=100, layout=layout, facecolor="white")
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text.replace("$", r"\$"), loc="left", fontsize=13, color=_INK)

@@ -1,0 +1,229 @@
+"""Records a routing trace from any transformers MoE behind the library's experts interface.
+
+The experts are computed by transformers' own grouped matrix products, and the neurons are read
+between them: what is recorded is what the model did, not computed a second time.
+
+Shape suffixes: N tokens, K experts of a token, R = N K rows, F neurons of an expert, B bytes of
+their bits; B and S of ``ids_BS`` are windows and positions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import grouped_mm_experts_forward
+
+from mone_megatron.analysis.routing.bits import pack
+from mone_megatron.analysis.routing.trace import (
+    LayerShape,
+    Routing,
+    Selection,
+    Tokens,
+    TraceWriter,
+)
+from mone_megatron.hf.experts_mone import (
+    ExpertsModule,
+    NeuronSettings,
+    experts_modules,
+    has_own_gate,
+)
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of one length and one domain.
+
+    Attributes:
+        ids_BS: int64 token ids.
+        domain: number of the domain.
+    """
+
+    ids_BS: npt.NDArray[np.int64]
+    domain: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a header says of a recording."""
+
+    layers: tuple[LayerShape, ...]
+    selection: Selection | None
+
+
+class _Watched:
+    """An experts module as transformers' function sees it: its gate tells what it keeps."""
+
+    def __init__(self, experts: ExpertsModule, watched: NeuronSettings, selects: bool) -> None:
+        self._experts, self._watched, self._selects = experts, watched, selects
+        own = has_own_gate(experts)
+        if own and watched.score == "abs_activation":
+            raise ValueError(
+                f"--score: {type(experts).__name__} computes its gate in a way of its own, so |a| "
+                "is not defined; use abs_product, abs_gate or signed_gate"
+            )
+        self._own_gate = own
+        self.kept_RB: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        if self._experts.is_concatenated:
+            gate_RF, up_RF = gate_up.chunk(2, dim=-1)
+        else:
+            gate_RF, up_RF = gate_up[..., ::2], gate_up[..., 1::2]
+        hidden_RF: Tensor = self._experts._apply_gate(gate_up)
+        activate = self._experts.act_fn
+        if self._own_gate and self._watched.score == "abs_product":
+            # |a u| with a as the model has it: ranked as a gate that passes it on.
+            mask_RF = NeuronSettings(self._watched.keep_ratio, "abs_gate").mask(
+                hidden_RF, up_RF, activate
+            )
+        else:
+            mask_RF = self._watched.mask(gate_RF, up_RF, activate)
+        self.kept_RB = pack(mask_RF)
+        return hidden_RF * mask_RF if self._selects else hidden_RF
+
+
+class _Layer:
+    """Watches the experts of one layer."""
+
+    def __init__(self, number: int, experts: nn.Module, otherwise: NeuronSettings) -> None:
+        self.number = number
+        self.experts = cast(ExpertsModule, experts)
+        settings = getattr(self.experts.config, "mone", None)
+        own = NeuronSettings.from_config(settings) if settings else None
+        self.selects = own is not None and "routed" in own.apply_to
+        self.settings = own if own is not None and self.selects else otherwise
+        self.routing: Routing | None = None
+        self.top_k = 0
+
+    def shape(self) -> LayerShape:
+        """As the header has it; after the first forward pass."""
+        neurons = self.experts.intermediate_dim if self.experts.has_gate else 0
+        kept = self.settings.kept(neurons) if neurons else 0
+        return LayerShape(self.number, self.experts.num_experts, self.top_k, neurons, kept)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute the experts and remember what the tokens used."""
+        seen: Any = self.experts
+        if self.experts.has_gate:
+            seen = _Watched(self.experts, self.settings, self.selects)
+        output = grouped_mm_experts_forward(seen, hidden_states, top_k_index, top_k_weights)
+        kept_NKB = None
+        if seen is not self.experts:
+            assert seen.kept_RB is not None
+            # The same call on the same numbers as the function's own: its order of rows.
+            _, order_R = torch.sort(top_k_index.reshape(-1))
+            kept_RB = torch.empty_like(seen.kept_RB)
+            kept_RB[order_R] = seen.kept_RB
+            kept_NKB = kept_RB.unflatten(0, top_k_index.shape)
+        # Routers may give the experts of a token in any order.
+        by_weight_NK = top_k_weights.argsort(dim=-1, descending=True, stable=True)
+        experts_NK = top_k_index.gather(-1, by_weight_NK)
+        weights_NK = top_k_weights.gather(-1, by_weight_NK).float()
+        if kept_NKB is not None:
+            index = by_weight_NK.unsqueeze(-1).expand_as(kept_NKB)
+            kept_NKB = kept_NKB.gather(1, index)
+        self.top_k = int(top_k_index.shape[-1])
+        self.routing = Routing(
+            experts_NK.int().cpu().numpy(),
+            weights_NK.cpu().numpy(),
+            None if kept_NKB is None else kept_NKB.cpu().numpy(),
+        )
+        return output
+
+
+def _numbered(model: PreTrainedModel) -> list[tuple[int, nn.Module]]:
+    """The layers' experts with their numbers from 1."""
+    wanted = set(map(id, experts_modules(model)))
+    named = [(name, module) for name, module in model.named_modules() if id(module) in wanted]
+    if not named:
+        raise ValueError(
+            f"{type(model).__name__} has no experts behind transformers' experts interface; a "
+            "dense model has no routing to analyse, give an MoE"
+        )
+    found = [_LAYER.search(name) for name, _ in named]
+    numbers = [int(match.group(1)) + 1 if match else 0 for match in found]
+    if 0 in numbers or len(set(numbers)) < len(numbers):
+        # Names that do not tell: counted, in the order of the model.
+        numbers = list(range(1, len(named) + 1))
+    return [(number, module) for number, (_, module) in zip(numbers, named, strict=True)]
+
+
+@contextmanager
+def _watching(model: PreTrainedModel, otherwise: NeuronSettings) -> Iterator[list[_Layer]]:
+    layers = [_Layer(number, module, otherwise) for number, module in _numbered(model)]
+    modules = [cast(nn.Module, layer.experts) for layer in layers]
+    for module, layer in zip(modules, layers, strict=True):
+        # On the object, in front of its class's.
+        module.forward = layer.forward
+    try:
+        yield layers
+    finally:
+        for module in modules:
+            del module.forward
+
+
+@torch.no_grad()
+def record(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    writer: TraceWriter,
+    *,
+    keep_ratio: float,
+    score: str = "abs_activation",
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Recorded:
+    """Run a model on windows of text and write what its experts did.
+
+    Args:
+        model: on its device, in evaluation mode.
+        batches: each becomes a shard.
+        writer: takes the shards; the caller closes it.
+        keep_ratio: the share of neurons to record in experts that do not select themselves.
+        score: what ranks those.
+        progress: told how many tokens were done with each batch.
+
+    Raises:
+        ValueError: a dense model, or a setting that does not fit it.
+    """
+    windows = 0
+    with _watching(model, NeuronSettings(keep_ratio, score)) as layers:
+        for batch in batches:
+            count, length = batch.ids_BS.shape
+            ids_BS = torch.from_numpy(batch.ids_BS).to(model.device)
+            # Without the head: routing needs no logits.
+            model.base_model(input_ids=ids_BS, use_cache=False)
+            window_N = np.repeat(np.arange(windows, windows + count, dtype=np.int32), length)
+            domain_N = np.full(count * length, batch.domain, dtype=np.int32)
+            tokens = Tokens(batch.ids_BS.reshape(-1).astype(np.int32), window_N, domain_N)
+            routings = {}
+            for layer in layers:
+                assert layer.routing is not None, f"layer {layer.number} did not run"
+                routings[layer.number], layer.routing = layer.routing, None
+            writer.add(tokens, routings)
+            windows += count
+            progress(count * length)
+        shapes = tuple(sorted((layer.shape() for layer in layers), key=lambda one: one.layer))
+        return Recorded(shapes, _selection(layers))
+
+
+def _selection(layers: list[_Layer]) -> Selection | None:
+    gated = [layer for layer in layers if layer.experts.has_gate]
+    if not gated:
+        return None
+    first = gated[0]
+    by = "model" if first.selects else "analysis"
+    return Selection(first.settings.keep_ratio, first.settings.score, by)

@@ -1,0 +1,216 @@
+"""Counts of a layer in a few numbers, and where each neuron is kept more than usually.
+
+Shape suffixes: E experts, F neurons of an expert, G groups of tokens, D domains, V frequent tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mone_megatron.analysis.routing.counting import (
+    Counts,
+    KeptOverlap,
+    divide,
+    entropy_share,
+)
+from mone_megatron.analysis.routing.statistics import (
+    LayerStatistics,
+    Limits,
+    Vocabulary,
+)
+from mone_megatron.analysis.stats import FloatArray
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A layer in a few numbers; NaN where there is nothing to measure.
+
+    Attributes:
+        load_entropy: of the experts' loads, 1 when even.
+        load_max_over_mean: of the experts' loads, 1 when even.
+        dead_experts: that no token was routed to.
+        expert_saturation: of all K, against the final checkpoint.
+        expert_adjacent: of all K, against the next token.
+        token_specialisation: largest share of a frequent token's occurrences that goes to one
+            expert; mean over occurrences.
+        token_specialisation_even: the same if every token were routed as all are together.
+        domain_specialisation: how far a domain's loads are from those of all text: half the sum
+            of the differences of the shares (0 same, 1 disjoint); mean over domains.
+        neuron_load_entropy: as a run's ``mone/load_entropy``: mean over experts that had tokens.
+        neuron_load_max_over_mean: likewise.
+        dead_neurons: share of neurons that no token kept, in experts that had tokens.
+        neuron_saturation: kept neurons shared with the final checkpoint, in experts that both
+            route the token to.
+        neuron_saturation_by_load: what two independent choices with these loads would share.
+        neuron_adjacent: kept neurons shared with the next token, in experts that both go to.
+        neuron_adjacent_by_load: what two independent tokens with these loads would share.
+        neuron_token_specialisation: largest difference between the share of a frequent token's
+            occurrences in the expert that keep the neuron and that of all tokens; mean.
+        neuron_domain_specialisation: between a domain and all text, likewise.
+    """
+
+    load_entropy: float
+    load_max_over_mean: float
+    dead_experts: int
+    expert_saturation: float
+    expert_adjacent: float
+    token_specialisation: float
+    token_specialisation_even: float
+    domain_specialisation: float
+    neuron_load_entropy: float = np.nan
+    neuron_load_max_over_mean: float = np.nan
+    dead_neurons: float = np.nan
+    neuron_saturation: float = np.nan
+    neuron_saturation_by_load: float = np.nan
+    neuron_adjacent: float = np.nan
+    neuron_adjacent_by_load: float = np.nan
+    neuron_token_specialisation: float = np.nan
+    neuron_domain_specialisation: float = np.nan
+
+
+@dataclass(frozen=True)
+class Excess:
+    """Of each neuron, where it is kept most above its usual share.
+
+    Attributes:
+        group_EF: number of the token or domain; -1 where none occurs often enough.
+        share_EF: its share of kept occurrences; NaN likewise.
+        excess_EF: above the share of all tokens of the expert; NaN likewise.
+    """
+
+    group_EF: npt.NDArray[np.int64]
+    share_EF: FloatArray
+    excess_EF: FloatArray
+
+
+def largest_excess(
+    kept_GEF: Counts, tokens_GE: Counts, kept_EF: Counts, tokens_E: Counts, min_count: int
+) -> Excess:
+    """Compare the share of each group's tokens that keep a neuron with that of all tokens.
+
+    Args:
+        kept_GEF: tokens of each group, in each expert, that keep each neuron.
+        tokens_GE: tokens of each group in each expert.
+        kept_EF: of all tokens.
+        tokens_E: all tokens.
+        min_count: a group with fewer tokens in an expert is left out there.
+    """
+    experts, neurons = kept_EF.shape
+    best = np.full((experts, neurons), -np.inf)
+    group_EF = np.full((experts, neurons), -1, np.int64)
+    share_EF = np.full((experts, neurons), np.nan)
+    usual_EF = divide(kept_EF, tokens_E[:, None])
+    # A loop over groups, so that only one is held as fractions.
+    for group, (kept, tokens_1E) in enumerate(zip(kept_GEF, tokens_GE, strict=True)):
+        shares = divide(kept, tokens_1E[:, None])
+        excess = np.where(tokens_1E[:, None] >= max(1, min_count), shares - usual_EF, -np.inf)
+        better = excess > best
+        best = np.where(better, excess, best)
+        group_EF[better] = group
+        share_EF = np.where(better, shares, share_EF)
+    return Excess(group_EF, share_EF, np.where(group_EF >= 0, best, np.nan))
+
+
+def token_excess(layer: LayerStatistics, limits: Limits) -> Excess:
+    """By frequent token: ``group_EF`` are places in ``Vocabulary.ids_V``."""
+    neurons = layer.neurons
+    assert neurons is not None
+    return largest_excess(
+        neurons.token_VEF,
+        neurons.token_tokens_VE,
+        neurons.kept_EF,
+        layer.experts.tokens_E,
+        limits.min_count,
+    )
+
+
+def domain_excess(layer: LayerStatistics, limits: Limits) -> Excess:
+    """By domain."""
+    neurons = layer.neurons
+    assert neurons is not None
+    return largest_excess(
+        neurons.domain_DEF,
+        neurons.domain_tokens_DE,
+        neurons.kept_EF,
+        layer.experts.tokens_E,
+        limits.min_count,
+    )
+
+
+def summarise(
+    layer: LayerStatistics,
+    vocabulary: Vocabulary,
+    limits: Limits,
+    final: LayerStatistics | None = None,
+) -> LayerSummary:
+    """A layer in a few numbers; ``final`` is the same layer of the final checkpoint."""
+    experts, neurons = layer.experts, layer.neurons
+    tokens_E = experts.tokens_E
+    token_shares_VE = divide(experts.token_VE, vocabulary.counts_V[:, None])
+    saturation = experts.saturation_K[-1] if experts.saturation_K is not None else np.nan
+    domain_shares_DE = divide(experts.domain_DE, experts.domain_DE.sum(axis=1, keepdims=True))
+    shares_E = divide(tokens_E, tokens_E.sum())
+    apart_D = np.abs(domain_shares_DE - shares_E).sum(axis=1) / 2
+    frequent = len(vocabulary.ids_V) > 0
+    several = len(apart_D) > 1
+    values = {
+        "load_entropy": float(entropy_share(tokens_E)),
+        "load_max_over_mean": float(divide(tokens_E.max(), tokens_E.mean())),
+        "dead_experts": int((tokens_E == 0).sum()),
+        "expert_saturation": float(saturation),
+        "expert_adjacent": experts.adjacent,
+        "token_specialisation": float(
+            np.average(token_shares_VE.max(axis=1), weights=vocabulary.counts_V)
+        )
+        if frequent
+        else np.nan,
+        "token_specialisation_even": float(divide(tokens_E.max(), vocabulary.tokens))
+        if frequent
+        else np.nan,
+        "domain_specialisation": float(np.nanmean(apart_D)) if several else np.nan,
+    }
+    if neurons is None or not (tokens_E > 0).any():
+        return LayerSummary(**values)  # type: ignore[arg-type]
+    used = tokens_E > 0
+    kept_EF = neurons.kept_EF[used]
+    loads_EF = divide(neurons.kept_EF, tokens_E[:, None])
+    by_load = np.nan
+    if neurons.saturation is not None and final is not None and final.neurons is not None:
+        theirs_EF = divide(final.neurons.kept_EF, final.experts.tokens_E[:, None])
+        by_load = _expected_share(neurons.saturation, loads_EF, theirs_EF)
+    values |= {
+        "neuron_load_entropy": float(entropy_share(kept_EF).mean()),
+        "neuron_load_max_over_mean": float((kept_EF.max(axis=1) / kept_EF.mean(axis=1)).mean()),
+        "dead_neurons": float((kept_EF == 0).mean()),
+        "neuron_saturation": _share(neurons.saturation),
+        "neuron_saturation_by_load": by_load,
+        "neuron_adjacent": _share(neurons.adjacent),
+        "neuron_adjacent_by_load": _expected_share(neurons.adjacent, loads_EF, loads_EF),
+        "neuron_token_specialisation": _mean(token_excess(layer, limits).excess_EF),
+        "neuron_domain_specialisation": _mean(domain_excess(layer, limits).excess_EF)
+        if several
+        else np.nan,
+    }
+    return LayerSummary(**values)  # type: ignore[arg-type]
+
+
+def _mean(values: FloatArray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else np.nan
+
+
+def _share(overlap: KeptOverlap | None) -> float:
+    if overlap is None:
+        return np.nan
+    return float(divide(overlap.shared_E.sum(), overlap.possible_E.sum()))
+
+
+def _expected_share(overlap: KeptOverlap, first_EF: FloatArray, second_EF: FloatArray) -> float:
+    """Shared neurons of independent choices with these loads, over the same pairs."""
+    expected_E = (first_EF * second_EF).sum(axis=1)
+    some = overlap.pairs_E > 0
+    expected = (overlap.pairs_E[some] * expected_E[some]).sum()
+    return float(divide(expected, overlap.possible_E[some].sum()))

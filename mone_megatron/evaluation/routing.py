@@ -1,0 +1,286 @@
+"""Records routing traces of models on texts: ``tools/analyze_run.py``, where there are models.
+
+:mod:`mone_megatron.analysis.routing` is the rest, which needs no transformers to read a trace.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mone_megatron.analysis.routing.megatron import files_identity
+from mone_megatron.analysis.routing.record import Batch, record
+from mone_megatron.analysis.routing.subjects import Subject
+from mone_megatron.analysis.routing.trace import (
+    HEADER_FILE,
+    TextDigest,
+    Tokens,
+    Trace,
+    TraceHeader,
+    TraceWriter,
+)
+from mone_megatron.checkpoint import read_checkpoint
+from mone_megatron.data.documents import InputSettings, read_documents
+from mone_megatron.evaluation.corpora import Reader, TextFile, Window, open_corpus
+from mone_megatron.evaluation.models import ModelFacts, load, look_at
+
+# Beyond these the figures cannot be told apart.
+MAX_DOMAINS = 64
+DEFAULT_KEEP_RATIO = 0.25
+_SCORE = "abs_activation"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How traces are recorded.
+
+    Attributes:
+        seq_length: tokens of a window; None for what the models are made for, up to 2048.
+        max_tokens: of each domain.
+        batch_size: windows in one forward pass, and in a shard.
+        keep_ratio: share of neurons looked at in models without selection; None for a quarter.
+        score: what ranks them; None for |a|.
+        dtype, device, trust_remote_code: as :func:`mone_megatron.evaluation.models.load`.
+    """
+
+    seq_length: int | None
+    max_tokens: int
+    batch_size: int
+    keep_ratio: float | None
+    score: str | None
+    dtype: torch.dtype | None
+    device: str
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Text:
+    """What to read, by domain.
+
+    Attributes:
+        places: runs, prefixes of ``.bin``/``.idx`` pairs and files, each a domain of its own.
+        documents: where the text lies in JSON lines and Parquet files.
+        domain_field: key or column whose values are the domains instead; None for none.
+    """
+
+    places: Sequence[str]
+    documents: InputSettings
+    domain_field: str | None = None
+
+    def check(self) -> None:
+        """Look whether everything is there, before anything slow.
+
+        Raises:
+            ValueError: naming what is not there.
+        """
+        for place in self.places:
+            corpus = open_corpus(place, self.documents)
+            if self.domain_field is not None and not isinstance(corpus, TextFile):
+                raise ValueError(
+                    f"--domain-field: {place} is not a file of JSON lines or Parquet, and has no "
+                    "fields; leave the option out"
+                )
+
+    def domains(self, reader: Reader, max_tokens: int) -> dict[str, Sequence[Window]]:
+        """Windows of each domain, each ``[L + 1]`` as :mod:`.corpora` gives them.
+
+        Raises:
+            ValueError: something cannot be read, or holds no text.
+        """
+        if self.domain_field is not None:
+            return _by_field(self, self.domain_field, reader, max_tokens)
+        names = [Path(place).stem for place in self.places]
+        if len(set(names)) < len(names):
+            names = list(self.places)
+        return {
+            name: open_corpus(place, self.documents).windows(reader)
+            for name, place in zip(names, self.places, strict=True)
+        }
+
+
+def _by_field(
+    text: Text, field: str, reader: Reader, max_tokens: int
+) -> dict[str, Sequence[Window]]:
+    values = InputSettings(json_key=field, column=field)
+    begin = reader.tokenizer.bos_token_id
+    first = reader.end_of_text if begin is None else int(begin)
+    streams: dict[str, list[int]] = {}
+    for place in text.places:
+        path = Path(place)
+        pairs = zip(read_documents(path, text.documents), read_documents(path, values), strict=True)
+        for document, domain in pairs:
+            stream = streams.setdefault(domain.text, [first])
+            if len(streams) > MAX_DOMAINS:
+                raise ValueError(
+                    f"--domain-field: {field!r} has more than {MAX_DOMAINS} values in {place}; "
+                    "give a field with few"
+                )
+            if document.text and len(stream) <= max_tokens:
+                stream += reader.tokenizer.encode(document.text, add_special_tokens=False)
+                stream.append(reader.end_of_text)
+    full = {name: np.asarray(ids, np.int64) for name, ids in streams.items() if len(ids) > 1}
+    if not full:
+        raise ValueError(f"{', '.join(text.places)}: hold no text")
+    length = reader.seq_length
+    return {
+        name: [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
+        for name, ids in sorted(full.items())
+    }
+
+
+def _batches(domains: Sequence[Sequence[Window]], settings: Settings) -> Iterator[Batch]:
+    """What the models read of each domain, without the token that follows each window."""
+    for number, windows in enumerate(domains):
+        room = settings.max_tokens
+        waiting: list[Window] = []
+        for window in windows:
+            ids = window[:-1][:room]
+            if waiting and (len(waiting) == settings.batch_size or len(ids) != len(waiting[0])):
+                yield Batch(np.stack(waiting), number)
+                waiting = []
+            if not len(ids):
+                break
+            waiting.append(ids)
+            room -= len(ids)
+        if waiting:
+            yield Batch(np.stack(waiting), number)
+
+
+class Recorder:
+    """Makes the trace of a model, or takes one that was made before."""
+
+    def __init__(self, text: Text, settings: Settings, say: Say) -> None:
+        """Look whether the text is there.
+
+        Raises:
+            ValueError: naming what is not.
+        """
+        if not text.places:
+            raise ValueError("--text: give what the models are to read")
+        text.check()
+        self.text, self.settings, self.say = text, settings, say
+
+    def __call__(self, subject: Subject, folder: Path) -> Trace:
+        """The trace of ``subject`` in ``folder``.
+
+        Raises:
+            ValueError: the model or the text cannot be read, the model has no routed experts, or
+                the folder holds another trace: one line.
+        """
+        settings, where = self.settings, subject.where
+        identity = _identity(where)
+        found = Trace(folder) if (folder / HEADER_FILE).is_file() else None
+        if found is not None and found.header.identity != identity:
+            raise ValueError(
+                f"{folder}: holds the trace of another model ({found.header.name}); give another "
+                "--trace"
+            )
+        facts = look_at(where, trust_remote_code=settings.trust_remote_code)
+        length = settings.seq_length or min(facts.max_length, 2048)
+        reader = Reader(facts.tokenizer, facts.vocab_size, length)
+        domains = self.text.domains(reader, settings.max_tokens)
+        batches = list(_batches(list(domains.values()), settings))
+        if not batches:
+            raise ValueError(f"--text: {', '.join(self.text.places)}: hold no text")
+        if found is None:
+            return self._record(subject, facts, domains, batches, folder, identity)
+        if found.text_sha256 != _digest(batches, identity):
+            raise ValueError(
+                f"{folder}: holds a trace of this model on another text or in other windows; "
+                "give another --trace"
+            )
+        chosen = found.header.selection
+        if chosen is not None and chosen.by == "analysis":
+            wanted = (settings.keep_ratio or DEFAULT_KEEP_RATIO, settings.score or _SCORE)
+            if (chosen.keep_ratio, chosen.score) != wanted:
+                raise ValueError(
+                    f"{folder}: holds a trace with --keep-ratio {chosen.keep_ratio:g} --score "
+                    f"{chosen.score}; give these, or another --trace"
+                )
+        self.say(f"{subject.label}: uses the trace in {folder}")
+        return found
+
+    def _record(
+        self,
+        subject: Subject,
+        facts: ModelFacts,
+        domains: dict[str, Sequence[Window]],
+        batches: Sequence[Batch],
+        folder: Path,
+        identity: str,
+    ) -> Trace:
+        settings, say = self.settings, self.say
+        loaded = load(
+            facts,
+            dtype=settings.dtype,
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        writer = TraceWriter(folder)
+        total = sum(batch.ids_BS.size for batch in batches)
+        with tqdm(
+            total=total, desc=f"recording {subject.label}", unit="tok", unit_scale=True
+        ) as bar:
+            recorded = record(
+                loaded.model,
+                batches,
+                writer,
+                keep_ratio=settings.keep_ratio or DEFAULT_KEEP_RATIO,
+                score=settings.score or _SCORE,
+                progress=bar.update,
+            )
+        del loaded
+        gc.collect()
+        selection = recorded.selection
+        if selection is None:
+            say(f"{subject.label}: its experts have no gate; neurons are left out")
+        elif selection.by == "model" and (settings.keep_ratio or settings.score):
+            say(
+                f"{subject.label}: selects neurons itself (keep ratio {selection.keep_ratio:g}, "
+                f"{selection.score}); --keep-ratio and --score are not for it"
+            )
+        seen = np.unique(np.concatenate([batch.ids_BS.reshape(-1) for batch in batches]))
+        return writer.close(
+            TraceHeader(
+                name=subject.label,
+                step=facts.step,
+                identity=identity,
+                layers=recorded.layers,
+                domains=tuple(domains),
+                selection=selection,
+                texts={int(token): str(facts.tokenizer.decode([int(token)])) for token in seen},
+            )
+        )
+
+
+def _digest(batches: Sequence[Batch], identity: str) -> str:
+    """The text of a trace that these batches would give."""
+    digest = TextDigest()
+    windows = 0
+    for batch in batches:
+        count, length = batch.ids_BS.shape
+        window_N = np.repeat(np.arange(windows, windows + count), length).astype(np.int32)
+        ids_N = batch.ids_BS.reshape(-1).astype(np.int32)
+        digest.add(Tokens(ids_N, window_N, np.zeros_like(ids_N)))
+        windows += count
+    return digest.hexdigest(identity)
+
+
+def _identity(where: str) -> str:
+    """Equal for the same weights: of the manifest, of the files, or of a model's name."""
+    folder = Path(where)
+    if (folder / "manifest.json").is_file():
+        return read_checkpoint(folder).manifest_sha256
+    if folder.is_dir():
+        weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+        return files_identity(sorted([folder / "config.json", *weights]))
+    return hashlib.sha256(where.encode()).hexdigest()

@@ -1,0 +1,190 @@
+"""See which experts and neurons tokens use: of runs, checkpoints, exports, any MoE, or traces."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_DESCRIPTION = """\
+Run models on text and count which experts and which neurons each token uses: load, co-activation,
+saturation against the final checkpoint and between adjacent tokens, specialisation on tokens and
+domains. A model is a run of ours (all its checkpoints), a checkpoint, an export or any MoE in the
+format of transformers; or a trace, recorded by --trace or by Megatron-LM
+(--moe-routing-trace-path). The last MODEL is the final checkpoint that the others are held against.
+
+A text is a run (its validation split), the prefix of a .bin/.idx pair, or a .txt, .jsonl or
+.parquet file. Each is a domain of its own, unless --domain-field names what tells them apart.
+
+Writes routing.html (a page to explore, one file), analysis.json, tables in Parquet and figures."""
+
+_EPILOG = """\
+exit status: 0 analysed, 2 for what cannot be analysed
+
+examples:
+  python tools/analyze_run.py runs/quickstart/mone --text runs/quickstart/mone --output routing
+  python tools/analyze_run.py exports/mone --text code.txt prose.txt --output routing
+  python tools/analyze_run.py runs/mine --text all.jsonl --domain-field source --trace traces \\
+      --output routing
+  python tools/analyze_run.py traces/mine_step_100 traces/mine_step_200 --output routing"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, model or trace")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the results")
+
+    text = parser.add_argument_group("text")
+    text.add_argument("--text", nargs="+", default=[], metavar="TEXT", help="what models read")
+    text.add_argument(
+        "--domain-field", metavar="KEY", help="of JSON lines or Parquet: its values are the domains"
+    )
+    text.add_argument("--text-key", default="text", help="of JSON lines and Parquet (text)")
+    text.add_argument("--seq-length", type=int, help="tokens of a window (the model's, up to 2048)")
+    text.add_argument("--max-tokens", type=int, default=32768, help="of each domain (32768)")
+
+    record = parser.add_argument_group("recording")
+    record.add_argument(
+        "--trace", type=Path, metavar="DIR", help="keep the traces here; those there are used again"
+    )
+    record.add_argument(
+        "--keep-ratio", type=float, help="neurons to look at in experts without selection (0.25)"
+    )
+    record.add_argument(
+        "--score",
+        choices=("abs_activation", "abs_gate", "signed_gate", "abs_product"),
+        help="what ranks them (abs_activation)",
+    )
+    record.add_argument("--num-experts", type=int, help="of a layer, for traces of Megatron-LM")
+
+    compute = parser.add_argument_group("computation")
+    compute.add_argument("--batch-size", type=int, default=8, help="windows at once (8)")
+    compute.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (CUDA if there)")
+    compute.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="auto: fp32 on a CPU, the model's own elsewhere",
+    )
+    compute.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that a model folder brings"
+    )
+
+    count = parser.add_argument_group("counting")
+    count.add_argument("--min-count", type=int, default=8, help="occurrences for a share (8)")
+    count.add_argument("--expert-tokens", type=int, default=1000, help="frequent tokens (1000)")
+    count.add_argument("--neuron-tokens", type=int, default=128, help="for neurons (128)")
+    count.add_argument(
+        "--neurons-together", type=int, default=32, help="neurons of an expert in pairs (32)"
+    )
+    count.add_argument(
+        "--experts-together", type=int, default=8, help="experts whose neurons are paired (8)"
+    )
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in (
+        "seq_length",
+        "max_tokens",
+        "num_experts",
+        "batch_size",
+        "min_count",
+        "expert_tokens",
+        "neuron_tokens",
+        "neurons_together",
+        "experts_together",
+    ):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {value} is too small; use 1 or more")
+    if options.keep_ratio is not None and not 0 < options.keep_ratio <= 1:
+        raise ValueError(f"--keep-ratio: {options.keep_ratio} is not in (0, 1]")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _run(options: argparse.Namespace) -> None:
+    _check(options)
+
+    from mone_megatron.extras import calm_bars, require
+
+    calm_bars()
+    # Only now: these take seconds to import.
+    from mone_megatron.analysis.routing.explorer import write_explorer
+    from mone_megatron.analysis.routing.figures import write_figures
+    from mone_megatron.analysis.routing.output import Analysis, text_report, write_analysis
+    from mone_megatron.analysis.routing.statistics import Limits
+    from mone_megatron.analysis.routing.subjects import Traced, analyze, subjects
+
+    chosen = subjects(options.models)
+    record: Traced | None = None
+    if any(subject.kind == "model" for subject in chosen):
+        require("hf", "transformers", "safetensors")
+        # Longer still, and not needed for traces.
+        from mone_megatron.data.documents import InputSettings
+        from mone_megatron.evaluation.models import choose_device, choose_dtype
+        from mone_megatron.evaluation.routing import Recorder, Settings, Text
+
+        device = choose_device(options.device)
+        documents = InputSettings(json_key=options.text_key, column=options.text_key)
+        record = Recorder(
+            Text(options.text, documents, options.domain_field),
+            Settings(
+                seq_length=options.seq_length,
+                max_tokens=options.max_tokens,
+                batch_size=options.batch_size,
+                keep_ratio=options.keep_ratio,
+                score=options.score,
+                dtype=choose_dtype(options.dtype, device),
+                device=device,
+                trust_remote_code=options.trust_remote_code,
+            ),
+            _say,
+        )
+    limits = Limits(
+        expert_tokens=options.expert_tokens,
+        neuron_tokens=options.neuron_tokens,
+        min_count=options.min_count,
+        neurons_together=options.neurons_together,
+        experts_together=options.experts_together,
+    )
+    header, results = analyze(
+        chosen, record, limits, keep=options.trace, num_experts=options.num_experts, say=_say
+    )
+    how = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+    }
+    analysis = Analysis(results, header, limits, how)
+    paths = write_analysis(analysis, options.output)
+    paths += write_figures(analysis, options.output)
+    paths.append(write_explorer(analysis, options.output))
+    print(text_report(analysis))
+    print()
+    for path in paths:
+        print(f"wrote {path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"analyze_run: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
