@@ -24,7 +24,7 @@ def observed(values: torch.Tensor, tops: tuple[float, ...], parts: int = 1) -> L
     """Statistics of activations ``[T, F]``, seen in some parts."""
     observer = Observer(0, "routed", values.shape[1], torch.device("cpu"))
     for part in values.chunk(parts):
-        observer(Rows(part, part, part, lambda gate: gate, None, lambda: part))
+        observer(Rows(part, part, part, lambda gate: gate, None, torch.Tensor))
     return observer.statistics(tops, len(values))
 
 
