@@ -96,6 +96,8 @@ def convert_megatron(
             window_N = np.arange(windows, windows + count, dtype=np.int32)
             writer.add(Tokens(unknown_N, window_N, np.zeros(count, np.int32)), routings)
             windows += count
+    if not top_k:
+        raise ValueError(f"{folder}: its trace holds no tokens of decoder layers; record one")
     if left_out:
         say(f"{folder}: left out {left_out} records of blocks other than the decoder")
     if experts is None:
