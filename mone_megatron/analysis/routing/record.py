@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import grouped_mm_experts_forward
@@ -74,6 +75,7 @@ class _Watched:
             )
         self._own_gate = own
         self.kept_RB: Tensor | None = None
+        self.neurons = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._experts, name)
@@ -84,15 +86,17 @@ class _Watched:
         else:
             gate_RF, up_RF = gate_up[..., ::2], gate_up[..., 1::2]
         hidden_RF: Tensor = self._experts._apply_gate(gate_up)
-        activate = self._experts.act_fn
-        if self._own_gate and self._watched.score == "abs_product":
-            # |a u| with a as the model has it: ranked as a gate that passes it on.
-            mask_RF = NeuronSettings(self._watched.keep_ratio, "abs_gate").mask(
-                hidden_RF, up_RF, activate
-            )
+        watched = self._watched
+        if not self._own_gate:
+            mask_RF = watched.mask(gate_RF, up_RF, self._experts.act_fn)
+        elif watched.score == "abs_product":
+            # Its own |a u| is what it computes: ranked as |g| ranks.
+            sizes = NeuronSettings(watched.keep_ratio, "abs_gate")
+            mask_RF = sizes.mask(hidden_RF, up_RF, F.silu)
         else:
-            mask_RF = self._watched.mask(gate_RF, up_RF, activate)
-        self.kept_RB = pack(mask_RF)
+            # By |g| or g, which need no activation.
+            mask_RF = watched.mask(gate_RF, up_RF, F.silu)
+        self.kept_RB, self.neurons = pack(mask_RF), int(mask_RF.shape[-1])
         return hidden_RF * mask_RF if self._selects else hidden_RF
 
 
@@ -107,13 +111,13 @@ class _Layer:
         self.selects = own is not None and "routed" in own.apply_to
         self.settings = own if own is not None and self.selects else otherwise
         self.routing: Routing | None = None
-        self.top_k = 0
+        # Known after the first forward pass; no neurons without a gate.
+        self.top_k = self.neurons = 0
 
     def shape(self) -> LayerShape:
         """As the header has it; after the first forward pass."""
-        neurons = self.experts.intermediate_dim if self.experts.has_gate else 0
-        kept = self.settings.kept(neurons) if neurons else 0
-        return LayerShape(self.number, self.experts.num_experts, self.top_k, neurons, kept)
+        kept = self.settings.kept(self.neurons) if self.neurons else 0
+        return LayerShape(self.number, self.experts.num_experts, self.top_k, self.neurons, kept)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the experts and remember what the tokens used."""
@@ -124,6 +128,7 @@ class _Layer:
         kept_NKB = None
         if seen is not self.experts:
             assert seen.kept_RB is not None
+            self.neurons = seen.neurons
             # The same call on the same numbers as the function's own: its order of rows.
             _, order_R = torch.sort(top_k_index.reshape(-1))
             kept_RB = torch.empty_like(seen.kept_RB)
@@ -152,7 +157,7 @@ def _numbered(model: PreTrainedModel) -> list[tuple[int, nn.Module]]:
     if not named:
         raise ValueError(
             f"{type(model).__name__} has no experts behind transformers' experts interface; a "
-            "dense model has no routing to analyse, give an MoE"
+            "dense model has no routing to analyse, and experts of other code cannot be read"
         )
     found = [_LAYER.search(name) for name, _ in named]
     numbers = [int(match.group(1)) + 1 if match else 0 for match in found]
