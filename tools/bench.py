@@ -1,31 +1,43 @@
-"""Benchmarks as ratios within one run: the trainer, MoNE's cost, checkpoints, the selection."""
+"""Benchmarks as ratios within one run: layers, selection, steps, decoding, trainer, saves."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
 
 _DESCRIPTION = """\
-Measure, on this machine's CPU (select: or GPU), ratios of things timed in turn (A B B A) in one
-run, after warm-up. Each is printed as: median (smallest..largest).
+Measure ratios of things timed in turn (A B B A) in one run, after warm-up. Each is printed as:
+median (smallest..largest).
 
-  spine   tokens/s of the trainer over a bare loop on the same megatron-core objects
-  cost    step time of MoNE over MoE, and what each part of the difference takes
-  save    how long a checkpoint stops training, async over sync
-  select  the exact top-k mask against torch.topk + scatter and torch.kthvalue"""
+  layer     experts forward and backward: MoNE in its modes and usual selections beside MoE
+  select    the exact top-k mask against torch.topk + scatter and torch.kthvalue
+  train     training steps of MoNE in its modes beside MoE
+  cost      step time of MoNE over MoE, and what each part of the difference takes
+  decode    one decoding step of the experts: rows of kept neurons beside all rows
+  generate  texts of a whole model, the same
+  spine     tokens/s of the trainer over a bare loop on the same megatron-core objects
+  save      how long a checkpoint stops training, async over sync"""
 
 _EPILOG = """\
 exit status: 0, or 2 for a configuration or data that cannot work
 
 examples:
-  python tools/bench.py spine
-  python tools/bench.py cost --processes 2 --output runs/bench/cost.json
-  python tools/bench.py cost mone.keep_ratio=0.5 model.expert_ffn_hidden_size=512
-  python tools/bench.py save --processes 2 parallel.expert=2
+  python tools/bench.py layer --hidden 512 --neurons 256 --experts 8 --chosen 2 --tokens 1024
+  python tools/bench.py layer --device cuda --dtype bf16 --tokens 32768 --output layer.json
   python tools/bench.py select --rows 2048 --neurons 256 1024
-  python tools/bench.py select --device cuda --dtype bf16 --rows 32768 --neurons 768 1024"""
+  python tools/bench.py train --processes 2 parallel.expert=2
+  python tools/bench.py cost mone.keep_ratio=0.5 model.expert_ffn_hidden_size=512
+  python tools/bench.py decode --batch 1 4 16 --keep-ratio 0.125 0.25 --experts 64
+  python tools/bench.py generate --layers 8 --neurons 768
+  python tools/bench.py spine
+  python tools/bench.py save --processes 2 parallel.expert=2"""
 
 
 def _positive(text: str) -> int:
@@ -43,90 +55,257 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--output", type=Path, metavar="FILE", help="also write the result as JSON")
+    shared.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="also write the result as JSON, and a plot by it",
+    )
     steps = argparse.ArgumentParser(add_help=False)
     steps.add_argument(
         "--processes", type=_positive, default=1, help="gloo ranks on this machine (default 1)"
     )
     steps.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+    pair = argparse.ArgumentParser(add_help=False)
+    pair.add_argument("--moe", default="quickstart_moe", help="default quickstart_moe")
+    pair.add_argument("--mone", default="quickstart_mone", help="default quickstart_mone")
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    place.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
+    place.add_argument(
+        "--threads", type=int, default=1, help="of torch; 0 for one a core (default 1)"
+    )
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument("--hidden", type=_positive, default=1024, help="h (default 1024)")
+    sizes.add_argument("--neurons", type=_positive, default=512, help="f (default 512)")
+    sizes.add_argument("--experts", type=_positive, default=16, help="default 16")
+    sizes.add_argument("--chosen", type=_positive, default=4, help="of a token (default 4)")
+
+    layer = commands.add_parser("layer", parents=[shared, place, sizes], help="training a layer")
+    layer.add_argument("--tokens", type=_positive, default=1024, help="default 1024")
+    layer.add_argument("--keep-ratio", type=float, default=0.25)
+    layer.add_argument("--repeats", type=_positive, default=15, help="of each (default 15)")
+
+    select = commands.add_parser("select", parents=[shared, place], help="the top-k mask")
+    select.add_argument("--rows", type=_positive, nargs="+", default=[64, 512, 4096])
+    select.add_argument("--neurons", type=_positive, nargs="+", default=[64, 256, 1024, 4096])
+    select.add_argument("--keep-ratio", type=float, default=0.25)
+    select.add_argument("--repeats", type=_positive, default=15, help="of each (default 15)")
+
+    train = commands.add_parser("train", parents=[shared, steps, pair], help="training steps")
+    train.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    train.add_argument("--repeats", type=_positive, default=10, help="of each (default 10)")
+    train.add_argument("--steps", type=_positive, default=1, help="a repeat (default 1)")
+
+    cost = commands.add_parser("cost", parents=[shared, steps, pair], help="MoNE's cost, by parts")
+    cost.add_argument("--repeats", type=_positive, default=20, help="steps of each (default 20)")
+    cost.add_argument(
+        "--part-repeats", type=_positive, default=60, help="measurements of each part (default 60)"
+    )
+
+    decode = commands.add_parser("decode", parents=[shared, place, sizes], help="decoding a layer")
+    decode.add_argument("--batch", type=_positive, nargs="+", default=[1, 4, 16], help="tokens")
+    decode.add_argument("--keep-ratio", type=float, nargs="+", default=[0.125, 0.25])
+    decode.add_argument("--repeats", type=_positive, default=15, help="of each (default 15)")
+
+    generate = commands.add_parser("generate", parents=[shared, place, sizes], help="whole texts")
+    generate.add_argument("--layers", type=_positive, default=4, help="default 4")
+    generate.add_argument("--new-tokens", type=_positive, default=32, help="default 32")
+    generate.add_argument("--keep-ratio", type=float, default=0.25)
+    generate.add_argument("--repeats", type=_positive, default=5, help="of each (default 5)")
 
     spine = commands.add_parser("spine", parents=[shared, steps], help="the trainer's overhead")
     spine.add_argument("--experiment", default="tiny_moe", help="default tiny_moe")
     spine.add_argument("--repeats", type=_positive, default=12, help="of each (default 12)")
     spine.add_argument("--steps", type=_positive, default=20, help="a repeat (default 20)")
 
-    cost = commands.add_parser("cost", parents=[shared, steps], help="MoNE's cost")
-    cost.add_argument("--moe", default="quickstart_moe", help="default quickstart_moe")
-    cost.add_argument("--mone", default="quickstart_mone", help="default quickstart_mone")
-    cost.add_argument("--repeats", type=_positive, default=20, help="steps of each (default 20)")
-    cost.add_argument(
-        "--part-repeats", type=_positive, default=60, help="measurements of each part (default 60)"
-    )
-
     save = commands.add_parser("save", parents=[shared, steps], help="checkpoints")
     save.add_argument("--experiment", default="quickstart_mone", help="default quickstart_mone")
     save.add_argument("--repeats", type=_positive, default=10, help="of each (default 10)")
-
-    select = commands.add_parser("select", parents=[shared], help="the top-k mask")
-    select.add_argument("--rows", type=_positive, nargs="+", default=[64, 512, 4096])
-    select.add_argument("--neurons", type=_positive, nargs="+", default=[64, 256, 1024, 4096])
-    select.add_argument("--threads", type=_positive, default=1, help="of torch (default 1)")
-    select.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
-    select.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
-    select.add_argument("--keep-ratio", type=float, default=0.25)
-    select.add_argument("--repeats", type=_positive, default=15, help="of each (default 15)")
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
-    # In here, since each rank imports this file before it can prepare for megatron-core.
+class _Outcome(NamedTuple):
+    """What a benchmark gives: for people, for files."""
+
+    hardware: str
+    lines: list[str]
+    result: Any
+    draw: Callable[[], Figure] | None = None
+
+
+# Imports are in the functions, since each rank imports this file before it can prepare for
+# megatron-core, and since some need the hf extra.
+
+
+def _layer(options: argparse.Namespace) -> _Outcome:
+    from mone_megatron.benchmarks import output, plots, ranks
+    from mone_megatron.benchmarks.layer import LayerShape, measure_layer
+
+    shape = LayerShape(
+        options.hidden, options.neurons, options.experts, options.chosen, options.tokens
+    )
+    device, hardware = ranks.use_device(options.device, options.threads)
+    result = measure_layer(
+        shape, options.keep_ratio, repeats=options.repeats, device=device, dtype=_dtype(options)
+    )
+    ratios = {cost.name: cost.over_moe for cost in result.costs}
+    return _Outcome(
+        hardware,
+        output.layer_lines(result),
+        result,
+        lambda: plots.bars("Experts, forward and backward", "time / MoE", ratios),
+    )
+
+
+def _select(options: argparse.Namespace) -> _Outcome:
+    from mone_megatron.benchmarks import output, plots, ranks
+    from mone_megatron.benchmarks.select import measure_select
+
+    device, hardware = ranks.use_device(options.device, options.threads)
+    cells = measure_select(
+        options.rows,
+        options.neurons,
+        options.keep_ratio,
+        repeats=options.repeats,
+        device=device,
+        dtype=_dtype(options),
+    )
+    return _Outcome(hardware, output.select_lines(cells), cells, lambda: plots.select_figure(cells))
+
+
+def _train(options: argparse.Namespace) -> _Outcome:
+    from mone_megatron.benchmarks import output, plots, ranks
+
+    processes = options.processes
+    moe, mone = (
+        ranks.prepare([f"experiment={name}", *options.overrides], processes, device=options.device)
+        for name in (options.moe, options.mone)
+    )
+    result = ranks.run_train(moe, mone, processes, repeats=options.repeats, steps=options.steps)
+    ratios = {cost.name: cost.over_moe for cost in result.costs}
+    return _Outcome(
+        result.hardware,
+        output.train_lines(result),
+        result,
+        lambda: plots.bars(f"Training steps of {options.mone}", "step time / MoE", ratios),
+    )
+
+
+def _cost(options: argparse.Namespace) -> _Outcome:
     from mone_megatron.benchmarks import output, ranks
 
-    if options.command == "select":
-        import torch
+    expert = [f"parallel.expert={options.processes}", *options.overrides]
+    result = ranks.run_cost(
+        ranks.prepare([f"experiment={options.moe}", *expert], options.processes),
+        ranks.prepare([f"experiment={options.mone}", *expert], options.processes),
+        options.processes,
+        repeats=options.repeats,
+        part_repeats=options.part_repeats,
+    )
+    return _Outcome(result.hardware, output.cost_lines(result), result)
 
-        from mone_megatron.benchmarks.select import measure_select
 
-        on_gpu = options.device == "cuda"
-        hardware = ranks.use_gpu() if on_gpu else ranks.use_threads(options.threads)
-        cells = measure_select(
-            options.rows,
-            options.neurons,
-            options.keep_ratio,
-            repeats=options.repeats,
-            device=torch.device(options.device),
-            dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32,
-        )
-        lines, result = output.select_lines(cells), cells
-    elif options.command == "spine":
-        config = ranks.prepare(
-            [f"experiment={options.experiment}", *options.overrides], options.processes
-        )
-        result = ranks.run_spine(
-            config, options.processes, repeats=options.repeats, steps=options.steps
-        )
-        hardware, lines = result.hardware, output.spine_lines(result)
-    elif options.command == "save":
-        config = ranks.prepare(
-            [f"experiment={options.experiment}", *options.overrides], options.processes
-        )
-        result = ranks.run_save(config, options.processes, repeats=options.repeats)
-        hardware, lines = result.hardware, output.save_lines(result)
-    else:
-        expert = [f"parallel.expert={options.processes}", *options.overrides]
-        result = ranks.run_cost(
-            ranks.prepare([f"experiment={options.moe}", *expert], options.processes),
-            ranks.prepare([f"experiment={options.mone}", *expert], options.processes),
-            options.processes,
-            repeats=options.repeats,
-            part_repeats=options.part_repeats,
-        )
-        hardware, lines = result.hardware, output.cost_lines(result)
-    facts = output.environment(hardware)
-    print("\n".join([*output.environment_lines(facts), *lines]))
+def _decode(options: argparse.Namespace) -> _Outcome:
+    from mone_megatron.benchmarks import output, plots, ranks
+    from mone_megatron.benchmarks.layer import LayerShape
+    from mone_megatron.extras import require
+
+    require("hf", "transformers")
+    shape = LayerShape(options.hidden, options.neurons, options.experts, options.chosen, 1)
+    device, hardware = ranks.use_device(options.device, options.threads)
+    from mone_megatron.benchmarks.decode import measure_decode
+
+    result = measure_decode(
+        shape,
+        options.batch,
+        options.keep_ratio,
+        repeats=options.repeats,
+        device=device,
+        dtype=_dtype(options),
+    )
+    return _Outcome(
+        hardware, output.decode_lines(result), result, lambda: plots.decode_figure(result)
+    )
+
+
+def _generate(options: argparse.Namespace) -> _Outcome:
+    from mone_megatron.benchmarks import output, ranks
+    from mone_megatron.benchmarks.layer import LayerShape
+    from mone_megatron.extras import require
+
+    require("hf", "transformers")
+    shape = LayerShape(options.hidden, options.neurons, options.experts, options.chosen, 1)
+    device, hardware = ranks.use_device(options.device, options.threads)
+    from mone_megatron.benchmarks.generate import measure_generate
+
+    result = measure_generate(
+        shape,
+        options.keep_ratio,
+        layers=options.layers,
+        new_tokens=options.new_tokens,
+        repeats=options.repeats,
+        device=device,
+        dtype=_dtype(options),
+    )
+    return _Outcome(hardware, output.generate_lines(result), result)
+
+
+def _spine(options: argparse.Namespace) -> _Outcome:
+    from mone_megatron.benchmarks import output, ranks
+
+    config = ranks.prepare(
+        [f"experiment={options.experiment}", *options.overrides], options.processes
+    )
+    result = ranks.run_spine(
+        config, options.processes, repeats=options.repeats, steps=options.steps
+    )
+    return _Outcome(result.hardware, output.spine_lines(result), result)
+
+
+def _save(options: argparse.Namespace) -> _Outcome:
+    from mone_megatron.benchmarks import output, ranks
+
+    config = ranks.prepare(
+        [f"experiment={options.experiment}", *options.overrides], options.processes
+    )
+    result = ranks.run_save(config, options.processes, repeats=options.repeats)
+    return _Outcome(result.hardware, output.save_lines(result), result)
+
+
+def _dtype(options: argparse.Namespace) -> torch.dtype:
+    import torch
+
+    return torch.bfloat16 if options.dtype == "bf16" else torch.float32
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], _Outcome]] = {
+    "layer": _layer,
+    "select": _select,
+    "train": _train,
+    "cost": _cost,
+    "decode": _decode,
+    "generate": _generate,
+    "spine": _spine,
+    "save": _save,
+}
+
+
+def _run(options: argparse.Namespace) -> None:
+    from mone_megatron.benchmarks import output
+
+    outcome = _COMMANDS[options.command](options)
+    facts = output.environment(outcome.hardware)
+    print("\n".join([*output.environment_lines(facts), *outcome.lines]))
     if options.output is not None:
-        output.write_json(options.output, options.command, facts, result)
+        output.write_json(options.output, options.command, facts, outcome.result)
         print(f"wrote {options.output}")
+        if outcome.draw is not None:
+            from mone_megatron.benchmarks import plots
+
+            picture = options.output.with_suffix(".png")
+            plots.write(outcome.draw(), picture)
+            print(f"wrote {picture}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

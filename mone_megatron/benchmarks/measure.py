@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 # Measurements by name; the i-th of all names were taken one after the other.
 Series = dict[str, list[float]]
 
@@ -83,3 +85,40 @@ def difference(series: Series, longer: str, shorter: str) -> Spread:
     """Seconds that one action takes beyond another, from neighbouring measurements."""
     pairs = zip(series[longer], series[shorter], strict=True)
     return Spread.of([more - less for more, less in pairs])
+
+
+def finished(
+    action: Callable[[], object], device: torch.device, *, calls: int = 20
+) -> Callable[[], object]:
+    """An action for :func:`interleave` that returns when the work of ``action`` is done.
+
+    On a GPU that is ``calls`` calls and one wait, so that launching is not what is measured; on
+    CPU one call.
+    """
+    if device.type != "cuda":
+        return action
+
+    def several() -> None:
+        for _ in range(calls):
+            action()
+        torch.cuda.synchronize(device)
+
+    return several
+
+
+def graphed(action: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """On a GPU the action captured as a CUDA graph, so that no launch costs; on CPU itself.
+
+    Not run here: there was no GPU.
+    """
+    if device.type != "cuda":
+        return action
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            action()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action()
+    return graph.replay

@@ -13,16 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # only their fields are read: no megatron-core here
     from mone_megatron.benchmarks.cost import Cost
+    from mone_megatron.benchmarks.decode import DecodeResult
+    from mone_megatron.benchmarks.generate import GenerateCost
+    from mone_megatron.benchmarks.layer import LayerResult
     from mone_megatron.benchmarks.save import SaveCost
     from mone_megatron.benchmarks.select import SelectCost
     from mone_megatron.benchmarks.spine import SpineCost
+    from mone_megatron.benchmarks.train import TrainResult
 
 
 def versions() -> dict[str, str]:
     """What speed depends on."""
     packages = ["torch", "megatron-core", "numpy"]
-    if importlib.util.find_spec("triton") is not None:
-        packages.append("triton")
+    packages += [
+        name for name in ("triton", "transformers") if importlib.util.find_spec(name) is not None
+    ]
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
@@ -89,6 +94,70 @@ def select_lines(cells: list[SelectCost]) -> list[str]:
         for cell in cells
     ]
     return lines
+
+
+def layer_lines(result: LayerResult) -> list[str]:
+    """One line a way."""
+    shape = result.shape
+    lines = [
+        f"h={shape.hidden} f={shape.neurons}, {shape.chosen} of {shape.experts} experts, "
+        f"{shape.tokens} tokens, keep ratio {result.keep_ratio:g}, {result.dtype}; forward and "
+        "backward of the experts",
+        f"{'':<24} time / MoE; by processor time; ms; TFLOPS; saved, MB (times smaller than MoE's)",
+    ]
+    lines += [
+        f"{cost.name:<24} {cost.over_moe}; {cost.over_moe_processor}; {cost.milliseconds}; "
+        f"{cost.tflops:.3g}; {cost.saved_megabytes:.1f} ({cost.saved_times_smaller:.2f})"
+        for cost in result.costs
+    ]
+    return [*lines, f"each also saves its input, {result.input_megabytes:.1f} MB"]
+
+
+def train_lines(result: TrainResult) -> list[str]:
+    """One line a way."""
+    lines = [
+        f"steps of {result.tokens_per_step:,} tokens",
+        f"{'':<24} step time / MoE; by processor time; s a step; tokens/s; TFLOPS; peak GPU memory",
+    ]
+    for cost in result.costs:
+        peak = "-" if cost.peak_gigabytes is None else f"{cost.peak_gigabytes:.2f} GB"
+        lines.append(
+            f"{cost.name:<24} {cost.over_moe}; {cost.over_moe_processor}; {cost.step_seconds}; "
+            f"{cost.tokens_per_second:,.0f}; {cost.tflops:.3g}; {peak}"
+        )
+    return lines
+
+
+def decode_lines(result: DecodeResult) -> list[str]:
+    """One line a cell."""
+    sizes = result.shape
+    lines = [
+        f"h={sizes['hidden']} f={sizes['neurons']}, {sizes['chosen']} of {sizes['experts']} "
+        f"experts, {result.dtype}; one step of the experts",
+        f"{'batch':>5} {'keep':>6}  fastest dense / ours; by processor time; limit by bytes (share "
+        "reached); ms of each way",
+    ]
+    for cell in result.cells:
+        each = ", ".join(f"{name} {ms:.3g}" for name, ms in cell.milliseconds.items())
+        lines.append(
+            f"{cell.tokens:>5} {cell.keep_ratio:>6g}  {cell.speed_up}; {cell.speed_up_processor}; "
+            f"{cell.limit:.2f} ({cell.share_of_limit:.0%}); {each}"
+        )
+    return lines
+
+
+def generate_lines(cost: GenerateCost) -> list[str]:
+    """Tokens a second of each way."""
+    sizes = ", ".join(f"{name} {size}" for name, size in cost.shape.items())
+    lines = [
+        f"{sizes}, keep ratio {cost.keep_ratio:g}, {cost.dtype}; {cost.new_tokens} new tokens, "
+        f"batch 1; experts are {cost.experts_share:.0%} of the time ({cost.dense})",
+        f"{cost.dense} / mone_sparse, time: {cost.speed_up}; by processor time: "
+        f"{cost.speed_up_processor}; limit: {cost.limit:.2f}",
+    ]
+    return lines + [
+        f"  {name:<12} {speed} tokens/s" for name, speed in cost.tokens_per_second.items()
+    ]
 
 
 def write_json(path: Path, benchmark: str, facts: dict[str, Any], result: Any) -> None:

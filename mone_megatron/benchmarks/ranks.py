@@ -6,47 +6,51 @@ Imports no megatron-core at module level: that must follow ``install_cpu_backend
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
 
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config, DeviceConfig
 from mone_megatron.config.validate import validate
 from mone_megatron.data.prepare import prepare_data
-from mone_megatron.parallel.device import open_device
+from mone_megatron.parallel.device import open_device, open_process_group
 from mone_megatron.parallel.world import World
 
 if TYPE_CHECKING:
     from mone_megatron.benchmarks.cost import Cost
     from mone_megatron.benchmarks.save import SaveCost
     from mone_megatron.benchmarks.spine import SpineCost
+    from mone_megatron.benchmarks.train import TrainResult
 
 _TIMEOUT_SECONDS = 3600.0
 
 
-def prepare(overrides: Sequence[str], processes: int) -> Config:
-    """Check the configuration for ``processes`` CPU ranks and make its data, before any start.
+def prepare(overrides: Sequence[str], processes: int, *, device: str = "cpu") -> Config:
+    """Check the configuration for ``processes`` ranks and make its data, before any start.
 
     Raises:
         ValueError: for a configuration or data that cannot work.
     """
-    config = compose([*overrides, "device.kind=cpu"])
-    validate(config, world_size=processes, num_devices=0, local_world_size=processes)
+    config = compose([*overrides, f"device.kind={device}"])
+    devices = torch.cuda.device_count() if device == "cuda" else 0
+    validate(config, world_size=processes, num_devices=devices, local_world_size=processes)
     prepare_data(config)
     return config
 
 
-def use_threads(threads: int) -> str:
-    """Compute in this process on ``threads`` CPU threads (0: one a core); tells the hardware."""
-    return open_device(DeviceConfig(kind="cpu", threads=threads), World()).hardware
+def use_device(kind: Literal["cpu", "cuda"], threads: int) -> tuple[torch.device, str]:
+    """Compute in this process on ``threads`` CPU threads (0: one a core), or on its GPU.
 
-
-def use_gpu() -> str:
-    """Compute in this process on its GPU; tells the hardware.
+    Returns:
+        The device, and the hardware in words.
 
     Raises:
-        ValueError: without one.
+        ValueError: for a GPU that is not there.
     """
-    return open_device(DeviceConfig(kind="cuda"), World()).hardware
+    device = open_device(DeviceConfig(kind=kind, threads=threads), World())
+    return device.torch_device, device.hardware
 
 
 def run_spine(config: Config, processes: int, *, repeats: int, steps: int) -> SpineCost:
@@ -77,3 +81,27 @@ def run_cost(moe: Config, mone: Config, processes: int, *, repeats: int, part_re
 
     with Processes(processes, timeout_seconds=_TIMEOUT_SECONDS) as ranks:
         return ranks.run(measure_cost, moe, mone, repeats=repeats, part_repeats=part_repeats)[0]
+
+
+def run_train(
+    moe: Config, mone: Config, processes: int, *, repeats: int, steps: int
+) -> TrainResult:
+    """:func:`mone_megatron.benchmarks.train.measure_train` on ``processes`` ranks; rank 0's.
+
+    On GPUs this process is one of them, started by torchrun when there are several (not run here).
+    """
+    if moe.device.kind == "cuda":
+        world = World.from_environment()
+        device = open_device(moe.device, world)
+        open_process_group(device, world, int(_TIMEOUT_SECONDS))
+        from mone_megatron.benchmarks.train import measure_train
+
+        result = measure_train(moe, mone, repeats=repeats, steps=steps)
+        dist.destroy_process_group()
+        return result
+    open_device(moe.device, World())
+    from mone_megatron.benchmarks.train import measure_train
+    from mone_megatron.testing.processes import Processes
+
+    with Processes(processes, timeout_seconds=_TIMEOUT_SECONDS) as ranks:
+        return ranks.run(measure_train, moe, mone, repeats=repeats, steps=steps)[0]

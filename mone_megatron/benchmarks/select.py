@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mone_megatron.benchmarks.measure import Spread, interleave, ratio
+from mone_megatron.benchmarks.measure import Spread, finished, interleave, ratio
 from mone_megatron.kernels.ops import topk_mask
 
 _CALLS_ON_GPU = 20
@@ -71,29 +72,17 @@ def measure_select(
     ]
 
 
-def _finished(
-    mask: Callable[[Tensor, int], Tensor], scores_TF: Tensor, k: int
-) -> Callable[[], object]:
-    """An action that returns when its work is done."""
-    if not scores_TF.is_cuda:
-        return lambda: mask(scores_TF, k)
-
-    def several() -> None:
-        for _ in range(_CALLS_ON_GPU):
-            mask(scores_TF, k)
-        torch.cuda.synchronize(scores_TF.device)
-
-    return several
-
-
 def _cell(gate_TF: Tensor, kept: int, repeats: int) -> SelectCost:
     scores_TF = F.silu(gate_TF).abs()
     rows, neurons = scores_TF.shape
     assert int(topk_mask(scores_TF, kept).sum()) == kept * rows
     rivals = {"ours": topk_mask, "topk": topk_scatter, "kthvalue": kthvalue_mask}
-    actions = {name: _finished(mask, scores_TF, kept) for name, mask in rivals.items()}
-    seconds = interleave(actions, repeats=repeats, warmup=2).clock
     calls = _CALLS_ON_GPU if scores_TF.is_cuda else 1
+    actions = {
+        name: finished(partial(mask, scores_TF, kept), scores_TF.device, calls=calls)
+        for name, mask in rivals.items()
+    }
+    seconds = interleave(actions, repeats=repeats, warmup=2).clock
     return SelectCost(
         rows=rows,
         neurons=neurons,

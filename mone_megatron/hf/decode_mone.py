@@ -33,6 +33,9 @@ from mone_megatron.kernels.reference import TopK
 MONE_SPARSE = "mone_sparse"
 # Below this limit of the speed-up whole matrices are multiplied.
 WORTH_IT = 1.15
+# What choosing and gathering rows costs on CPU, in bytes that could be read instead: about half a
+# millisecond a layer (docs/performance.md). Smaller layers are multiplied whole.
+OVERHEAD_BYTES = 8_000_000
 
 
 def mone_sparse_experts_forward(
@@ -72,13 +75,13 @@ def unsupported(experts: ExpertsModule) -> str | None:
     return None
 
 
-def speeds_up(model: PreTrainedModel) -> bool:
-    """Whether ``mone_sparse`` is worth choosing for one token: the model is MoNE by settings."""
+def speeds_up(model: PreTrainedModel, chosen: int) -> bool:
+    """Whether ``mone_sparse`` pays for one token of this model, which takes ``chosen`` experts."""
     modules = [cast(ExpertsModule, module) for module in experts_modules(model)]
     return bool(modules) and all(
         getattr(experts.config, "mone", None)
         and unsupported(experts) is None
-        and 3 / (1 + 2 * settings_of(experts).keep_ratio) >= WORTH_IT
+        and _worth_it(experts, settings_of(experts), 1, chosen)
         for experts in modules
     )
 
@@ -89,7 +92,12 @@ def _worth_it(experts: ExpertsModule, settings: NeuronSettings, tokens: int, cho
     limit = speed_limit(
         tokens, experts=experts.num_experts, chosen=chosen, keep_ratio=settings.keep_ratio
     )
-    return limit >= WORTH_IT
+    weight = experts.down_proj
+    # Of what whole matrices would read, by the limit above.
+    touched = 1 - (1 - chosen / experts.num_experts) ** tokens
+    read = 3 * touched * weight.numel() * weight.element_size()
+    saved = read * (1 - 1 / limit)
+    return limit >= WORTH_IT and (weight.is_cuda or saved >= OVERHEAD_BYTES)
 
 
 def _weights(experts: ExpertsModule) -> ExpertWeights:

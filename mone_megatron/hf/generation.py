@@ -69,7 +69,8 @@ def choose_experts(model: PreTrainedModel, wanted: str) -> str:
         ValueError: for an unknown name, or experts of a dense model.
     """
     if wanted == "auto":
-        if not speeds_up(model):
+        chosen = getattr(model.config, "num_experts_per_tok", None)
+        if chosen is None or not speeds_up(model, chosen):
             return "as the model has them"
         wanted = MONE_SPARSE
     elif not experts_modules(model):

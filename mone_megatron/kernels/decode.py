@@ -103,27 +103,28 @@ def sparse_experts(
         ``[N, H]`` in the dtype of the tokens.
     """
     chosen = experts_NK.shape[-1]
+    # Slots of one expert beside each other, so that its rows are read once.
     expert_S, order_S = experts_NK.flatten().sort(stable=True)
     tokens_SH = tokens_NH[order_S // chosen]
-    probs_S = probs_NK.flatten()[order_S]
     gate_SF = _project(tokens_SH, expert_S, weights.gate_EFH)
-    neurons = gate_SF.shape[-1]
+    activation_SF = activate(gate_SF)
     by_product = keep.score == "abs_product"
     up_SF = _project(tokens_SH, expert_S, weights.up_EFH) if by_product else gate_SF
     mask_SF = ops.topk_mask(neuron_scores(gate_SF, up_SF, keep.score, activate), keep.k)
-    kept_M = mask_SF.flatten().nonzero().squeeze(-1)
-    slot_M, neuron_M = kept_M // neurons, kept_M % neurons
-    starts = torch.zeros(len(expert_S) + 1, dtype=torch.int64, device=kept_M.device)
-    torch.cumsum(mask_SF.sum(dim=-1), dim=0, out=starts[1:])
+    slot_M, neuron_M = mask_SF.nonzero().unbind(dim=-1)
+    counts_S = mask_SF.sum(dim=-1)
+    starts = F.pad(counts_S.cumsum(dim=0), (1, 0))
+    expert_M = expert_S[slot_M]
     if by_product:
-        up_M = up_SF.flatten()[kept_M]
+        up_M = up_SF[slot_M, neuron_M]
     else:
-        rows_RH, row_M = _rows(weights.up_EFH, expert_S[slot_M], neuron_M)
+        rows_RH, row_M = _rows(weights.up_EFH, expert_M, neuron_M)
         up_M = _dots(tokens_SH, rows_RH, row_M, starts)
-    hidden_M = activate(gate_SF.flatten()[kept_M]) * up_M
+    # All neurons are weighted before some are taken: fewer small operations.
+    weight_SF = activation_SF * probs_NK.flatten()[order_S].unsqueeze(-1)
     # In the dtype of the tokens, as the reference rounds it.
-    hidden_M = (hidden_M * probs_S[slot_M]).to(tokens_NH.dtype)
-    rows_RH, row_M = _rows(weights.down_EFH, expert_S[slot_M], neuron_M)
+    hidden_M = (weight_SF[slot_M, neuron_M] * up_M).to(tokens_NH.dtype)
+    rows_RH, row_M = _rows(weights.down_EFH, expert_M, neuron_M)
     output_SH = F.embedding_bag(
         row_M,
         rows_RH,
@@ -132,9 +133,9 @@ def sparse_experts(
         per_sample_weights=hidden_M,
         include_last_offset=True,
     )
-    output_SH.masked_fill_(gate_SF.isnan().any(dim=-1, keepdim=True), torch.nan)
-    unsorted_SH = torch.empty_like(output_SH)
-    unsorted_SH[order_S] = output_SH
+    # Only a NaN keeps nothing.
+    output_SH.masked_fill_(counts_S.eq(0).unsqueeze(-1), torch.nan)
+    unsorted_SH = torch.empty_like(output_SH).index_copy_(0, order_S, output_SH)
     return unsorted_SH.view(-1, chosen, tokens_NH.shape[-1]).sum(dim=1)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mone_megatron.benchmarks.layer import LayerShape, measure_layer
 from mone_megatron.benchmarks.select import kthvalue_mask, measure_select, topk_scatter
 from mone_megatron.kernels.reference import topk_mask
 
@@ -63,6 +64,52 @@ def test_spine_and_cost_measure_real_steps(tmp_path: Path) -> None:
     assert len(cost["parts"]) == 5
     assert cost["neurons"] == 64
     assert "MoNE / MoE, step time" in done.stdout
+
+
+def test_a_layer_in_every_way(tmp_path: Path) -> None:
+    shape = LayerShape(hidden=64, neurons=32, experts=4, chosen=2, tokens=48)
+    result = measure_layer(shape, 0.25, repeats=1, device=torch.device("cpu"))
+    saved = {cost.name: cost.saved_megabytes for cost in result.costs}
+    rows = 48 * 2
+    # Gate, up and hidden values in fp32; packed: a quarter of gate and up, and a bit a neuron.
+    assert saved["MoE"] == pytest.approx(rows * 3 * 32 * 4 / 1e6, rel=0.01)
+    segments = 4 * (32 + rows) * 4
+    assert saved["MoNE, packed memory"] <= (rows * (2 * 8 * 4 + 4) + segments) / 1e6
+    assert all(cost.over_moe.median > 0 for cost in result.costs)
+    with pytest.raises(ValueError, match="--keep-ratio"):
+        measure_layer(shape, 1.0, repeats=1, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="--chosen: 5 of --experts=4"):
+        LayerShape(hidden=64, neurons=32, experts=4, chosen=5, tokens=48)
+
+
+def test_train_decode_and_generate_write_results(tmp_path: Path) -> None:
+    sizes = ("--hidden", "128", "--neurons", "32", "--experts", "4", "--chosen", "2")
+    data = f"data.cache_dir={tmp_path / 'cache'}"
+    tiny = ("--moe", "tiny_moe", "--mone", "tiny_mone", "--repeats", "1", data)
+    written = {}
+    for name, arguments in {
+        "train": tiny,
+        "decode": (*sizes, "--batch", "1", "2", "--repeats", "1"),
+        "generate": (*sizes, "--layers", "1", "--new-tokens", "3", "--repeats", "1"),
+    }.items():
+        output = tmp_path / f"{name}.json"
+        done = _bench(name, *arguments, "--output", str(output))
+        assert done.returncode == 0, done.stderr
+        written[name] = json.loads(output.read_text())["result"]
+    costs = {cost["name"]: cost for cost in written["train"]["costs"]}
+    assert costs["MoE"]["over_moe"]["median"] == 1
+    assert len(costs) == 4
+    cells = written["decode"]["cells"]
+    assert [(cell["tokens"], cell["keep_ratio"]) for cell in cells] == [
+        (1, 0.125),
+        (1, 0.25),
+        (2, 0.125),
+        (2, 0.25),
+    ]
+    assert cells[1]["limit"] == pytest.approx(2.0)
+    assert 0 < written["generate"]["experts_share"] < 1
+    for name in ("train", "decode"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

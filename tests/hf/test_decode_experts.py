@@ -13,10 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mone_megatron.hf import decode_mone, enable_mone
 from mone_megatron.hf.decode_mone import MONE_SPARSE, speeds_up
 from mone_megatron.hf.experts_mone import SCORES
+from mone_megatron.hf.generation import choose_experts
 
 PROMPT = torch.tensor([[5, 9, 100, 7, 33]])
 # Eager attention computes a token alone and among others the same to the last bits.
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These layers are too small for it to pay."""
+    monkeypatch.setattr(decode_mone, "OVERHEAD_BYTES", 0)
 
 
 class Counter:
@@ -88,14 +95,23 @@ def test_large_batches_are_computed_dense(monkeypatch: pytest.MonkeyPatch) -> No
     assert counter.tokens == []
 
 
-def test_only_models_that_select_speed_up() -> None:
+def test_only_models_that_select_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("mixtral")
-    assert not speeds_up(model)
+    assert not speeds_up(model, 2)
     enable_mone(model, keep_ratio=0.9)
-    assert not speeds_up(model)
+    assert not speeds_up(model, 2)
     enable_mone(model, keep_ratio=0.5)
-    assert speeds_up(model)
-    assert not speeds_up(random_model("llama"))
+    assert speeds_up(model, 2)
+    assert not speeds_up(random_model("llama"), 2)
+    # Three matrices a layer, half of the experts; half of two of the three is saved.
+    experts = model.model.layers[0].mlp.experts
+    saved = experts.down_proj.numel() * 4
+    assert choose_experts(model, "auto") == MONE_SPARSE
+    monkeypatch.setattr(decode_mone, "OVERHEAD_BYTES", saved / 2 - 1)
+    assert speeds_up(model, 2)
+    monkeypatch.setattr(decode_mone, "OVERHEAD_BYTES", saved / 2 + 1)
+    assert not speeds_up(model, 2)
+    assert choose_experts(model, "auto") == "as the model has them"
 
 
 def gpt_oss() -> PreTrainedModel:
@@ -112,7 +128,7 @@ def gpt_oss() -> PreTrainedModel:
 def test_experts_with_a_gate_of_their_own_are_refused() -> None:
     model = gpt_oss()
     enable_mone(model, keep_ratio=0.25, score="abs_gate")
-    assert not speeds_up(model)
+    assert not speeds_up(model, 2)
     model.set_experts_implementation(MONE_SPARSE)
     with pytest.raises(ValueError, match=r"mone_sparse: .*Experts computes its gate.*use mone"):
         model.generate(PROMPT, **GREEDY)
