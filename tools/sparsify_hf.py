@@ -171,8 +171,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed: {options.seed} is negative; use 0 or more")
     if not options.stream_memory > 0:
         raise ValueError(f"--stream-memory: {options.stream_memory:g} is not above 0")
-    if options.stream and options.tasks:
-        raise ValueError("--stream: tasks need the whole model in memory; leave --tasks out")
     if options.stream and options.trust_remote_code:
         raise ValueError("--stream: runs no code of a model's own; leave --trust-remote-code out")
     _check_budget(options)

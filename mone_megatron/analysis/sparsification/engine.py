@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from mone_megatron.analysis.sparsification.asking import Questions
 from mone_megatron.analysis.sparsification.places import Place
 from mone_megatron.analysis.sparsification.plans import Choice, Plan
 from mone_megatron.analysis.sparsification.ranking import Pruner
 from mone_megatron.analysis.sparsification.statistics import LayerStatistics
 from mone_megatron.evaluation.corpora import Window
+from mone_megatron.evaluation.harness import Score
 from mone_megatron.evaluation.perplexity import Perplexity, batches
 
 # Told of the work that was done, in the units of ``Engine.work``.
@@ -43,10 +47,19 @@ class Text:
         """In the order in which every engine reads them."""
         return batches(self.windows, self.batch_size, self.max_tokens)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """How many are predicted."""
         return sum(window.size - 1 for batch in self.batches() for window in batch)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the windows that are read."""
+        digest = hashlib.sha256()
+        for batch in self.batches():
+            for window in batch:
+                digest.update(window.size.to_bytes(8, "little") + window.tobytes())
+        return digest.hexdigest()
 
 
 class Engine(Protocol):
@@ -63,6 +76,11 @@ class Engine(Protocol):
         self, plans: Sequence[Plan], text: Text, progress: Progress
     ) -> Iterator[tuple[Plan, Perplexity]]:
         """Each plan with what the model makes of the text under it, as soon as that is known."""
+
+    def ask(
+        self, plans: Sequence[Plan], questions: Questions, progress: Progress
+    ) -> Iterator[tuple[Plan, list[Score]]]:
+        """Each plan with the tasks' scores; progress counts the layers of every plan."""
 
     def observe(
         self, text: Text, tops: Sequence[float], progress: Progress

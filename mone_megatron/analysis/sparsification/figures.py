@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -22,16 +23,21 @@ from mone_megatron.analysis.plots import (
 )
 from mone_megatron.analysis.sparsification.statistics import LayerStatistics
 from mone_megatron.analysis.sparsification.study import BudgetResult, Point, Study
+from mone_megatron.evaluation.estimates import Difference
 
 # Layers of the pictures that have a line for each: from the first to the last.
 _LAYER_COLORS = colormaps["viridis"]
 # Room above the curves that a loss figure is about, in parts of their height.
 _ROOM = 0.08
+# Rises of the loss below are noise.
+_LOWEST_RISE = 1e-4
+_LINE: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 2}
 
 
 def figures(studies: Sequence[Study]) -> Iterator[tuple[str, Figure]]:
     """Every picture with the name of its file."""
     yield "sparsification.png", loss_figure(studies)
+    yield "rise.png", rise_figure(studies)
     if any(_rated(study.dense) for study in studies):
         yield "relative.png", relative_figure(studies)
     if any(study.statistics for study in studies):
@@ -53,9 +59,8 @@ def loss_figure(studies: Sequence[Study]) -> Figure:
     for label, curve, color, style, first in _curves(studies):
         shares = [point.share for point in curve]
         losses = np.array([_loss(point) for point in curve])
-        spread = 2 * np.array([point.changes[_loss_index(point)].stderr for point in curve])
-        axes.plot(shares, losses, color=color, linestyle=style, marker="o", markersize=4.5,
-                  linewidth=2, label=label)  # fmt: skip
+        spread = 2 * np.array([_rise(point).stderr for point in curve])
+        axes.plot(shares, losses, color=color, linestyle=style, label=label, **_LINE)
         axes.fill_between(shares, losses - spread, losses + spread, color=color, alpha=0.18, lw=0)
         main += list(losses[np.isfinite(losses)]) if first else []
     _finish(axes, "neurons pruned of each token and expert", percent_x=True)
@@ -74,6 +79,24 @@ def loss_figure(studies: Sequence[Study]) -> Figure:
     return figure
 
 
+def rise_figure(studies: Sequence[Study]) -> Figure:
+    """How much the loss rises, on a logarithmic scale, where it rises at all."""
+    figure = new_figure()
+    axes = figure.subplots()
+    for label, curve, color, style, _ in _curves(studies):
+        shares = np.array([point.share for point in curve])
+        rises = np.array([_rise(point).value for point in curve])
+        seen = rises > 0
+        axes.plot(shares[seen], rises[seen], color=color, linestyle=style, label=label, **_LINE)
+    _finish(axes, "neurons pruned of each token and expert", percent_x=True)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=_LOWEST_RISE)
+    axes.set_ylabel("rise of the loss (nats per token)")
+    axes.legend(frameon=False, fontsize=12, loc="upper left")
+    title_axes(axes, "rise of the loss", "to each model as it is; falls are not shown")
+    return figure
+
+
 def relative_figure(studies: Sequence[Study]) -> Figure:
     """The mean over tasks of the score, as a part of the unpruned model's."""
     figure = new_figure()
@@ -84,8 +107,8 @@ def relative_figure(studies: Sequence[Study]) -> Figure:
             np.mean([_rated(point)[task] / base[task] for task in base if base[task]])
             for point in curve
         ]
-        axes.plot([point.share for point in curve], parts, color=color, linestyle=style,
-                  marker="o", markersize=4.5, linewidth=2, label=label)  # fmt: skip
+        shares = [point.share for point in curve]
+        axes.plot(shares, parts, color=color, linestyle=style, label=label, **_LINE)
     axes.axhline(0.95, color="#5c6673", linewidth=1, linestyle=":")
     _finish(axes, "neurons pruned of each token and expert", percent_x=True)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -113,10 +136,8 @@ def threshold_figure(studies: Sequence[Study]) -> Figure:
                     [entry.thresholds[at].pooled for entry in rows],
                     color=color_of(index),
                     linestyle=line_style_of(index),
-                    marker="o",
-                    markersize=4.5,
-                    linewidth=2,
                     label=f"{study.label}, {target}, top {threshold.top:.0%}",
+                    **_LINE,
                 )
                 index += 1
     _finish(axes, "layer")
@@ -225,6 +246,10 @@ def _loss_index(point: Point) -> int:
 
 def _loss(point: Point) -> float:
     return point.scores[_loss_index(point)].estimate.value
+
+
+def _rise(point: Point) -> Difference:
+    return point.changes[_loss_index(point)]
 
 
 def _rated(point: Point) -> dict[tuple[str, str], float]:

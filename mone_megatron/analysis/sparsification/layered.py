@@ -38,7 +38,14 @@ class LayeredModel:
     """See this module; made by :func:`open_layered`."""
 
     def __init__(
-        self, where: str, config: PreTrainedConfig, read: _Read, dtype: torch.dtype, device: str
+        self,
+        where: str,
+        config: PreTrainedConfig,
+        read: _Read,
+        *,
+        tokenizer_dir: Path,
+        dtype: torch.dtype,
+        device: str,
     ) -> None:
         """Build the model without weights, and read those that stay.
 
@@ -46,6 +53,7 @@ class LayeredModel:
             ValueError: weights are missing.
         """
         self._where, self._read, self._dtype = where, read, dtype
+        self.tokenizer_dir = tokenizer_dir
         self.device = torch.device(device)
         self.model = _without_weights(config, dtype)
         self.decoder: Any = self.model.get_decoder()
@@ -174,13 +182,16 @@ def open_layered(
         source = open_source(folder, say=say)
         dtype = dtype or source.dtype
         config, read = _reader_of_ours(source, dtype)
-        yield LayeredModel(where, config, read, dtype, device)
+        yield LayeredModel(
+            where, config, read, tokenizer_dir=source.tokenizer_dir, dtype=dtype, device=device
+        )
         return
     config = load_hf_config(folder)
     with open_weights(folder) as weights:
         own = config.dtype
         dtype = dtype or (own if isinstance(own, torch.dtype) else weights.dtype)
-        yield LayeredModel(where, config, _reader_of(weights), dtype, device)
+        read = _reader_of(weights)
+        yield LayeredModel(where, config, read, tokenizer_dir=folder, dtype=dtype, device=device)
 
 
 def _layer_of(name: str) -> int | None:

@@ -7,10 +7,13 @@ from contextlib import ExitStack, contextmanager
 
 from transformers import PreTrainedModel
 
+from mone_megatron.analysis.sparsification.asking import Questions
 from mone_megatron.analysis.sparsification.engine import Progress, Text, pruned
 from mone_megatron.analysis.sparsification.places import Place, decoder_layers, places_of
 from mone_megatron.analysis.sparsification.plans import Plan
 from mone_megatron.analysis.sparsification.statistics import LayerStatistics, Observer
+from mone_megatron.evaluation.evaluate import harness_model
+from mone_megatron.evaluation.harness import Score, run_tasks
 from mone_megatron.evaluation.perplexity import Perplexity, measure_perplexity
 
 
@@ -52,6 +55,17 @@ class ResidentEngine:
             with self.pruning(plan):
                 found = self._perplexity(text, progress)
             yield plan, found
+
+    def ask(
+        self, plans: Sequence[Plan], questions: Questions, progress: Progress
+    ) -> Iterator[tuple[Plan, list[Score]]]:
+        """See :class:`.engine.Engine`."""
+        lm = harness_model(self.model, questions.facts, batch_size=questions.batch_size)
+        for plan in plans:
+            with self.pruning(plan):
+                scores = run_tasks(lm, questions.tasks, limit=questions.limit)
+            progress(len(self.layers))
+            yield plan, scores
 
     def observe(
         self, text: Text, tops: Sequence[float], progress: Progress

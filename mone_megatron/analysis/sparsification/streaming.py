@@ -7,22 +7,34 @@ that begin alike share them: of those that prune one layer each, everything befo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mone_megatron.analysis.sparsification.asking import (
+    Answers,
+    Listener,
+    Questions,
+    Replay,
+    RequestBatch,
+    answer,
+    batch_requests,
+)
 from mone_megatron.analysis.sparsification.engine import Progress, Text, pruned
 from mone_megatron.analysis.sparsification.layered import LayeredModel
 from mone_megatron.analysis.sparsification.places import Place, places_of
 from mone_megatron.analysis.sparsification.plans import Choice, Plan, dense
 from mone_megatron.analysis.sparsification.statistics import LayerStatistics, Observer
-from mone_megatron.evaluation.corpora import Window
+from mone_megatron.evaluation.harness import Score, run_tasks
 from mone_megatron.evaluation.perplexity import Perplexity, measure_perplexity
+from mone_megatron.evaluation.requests import ScoreRequest
+from mone_megatron.evaluation.scored_lm import ScoredLM
 
 # What was pruned in the layers so far.
 _Prefix = tuple[Choice | None, ...]
@@ -103,7 +115,7 @@ class StreamedEngine:
 
     def work(self, plans: Sequence[Plan], text: Text) -> int:
         """Tokens through one layer."""
-        groups = self._groups(plans, text)
+        groups = self._groups(plans, text.tokens)
         return text.tokens * sum(
             len({plan_prefix(plan, number + 1) for plan in group})
             for group in groups
@@ -114,8 +126,9 @@ class StreamedEngine:
         self, plans: Sequence[Plan], text: Text, progress: Progress
     ) -> Iterator[tuple[Plan, Perplexity]]:
         """See :class:`.engine.Engine`: plans are known in groups, when their pass has ended."""
-        for group in self._groups(plans, text):
-            states = self._pass(group, text, progress, {})
+        tokens = _tokens(text)
+        for group in self._groups(plans, text.tokens):
+            states = self._pass(group, tokens, progress=progress)
             for plan in group:
                 final = states[plan_prefix(plan, len(self.layers))]
                 yield plan, self._perplexity(final, text)
@@ -130,26 +143,75 @@ class StreamedEngine:
             for index, place in enumerate(places)
             if place.defines_activation
         }
-        self._pass([dense(len(self.layers))], text, progress, observers)
+        nothing = dense(len(self.layers))
+        self._pass([nothing], _tokens(text), progress=progress, observers=observers)
         tokens = text.tokens
         return [observer.statistics(tops, tokens) for observer in observers.values()]
 
-    def _groups(self, plans: Sequence[Plan], text: Text) -> list[list[Plan]]:
+    def ask(
+        self, plans: Sequence[Plan], questions: Questions, progress: Progress
+    ) -> Iterator[tuple[Plan, list[Score]]]:
+        """See :class:`.engine.Engine`: plans are known in groups, when their pass has ended."""
+        heard = Listener()
+        self._run_tasks(questions, heard)
+        requests = heard.requests
+        batches = batch_requests(requests, questions.batch_size)
+        tokens = [batch.tokens_BS for batch in batches]
+        for group in self._groups(plans, sum(each.numel() for each in tokens)):
+            finished = _by_layer(progress, group)
+            states = self._pass(group, tokens, finished=finished)
+            for plan in group:
+                final = states[plan_prefix(plan, len(self.layers))]
+                answers = self._answers(final, batches, requests)
+                yield plan, self._run_tasks(questions, Replay(requests, answers))
+
+    def _run_tasks(self, questions: Questions, score: Listener | Replay) -> list[Score]:
+        lm = ScoredLM(
+            self._layered.tokenizer_dir, max_length=questions.facts.max_length, score=score
+        )
+        return run_tasks(lm, questions.tasks, limit=questions.limit)
+
+    @torch.no_grad()
+    def _answers(
+        self,
+        states: _States,
+        batches: Sequence[RequestBatch],
+        requests: Sequence[ScoreRequest],
+    ) -> Answers:
+        found: dict[int, tuple[float, bool]] = {}
+        with self._given(states):
+            for batch in batches:
+                tokens_BS = batch.tokens_BS.to(self._layered.device)
+                logits = self._layered.model(input_ids=tokens_BS, use_cache=False).logits
+                found |= zip(batch.places, answer(batch, logits, requests), strict=True)
+        return [found[place] for place in range(len(requests))]
+
+    def _groups(self, plans: Sequence[Plan], tokens: int) -> list[list[Plan]]:
         width = self._layered.model.config.get_text_config().hidden_size
         # The states of one plan, and beside them those that its pass began with.
-        size = text.tokens * width * self._layered.model.dtype.itemsize
+        size = tokens * width * self._layered.model.dtype.itemsize
         room = max(1, self._memory_bytes // size - 1)
         return [list(plans[start : start + room]) for start in range(0, len(plans), room)]
 
     def _pass(
         self,
         plans: Sequence[Plan],
-        text: Text,
-        progress: Progress,
-        observers: dict[tuple[int, int], Observer],
+        tokens: Sequence[Tensor],
+        *,
+        progress: Progress = lambda done: None,
+        finished: Callable[[], None] = lambda: None,
+        observers: Mapping[tuple[int, int], Observer] = MappingProxyType({}),
     ) -> dict[_Prefix, _States]:
-        """The last layer's output under each plan, by its whole prefix."""
-        inputs = self._inputs(text)
+        """The last layer's output under each plan, by its whole prefix.
+
+        Args:
+            plans: that are wanted.
+            tokens: batches of them, int64 ``[B, S]``.
+            progress: told of tokens through a layer.
+            finished: called after each layer.
+            observers: by layer and index of the place.
+        """
+        inputs = self._inputs(tokens)
         states: dict[_Prefix, _States] = {(): inputs.states}
         for number in range(len(self.layers)):
             with self._layered.layer(number) as layer:
@@ -165,18 +227,19 @@ class StreamedEngine:
                         for index, place in enumerate(places):
                             if (number, index) in observers:
                                 stack.enter_context(place.attached(observers[number, index]))
-                        after[way] = self._through(layer, number, before, inputs, text, progress)
+                        after[way] = self._through(layer, number, before, inputs, progress)
                 states = after
+            finished()
         return states
 
     @torch.no_grad()
-    def _inputs(self, text: Text) -> _Inputs:
+    def _inputs(self, tokens: Sequence[Tensor]) -> _Inputs:
         inputs = _Inputs()
         recorders = [_Record(number, inputs) for number in range(len(self.layers))]
         with self._layered.standing_in(recorders):
-            for batch in text.batches():
-                tokens_BS = torch.from_numpy(np.stack(batch))[:, :-1].to(self._layered.device)
-                self._layered.decoder(input_ids=tokens_BS, use_cache=False)
+            for tokens_BS in tokens:
+                here_BS = tokens_BS.to(self._layered.device)
+                self._layered.decoder(input_ids=here_BS, use_cache=False)
         return inputs
 
     @torch.no_grad()
@@ -186,19 +249,23 @@ class StreamedEngine:
         number: int,
         before: _States,
         inputs: _Inputs,
-        text: Text,
         progress: Progress,
     ) -> _States:
         after: _States = []
-        for states, batch in zip(before, text.batches(), strict=True):
-            arguments = inputs.arguments[number, _shape(states)]
+        for states in before:
+            windows, tokens = _shape(states)
+            arguments = inputs.arguments[number, (windows, tokens)]
             after.append(layer(states.to(self._layered.device), **arguments).cpu())
-            progress(_predicted(batch))
+            progress(windows * tokens)
         return after
 
-    def _perplexity(self, states: _States, text: Text) -> Perplexity:
+    def _given(self, states: _States) -> AbstractContextManager[None]:
+        """The model gives what its layers have computed, batch by batch, through its head."""
         rest = [_Pass() for _ in self.layers[1:]]
-        with self._layered.standing_in([_Give(states), *rest]):
+        return self._layered.standing_in([_Give(states), *rest])
+
+    def _perplexity(self, states: _States, text: Text) -> Perplexity:
+        with self._given(states):
             return measure_perplexity(
                 self._layered.model,
                 text.windows,
@@ -218,5 +285,11 @@ def _shape(hidden_states: Tensor) -> _Shape:
     return windows, tokens
 
 
-def _predicted(batch: Sequence[Window]) -> int:
-    return sum(window.size - 1 for window in batch)
+def _tokens(text: Text) -> list[Tensor]:
+    """What the model reads of a text: all but the last token of every window."""
+    return [torch.from_numpy(np.stack(batch))[:, :-1] for batch in text.batches()]
+
+
+def _by_layer(progress: Progress, group: Sequence[Plan]) -> Callable[[], None]:
+    """Tells ``progress`` that all plans of a group are a layer further."""
+    return lambda: progress(len(group))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mone_megatron.analysis.sparsification.asking import Questions, refuse_writing
 from mone_megatron.analysis.sparsification.budget import Allotment, Probe, path, search
 from mone_megatron.analysis.sparsification.engine import Engine, Text
 from mone_megatron.analysis.sparsification.layered import model_without_weights, open_layered
@@ -33,8 +34,8 @@ from mone_megatron.analysis.sparsification.results import (
 from mone_megatron.analysis.sparsification.statistics import LayerStatistics
 from mone_megatron.analysis.sparsification.streaming import StreamedEngine
 from mone_megatron.evaluation.estimates import Difference, difference
-from mone_megatron.evaluation.evaluate import harness_model, perplexity_scores
-from mone_megatron.evaluation.harness import Score, run_tasks
+from mone_megatron.evaluation.evaluate import perplexity_scores
+from mone_megatron.evaluation.harness import Score
 from mone_megatron.evaluation.models import ModelFacts, load
 from mone_megatron.evaluation.tasks import LoadedTasks
 from mone_megatron.hf.source import is_ours, open_source
@@ -249,7 +250,7 @@ class ModelStudy:
         return {
             "where": self._subject.facts.where,
             "weights": _identity(self._subject.facts.where),
-            "text": _fingerprint(self._subject.text),
+            "text": self._subject.text.fingerprint,
             "targets": list(self._targets),
         }
 
@@ -327,10 +328,9 @@ class ModelStudy:
         self, plans: Sequence[Plan], text: Text, engine: _Lazy, results: Results
     ) -> dict[Plan, tuple[Score, ...]]:
         """Loss, perplexity and bits per byte under every plan."""
-        digest = _fingerprint(text)
 
         def key(each: Plan) -> dict[str, Any]:
-            return self._key(each) | {"text": digest}
+            return self._key(each) | {"text": text.fingerprint}
 
         todo = [each for each in dict.fromkeys(plans) if results.get(key(each)) is None]
         if todo:
@@ -350,17 +350,13 @@ class ModelStudy:
 
         todo = [each for each in dict.fromkeys(plans) if results.get(key(each)) is None]
         if todo:
+            settings, facts = self._settings, self._subject.facts
+            questions = Questions(tasks, facts, settings.limit, settings.batch_size)
             ready = engine()
-            assert isinstance(ready, ResidentEngine), "tasks and streaming are refused together"
-            settings = self._settings
-            lm = harness_model(ready.model, self._subject.facts, batch_size=settings.batch_size)
             title = f"{self._subject.label}: tasks"
-            with WorkProgress(title, len(todo), unit="prunings") as progress:
-                for each in todo:
-                    with ready.pruning(each):
-                        scores = run_tasks(lm, tasks, limit=settings.limit)
+            with WorkProgress(title, len(todo) * self._count, unit="layers") as progress:
+                for each, scores in ready.ask(todo, questions, progress.add):
                     results.add(key(each), {"scores": [score_to_json(one) for one in scores]})
-                    progress.add(1)
         return {each: _scores(results, key(each)) for each in plans}
 
     def _statistics(self, engine: _Lazy, results: Results, say: Say) -> tuple[LayerStatistics, ...]:
@@ -449,10 +445,12 @@ def look_into(subject: Subject, settings: StudySettings) -> ModelStudy:
     """Check a model before its weights are read.
 
     Raises:
-        ValueError: it has nothing of what is to be pruned, or a score is not defined for it; one
-            line that names it.
+        ValueError: it has nothing of what is to be pruned, a score is not defined for it, or a task
+            cannot be asked of a model that is streamed; one line.
     """
     where = subject.facts.where
+    if settings.stream and subject.tasks is not None:
+        refuse_writing(subject.tasks)
     model = model_without_weights(where, trust_remote_code=settings.trust_remote_code)
     if settings.all_neurons:
         compute_all_neurons(model)
@@ -500,15 +498,6 @@ def _scores(results: Results, key: dict[str, Any]) -> tuple[Score, ...]:
     kept = results.get(key)
     assert kept is not None
     return tuple(score_from_json(one) for one in kept["scores"])
-
-
-def _fingerprint(text: Text) -> str:
-    """SHA-256 of the windows that are read."""
-    digest = hashlib.sha256()
-    for batch in text.batches():
-        for window in batch:
-            digest.update(window.size.to_bytes(8, "little") + window.tobytes())
-    return digest.hexdigest()
 
 
 def _identity(where: str) -> str:

@@ -13,6 +13,7 @@ from sparsify_helpers import TEXT, Main, load_sparsify_tool
 from test_import import import_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from mone_megatron.analysis.sparsification import output
 from mone_megatron.analysis.sparsification.plans import uniform
 from mone_megatron.analysis.sparsification.resident import ResidentEngine
 from mone_megatron.data.tokenizer import save_tokenizer, train_tokenizer
@@ -25,6 +26,21 @@ from mone_megatron.evaluation.perplexity import measure_perplexity
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test waits for the Hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+class NoFigures:
+    """Drawing takes longer than everything else here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def install(self) -> None:
+        self._monkeypatch.setattr(output, "figures", lambda studies: ())
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> NoFigures:
+    return NoFigures(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +62,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(main: Main, place: Path, output: Path, *more: object, models: tuple[str, ...]) -> list[str]:
+def run(main: Main, place: Path, folder: Path, *more: object, models: tuple[str, ...]) -> list[str]:
     arguments = [
         *(str(place / model) for model in models), "--perplexity", str(place / "text.txt"),
-        "--output", str(output), "--seq-length", "64", *map(str, more),
+        "--output", str(folder), "--seq-length", "64", *map(str, more),
     ]  # fmt: skip
     assert main(arguments) == 0
-    return (output / "results.jsonl").read_text().splitlines()
+    return (folder / "results.jsonl").read_text().splitlines()
 
 
 def test_everything_of_two_models(
-    main: Main, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    main: Main,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    no_figures: NoFigures,
 ) -> None:
     tasks = ("--tasks", place / "tasks" / "stdlib_next_line.yaml", "--limit", 4)
     more = (
@@ -116,53 +136,76 @@ def test_everything_of_two_models(
     assert len(thresholds) == 2 * 3 * 2
     assert all(float(row["pooled"]) > 0 for row in thresholds)
     names = {
-        "sparsification", "relative", "thresholds", "activations_llama", "mass_llama",
+        "sparsification", "rise", "relative", "thresholds", "activations_llama", "mass_llama",
         "budget_llama", "activations_qwen3_moe", "mass_qwen3_moe", "budget_qwen3_moe",
     }  # fmt: skip
     pictures = {path.stem: path for path in (tmp_path / "out").glob("*.png")}
     assert set(pictures) == names
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures.values())
 
-    # Again: nothing is left to do, and the same comes out.
-    assert run(main, place, tmp_path / "out", *more, models=models) == lines
-    again = capsys.readouterr()
-    assert "reading" not in again.err
-    assert again.out == printed.out
     # As if it had been killed on the way.
+    no_figures.install()
     content = "\n".join(lines)
     (tmp_path / "out" / "results.jsonl").write_text(content[: len(content) // 2])
     assert run(main, place, tmp_path / "out", *more, models=models) == lines
-    assert capsys.readouterr().out == printed.out
-    # Other shares are added; other settings and other weights are refused.
-    wider = ("--scores", "abs_activation", "--shares", 0, 0.5, 0.7)
+    table = capsys.readouterr().out.split("\nwrote ")[0]
+    assert table == printed.out.split("\nwrote ")[0]
+
+
+def test_what_was_measured_is_taken_up_again(
+    main: Main,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    no_figures: NoFigures,
+) -> None:
+    no_figures.install()
     base = [str(place / "llama"), "--perplexity", str(place / "text.txt"), "--seq-length", "64"]
-    base += ["--output", str(tmp_path / "out"), *map(str, tasks)]
-    assert main([*base, *map(str, wider)]) == 0
-    assert "going on with" in capsys.readouterr().err
+    base += ["--output", str(tmp_path / "out")]
+    arguments = [*base, "--shares", "0", "0.5"]
+    assert main(arguments) == 0
+    first = capsys.readouterr()
+    assert "llama: reading" in first.err
+    lines = (tmp_path / "out" / "results.jsonl").read_text()
+    # Nothing is left to do, and the same comes out.
+    assert main(arguments) == 0
+    again = capsys.readouterr()
+    assert "reading" not in again.err
+    assert again.out == first.out
+    assert (tmp_path / "out" / "results.jsonl").read_text() == lines
+    # Other shares are added.
+    assert main([*base, "--shares", "0.5", "0.7"]) == 0
+    assert "1 prunings" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.jsonl").read_text().startswith(lines)
+    # Other settings, texts and weights are refused.
     assert main([*base, "--batch-size", "4"]) == 2
     assert "of other settings: batch_size was 8 and is 4" in capsys.readouterr().err
     assert main([*base, "--perplexity", str(place / "other.txt")]) == 2
     assert "of other models or text: text was" in capsys.readouterr().err
-    assert main([*base, "--apply-to", "dense"]) == 0
     assert main([str(place / "qwen3_moe"), *base[1:], "--labels", "llama"]) == 2
     assert "of other models or text: targets was ['dense']" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_ours_streams(
-    main: Main, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    main: Main,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    no_figures: NoFigures,
 ) -> None:
+    no_figures.install()
     import_model(place / "qwen3_moe", place / "ours")
     more = (
         "--shares", 0.5, 0.9, "--loss-budget", 0.01, "--budget-score", "abs_product",
-        "--labels", "model", "--experts-only",
+        "--labels", "model", "--experts-only", "--limit", 6,
+        "--tasks", *sorted((place / "tasks").glob("*.yaml")),
     )  # fmt: skip
     tables = []
-    for model, stream in (("qwen3_moe", ()), ("ours", ("--stream",)), ("ours", ())):
-        output = tmp_path / f"{model}{len(stream)}"
-        run(main, place, output, *more, *stream, models=(model,))
-        tables.append(capsys.readouterr().out.replace(str(output), "OUT"))
+    for model, stream in (("qwen3_moe", ()), ("ours", ("--stream",))):
+        folder = tmp_path / f"{model}{len(stream)}"
+        run(main, place, folder, *more, *stream, models=(model,))
+        tables.append(capsys.readouterr().out.replace(str(folder), "OUT"))
     assert tables[1] == tables[0]
-    assert tables[2] == tables[0]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +223,10 @@ def test_a_checkpoint_of_ours_streams(
         (["MOE", "TEXT", "OUT", "--budget-shares", "0.5"], "of use with --loss-budget only"),
         (["MOE", "TEXT", "OUT", "--loss-budget", "0"], "--loss-budget: 0 is not above 0"),
         (["MOE", "TEXT", "OUT", "--loss-budget", "1", "--shares", "0"], "at least one share above"),
-        (["MOE", "TEXT", "OUT", "--stream", "--tasks", "sciq"], "leave --tasks out"),
+        (
+            ["MOE", "TEXT", "OUT", "--stream", "--trust-remote-code"],
+            "leave --trust-remote-code out",
+        ),
         (["MOE", "EMPTY", "OUT"], "empty"),
         (["MOE", "BLANK", "OUT"], "holds no text"),
         (["MOE", "TEXT", "FULL"], "holds files and no results.jsonl"),
@@ -229,4 +275,22 @@ def test_what_cannot_be_measured_is_told_in_one_line(
     assert message in told
     assert told.startswith("sparsify_hf: ")
     assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_streamed_model_writes_no_text(
+    main: Main, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"q": "1 + 1 =", "a": "2"}\n' * 2)
+    (tmp_path / "write.yaml").write_text(
+        "task: write\ndataset_path: json\ndataset_kwargs: {data_files: {test: questions.jsonl}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: q\ndoc_to_target: a\n"
+        "generation_kwargs: {until: ['.']}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    arguments = [
+        str(place / "llama"), "--perplexity", str(place / "text.txt"), "--stream",
+        "--output", str(tmp_path / "out"), "--tasks", str(tmp_path / "write.yaml"),
+    ]  # fmt: skip
+    assert main(arguments) == 2
+    assert "sparsify_hf: --stream: write has the model write text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
