@@ -19,17 +19,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mone_megatron.kernels import triton_glu, triton_select
+from mone_megatron.kernels import fused_decode, triton_decode, triton_glu, triton_select
 from mone_megatron.kernels.fused import launch_shape
 
 _REGISTERS_OF_A_MULTIPROCESSOR = 65536
 _WARPS_OF_A_MULTIPROCESSOR = 64
 _PROGRAMS = 32
 # Arguments that are multiples of 16 elements or bytes for common widths.
-_ALIGNED = ("neurons", "gate_stride", "up_stride", "scores_stride", "grad_stride")
-_NUMBERS = (
-    "rows", "k", "packed_width", "grad_hidden_stride", *_ALIGNED,
+_ALIGNED = (
+    "neurons", "gate_stride", "up_stride", "scores_stride", "grad_stride", "hidden_size",
+    "expert_stride", "neuron_stride",
 )  # fmt: skip
+_NUMBERS = ("rows", "k", "packed_width", "grad_hidden_stride", *_ALIGNED)
 
 
 @dataclass(frozen=True)
@@ -229,13 +230,67 @@ def others(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
     ]
 
 
+def decoding(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
+    """The kernels for few tokens."""
+    common: dict[str, Any] = {"neurons": neurons, "dtype": dtype, "architecture": architecture}
+    slots = {"token": "i64", "expert": "i64"}
+    dot = {"ROWS": fused_decode.DOT_ROWS, "BLOCK": fused_decode.DOT_BLOCK}
+    added = {
+        "PARTS": fused_decode.PARTS, "ROWS": fused_decode.SUM_ROWS,
+        "BLOCK": fused_decode.SUM_BLOCK,
+    }  # fmt: skip
+    kept = {"chosen": "i32", "weights": "fp32"}
+    given = {"scores": dtype} if dtype == "fp32" else {}
+    rule = {
+        "ACTIVATION": "silu",
+        "SCORE": "given" if given else "abs_activation",
+        "SIGNED": False,
+        "NARROW": dtype == "bf16",
+    }
+    rows = {"tokens": dtype, "weight": dtype}
+    return [
+        _compile(
+            "decoding: gate",
+            triton_decode.project_kernel,
+            rows | slots | {"values": dtype},
+            dot,
+            num_warps=fused_decode.DOT_WARPS,
+            **common,
+        ),
+        _compile(
+            "decoding: choice",
+            triton_decode.choose_kernel,
+            {"gate": dtype, "scale": dtype} | given | kept,
+            rule,
+            **common,
+        ),
+        _compile(
+            "decoding: up",
+            triton_decode.up_kernel,
+            rows | slots | kept,
+            dot,
+            num_warps=fused_decode.DOT_WARPS,
+            **common,
+        ),
+        _compile(
+            "decoding: down",
+            triton_decode.down_kernel,
+            {"weight": dtype, "expert": "i64", "order": "i64", "output": "fp32"} | kept,
+            added,
+            num_warps=fused_decode.SUM_WARPS,
+            **common,
+        ),
+    ]
+
+
 def all_of(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
     """Every kernel for one width and dtype."""
     results = []
     for sums, packed in ((False, False), (True, False), (True, True)):
         settings: dict[str, Any] = {"sums": sums, "packed": packed, "architecture": architecture}
         results += [forward(neurons, dtype, **settings), backward(neurons, dtype, **settings)]
-    return [*results, *others(neurons, dtype, architecture=architecture)]
+    results += others(neurons, dtype, architecture=architecture)
+    return results + decoding(neurons, dtype, architecture=architecture)
 
 
 def main() -> None:

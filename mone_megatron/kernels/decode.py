@@ -8,9 +8,9 @@ more tokens, since experts and neurons are shared (:func:`speed_limit`).
 
 Weights lie neuron by neuron: gate, up and down row of a neuron are contiguous.
 
-On CPU both gathers are functions of torch that read each row once and copy none:
-``torch.sparse.sampled_addmm`` is a dot product with each row of a list, ``F.embedding_bag`` a
-weighted sum of rows. Inference only: no gradients.
+On CUDA it is four Triton kernels (:mod:`.triton_decode`). On CPU both gathers are torch functions
+that read each row once and copy none: ``torch.sparse.sampled_addmm`` is a dot product with each row
+of a list, ``F.embedding_bag`` a weighted sum of rows. Inference only: no gradients.
 
 Shape suffixes: N tokens, K experts of a token, S slots (a token once for each of its experts), E
 experts, F neurons of one expert, H hidden size, M kept neurons of all slots.
@@ -102,6 +102,20 @@ def sparse_experts(
     Returns:
         ``[N, H]`` in the dtype of the tokens.
     """
+    if ops.on_triton(tokens_NH):
+        from mone_megatron.kernels import fused_decode
+
+        if fused_decode.supports(weights.gate_EFH, weights.up_EFH, activate):
+            return fused_decode.sparse_experts(
+                tokens_NH,
+                experts_NK,
+                probs_NK,
+                weights.gate_EFH,
+                weights.up_EFH,
+                weights.down_EFH,
+                keep,
+                activate,
+            )
     chosen = experts_NK.shape[-1]
     # Slots of one expert beside each other, so that its rows are read once.
     expert_S, order_S = experts_NK.flatten().sort(stable=True)

@@ -87,7 +87,7 @@ def scores_equal_torch(activation: str, device: torch.device) -> bool:
     return bool((same | subnormal).all())
 
 
-def _given_scores(gate_TF: Tensor, up_TF: Tensor, score: Score, activation: str) -> Tensor | None:
+def given_scores(gate_TF: Tensor, up_TF: Tensor, score: Score, activation: str) -> Tensor | None:
     """Torch's scores, where the kernel's own could differ in the last bit; else None."""
     exact = score in ("abs_gate", "signed_gate") or activation in ("relu", "relu2")
     if exact or (
@@ -155,7 +155,7 @@ class _FusedGLU(torch.autograd.Function):
             if packed is not None:
                 packed_gate, packed_up = new(2, rows, packed.width)
         if isinstance(keep, TopK):
-            scores_TF = _given_scores(gate_TF, up_TF, keep.score, settings.activation)
+            scores_TF = given_scores(gate_TF, up_TF, keep.score, settings.activation)
         elif keep is not None:
             mask_TF = keep.contiguous().view(torch.int8)
         share_T = weight_sum_SF = kept_SF = None

@@ -54,13 +54,14 @@ def describe(device: torch.device) -> str:
     return "CPU kernels"
 
 
-def _on_triton(tensor: Tensor) -> bool:
+def on_triton(tensor: Tensor) -> bool:
+    """Whether Triton kernels compute with ``tensor``."""
     return _chosen == "auto" and tensor.is_cuda and _HAVE_TRITON
 
 
 def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
     """See :func:`mone_megatron.kernels.reference.topk_mask`; the same mask, bit for bit."""
-    if _on_triton(scores_TF):
+    if on_triton(scores_TF):
         from mone_megatron.kernels import fused
 
         if scores_TF.shape[-1] <= fused.MAX_NEURONS:
@@ -137,7 +138,7 @@ def _glu(
     packed: Packed | None,
     sums: WeightSums | None,
 ) -> Outputs:
-    if _on_triton(gate_TF):
+    if on_triton(gate_TF):
         from mone_megatron.kernels import fused
 
         if fused.supports(gate_TF, up_TF, activate):

@@ -173,3 +173,69 @@ def test_speed_limit_by_counting() -> None:
     counted = 3 * matrices / (matrices + 2 * rows)
     expected = speed_limit(tokens, experts=experts, chosen=chosen, keep_ratio=kept / neurons)
     assert counted == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "score", "activation", "layout", "kept"),
+    [
+        (1, "abs_activation", "silu", "ours", 8),
+        (3, "signed_gate", "silu", "concatenated", 5),
+        (2, "abs_product", "silu", "interleaved", 9),
+        (2, "abs_gate", "relu2", "apart", 1),
+        (2, "abs_activation", "relu", "ours", 30),
+        (1, "abs_activation", "sigmoid", "ours", 37),
+    ],
+)
+def test_triton(
+    tokens: int, score: Score, activation: str, layout: str, kept: int, dtype: torch.dtype
+) -> None:
+    fused_decode = pytest.importorskip(
+        "mone_megatron.kernels.fused_decode", reason="Triton is not installed"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # 37 neurons and 150 values fill no block.
+    weights = layer(experts=4, neurons=37, hidden=150, layout=layout, dtype=dtype)
+    inputs = routed(tokens, 2, weights, seed=kept)
+    keep, activate = TopK(kept, score), reference.ACTIVATIONS[activation]
+    on_device = [tensor.to(device) for tensor in (*inputs, *vars(weights).values())]
+    ours = fused_decode.sparse_experts(*on_device, keep, activate).cpu()
+    assert ours.dtype is dtype
+    expected = dense_experts(*inputs, weights, keep, activate)
+    scale = float(expected.abs().max())
+    tolerance = 1e-5 * scale if dtype is torch.float32 else 0.03 * scale
+    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_triton_reads_no_other_rows_and_spreads_nan() -> None:
+    fused_decode = pytest.importorskip(
+        "mone_megatron.kernels.fused_decode", reason="Triton is not installed"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = layer(experts=4, neurons=40, hidden=64, layout="ours")
+    tokens_NH, experts_NK, probs_NK = routed(2, 2, weights, seed=2)
+    keep = TopK(8, "abs_activation")
+
+    def run() -> Tensor:
+        tensors = (tokens_NH, experts_NK, probs_NK, *vars(weights).values())
+        on_device = [tensor.to(device) for tensor in tensors]
+        output: Tensor = fused_decode.sparse_experts(*on_device, keep, F.silu).cpu()
+        return output
+
+    expected = run()
+    read = torch.zeros(4, 40, dtype=torch.bool)
+    for token, experts in enumerate(experts_NK.tolist()):
+        for expert in experts:
+            gate_1F = tokens_NH[token : token + 1] @ weights.gate_EFH[expert].T
+            mask_1F = reference.kept_mask(gate_1F, gate_1F, keep, F.silu)
+            assert mask_1F is not None
+            read[expert] |= mask_1F[0]
+    weights.up_EFH[~read] = torch.nan
+    weights.down_EFH[~read] = torch.nan
+    assert torch.equal(run(), expected)
+    tokens_NH[1, 3] = torch.nan
+    output = run()
+    assert output[1].isnan().all()
+    assert torch.equal(output[0], expected[0])

@@ -31,6 +31,6 @@ def test_all_kernels_compile_and_fit_in_registers() -> None:
     )
     assert done.returncode == 0, done.stderr
     found = [match for line in done.stdout.splitlines() if (match := LINE.match(line))]
-    assert len(found) == 2 * 9 + 7
+    assert len(found) == 2 * 13 + 7
     spilling = [match.group() for match in found if match["spilled"] != "0"]
     assert not spilling
