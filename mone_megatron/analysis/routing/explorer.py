@@ -115,11 +115,8 @@ def _over_checkpoints(
     page: Page, analysis: Analysis, summaries: Sequence[Sequence[LayerSummary]]
 ) -> None:
     page.heading("Over checkpoints", "Means over layers, with a band from lowest to highest.")
-    steps = [checkpoint.step for checkpoint in analysis.checkpoints]
-    known = [step for step in steps if step is not None]
-    by_step = len(known) == len(steps) and sorted(set(known)) == known
-    xs = np.asarray(known if by_step else range(1, len(steps) + 1), dtype=np.int64)
-    label = "step" if by_step else "checkpoint, in the order given"
+    places, label = analysis.places()
+    xs = np.asarray(places, dtype=np.int64)
     page.open_grid()
     earlier = analysis.checkpoints[:-1]
     top_k = min(shape.top_k for shape in analysis.header.layers)
@@ -131,6 +128,8 @@ def _over_checkpoints(
         ]
         if np.isfinite(rows).any():
             curves.append(_curve(xs[:-1], rows, f"top {k}", k - 1, band=False))
+    by_load = [[layer.expert_saturation_by_load for layer in one] for one in summaries[:-1]]
+    curves.append(_curve(xs[:-1], by_load, f"top {top_k}, {_INDEPENDENT}", top_k, band=False))
     page.chart(
         "Router saturation",
         curves,
@@ -160,9 +159,10 @@ def _over_checkpoints(
     page.close_grid()
 
 
+_INDEPENDENT = "independent choices of the same loads"
 _NAMES = {
     "neuron_saturation": "kept neurons in common",
-    "neuron_saturation_by_load": "independent choices of the same loads",
+    "neuron_saturation_by_load": _INDEPENDENT,
     "neuron_adjacent": "kept neurons in common",
     "neuron_adjacent_by_load": "independent tokens of the same loads",
     "token_specialisation": "largest share of a token, mean",
@@ -171,7 +171,8 @@ _NAMES = {
     "load_entropy": "experts",
     "neuron_load_entropy": "neurons",
     "dead_neurons": "dead neurons",
-    "expert_adjacent": "experts shared by adjacent tokens",
+    "expert_adjacent": "experts in common",
+    "expert_adjacent_by_load": "independent tokens of the same loads",
 }
 
 
@@ -214,7 +215,12 @@ def _over_layers(page: Page, final: TraceStatistics, summaries: Sequence[LayerSu
         (
             "Kept neurons shared by adjacent tokens",
             "in the experts that both go to",
-            ("neuron_adjacent", "neuron_adjacent_by_load", "expert_adjacent"),
+            ("neuron_adjacent", "neuron_adjacent_by_load"),
+        ),
+        (
+            "Experts shared by adjacent tokens",
+            "",
+            ("expert_adjacent", "expert_adjacent_by_load"),
         ),
         ("Dead neurons", "share of the neurons of experts that had tokens", ("dead_neurons",)),
     )

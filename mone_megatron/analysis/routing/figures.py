@@ -9,12 +9,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from mone_megatron.analysis.files import write_whole
-from mone_megatron.analysis.plots import color_of, png_bytes
+from mone_megatron.analysis.plots import color_of, png_bytes, style_axes
 from mone_megatron.analysis.routing.counting import conditional, divide
 from mone_megatron.analysis.routing.output import Analysis
 from mone_megatron.analysis.routing.statistics import LayerStatistics
+from mone_megatron.analysis.routing.summary import LayerSummary
 from mone_megatron.analysis.stats import FloatArray
 
 _INK, _SOFT = "#1b1f24", "#5c6673"
@@ -86,38 +88,33 @@ def saturation_figure(analysis: Analysis) -> Figure | None:
     earlier = analysis.checkpoints[:-1]
     if not earlier:
         return None
-    names = [str(one.step) if one.step is not None else one.name for one in earlier]
-    places = np.arange(len(names))
+    places, label = analysis.places()
+    summaries = analysis.summaries()[:-1]
     figure = _figure(11, 5)
     left, right = figure.subplots(1, 2)
-    top_k = max(layer.shape.top_k for one in earlier for layer in one.layers)
+    top_k = min(layer.shape.top_k for one in earlier for layer in one.layers)
     for index, k in enumerate(_top_ks(top_k)):
-        values = [
-            _mean([s[k - 1] for layer in one.layers if (s := layer.experts.saturation_K) is not None
-                   and len(s) >= k])
+        rows = [
+            [s[k - 1] for layer in one.layers if (s := layer.experts.saturation_K) is not None]
             for one in earlier
-        ]  # fmt: skip
-        left.plot(places, values, marker="o", color=color_of(index), label=f"top {k}")
+        ]
+        _line(left, places[:-1], rows, f"top {k}", index)
+    independent = "independent, same loads"
+    rows = [[layer.expert_saturation_by_load for layer in one] for one in summaries]
+    _line(left, places[:-1], rows, f"top {top_k}, {independent}", 0, "--")
     left.set_ylabel("mean |S & S final| / k")
     _title(left, "Router saturation, mean over layers")
-    summaries = analysis.summaries()[:-1]
-    for index, (key, label) in enumerate(
-        (
-            ("neuron_saturation", "kept neurons"),
-            ("neuron_saturation_by_load", "independent, same loads"),
-        )
-    ):
-        values = [_mean([getattr(layer, key) for layer in one]) for one in summaries]
-        right.plot(places, values, marker="o", color=color_of(index), label=label,
-                   linestyle="-" if index == 0 else "--")  # fmt: skip
+    rows = [[layer.neuron_saturation for layer in one] for one in summaries]
+    _line(right, places[:-1], rows, "kept neurons", 0)
+    rows = [[layer.neuron_saturation_by_load for layer in one] for one in summaries]
+    _line(right, places[:-1], rows, independent, 0, "--")
     right.set_ylabel("share of the kept set")
     _title(right, "Neuron saturation, in experts in common")
     for axes in (left, right):
+        axes.set_xlabel(label)
+        style_axes(axes)
         axes.set_ylim(0, 1.02)
-        axes.set_xticks(places, names, rotation=30 if len(names) > 6 else 0)
-        axes.set_xlabel("checkpoint")
         axes.legend(frameon=False)
-        axes.grid(True, color="#e3e7ec")
     return figure
 
 
@@ -129,7 +126,13 @@ def specialisation_figure(analysis: Analysis) -> Figure | None:
         ("token_specialisation_even", "the same without specialisation", "--"),
         ("domain_specialisation", "distance of domains", "-"),
     ]
-    return _by_layer(final.layers, summaries, curves, f"Expert specialisation, {final.name}")
+    if not np.isfinite([[getattr(one, key) for key, _, _ in curves] for one in summaries]).any():
+        return None
+    figure = _figure(9, 4.6)
+    axes = figure.subplots()
+    _by_layer(axes, final.layers, summaries, curves)
+    _title(axes, f"Expert specialisation, {final.name}")
+    return figure
 
 
 def neuron_figure(analysis: Analysis) -> Figure | None:
@@ -153,48 +156,50 @@ def neuron_figure(analysis: Analysis) -> Figure | None:
         )
     left.set_xlabel("share of the layer's neurons, the most kept first")
     left.set_ylabel("share of the expert's tokens that keep it")
+    style_axes(left)
+    left.xaxis.set_major_locator(MaxNLocator(nbins=5))
     left.legend(frameon=False, fontsize=9)
     _title(left, f"Neuron load, {final.name}")
-    places = np.arange(len(final.layers))
-    for index, (key, label) in enumerate(
-        (
-            ("neuron_adjacent", "kept neurons shared by adjacent tokens"),
-            ("neuron_adjacent_by_load", "by independent ones of these loads"),
-            ("dead_neurons", "dead neurons"),
-        )
-    ):
-        values = [getattr(summary, key) for summary in summaries]
-        right.plot(places, values, marker="o", color=color_of(index), label=label)
-    right.set_xticks(places, [str(layer.shape.layer) for layer in final.layers])
-    right.set_xlabel("layer")
-    right.set_ylim(0, None)
-    right.legend(frameon=False, fontsize=9)
+    curves = [
+        ("neuron_adjacent", "kept neurons shared by adjacent tokens", "-"),
+        ("neuron_adjacent_by_load", "by independent ones of these loads", "--"),
+        ("dead_neurons", "dead neurons", "-"),
+    ]
+    _by_layer(right, final.layers, summaries, curves)
     _title(right, "Adjacent tokens and dead neurons")
     return figure
 
 
 def _by_layer(
+    axes: Axes,
     layers: Sequence[LayerStatistics],
-    summaries: Sequence[object],
+    summaries: Sequence[LayerSummary],
     curves: Sequence[tuple[str, str, str]],
-    heading: str,
-) -> Figure | None:
-    values = {key: [getattr(one, key) for one in summaries] for key, _, _ in curves}
-    if not any(np.isfinite(row).any() for row in values.values()):
-        return None
-    figure = _figure(9, 4.6)
-    axes = figure.subplots()
-    places = np.arange(len(layers))
+) -> None:
+    """Draw those of (field, label, line style) that have values."""
+    places = [layer.shape.layer for layer in layers]
     for index, (key, label, style) in enumerate(curves):
-        if np.isfinite(values[key]).any():
-            axes.plot(places, values[key], style, marker="o", color=color_of(index), label=label)
-    axes.set_xticks(places, [str(layer.shape.layer) for layer in layers])
+        rows = [[getattr(summary, key)] for summary in summaries]
+        if np.isfinite(rows).any():
+            _line(axes, places, rows, label, index, style)
     axes.set_xlabel("layer")
+    style_axes(axes)
     axes.set_ylim(0, None)
-    axes.legend(frameon=False)
-    axes.grid(True, color="#e3e7ec")
-    _title(axes, heading)
-    return figure
+    axes.legend(frameon=False, fontsize=10)
+
+
+def _line(
+    axes: Axes,
+    places: Sequence[int],
+    rows: Sequence[Sequence[float]],
+    label: str,
+    color: int,
+    style: str = "-",
+) -> None:
+    """The mean of each row."""
+    values = [_mean(row) for row in rows]
+    marker = "o" if len(values) < 40 else ""
+    axes.plot(places, values, style, marker=marker, color=color_of(color), label=label)
 
 
 def _top_ks(top_k: int) -> list[int]:

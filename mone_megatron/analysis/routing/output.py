@@ -74,6 +74,13 @@ class Analysis:
         final = self.checkpoints[-1]
         return final.layers if len(final.layers) == len(checkpoint.layers) else checkpoint.layers
 
+    def places(self) -> tuple[list[int], str]:
+        """Where the checkpoints stand on an axis, and what it counts: steps where all have one."""
+        steps = [one.step for one in self.checkpoints if one.step is not None]
+        if len(steps) == len(self.checkpoints) and sorted(set(steps)) == steps:
+            return steps, "step"
+        return list(range(1, len(self.checkpoints) + 1)), "checkpoint, in the order given"
+
     def text(self, token: int) -> str:
         """What a token spells, or its number."""
         return self.header.texts.get(token, str(token))

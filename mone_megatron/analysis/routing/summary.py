@@ -33,7 +33,9 @@ class LayerSummary:
         load_max_over_mean: of the experts' loads, 1 when even.
         dead_experts: that no token was routed to.
         expert_saturation: of all K, against the final checkpoint.
+        expert_saturation_by_load: what two independent choices with these loads would share.
         expert_adjacent: of all K, against the next token.
+        expert_adjacent_by_load: what two independent tokens with these loads would share.
         token_specialisation: largest share of a frequent token's occurrences that goes to one
             expert; mean over occurrences.
         token_specialisation_even: the same if every token were routed as all are together.
@@ -56,7 +58,9 @@ class LayerSummary:
     load_max_over_mean: float
     dead_experts: int
     expert_saturation: float
+    expert_saturation_by_load: float
     expert_adjacent: float
+    expert_adjacent_by_load: float
     token_specialisation: float
     token_specialisation_even: float
     domain_specialisation: float
@@ -161,7 +165,13 @@ def summarise(
         "load_max_over_mean": float(divide(tokens_E.max(), tokens_E.mean())),
         "dead_experts": int((tokens_E == 0).sum()),
         "expert_saturation": float(saturation),
+        "expert_saturation_by_load": np.nan
+        if final is None
+        else _expected_experts(layer, final, vocabulary.tokens),
         "expert_adjacent": experts.adjacent,
+        "expert_adjacent_by_load": np.nan
+        if np.isnan(experts.adjacent)
+        else _expected_experts(layer, layer, vocabulary.tokens),
         "token_specialisation": float(
             np.average(token_shares_VE.max(axis=1), weights=vocabulary.counts_V)
         )
@@ -195,6 +205,12 @@ def summarise(
         else np.nan,
     }
     return LayerSummary(**values)  # type: ignore[arg-type]
+
+
+def _expected_experts(first: LayerStatistics, second: LayerStatistics, tokens: int) -> float:
+    """Share of K experts in common of independent choices with these loads."""
+    common = (first.experts.tokens_E / tokens) @ (second.experts.tokens_E / tokens)
+    return float(common / second.shape.top_k)
 
 
 def _mean(values: FloatArray) -> float:

@@ -78,6 +78,10 @@ def test_statistics_by_hand(tmp_path: Path, shards: int) -> None:
     last = measure(final, None, limits)
     summary = summarise(layer, result.vocabulary, limits, last.layers[0])
     assert summary.expert_saturation == pytest.approx(10 / 12)
+    # Of 6 tokens 5, 4 and 3 to the experts, finally 5, 4 and 3, too; two experts of a token.
+    npt.assert_array_equal(last.layers[0].experts.tokens_E, [5, 4, 3])
+    assert summary.expert_saturation_by_load == pytest.approx((25 + 16 + 9) / 36 / 2)
+    assert summary.expert_adjacent_by_load == pytest.approx((25 + 16 + 9) / 36 / 2)
     assert summary.neuron_saturation == pytest.approx(14 / 20)
     assert summary.neuron_adjacent == pytest.approx(6 / 12)
     loads = neurons.kept_EF / experts.tokens_E[:, None]
