@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mone_megatron.analysis.files import write_whole
 from mone_megatron.analysis.formatting import format_count
@@ -19,13 +20,8 @@ from mone_megatron.analysis.routing.counting import conditional, divide
 from mone_megatron.analysis.routing.explorer_assets import SCRIPT, STYLE
 from mone_megatron.analysis.routing.output import Analysis
 from mone_megatron.analysis.routing.statistics import LayerStatistics, TraceStatistics
-from mone_megatron.analysis.routing.summary import (
-    LayerSummary,
-    domain_excess,
-    token_excess,
-)
+from mone_megatron.analysis.routing.summary import LayerSummary
 from mone_megatron.analysis.runs import Series
-from mone_megatron.analysis.stats import FloatArray
 
 PAGE_FILE = "routing.html"
 # Numbers in the page: some 20 MB. What does not fit is in the tables only, and the page says so.
@@ -42,7 +38,7 @@ def write_explorer(analysis: Analysis, folder: Path) -> Path:
 def explorer_page(analysis: Analysis, max_numbers: int = MAX_NUMBERS) -> str:
     """The page as the text of an HTML file that needs no other file and no network."""
     final = analysis.checkpoints[-1]
-    summaries = analysis.summaries()
+    summaries = analysis.summaries
     page = Page(f"{final.name}: routing")
     page.raw("<header>")
     page.heading_one(f"Routing of {final.name}")
@@ -177,7 +173,7 @@ _NAMES = {
 
 
 def _curve(
-    xs: np.typing.NDArray[np.int64],
+    xs: npt.NDArray[np.int64],
     rows: Sequence[Sequence[float]],
     name: str,
     color: int,
@@ -314,10 +310,7 @@ def _part(
     if layer.neurons is None:
         return part
     neurons = layer.neurons
-    by_token, by_domain = (
-        token_excess(layer, analysis.limits),
-        domain_excess(layer, analysis.limits),
-    )
+    by_token, by_domain = neurons.by_token, neurons.by_domain
     loads_EF = divide(neurons.kept_EF, experts.tokens_E[:, None])
     part["neurons"] = [
         {
@@ -351,7 +344,7 @@ def _round(value: float) -> float | None:
     return float(f"{value:.3g}") if math.isfinite(value) else None
 
 
-def _rounded(values: FloatArray) -> list[float | None]:
+def _rounded(values: npt.NDArray[np.floating]) -> list[float | None]:
     return [_round(value) for value in values.tolist()]
 
 

@@ -89,7 +89,7 @@ def saturation_figure(analysis: Analysis) -> Figure | None:
     if not earlier:
         return None
     places, label = analysis.places()
-    summaries = analysis.summaries()[:-1]
+    summaries = analysis.summaries[:-1]
     figure = _figure(11, 5)
     left, right = figure.subplots(1, 2)
     top_k = min(layer.shape.top_k for one in earlier for layer in one.layers)
@@ -120,7 +120,7 @@ def saturation_figure(analysis: Analysis) -> Figure | None:
 
 def specialisation_figure(analysis: Analysis) -> Figure | None:
     """How far tokens and domains are routed apart, by layer of the last checkpoint."""
-    final, summaries = analysis.checkpoints[-1], analysis.summaries()[-1]
+    final, summaries = analysis.checkpoints[-1], analysis.summaries[-1]
     curves = [
         ("token_specialisation", "largest share of a token, mean", "-"),
         ("token_specialisation_even", "the same without specialisation", "--"),
@@ -137,7 +137,7 @@ def specialisation_figure(analysis: Analysis) -> Figure | None:
 
 def neuron_figure(analysis: Analysis) -> Figure | None:
     """Loads of neurons, sorted, and what adjacent tokens share, of the last checkpoint."""
-    final, summaries = analysis.checkpoints[-1], analysis.summaries()[-1]
+    final, summaries = analysis.checkpoints[-1], analysis.summaries[-1]
     layers = [layer for layer in _some(final.layers) if layer.neurons is not None]
     if not layers:
         return None

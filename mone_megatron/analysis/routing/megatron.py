@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mone_megatron.analysis.routing.trace import (
+    HEADER_FILE,
     UNKNOWN_TOKEN,
     Int32Array,
     LayerShape,
@@ -39,6 +40,30 @@ _KEYS = ("step", "block", "layer", "num_tokens", "topk", "top_indices")
 def is_megatron_trace(folder: Path) -> bool:
     """Whether a folder holds files of that name."""
     return folder.is_dir() and any(folder.glob(FILES))
+
+
+def converted(
+    folder: Path, into: Path, *, experts: int | None, say: Callable[[str], None]
+) -> Trace:
+    """What is in ``into`` already if it is of these files, else :func:`convert_megatron`.
+
+    Raises:
+        ValueError: ``into`` is a trace of something else, or what cannot be converted.
+    """
+    if not (into / HEADER_FILE).is_file():
+        return convert_megatron(folder, into, experts=experts, say=say)
+    found = Trace(into)
+    if found.header.identity != files_identity(sorted(folder.glob(FILES))):
+        raise ValueError(
+            f"{into}: holds the trace of another model ({found.header.name}); give another --trace"
+        )
+    if experts not in (None, found.header.layers[0].experts):
+        raise ValueError(
+            f"{into}: holds this trace with {found.header.layers[0].experts} experts; give "
+            "another --trace"
+        )
+    say(f"{folder.name}: uses the trace in {into}")
+    return found
 
 
 def convert_megatron(

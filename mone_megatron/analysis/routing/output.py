@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ from mone_megatron.analysis.routing.statistics import (
 )
 from mone_megatron.analysis.routing.summary import (
     LayerSummary,
-    domain_excess,
     summarise,
-    token_excess,
 )
 from mone_megatron.analysis.routing.trace import TraceHeader
 
@@ -54,6 +53,7 @@ class Analysis:
     limits: Limits
     how: Mapping[str, Any]
 
+    @cached_property
     def summaries(self) -> list[list[LayerSummary]]:
         """Of each checkpoint, of each layer."""
         final = self.checkpoints[-1]
@@ -62,7 +62,6 @@ class Analysis:
                 summarise(
                     layer,
                     checkpoint.vocabulary,
-                    self.limits,
                     None if checkpoint is final else last,
                 )
                 for layer, last in zip(checkpoint.layers, self._last(checkpoint), strict=True)
@@ -130,9 +129,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
                     for layer, summary in zip(checkpoint.layers, summaries, strict=True)
                 ],
             }
-            for checkpoint, summaries in zip(
-                analysis.checkpoints, analysis.summaries(), strict=True
-            )
+            for checkpoint, summaries in zip(analysis.checkpoints, analysis.summaries, strict=True)
         ],
     }
 
@@ -240,7 +237,7 @@ def _neurons(
         return None
     kept_EF = layer.neurons.kept_EF
     expert, neuron = np.indices(kept_EF.shape).reshape(2, -1)
-    tokens, domains = token_excess(layer, analysis.limits), domain_excess(layer, analysis.limits)
+    tokens, domains = layer.neurons.by_token, layer.neurons.by_domain
     token = tokens.group_EF.reshape(-1)
     ids_V = np.append(checkpoint.vocabulary.ids_V, -1)
     names = np.append(np.asarray(analysis.header.domains, dtype=object), [None])
@@ -300,7 +297,7 @@ _TABLES: dict[str, _Rows] = {
 
 def text_report(analysis: Analysis) -> str:
     """A table for the terminal: a row a layer of the last checkpoint."""
-    final, summaries = analysis.checkpoints[-1], analysis.summaries()[-1]
+    final, summaries = analysis.checkpoints[-1], analysis.summaries[-1]
     header = ["layer", "load entropy", "max/mean", "dead experts", "token spec.", "adjacent"]
     keys = ["load_entropy", "load_max_over_mean", "dead_experts", "token_specialisation"]
     keys.append("expert_adjacent")

@@ -1,10 +1,10 @@
 """What a trace says of each layer's experts and neurons, beside the trace of the final checkpoint.
 
-One layer of one shard is in memory at a time, the ids of the whole text, and the counts. What grows
-with the vocabulary is bounded: experts are told apart by the ``Limits.expert_tokens`` most frequent
-tokens and neurons by the ``Limits.neuron_tokens`` most frequent, fewer where the table of neurons
-would pass ``Limits.table_bytes``; neurons are counted together for the most kept of the busiest
-experts.
+In memory are the ids of the whole text, one layer of one shard, the tables of one layer, and 32
+bytes a neuron of the result. What grows with the vocabulary is bounded: experts are told apart by
+the ``Limits.expert_tokens`` most frequent tokens and neurons by the ``Limits.neuron_tokens`` most
+frequent, fewer where the table of neurons would pass ``Limits.table_bytes``; neurons are counted
+together for the most kept of the busiest experts.
 
 Shape suffixes: N tokens of a shard, K experts of a token, E experts, F neurons of an expert, B
 bytes of bits, D domains, V frequent tokens, M chosen neurons, X chosen experts.
@@ -30,6 +30,7 @@ from mone_megatron.analysis.routing.counting import (
     kept_together,
     shared_experts,
 )
+from mone_megatron.analysis.routing.excess import Excess, largest_excess
 from mone_megatron.analysis.routing.trace import (
     UNKNOWN_TOKEN,
     Int32Array,
@@ -129,10 +130,10 @@ class NeuronStatistics:
 
     Attributes:
         kept_EF: tokens that keep each.
-        domain_tokens_DE: tokens of each domain in each expert.
-        domain_DEF: of those, how many keep each neuron.
-        token_tokens_VE: occurrences of each of the V most frequent tokens in each expert.
-        token_VEF: of those, how many keep each neuron.
+        by_token: the token that keeps each most above its usual share, as its place in
+            ``Vocabulary.ids_V``.
+        by_domain: the domain, likewise.
+        told_apart: how many of the most frequent tokens ``by_token`` looked at.
         together: of the busiest experts.
         saturation: with the final checkpoint, in the experts that both route a token to; None
             without one.
@@ -140,10 +141,9 @@ class NeuronStatistics:
     """
 
     kept_EF: Counts
-    domain_tokens_DE: Counts
-    domain_DEF: Counts
-    token_tokens_VE: Counts
-    token_VEF: Counts
+    by_token: Excess
+    by_domain: Excess
+    told_apart: int
     together: tuple[Together, ...]
     saturation: KeptOverlap | None
     adjacent: KeptOverlap
@@ -235,6 +235,7 @@ class _LayerCounter:
         self, shape: LayerShape, vocabulary: Vocabulary, limits: Limits, *, ordered: bool
     ) -> None:
         self.shape, self.vocabulary, self.ordered = shape, vocabulary, ordered
+        self.limits = limits
         experts, neurons = shape.experts, shape.neurons
         domains, frequent = len(vocabulary.domain_tokens_D), len(vocabulary.ids_V)
         self.tokens_E = np.zeros(experts, np.int64)
@@ -327,6 +328,11 @@ class _LayerCounter:
             experts,
         )
 
+    def _excess(self, kept_GEF: Counts, tokens_GE: Counts) -> Excess:
+        return largest_excess(
+            kept_GEF, tokens_GE, self.kept_EF, self.tokens_E, self.limits.min_count
+        )
+
     def result(self, together: tuple[Together, ...]) -> LayerStatistics:
         """What was counted."""
         top_k = self.shape.top_k
@@ -348,10 +354,9 @@ class _LayerCounter:
         if self.shape.neurons:
             neurons = NeuronStatistics(
                 kept_EF=self.kept_EF,
-                domain_tokens_DE=self.domain_DE,
-                domain_DEF=self.domain_DEF,
-                token_tokens_VE=self.token_VE[: self.told_apart],
-                token_VEF=self.token_VEF,
+                by_token=self._excess(self.token_VEF, self.token_VE[: self.told_apart]),
+                by_domain=self._excess(self.domain_DEF, self.domain_DE),
+                told_apart=self.told_apart,
                 together=together,
                 saturation=self.saturation,
                 adjacent=self.adjacent,

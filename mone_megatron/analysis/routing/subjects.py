@@ -12,7 +12,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from mone_megatron.analysis.routing.megatron import convert_megatron, is_megatron_trace
+from mone_megatron.analysis.routing.megatron import converted, is_megatron_trace
 from mone_megatron.analysis.routing.statistics import Limits, TraceStatistics, measure
 from mone_megatron.analysis.routing.trace import HEADER_FILE, Trace, TraceHeader
 from mone_megatron.checkpoint import CheckpointStore, read_checkpoint
@@ -112,7 +112,7 @@ def analyze(
         if subject.kind == "trace":
             return Trace(where)
         if subject.kind == "megatron":
-            return convert_megatron(where, folder, experts=num_experts, say=say)
+            return converted(where, folder, experts=num_experts, say=say)
         assert record is not None
         return record(subject, folder)
 
@@ -136,7 +136,10 @@ def analyze(
 
 
 def _folder_names(chosen: Sequence[Subject]) -> list[str]:
-    return [re.sub(r"[^\w.-]+", "_", subject.label).strip("_") or "model" for subject in chosen]
+    names = [re.sub(r"[^\w.-]+", "_", subject.label).strip("_") for subject in chosen]
+    if len(set(names)) < len(names):
+        names = [f"{number}_{name}" for number, name in enumerate(names, start=1)]
+    return names
 
 
 def _measured(label: str, trace: Trace, final: Trace | None, limits: Limits) -> TraceStatistics:

@@ -1,6 +1,6 @@
-"""Counts of a layer in a few numbers, and where each neuron is kept more than usually.
+"""Counts of a layer in a few numbers.
 
-Shape suffixes: E experts, F neurons of an expert, G groups of tokens, D domains, V frequent tokens.
+Shape suffixes: E experts, F neurons of an expert, D domains, V frequent tokens.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mone_megatron.analysis.routing.counting import (
-    Counts,
     KeptOverlap,
     divide,
     entropy_share,
 )
 from mone_megatron.analysis.routing.statistics import (
     LayerStatistics,
-    Limits,
     Vocabulary,
 )
 from mone_megatron.analysis.stats import FloatArray
@@ -75,79 +73,9 @@ class LayerSummary:
     neuron_domain_specialisation: float = np.nan
 
 
-@dataclass(frozen=True)
-class Excess:
-    """Of each neuron, where it is kept most above its usual share.
-
-    Attributes:
-        group_EF: number of the token or domain; -1 where none occurs often enough.
-        share_EF: its share of kept occurrences; NaN likewise.
-        excess_EF: above the share of all tokens of the expert; NaN likewise.
-    """
-
-    group_EF: npt.NDArray[np.int64]
-    share_EF: FloatArray
-    excess_EF: FloatArray
-
-
-def largest_excess(
-    kept_GEF: Counts, tokens_GE: Counts, kept_EF: Counts, tokens_E: Counts, min_count: int
-) -> Excess:
-    """Compare the share of each group's tokens that keep a neuron with that of all tokens.
-
-    Args:
-        kept_GEF: tokens of each group, in each expert, that keep each neuron.
-        tokens_GE: tokens of each group in each expert.
-        kept_EF: of all tokens.
-        tokens_E: all tokens.
-        min_count: a group with fewer tokens in an expert is left out there.
-    """
-    experts, neurons = kept_EF.shape
-    best = np.full((experts, neurons), -np.inf)
-    group_EF = np.full((experts, neurons), -1, np.int64)
-    share_EF = np.full((experts, neurons), np.nan)
-    usual_EF = divide(kept_EF, tokens_E[:, None])
-    # A loop over groups, so that only one is held as fractions.
-    for group, (kept, tokens_1E) in enumerate(zip(kept_GEF, tokens_GE, strict=True)):
-        shares = divide(kept, tokens_1E[:, None])
-        excess = np.where(tokens_1E[:, None] >= max(1, min_count), shares - usual_EF, -np.inf)
-        better = excess > best
-        best = np.where(better, excess, best)
-        group_EF[better] = group
-        share_EF = np.where(better, shares, share_EF)
-    return Excess(group_EF, share_EF, np.where(group_EF >= 0, best, np.nan))
-
-
-def token_excess(layer: LayerStatistics, limits: Limits) -> Excess:
-    """By frequent token: ``group_EF`` are places in ``Vocabulary.ids_V``."""
-    neurons = layer.neurons
-    assert neurons is not None
-    return largest_excess(
-        neurons.token_VEF,
-        neurons.token_tokens_VE,
-        neurons.kept_EF,
-        layer.experts.tokens_E,
-        limits.min_count,
-    )
-
-
-def domain_excess(layer: LayerStatistics, limits: Limits) -> Excess:
-    """By domain."""
-    neurons = layer.neurons
-    assert neurons is not None
-    return largest_excess(
-        neurons.domain_DEF,
-        neurons.domain_tokens_DE,
-        neurons.kept_EF,
-        layer.experts.tokens_E,
-        limits.min_count,
-    )
-
-
 def summarise(
     layer: LayerStatistics,
     vocabulary: Vocabulary,
-    limits: Limits,
     final: LayerStatistics | None = None,
 ) -> LayerSummary:
     """A layer in a few numbers; ``final`` is the same layer of the final checkpoint."""
@@ -199,10 +127,8 @@ def summarise(
         "neuron_saturation_by_load": by_load,
         "neuron_adjacent": _share(neurons.adjacent),
         "neuron_adjacent_by_load": _expected_share(neurons.adjacent, loads_EF, loads_EF),
-        "neuron_token_specialisation": _mean(token_excess(layer, limits).excess_EF),
-        "neuron_domain_specialisation": _mean(domain_excess(layer, limits).excess_EF)
-        if several
-        else np.nan,
+        "neuron_token_specialisation": _mean(neurons.by_token.excess_EF),
+        "neuron_domain_specialisation": _mean(neurons.by_domain.excess_EF) if several else np.nan,
     }
     return LayerSummary(**values)  # type: ignore[arg-type]
 
@@ -213,9 +139,9 @@ def _expected_experts(first: LayerStatistics, second: LayerStatistics, tokens: i
     return float(common / second.shape.top_k)
 
 
-def _mean(values: FloatArray) -> float:
+def _mean(values: npt.NDArray[np.floating]) -> float:
     known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else np.nan
+    return float(known.mean(dtype=np.float64)) if len(known) else np.nan
 
 
 def _share(overlap: KeptOverlap | None) -> float:

@@ -35,11 +35,11 @@ def main() -> Main:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of ours that saved after steps 2 and 4, with its report."""
+    """A run of ours that saved after steps 1 and 2, with its report."""
     folder = tmp_path_factory.mktemp("runs")
     overrides = [
-        "experiment=tiny_mone", "device.kind=cpu", "train.steps=4", "train.eval_interval=2",
-        "train.eval_steps=2", "checkpoint.interval=2", "data.max_megabytes=0.3",
+        "experiment=tiny_mone", "device.kind=cpu", "train.steps=2", "train.eval_interval=2",
+        "train.eval_steps=2", "checkpoint.interval=1", "data.max_megabytes=0.3",
         "data.vocab_size=400", f"data.cache_dir={folder / 'cache'}", "logging.layer_interval=1",
         "logging.wandb.mode=disabled", "logging.progress=none",
     ]  # fmt: skip
@@ -67,16 +67,16 @@ def test_checkpoints_of_a_run_against_the_last(
     )  # fmt: skip
     printed = capsys.readouterr()
     assert code == 0, printed.err
-    assert "mone step 4, 512 tokens" in printed.out
-    assert "recording mone step 2: 100%" in printed.err
-    assert "measuring mone step 4: 100%" in printed.err
+    assert "mone step 2, 512 tokens" in printed.out
+    assert "recording mone step 1: 100%" in printed.err
+    assert "measuring mone step 2: 100%" in printed.err
     result = json.loads((out / "analysis.json").read_text())
     first, last = result["checkpoints"]
-    assert [first["step"], last["step"]] == [2, 4]
+    assert [first["step"], last["step"]] == [1, 2]
     assert result["selection"] == {"keep_ratio": 0.25, "score": "abs_activation", "by": "model"}
     for layer in first["layers"]:
         assert layer["kept"] == round(0.25 * layer["neurons"])
-        # Two steps apart: much is as it was, and more than chance.
+        # A step apart: much is as it was, and more than chance.
         assert 0.5 < layer["expert_saturation"] <= 1
         assert layer["neuron_saturation_by_load"] < layer["neuron_saturation"] <= 1
         assert len(layer["expert_saturation_top"]) == layer["top_k"]
@@ -95,7 +95,7 @@ def test_checkpoints_of_a_run_against_the_last(
 
     # The traces are taken again, and give the same.
     folders = sorted(path.name for path in (tmp_path / "traces").iterdir())
-    assert folders == ["mone_step_2", "mone_step_4"]
+    assert folders == ["mone_step_1", "mone_step_2"]
     again = tmp_path / "again"
     code = main(
         [str(trained), "--text", str(trained), "--output", str(again), "--trace",

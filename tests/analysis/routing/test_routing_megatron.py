@@ -10,7 +10,11 @@ import numpy as np
 import numpy.testing as npt
 import pytest
 
-from mone_megatron.analysis.routing.megatron import convert_megatron, is_megatron_trace
+from mone_megatron.analysis.routing.megatron import (
+    convert_megatron,
+    converted,
+    is_megatron_trace,
+)
 from mone_megatron.analysis.routing.statistics import measure
 from mone_megatron.analysis.routing.trace import Trace
 
@@ -85,6 +89,20 @@ def test_the_number_of_experts_can_be_given(tmp_path: Path) -> None:
     assert not any("taken for" in text for text in said)
     with pytest.raises(ValueError, match=r"--num-experts: 3, but .* names expert 3"):
         convert_megatron(folder, tmp_path / "again", experts=3, say=said.append)
+
+
+def test_a_converted_trace_is_used_again(tmp_path: Path) -> None:
+    folder, into = write(tmp_path / "megatron", LINES), tmp_path / "trace"
+    said: list[str] = []
+    first = converted(folder, into, experts=4, say=said.append)
+    again = converted(folder, into, experts=None, say=said.append)
+    assert said[-1] == f"megatron: uses the trace in {into}"
+    assert again.header == first.header
+    with pytest.raises(ValueError, match="with 4 experts; give another --trace"):
+        converted(folder, into, experts=5, say=said.append)
+    write(folder, LINES[:4])
+    with pytest.raises(ValueError, match="the trace of another model"):
+        converted(folder, into, experts=4, say=said.append)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import mone_megatron.hf  # noqa: F401  # registers the experts implementation
 from mone_megatron.analysis.routing.bits import unpack
 from mone_megatron.analysis.routing.record import Batch, record
 from mone_megatron.analysis.routing.statistics import Limits, measure
-from mone_megatron.analysis.routing.summary import domain_excess, summarise, token_excess
+from mone_megatron.analysis.routing.summary import summarise
 from mone_megatron.analysis.routing.trace import Trace, TraceHeader, TraceWriter
 from mone_megatron.hf.experts_mone import enable_mone, experts_modules
 
@@ -244,21 +244,21 @@ def test_planted_structure_is_found(tmp_path: Path) -> None:
     )
     # Expert 0 by neuron.
     npt.assert_array_equal(neurons.kept_EF[0], [36] * 4 + [24] * 4 + [12] * 4 + [0] * 4)
-    tokens, domains = token_excess(layer, limits), domain_excess(layer, limits)
+    tokens, domains = neurons.by_token, neurons.by_domain
     # B keeps neuron 4 always, all tokens of the expert in 24 of 36 cases; C keeps neuron 8.
     assert vocabulary.ids_V[tokens.group_EF[0, 4]] == B
     assert vocabulary.ids_V[tokens.group_EF[0, 8]] == C
     npt.assert_allclose(tokens.share_EF[0, [0, 4, 8]], 1)
-    npt.assert_allclose(tokens.excess_EF[0, [0, 4, 8]], [0, 1 / 3, 2 / 3])
+    npt.assert_allclose(tokens.excess_EF[0, [0, 4, 8]], [0, 1 / 3, 2 / 3], rtol=1e-6)
     # The second domain is B only.
     assert domains.group_EF[0, 4] == 1
-    npt.assert_allclose(domains.excess_EF[0, 4], 1 / 3)
+    npt.assert_allclose(domains.excess_EF[0, 4], 1 / 3, rtol=1e-6)
     together = next(one for one in neurons.together if one.expert == 0)
     by_neuron = {n: i for i, n in enumerate(together.neurons_M.tolist())}
     i, j, k = (by_neuron[neuron] for neuron in (0, 4, 8))
     assert together.counts_MM[i, j] == 24
     assert together.counts_MM[j, k] == 0
-    summary = summarise(layer, vocabulary, limits)
+    summary = summarise(layer, vocabulary)
     assert summary.token_specialisation == 1
     assert summary.dead_experts == 0
     dead_elsewhere = (neurons.kept_EF[1:] == 0).sum()

@@ -68,15 +68,26 @@ def test_statistics_by_hand(tmp_path: Path, shards: int) -> None:
     # Adjacent: expert 0: (0,1) 1, (3,4) 2, (4,5) 0; expert 1: (0,1) 2, (1,2) 0; 2: (3,4) 1.
     npt.assert_array_equal(neurons.adjacent.pairs_E, [3, 2, 1])
     npt.assert_array_equal(neurons.adjacent.shared_E, [3, 2, 1])
-    npt.assert_array_equal(neurons.domain_DEF.sum(axis=0), neurons.kept_EF)
-    npt.assert_array_equal(neurons.token_VEF[0, 0], [2, 3, 1, 0])
+    # Expert 0 of domain 0: "1100" and "0110", of domain 1: "1100" twice and "0011"; of both, 3,
+    # 4, 2 and 1 of 5.
+    npt.assert_array_equal(neurons.by_domain.group_EF[0], [1, 0, 0, 1])
+    npt.assert_allclose(neurons.by_domain.share_EF[0], [2 / 3, 1, 1 / 2, 1 / 3], rtol=1e-6)
+    npt.assert_allclose(
+        neurons.by_domain.excess_EF[0], [2 / 3 - 3 / 5, 1 / 5, 1 / 10, 1 / 3 - 1 / 5], rtol=1e-5
+    )
+    # Only token 7 (place 0) is twice in expert 0: "1100", "0110" and "1100".
+    npt.assert_array_equal(neurons.by_token.group_EF[0], [0, 0, 0, 0])
+    npt.assert_allclose(neurons.by_token.share_EF[0], [2 / 3, 1, 1 / 3, 0], rtol=1e-6)
+    # In expert 2 it is once, and 8 twice: "1010" and "0110".
+    npt.assert_array_equal(neurons.by_token.group_EF[2], [1, 1, 1, 1])
+    npt.assert_allclose(neurons.by_token.share_EF[2], [0.5, 0.5, 1, 0])
     (together,) = neurons.together
     assert together.expert == 0
     npt.assert_array_equal(together.neurons_M, [1, 0])
     npt.assert_array_equal(together.counts_MM, [[4, 3], [3, 3]])
 
     last = measure(final, None, limits)
-    summary = summarise(layer, result.vocabulary, limits, last.layers[0])
+    summary = summarise(layer, result.vocabulary, last.layers[0])
     assert summary.expert_saturation == pytest.approx(10 / 12)
     # Of 6 tokens 5, 4 and 3 to the experts, finally 5, 4 and 3, too; two experts of a token.
     npt.assert_array_equal(last.layers[0].experts.tokens_E, [5, 4, 3])
@@ -106,7 +117,7 @@ def test_neuron_load_is_what_training_logs(tmp_path: Path) -> None:
     texts = [[["".join("01"[int(b)] for b in row)][0] for row in token] for token in mask]
     trace = make_trace(tmp_path / "trace", {1: chosen.tolist()}, experts=experts, kept={1: texts})
     (layer,) = measure(trace).layers
-    summary = summarise(layer, measure(trace).vocabulary, Limits())
+    summary = summarise(layer, measure(trace).vocabulary)
 
     usage = Usage(
         num_local_experts=experts,
@@ -140,7 +151,8 @@ def test_tables_are_bounded(tmp_path: Path) -> None:
     room_for_one = 3 * 4 * 8
     (layer,) = measure(trace, limits=Limits(min_count=1, table_bytes=room_for_one)).layers
     assert layer.neurons is not None
-    assert layer.neurons.token_VEF.shape == (1, 3, 4)
+    assert layer.neurons.told_apart == 1
+    assert set(layer.neurons.by_token.group_EF.flat) <= {-1, 0}
     assert layer.experts.token_VE.shape == (3, 3)
     few = measure(trace, limits=Limits(min_count=1, expert_tokens=2))
     npt.assert_array_equal(few.vocabulary.ids_V, [7, 8])
