@@ -12,8 +12,9 @@ from mone_megatron.analysis.scaling_law.bootstrap import DEFAULT_RESAMPLES
 from mone_megatron.analysis.scaling_law.fit import ALL_STARTS, DEFAULT_DELTA
 from mone_megatron.analysis.scaling_law.isoflop import DEFAULT_TOLERANCE
 from mone_megatron.analysis.scaling_law.output import text_report, write_study
+from mone_megatron.analysis.scaling_law.results import METHODS, Options, Request
 from mone_megatron.analysis.scaling_law.run_table import read_runs
-from mone_megatron.analysis.scaling_law.study import METHODS, Options, Request, run_study
+from mone_megatron.analysis.scaling_law.study import run_study
 from mone_megatron.analysis.scaling_law.table import (
     FLOPS_PER_PARAM_TOKEN,
     ColumnNames,
@@ -107,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--bootstrap-kind",
-        choices=("residuals", "rows"),
-        default="residuals",
-        help="what is resampled (default: %(default)s)",
+        choices=("rows", "normal"),
+        default="rows",
+        help="draw runs with repetition, or normal errors for small tables (default: %(default)s)",
     )
     how.add_argument(
         "--confidence",

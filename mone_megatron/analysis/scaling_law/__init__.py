@@ -2,5 +2,5 @@
 
 ``table`` and ``run_table`` read the points, ``law`` is the formula, ``fit`` finds its
 coefficients, ``isoflop`` fits parabolas, ``bootstrap`` and ``holdout`` say how far to trust either,
-``study`` does all of it, ``output`` and ``figures`` write it.
+``parametric`` and ``study`` put it together into ``results``, ``output`` and ``figures`` write it.
 """

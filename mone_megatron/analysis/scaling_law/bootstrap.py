@@ -1,12 +1,17 @@
 """Bootstrap: how far the coefficients move when the runs had turned out otherwise.
 
-Two kinds, for both fits:
+Two kinds for the law:
 
-- ``residuals``: N and D stay, as in a designed sweep; each run gets the fitted loss and an error
-  drawn from those of the fit, enlarged by sqrt(n / (n - p)) for the p coefficients that took their
-  share of them.
-- ``rows``: runs are drawn with repetition. No assumption that errors are alike everywhere, but
-  small tables lose points that they cannot do without; such draws are repeated and counted.
+- ``rows``: runs are drawn with repetition. Nothing is assumed of their errors, but small tables
+  lose points that they cannot do without; such draws are repeated and counted.
+- ``normal``: N and D stay, as in a designed sweep, and each run gets the fitted loss and a normal
+  error of the log loss. Its variance is drawn too, s^2 nu / chi^2_nu with nu = n - p, as much as n
+  runs leave it open; so few runs give wide intervals, as Student's t does.
+
+Resampling the residuals themselves would not do: delta 1e-3 makes the fit nearly one of absolute
+errors, which passes through p of the runs and leaves them none. IsoFLOP parabolas, of which each
+has few runs, take normal errors with one variance for all budgets. docs/scaling-laws.md has how
+often the intervals hold the truth.
 
 Legend: R rows (runs) of the table, M rows of a budget.
 """
@@ -37,7 +42,7 @@ from mone_megatron.analysis.scaling_law.law import Law
 from mone_megatron.analysis.scaling_law.table import Table
 from mone_megatron.analysis.stats import FloatArray
 
-Kind = Literal["residuals", "rows"]
+Kind = Literal["rows", "normal"]
 
 DEFAULT_RESAMPLES = 500
 # Draws of one resample before the table is called too small for it.
@@ -111,7 +116,7 @@ def bootstrap_law(
     fit: Fit,
     table: Table,
     *,
-    kind: Kind = "residuals",
+    kind: Kind = "rows",
     resamples: int = DEFAULT_RESAMPLES,
     seed: int = 0,
     progress: str = "",
@@ -132,14 +137,14 @@ def bootstrap_law(
     random = np.random.default_rng(seed)
     neuron_term = fit.law.gamma is not None
     fitted_R = fit.law.loss(table.params_R, table.tokens_R, table.ratio_R)
+    errors_R = np.log(table.loss_R / fitted_R)
     free = len(table) - len(fit.law.coefficients)
-    errors_R = np.log(table.loss_R / fitted_R) * math.sqrt(len(table) / free)
     laws, redrawn = [], 0
     for _ in tqdm(
         range(resamples), desc=progress, unit="resample", disable=not progress, mininterval=1.0
     ):
-        if kind == "residuals":
-            drawn_R = random.choice(errors_R, len(table))
+        if kind == "normal":
+            drawn_R = _normal_errors(float(errors_R @ errors_R), free, len(table), random)
             sample = table.with_loss(fitted_R * np.exp(drawn_R))
         else:
             sample, repeats = _draw_rows(table, random, neuron_term)
@@ -149,35 +154,32 @@ def bootstrap_law(
 
 
 def bootstrap_isoflop(
-    fit: IsoFlopFit,
-    table: Table,
-    *,
-    kind: Kind = "residuals",
-    resamples: int = DEFAULT_RESAMPLES,
-    seed: int = 0,
+    fit: IsoFlopFit, table: Table, *, resamples: int = DEFAULT_RESAMPLES, seed: int = 0
 ) -> IsoFlopSamples | None:
-    """Refit the used parabolas and their power laws to resamples within each budget.
+    """Refit the used parabolas and their power laws with normal errors of the loss.
 
     A resample's minimum may lie outside the sizes of its budget; only parabolas without a minimum
     are passed over.
 
     Returns:
-        None for ``residuals`` when no budget has a fourth run, so that no parabola has an error.
+        None when no budget has a fourth run, so that no parabola has an error.
     """
     random = np.random.default_rng(seed)
-    # What a budget of three runs, whose parabola has no errors, borrows from the others.
-    pool = np.concatenate(
-        [_errors(parabola) for parabola in fit.used if len(parabola.rows_M) > 3] or [np.empty(0)]
-    )
-    if kind == "residuals" and not len(pool):
+    free = sum(len(parabola.rows_M) - 3 for parabola in fit.used)
+    if not free:
         return None
+    squares = sum(float(parabola.residual_M @ parabola.residual_M) for parabola in fit.used)
+    rows = np.concatenate([parabola.rows_M for parabola in fit.used])
     minima: list[list[float]] = [[] for _ in fit.used]
     laws, failed, missing = [], 0, 0
     for _ in range(resamples):
+        errors_R = np.zeros(len(table))
+        errors_R[rows] = _normal_errors(squares, free, len(rows), random)
         found: list[Parabola] = []
         for index, parabola in enumerate(fit.used):
-            again = _resample_parabola(parabola, table, kind, pool, random)
-            if again is None or not (0 < again.params < math.inf and 0 < again.tokens < math.inf):
+            fitted_M = table.loss_R[parabola.rows_M] - parabola.residual_M
+            again = fit_parabola(table, parabola.rows_M, fitted_M + errors_R[parabola.rows_M])
+            if not (0 < again.params < math.inf and 0 < again.tokens < math.inf):
                 missing += 1
                 continue
             minima[index].append(again.params)
@@ -191,6 +193,13 @@ def bootstrap_isoflop(
     )
 
 
+def _normal_errors(
+    squares: float, free: int, count: int, random: np.random.Generator
+) -> FloatArray:
+    """`count` normal errors whose variance fits a sum of squares with `free` degrees of freedom."""
+    return random.normal(0.0, math.sqrt(squares / random.chisquare(free)), count)
+
+
 def _draw_rows(table: Table, random: np.random.Generator, neuron_term: bool) -> tuple[Table, int]:
     for draw in range(_MAX_DRAWS):
         sample = table.take(random.integers(len(table), size=len(table)))
@@ -201,25 +210,5 @@ def _draw_rows(table: Table, random: np.random.Generator, neuron_term: bool) -> 
         return sample, draw
     raise ValueError(
         f"{table.source}: {_MAX_DRAWS} draws of rows left too few points to fit: "
-        "resample residuals instead (--bootstrap-kind residuals)"
+        "take normal errors instead (--bootstrap-kind normal), or no intervals (--bootstrap 0)"
     )
-
-
-def _resample_parabola(
-    parabola: Parabola, table: Table, kind: Kind, pool: FloatArray, random: np.random.Generator
-) -> Parabola | None:
-    rows_M = parabola.rows_M
-    if kind == "residuals":
-        fitted_M = table.loss_R[rows_M] - parabola.residual_M
-        errors = _errors(parabola) if len(rows_M) > 3 else pool
-        return fit_parabola(table, rows_M, fitted_M + random.choice(errors, len(rows_M)))
-    drawn_M = rows_M[random.integers(len(rows_M), size=len(rows_M))]
-    if len(np.unique(table.params_R[drawn_M])) < 3:
-        return None
-    return fit_parabola(table, drawn_M, table.loss_R[drawn_M])
-
-
-def _errors(parabola: Parabola) -> FloatArray:
-    """Residuals, enlarged for the three coefficients; of more than three rows."""
-    count = len(parabola.rows_M)
-    return parabola.residual_M * math.sqrt(count / (count - 3))

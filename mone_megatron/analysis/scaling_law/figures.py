@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from mone_megatron.analysis.plots import color_of, new_figure, style_axes, title_axes
 from mone_megatron.analysis.scaling_law.bootstrap import bounds
 from mone_megatron.analysis.scaling_law.holdout import Errors
-from mone_megatron.analysis.scaling_law.study import IsoFlop, Parametric, Study
+from mone_megatron.analysis.scaling_law.results import IsoFlop, Parametric, Study
 from mone_megatron.analysis.scaling_law.table import Table
 from mone_megatron.analysis.stats import FloatArray
 

@@ -37,6 +37,9 @@ ALL_STARTS = 4500
 # Taken in turn, so that the term does not multiply the number of starts.
 _START_G = (0.0, 0.25, 0.5)
 
+# exp of it is a float.
+_LARGEST_LOG = 709.0
+
 # Ends within this share of the best objective count as the same end.
 _SAME_OBJECTIVE = 1e-3
 # Optima kept to start refits of resampled tables from.
@@ -121,18 +124,14 @@ class Objective:
         return self._scale * value, np.array(gradient)
 
     def law(self, theta_P: FloatArray) -> Law:
-        """The law at a point of coefficients.
-
-        Raises:
-            OverflowError: A or B is too large for a float.
-        """
+        """The law at a point of coefficients; A or B is infinite when too large for a float."""
         e, a, alpha, b, beta = (float(value) for value in theta_P[:5])
         g = float(theta_P[5]) if self.neuron_term else 0.0
         return Law(
-            E=math.exp(e),
-            A=math.exp(a + alpha * self.log_params_mean + g * self.log_ratio_mean),
+            E=_exp(e),
+            A=_exp(a + alpha * self.log_params_mean + g * self.log_ratio_mean),
             alpha=alpha,
-            B=math.exp(b + beta * self.log_tokens_mean),
+            B=_exp(b + beta * self.log_tokens_mean),
             beta=beta,
             gamma=(g / alpha if alpha else math.nan) if self.neuron_term else None,
         )
@@ -270,6 +269,10 @@ def _free_variance(target_R: FloatArray, others: list[FloatArray]) -> float:
     return float((target_R - design @ solution).var() / target_R.var())
 
 
+def _exp(power: float) -> float:
+    return math.exp(power) if power < _LARGEST_LOG else math.inf
+
+
 def _descend(objective: Objective, start_P: FloatArray) -> tuple[float, FloatArray]:
     """Objective and coefficients where L-BFGS ends; infinity where it does not end in numbers."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -291,6 +294,12 @@ def _best(objective: Objective, delta: float, ends: list[tuple[float, FloatArray
     best = ends[0][0]
     if not math.isfinite(best):
         raise ValueError("no start led to a fit: the values of the table are too extreme")
+    law = objective.law(ends[0][1])
+    if not law.finite:
+        raise ValueError(
+            f"the best fit has alpha {law.alpha:.3g} and beta {law.beta:.3g}, which is no law: "
+            "the losses of the table hardly depend on params or tokens"
+        )
     near = best * (1 + _SAME_OBJECTIVE) + 1e-6
     seeds = [ends[0]]
     for value, theta_P in ends:
@@ -299,7 +308,7 @@ def _best(objective: Objective, delta: float, ends: list[tuple[float, FloatArray
         if value > seeds[-1][0] * (1 + _SAME_OBJECTIVE) + 1e-6:
             seeds.append((value, theta_P))
     return Fit(
-        law=objective.law(ends[0][1]),
+        law=law,
         objective=best,
         delta=delta,
         starts=len(ends),

@@ -10,6 +10,7 @@ is worth the neurons it keeps. At r = 1 the law is the first one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,11 @@ class Law:
         named = {"E": self.E, "A": self.A, "alpha": self.alpha, "B": self.B, "beta": self.beta}
         return named if self.gamma is None else {**named, "gamma": self.gamma}
 
+    @property
+    def finite(self) -> bool:
+        """Whether every coefficient is a number."""
+        return all(math.isfinite(value) for value in self.coefficients.values())
+
     def loss(
         self, params: FloatArray, tokens: FloatArray, ratio: FloatArray | None = None
     ) -> FloatArray:
@@ -64,7 +70,7 @@ class Law:
     @property
     def has_optimum(self) -> bool:
         """Whether more parameters and more tokens both help, so that a budget has a best use."""
-        return self.alpha > 0 and self.beta > 0
+        return self.finite and self.alpha > 0 and self.beta > 0
 
     @property
     def params_exponent(self) -> float:

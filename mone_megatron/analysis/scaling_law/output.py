@@ -21,7 +21,7 @@ from mone_megatron.analysis.scaling_law.figures import (
     isoflop_figure,
 )
 from mone_megatron.analysis.scaling_law.holdout import Errors
-from mone_megatron.analysis.scaling_law.study import (
+from mone_megatron.analysis.scaling_law.results import (
     AllocationEstimate,
     Estimate,
     IsoFlop,

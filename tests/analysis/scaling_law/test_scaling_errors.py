@@ -10,6 +10,7 @@ from scaling_tables import FLAME, build_table
 
 from mone_megatron.analysis.scaling_law.bootstrap import (
     Bounds,
+    _normal_errors,
     bootstrap_isoflop,
     bootstrap_law,
     bounds,
@@ -22,7 +23,7 @@ STARTS = 40
 FOLD = {"delta": 1e-3, "neuron_term": False, "starts": 20}
 
 
-@pytest.mark.parametrize("kind", ["residuals", "rows"])
+@pytest.mark.parametrize("kind", ["rows", "normal"])
 def test_intervals_cover_the_truth_and_widen_with_the_noise(kind: str) -> None:
     widths = []
     for noise in (1e-3, 4e-3):
@@ -39,20 +40,19 @@ def test_intervals_cover_the_truth_and_widen_with_the_noise(kind: str) -> None:
     assert 2 < widths[1] / widths[0] < 8
 
 
-def test_residuals_are_enlarged_for_the_coefficients() -> None:
-    """The spread of a resample's losses is the unbiased estimate of the noise."""
-    table = build_table(noise=3e-3, seed=2)
-    fit = fit_law(table, starts=STARTS)
-    errors_R = np.log(table.loss_R / fit.law.loss(table.params_R, table.tokens_R))
-    assert errors_R.std() < 3e-3  # The fit took some of it up.
-    assert math.sqrt((errors_R**2).sum() / (len(table) - 5)) == pytest.approx(3e-3, rel=0.3)
+def test_normal_errors_are_as_wide_as_so_few_runs_leave_open() -> None:
+    """Variance 1 estimated with 2 degrees of freedom: Student's t."""
+    random = np.random.default_rng(0)
+    draws = np.stack([_normal_errors(2.0, 2, 10, random) for _ in range(4000)])
+    assert np.quantile(draws, 0.975) == pytest.approx(4.3027, rel=0.05)
+    assert draws.shape == (4000, 10)
 
 
 def test_resampled_rows_that_determine_nothing_are_drawn_again() -> None:
     # Six points are the fewest: most draws with repetition have fewer.
     table = build_table(noise=1e-3, sizes=(1e8, 3e8, 1e9), budgets=(1e18, 1e19))
     fit = fit_law(table, starts=STARTS)
-    with pytest.raises(ValueError, match="--bootstrap-kind residuals"):
+    with pytest.raises(ValueError, match="--bootstrap-kind normal"):
         bootstrap_law(fit, table, kind="rows", resamples=50)
     larger = build_table(noise=1e-3, sizes=(1e8, 3e8, 1e9), budgets=(1e18, 1e19, 1e20))
     fit = fit_law(larger, starts=STARTS)
@@ -66,35 +66,35 @@ def test_percentiles_by_hand() -> None:
     assert bounds(samples[:19], 0.9) is None
 
 
-@pytest.mark.parametrize("kind", ["residuals", "rows"])
-def test_isoflop_intervals_follow_the_noise(kind: str) -> None:
-    found = []
-    for noise in (1e-4, 2e-3):
-        table = build_table(noise=noise, sizes=tuple(np.geomspace(5e7, 8e8, 8)), seed=3)
-        fit = fit_isoflop(table)
-        samples = bootstrap_isoflop(fit, table, kind=kind, resamples=100)  # type: ignore[arg-type]
-        assert samples is not None
-        exponents = bounds([params.exponent for params, _ in samples.laws], 0.95)
-        assert exponents is not None
-        assert exponents.low <= fit.params.exponent <= exponents.high
-        found.append(exponents)
-    # The parabolas' own misfit is in both.
-    assert found[1].high - found[1].low > 1.05 * (found[0].high - found[0].low)
+def test_isoflop_intervals_are_student_t_of_the_minimum() -> None:
+    """One budget's minimum by the delta method: N_opt = exp(center - c1 / (2 c2))."""
+    sizes = tuple(np.geomspace(5e7, 8e8, 8))
+    table = build_table(sizes=sizes, budgets=(3e18, 3e19))
+    center_R = np.log(3e8) + 0.1 * (table.flops_R > 1e19)
+    noise_R = 1e-4 * np.random.default_rng(0).standard_normal(len(table))
+    table = table.with_loss(3 + 0.1 * (np.log(table.params_R) - center_R) ** 2 + noise_R)
+    fit = fit_isoflop(table)
+    samples = bootstrap_isoflop(fit, table, resamples=1000)
+    assert samples is not None
+    assert samples.failed == samples.missing == 0
+    one = fit.used[0]
+    x_M = np.log(table.params_R[one.rows_M]) - one.center
+    design = np.stack([np.ones_like(x_M), x_M, x_M**2], axis=1)
+    _, c1, c2 = one.coefficients
+    slope = np.array([0, -1 / (2 * c2), c1 / (2 * c2**2)])
+    variance = sum(float(p.residual_M @ p.residual_M) for p in fit.used) / 10
+    error = math.sqrt(variance * slope @ np.linalg.inv(design.T @ design) @ slope)
+    found = bounds(np.log(samples.minima[0]), 0.95)
+    assert found is not None
+    width = 2 * 2.2281 * error  # t, 10 degrees of freedom
+    assert found.high - found.low == pytest.approx(width, rel=0.15)
+    assert (found.low + found.high) / 2 == pytest.approx(math.log(one.params), abs=0.1 * width)
 
 
-def test_parabolas_through_three_runs_have_no_errors_to_resample() -> None:
+def test_parabolas_through_three_runs_have_no_errors() -> None:
     table = build_table(sizes=(5e7, 2e8, 8e8), budgets=(1e18, 1e19))
     fit = fit_isoflop(table)
     assert bootstrap_isoflop(fit, table, resamples=20) is None
-
-
-def test_a_budget_of_three_runs_borrows_the_errors_of_the_others() -> None:
-    table = build_table(sizes=(5e7, 1e8, 2e8, 4e8, 8e8), budgets=(1e18, 1e19), noise=1e-3)
-    # The smaller budget keeps three of its runs.
-    table = table.take(np.delete(np.arange(10), [2, 6]))
-    samples = bootstrap_isoflop(fit_isoflop(table), table, resamples=20)
-    assert samples is not None
-    assert samples.minima[0].std() > 0
 
 
 def test_held_out_budgets_are_not_fitted() -> None:

@@ -198,11 +198,51 @@ def test_what_cannot_be_measured_is_said(
 ) -> None:
     table = build_table(sizes=(1e8, 3e8, 1e9), budgets=(1e18, 1e19), noise=1e-3)
     path = write(tmp_path / "table.csv", table)
-    assert main([str(path), "--output", str(tmp_path / "out"), *QUICK, "--starts", "1"]) == 0
+    assert main([str(path), "--output", str(tmp_path / "out"), *QUICK, "--starts", "1"]) == 2
+    assert "--bootstrap-kind normal" in capsys.readouterr().err
+    normal = ("--starts", "1", "--bootstrap-kind", "normal")
+    assert main([str(path), "--output", str(tmp_path / "out"), *QUICK, *normal]) == 0
     text = capsys.readouterr().out
     assert "warning: 1 of 1 starts ended at the best optimum" in text
     assert "not available: " in text
     assert "too few for 5 coefficients" in text
+
+
+def test_a_law_without_optimum_allocates_nothing_and_says_why(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Larger models are worse here, as when they were trained with a bad learning rate."""
+    table = build_table(Law(E=1.7, A=0.01, alpha=-0.2, B=400.0, beta=0.3))
+    path = write(tmp_path / "table.csv", table)
+    arguments = [str(path), "--output", str(tmp_path / "out"), *BARE, "--starts", "60"]
+    assert main([*arguments, "--budget", "1e20"]) == 0
+    text = capsys.readouterr().out
+    assert "warning: alpha is -0.2 and beta 0.3: the table does not show" in text
+    assert "compute-optimal allocation" not in text
+    found = json.loads((tmp_path / "out" / "scaling_law.json").read_text())
+    assert found["allocations"] == []
+    assert found["parametric"]["exponents"] is None
+    assert not (tmp_path / "out" / "allocation.png").exists()
+
+
+def test_flops_that_are_not_proportional_to_size_are_told(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = build_table()
+    path = write(tmp_path / "table.csv", table)
+    lines = path.read_text().splitlines()
+    # Attention costs the small models more than 6 N D.
+    costs = (6 + 2 * (table.params_R < 1e8)) * table.params_R * table.tokens_R
+    rows = [f"{x},{c!r}" for x, c in zip(lines[1:], costs.tolist(), strict=True)]
+    path.write_text("\n".join([lines[0] + ",flops", *rows]) + "\n")
+    arguments = [str(path), "--output", str(tmp_path / "out"), *BARE, "--budget", "1e20"]
+    assert main(arguments) == 0
+    assert "FLOPs are 6 to 8 N D; the parametric fit allocates" in capsys.readouterr().out
+    assert main([*arguments, "--flops-per-param-token", "8"]) == 0
+    assert "FLOPs are" not in capsys.readouterr().out
+    with open(tmp_path / "out" / "allocation.csv", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert 8 * float(row["params"]) * float(row["tokens"]) == pytest.approx(1e20)
 
 
 @pytest.mark.parametrize(
