@@ -132,7 +132,8 @@ def _run(options: argparse.Namespace) -> None:
         # Longer still, and not needed for traces.
         from mone_megatron.data.documents import InputSettings
         from mone_megatron.evaluation.models import choose_device, choose_dtype
-        from mone_megatron.evaluation.routing import Recorder, Settings, Text
+        from mone_megatron.evaluation.routing import Recorder, Settings
+        from mone_megatron.evaluation.routing_text import Text
 
         device = choose_device(options.device)
         documents = InputSettings(json_key=options.text_key, column=options.text_key)

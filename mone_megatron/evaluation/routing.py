@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +21,15 @@ from mone_megatron.analysis.routing.subjects import Subject
 from mone_megatron.analysis.routing.trace import (
     HEADER_FILE,
     TextDigest,
-    Tokens,
     Trace,
     TraceHeader,
     TraceWriter,
 )
 from mone_megatron.checkpoint import read_checkpoint
-from mone_megatron.data.documents import InputSettings, read_documents
-from mone_megatron.evaluation.corpora import Reader, TextFile, Window, open_corpus
+from mone_megatron.evaluation.corpora import Reader
 from mone_megatron.evaluation.models import ModelFacts, load, look_at
+from mone_megatron.evaluation.routing_text import Text, batches_of
 
-# Beyond these the figures cannot be told apart.
-MAX_DOMAINS = 64
 DEFAULT_KEEP_RATIO = 0.25
 _SCORE = "abs_activation"
 
@@ -60,99 +57,6 @@ class Settings:
     dtype: torch.dtype | None
     device: str
     trust_remote_code: bool
-
-
-@dataclass(frozen=True)
-class Text:
-    """What to read, by domain.
-
-    Attributes:
-        places: runs, prefixes of ``.bin``/``.idx`` pairs and files, each a domain of its own.
-        documents: where the text lies in JSON lines and Parquet files.
-        domain_field: key or column whose values are the domains instead; None for none.
-    """
-
-    places: Sequence[str]
-    documents: InputSettings
-    domain_field: str | None = None
-
-    def check(self) -> None:
-        """Look whether everything is there, before anything slow.
-
-        Raises:
-            ValueError: naming what is not there.
-        """
-        for place in self.places:
-            corpus = open_corpus(place, self.documents)
-            if self.domain_field is not None and not isinstance(corpus, TextFile):
-                raise ValueError(
-                    f"--domain-field: {place} is not a file of JSON lines or Parquet, and has no "
-                    "fields; leave the option out"
-                )
-
-    def domains(self, reader: Reader, max_tokens: int) -> dict[str, Sequence[Window]]:
-        """Windows of each domain, each ``[L + 1]`` as :mod:`.corpora` gives them.
-
-        Raises:
-            ValueError: something cannot be read, or holds no text.
-        """
-        if self.domain_field is not None:
-            return _by_field(self, self.domain_field, reader, max_tokens)
-        names = [Path(place).stem for place in self.places]
-        if len(set(names)) < len(names):
-            names = list(self.places)
-        return {
-            name: open_corpus(place, self.documents).windows(reader)
-            for name, place in zip(names, self.places, strict=True)
-        }
-
-
-def _by_field(
-    text: Text, field: str, reader: Reader, max_tokens: int
-) -> dict[str, Sequence[Window]]:
-    values = InputSettings(json_key=field, column=field)
-    begin = reader.tokenizer.bos_token_id
-    first = reader.end_of_text if begin is None else int(begin)
-    streams: dict[str, list[int]] = {}
-    for place in text.places:
-        path = Path(place)
-        pairs = zip(read_documents(path, text.documents), read_documents(path, values), strict=True)
-        for document, domain in pairs:
-            stream = streams.setdefault(domain.text, [first])
-            if len(streams) > MAX_DOMAINS:
-                raise ValueError(
-                    f"--domain-field: {field!r} has more than {MAX_DOMAINS} values in {place}; "
-                    "give a field with few"
-                )
-            if document.text and len(stream) <= max_tokens:
-                stream += reader.tokenizer.encode(document.text, add_special_tokens=False)
-                stream.append(reader.end_of_text)
-    full = {name: np.asarray(ids, np.int64) for name, ids in streams.items() if len(ids) > 1}
-    if not full:
-        raise ValueError(f"{', '.join(text.places)}: hold no text")
-    length = reader.seq_length
-    return {
-        name: [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
-        for name, ids in sorted(full.items())
-    }
-
-
-def _batches(domains: Sequence[Sequence[Window]], settings: Settings) -> Iterator[Batch]:
-    """What the models read of each domain, without the token that follows each window."""
-    for number, windows in enumerate(domains):
-        room = settings.max_tokens
-        waiting: list[Window] = []
-        for window in windows:
-            ids = window[:-1][:room]
-            if waiting and (len(waiting) == settings.batch_size or len(ids) != len(waiting[0])):
-                yield Batch(np.stack(waiting), number)
-                waiting = []
-            if not len(ids):
-                break
-            waiting.append(ids)
-            room -= len(ids)
-        if waiting:
-            yield Batch(np.stack(waiting), number)
 
 
 class Recorder:
@@ -188,15 +92,22 @@ class Recorder:
         length = settings.seq_length or min(facts.max_length, 2048)
         reader = Reader(facts.tokenizer, facts.vocab_size, length)
         domains = self.text.domains(reader, settings.max_tokens)
-        batches = list(_batches(list(domains.values()), settings))
+        batches = list(
+            batches_of(
+                list(domains.values()),
+                max_tokens=settings.max_tokens,
+                batch_size=settings.batch_size,
+            )
+        )
         if not batches:
             raise ValueError(f"--text: {', '.join(self.text.places)}: hold no text")
         if found is None:
-            return self._record(subject, facts, domains, batches, folder, identity)
-        if found.text_sha256 != _digest(batches, identity):
+            return self._record(subject, facts, tuple(domains), batches, folder, identity)
+        same_text = found.text_sha256 == _digest(batches, identity)
+        if not same_text or found.header.domains != tuple(domains):
             raise ValueError(
-                f"{folder}: holds a trace of this model on another text or in other windows; "
-                "give another --trace"
+                f"{folder}: holds a trace of this model on another text, in other windows or "
+                "domains; give another --trace"
             )
         chosen = found.header.selection
         if chosen is not None and chosen.by == "analysis":
@@ -213,7 +124,7 @@ class Recorder:
         self,
         subject: Subject,
         facts: ModelFacts,
-        domains: dict[str, Sequence[Window]],
+        domains: tuple[str, ...],
         batches: Sequence[Batch],
         folder: Path,
         identity: str,
@@ -255,7 +166,7 @@ class Recorder:
                 step=facts.step,
                 identity=identity,
                 layers=recorded.layers,
-                domains=tuple(domains),
+                domains=domains,
                 selection=selection,
                 texts={int(token): str(facts.tokenizer.decode([int(token)])) for token in seen},
             )
@@ -267,11 +178,8 @@ def _digest(batches: Sequence[Batch], identity: str) -> str:
     digest = TextDigest()
     windows = 0
     for batch in batches:
-        count, length = batch.ids_BS.shape
-        window_N = np.repeat(np.arange(windows, windows + count), length).astype(np.int32)
-        ids_N = batch.ids_BS.reshape(-1).astype(np.int32)
-        digest.add(Tokens(ids_N, window_N, np.zeros_like(ids_N)))
-        windows += count
+        digest.add(batch.tokens(windows))
+        windows += len(batch.ids_BS)
     return digest.hexdigest(identity)
 
 

@@ -194,6 +194,8 @@ const neuronPlot = el(neuronCard, 'div', 'plot');
 const neuronCanvas = el(neuronPlot, 'canvas');
 const neuronTip = el(neuronPlot, 'div', 'tip');
 const pairs = new Matrix(root, 'Neurons kept together', '', 'pairs');
+const unpaired = el(root, 'p', 'note');
+unpaired.id = 'unpaired';
 pairs.card.className = 'card wide';
 pairs.card.style.marginTop = '14px';
 
@@ -278,6 +280,7 @@ const showTokens = (rows) => {
 const showNeurons = (part, layer) => {
   const neurons = part && part.neurons && part.neurons[state.expert];
   neuronCard.style.display = neurons ? '' : 'none';
+  unpaired.textContent = '';
   if (!neurons) { bars = null; pairs.show(null); return; }
   const load = neurons.load.map((v) => v || 0);
   const excess = (share, k) => share[k] === null ? -1 : share[k] - load[k];
@@ -306,6 +309,10 @@ const showNeurons = (part, layer) => {
   const pair = part.pairs[state.expert];
   pairs.note.textContent = 'share of the tokens that keep i that also keep j; the most kept ' +
     'neurons of the busiest experts are counted';
+  if (!pair && Object.keys(part.pairs).length) {
+    unpaired.textContent = 'Neurons kept together were counted for the busiest experts of this ' +
+      'layer only: ' + Object.keys(part.pairs).join(', ') + '.';
+  }
   pairs.show(!pair ? null : {
     rows: pair.neurons, columns: pair.neurons, rowName: 'neuron i', columnName: 'neuron j',
     square: true, zero: true,

@@ -53,6 +53,14 @@ class Batch:
     ids_BS: npt.NDArray[np.int64]
     domain: int
 
+    def tokens(self, first_window: int) -> Tokens:
+        """As a shard has them, with windows counted from ``first_window``."""
+        count, length = self.ids_BS.shape
+        numbers = np.arange(first_window, first_window + count, dtype=np.int32)
+        domain_N = np.full(count * length, self.domain, dtype=np.int32)
+        ids_N = self.ids_BS.reshape(-1).astype(np.int32)
+        return Tokens(ids_N, np.repeat(numbers, length), domain_N)
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -207,20 +215,16 @@ def record(
     windows = 0
     with _watching(model, NeuronSettings(keep_ratio, score)) as layers:
         for batch in batches:
-            count, length = batch.ids_BS.shape
             ids_BS = torch.from_numpy(batch.ids_BS).to(model.device)
             # Without the head: routing needs no logits.
             model.base_model(input_ids=ids_BS, use_cache=False)
-            window_N = np.repeat(np.arange(windows, windows + count, dtype=np.int32), length)
-            domain_N = np.full(count * length, batch.domain, dtype=np.int32)
-            tokens = Tokens(batch.ids_BS.reshape(-1).astype(np.int32), window_N, domain_N)
             routings = {}
             for layer in layers:
                 assert layer.routing is not None, f"layer {layer.number} did not run"
                 routings[layer.number], layer.routing = layer.routing, None
-            writer.add(tokens, routings)
-            windows += count
-            progress(count * length)
+            writer.add(batch.tokens(windows), routings)
+            windows += len(batch.ids_BS)
+            progress(batch.ids_BS.size)
         shapes = tuple(sorted((layer.shape() for layer in layers), key=lambda one: one.layer))
         return Recorded(shapes, _selection(layers))
 

@@ -137,11 +137,18 @@ def test_domains_are_files_or_a_field(
         out = tmp_path / name
         code = main(
             [str(moe), *arguments, "--output", str(out), "--seq-length", "32", "--keep-ratio",
-             "0.5", "--max-tokens", "600"]
+             "0.5", "--max-tokens", "600", "--trace", str(tmp_path / f"traces_{name}")]
         )  # fmt: skip
         assert code == 0, capsys.readouterr().err
         tables.append(pq.read_table(out / "expert_domains.parquet").to_pandas())
     assert tables[0].equals(tables[1])
+    # The trace is not that of another ratio or other domains.
+    again = [str(moe), "--output", str(tmp_path / "out"), "--seq-length", "32", "--max-tokens",
+             "600", "--trace", str(tmp_path / "traces_files")]  # fmt: skip
+    assert main([*again, "--text", *map(str, texts), "--keep-ratio", "0.25"]) == 2
+    assert "holds a trace with --keep-ratio 0.5 --score abs_act" in capsys.readouterr().err
+    assert main([*again, "--text", *map(str, texts[::-1]), "--keep-ratio", "0.5"]) == 2
+    assert "another text, in other windows or domains" in capsys.readouterr().err
     assert set(tables[0]["domain"]) == {"code", "plain"}
     result = json.loads((tmp_path / "files" / "analysis.json").read_text())
     assert result["selection"]["by"] == "analysis"

@@ -17,7 +17,7 @@ from mone_megatron.analysis.routing.statistics import Limits, measure
 # Tokens with their experts and kept neurons; token 5 is <5>, and so on.
 EXPERTS = {1: [[0, 1], [0, 2], [1, 0], [0, 1]], 2: [[2, 1], [1, 0], [1, 2], [2, 1]]}
 KEPT = {layer: [["1100", "0110"], ["1100", "1010"]] * 2 for layer in EXPERTS}
-LIMITS = Limits(min_count=1)
+LIMITS = Limits(min_count=1, experts_together=2)
 VISIBLE = "getComputedStyle(document.querySelector('{}')).display !== 'none'"
 
 
@@ -63,6 +63,11 @@ def test_the_explorer_reacts(browser: Browser, analysis: Analysis, tmp_path: Pat
     assert tab.evaluate("document.querySelector('select[name=expert]').value") == "2"
     assert tab.text("#together h3") == "Experts together, layer 2"
     assert tab.text("#neurons h3") == "Neurons of expert 2"
+    # Expert 2 of the second layer is one of its two busiest, expert 0 is not.
+    assert tab.evaluate(VISIBLE.format("#pairs"))
+    tab.choose("select[name=expert]", 0)
+    assert not tab.evaluate(VISIBLE.format("#pairs"))
+    assert "for the busiest experts of this layer only: 1, 2." in tab.text("#unpaired")
     # Filters.
     tab.choose("select[name=layer]", 0)
     tab.choose("select[name=expert]", 0)
