@@ -31,19 +31,22 @@ _LAYER_COLORS = colormaps["viridis"]
 _ROOM = 0.08
 # Rises of the loss below are noise.
 _LOWEST_RISE = 1e-4
+_SHARE_LABEL = "neurons pruned of each token and expert"
 _LINE: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 2}
 
 
 def figures(studies: Sequence[Study]) -> Iterator[tuple[str, Figure]]:
     """Every picture with the name of its file."""
     yield "sparsification.png", loss_figure(studies)
-    yield "rise.png", rise_figure(studies)
     if any(_rated(study.dense) for study in studies):
         yield "relative.png", relative_figure(studies)
     if any(study.statistics for study in studies):
         yield "thresholds.png", threshold_figure(studies)
     for study in studies:
         name = re.sub(r"[^\w.-]+", "_", study.label)
+        yield f"rise_{name}.png", rise_figure(study)
+        if len(_scores(study)) > 1:
+            yield f"scores_{name}.png", scores_figure(study)
         if study.statistics:
             yield f"activations_{name}.png", activation_figure(study)
             yield f"mass_{name}.png", mass_figure(study)
@@ -52,48 +55,51 @@ def figures(studies: Sequence[Study]) -> Iterator[tuple[str, Figure]]:
 
 
 def loss_figure(studies: Sequence[Study]) -> Figure:
-    """The loss over the share of neurons pruned: the paper's figure."""
-    figure = new_figure()
-    axes = figure.subplots()
-    main: list[float] = []
-    for label, curve, color, style, first in _curves(studies):
-        shares = [point.share for point in curve]
-        losses = np.array([_loss(point) for point in curve])
-        spread = 2 * np.array([_rise(point).stderr for point in curve])
-        axes.plot(shares, losses, color=color, linestyle=style, label=label, **_LINE)
-        axes.fill_between(shares, losses - spread, losses + spread, color=color, alpha=0.18, lw=0)
-        main += list(losses[np.isfinite(losses)]) if first else []
-    _finish(axes, "neurons pruned of each token and expert", percent_x=True)
-    if main:
-        low, high = min(main), max(main)
-        room = _ROOM * (high - low) or 0.05
-        axes.set_ylim(low - room, high + room)
-    axes.set_ylabel("loss (nats per token)")
-    axes.legend(frameon=False, fontsize=12, loc="upper left")
+    """The loss of every model over the share pruned by the first score: the paper's figure."""
+    curves = [(study.label, _curve(study, _scores(study)[0])) for study in studies]
+    figure = _losses(curves, [_loss(point) for _, curve in curves for point in curve])
     title_axes(
-        axes,
-        "loss over the share of neurons pruned",
-        "no weight is changed; bands: 2 standard errors of the difference to the model as it is; "
-        "steeper curves leave the frame",
+        figure.axes[0],
+        f"loss over the share of neurons pruned by {_scores(studies[0])[0]}",
+        "no weight is changed; bands: 2 standard errors of the difference to the model as it is",
     )
     return figure
 
 
-def rise_figure(studies: Sequence[Study]) -> Figure:
-    """How much the loss rises, on a logarithmic scale, where it rises at all."""
+def scores_figure(study: Study) -> Figure:
+    """The loss of one model over the share pruned by each score."""
+    curves = [(score, _curve(study, score)) for score in _scores(study)]
+    figure = _losses(curves, [_loss(point) for point in curves[0][1]])
+    title_axes(
+        figure.axes[0],
+        f"loss of {study.label} by the score that neurons are ranked by",
+        f"bands: 2 standard errors; the frame is that of {curves[0][0]}",
+    )
+    return figure
+
+
+def rise_figure(study: Study) -> Figure:
+    """How much the loss of a model rises, on a logarithmic scale, where it rises at all."""
     figure = new_figure()
     axes = figure.subplots()
-    for label, curve, color, style, _ in _curves(studies):
-        shares = np.array([point.share for point in curve])
+    for index, score in enumerate(_scores(study)):
+        curve = _curve(study, score)
         rises = np.array([_rise(point).value for point in curve])
-        seen = rises > 0
-        axes.plot(shares[seen], rises[seen], color=color, linestyle=style, label=label, **_LINE)
-    _finish(axes, "neurons pruned of each token and expert", percent_x=True)
+        # A gap, not a line to somewhere below.
+        seen = np.where(rises > _LOWEST_RISE, rises, np.nan)
+        axes.plot([point.share for point in curve], seen, color=color_of(index), label=score,
+                  **_LINE)  # fmt: skip
+    _finish(axes, _SHARE_LABEL, percent_x=True)
+    axes.set_xlim(0, 1)
     axes.set_yscale("log")
     axes.set_ylim(bottom=_LOWEST_RISE)
     axes.set_ylabel("rise of the loss (nats per token)")
-    axes.legend(frameon=False, fontsize=12, loc="upper left")
-    title_axes(axes, "rise of the loss", "to each model as it is; falls are not shown")
+    axes.legend(frameon=False, fontsize=12, loc="upper left", bbox_to_anchor=(1, 1))
+    title_axes(
+        axes,
+        f"rise of the loss of {study.label}",
+        f"to the model as it is; rises below {_LOWEST_RISE:g} and falls are not shown",
+    )
     return figure
 
 
@@ -101,24 +107,46 @@ def relative_figure(studies: Sequence[Study]) -> Figure:
     """The mean over tasks of the score, as a part of the unpruned model's."""
     figure = new_figure()
     axes = figure.subplots()
-    for label, curve, color, style, _ in _curves(studies, tasks_only=True):
-        base = _rated(curve[0])
+    for index, study in enumerate(studies):
+        curve = _curve(study, _scores(study)[0])
+        base = _rated(study.dense)
         parts = [
             np.mean([_rated(point)[task] / base[task] for task in base if base[task]])
             for point in curve
         ]
-        shares = [point.share for point in curve]
-        axes.plot(shares, parts, color=color, linestyle=style, label=label, **_LINE)
+        axes.plot([point.share for point in curve], parts, color=color_of(index),
+                  label=study.label, **_LINE)  # fmt: skip
     axes.axhline(0.95, color="#5c6673", linewidth=1, linestyle=":")
-    _finish(axes, "neurons pruned of each token and expert", percent_x=True)
+    _finish(axes, _SHARE_LABEL, percent_x=True)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylabel("score, of the unpruned model's")
     axes.legend(frameon=False, fontsize=12, loc="lower left")
     title_axes(
         axes,
-        "task scores over the share of neurons pruned",
+        f"task scores over the share of neurons pruned by {_scores(studies[0])[0]}",
         "mean over tasks and metrics that are better when higher; dotted: 95%",
     )
+    return figure
+
+
+def _losses(curves: Sequence[tuple[str, list[Point]]], framed: Sequence[float]) -> Figure:
+    """Losses with bands, in a frame that holds the finite ones of ``framed``."""
+    figure = new_figure()
+    axes = figure.subplots()
+    for index, (label, curve) in enumerate(curves):
+        shares, color = [point.share for point in curve], color_of(index)
+        losses = np.array([_loss(point) for point in curve])
+        spread = 2 * np.array([_rise(point).stderr for point in curve])
+        axes.plot(shares, losses, color=color, label=label, **_LINE)
+        axes.fill_between(shares, losses - spread, losses + spread, color=color, alpha=0.18, lw=0)
+    _finish(axes, _SHARE_LABEL, percent_x=True)
+    axes.set_xlim(0, 1)
+    finite = [loss for loss in framed if np.isfinite(loss)]
+    if finite:
+        room = _ROOM * (max(finite) - min(finite)) or 0.05
+        axes.set_ylim(min(finite) - room, max(finite) + room)
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False, fontsize=12, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -215,29 +243,13 @@ def budget_figure(study: Study, budget: BudgetResult) -> Figure:
     return figure
 
 
-def _curves(
-    studies: Sequence[Study], tasks_only: bool = False
-) -> Iterator[tuple[str, list[Point], str, str, bool]]:
-    """Label, points from the unpruned model on, colour, line style, and whether by the first score.
-
-    Colours tell models apart when there are several and scores otherwise, line styles the other.
-    """
-    for number, study in enumerate(studies):
-        if tasks_only and not _rated(study.dense):
-            continue
-        scores = list(dict.fromkeys(point.score for point in study.points))
-        for at, score in enumerate(scores):
-            points = [point for point in study.points if point.score == score and point.share]
-            color, style = (number, at) if len(studies) > 1 else (at, 0)
-            label = score if len(studies) == 1 else study.label
-            if len(studies) > 1 and len(scores) > 1:
-                label = f"{study.label}, {score}"
-            yield label, [study.dense, *points], color_of(color), _style(style), at == 0
+def _scores(study: Study) -> list[str]:
+    return list(dict.fromkeys(point.score for point in study.points))
 
 
-def _style(index: int) -> str:
-    styles = ("-", "--", ":", "-.")
-    return styles[index % len(styles)]
+def _curve(study: Study, score: str) -> list[Point]:
+    """The unpruned model and the points of one score."""
+    return [study.dense, *(p for p in study.points if p.score == score and p.share)]
 
 
 def _loss_index(point: Point) -> int:

@@ -102,7 +102,14 @@ class LayeredModel:
             weight_mapping=cast(Any, get_model_conversion_mapping(self.model)),
         )
         with _no_bar(), torch.no_grad():
-            convert_and_load_state_dict_in_model(self.model, dict(self._read(number)), settings)
+            info, _ = convert_and_load_state_dict_in_model(
+                self.model, dict(self._read(number)), settings
+            )
+        # What is missing is found by _check: here that is every other layer.
+        for name, *shapes in sorted(info.mismatched_keys):
+            raise ValueError(f"{self._where}: {name} is {tuple(shapes[0])}, not {tuple(shapes[1])}")
+        for name, reason in info.conversion_errors.items():
+            raise ValueError(f"{self._where}: {name} cannot be converted ({reason})")
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():

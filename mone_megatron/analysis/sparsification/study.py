@@ -449,6 +449,8 @@ def look_into(subject: Subject, settings: StudySettings) -> ModelStudy:
             cannot be asked of a model that is streamed; one line.
     """
     where = subject.facts.where
+    if settings.stream and not Path(where).is_dir():
+        raise ValueError(f"--stream: {where} is no folder; download the model first")
     if settings.stream and subject.tasks is not None:
         refuse_writing(subject.tasks)
     model = model_without_weights(where, trust_remote_code=settings.trust_remote_code)

@@ -44,6 +44,8 @@ def test_every_stop_of_the_path_is_the_best_for_its_loss(
         assert all(one <= other for one, other in zip(before.shares, after.shares, strict=True))
     for allotment in allotments:
         assert allotment.pruned == pytest.approx(pruned(allotment.shares))
+        cost = sum(costs[at][share] for at, share in enumerate(allotment.shares))
+        assert allotment.predicted == pytest.approx(cost)
         # Nothing that costs less prunes more.
         best = max(pruned(shares) for cost, shares in every if cost <= allotment.predicted - 1e-9) \
             if allotment.predicted > 1e-9 else 0.0  # fmt: skip

@@ -104,6 +104,13 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
             pass
         with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.weight is missing"):
             model.layer(1).__enter__()
+    save_file(tensors | {lost: tensors[lost][:16].clone()}, file)
+    with layered(tmp_path) as model, pytest.raises(ValueError, match=r"is \(16, 32\), not \(64,"):
+        model.layer(1).__enter__()
+    expert = "model.layers.1.mlp.experts.0.up_proj.weight"
+    save_file(tensors | {expert: tensors[expert][:4].clone()}, file)
+    with layered(tmp_path) as model, pytest.raises(ValueError, match="cannot be converted"):
+        model.layer(1).__enter__()
     kept = {name: one for name, one in tensors.items() if name != "model.embed_tokens.weight"}
     save_file(kept, file)
     with pytest.raises(ValueError, match=r"embed_tokens\.weight is missing"), layered(tmp_path):

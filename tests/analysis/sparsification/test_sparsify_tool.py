@@ -122,6 +122,8 @@ def test_everything_of_two_models(
         assert [point["share"] for point in study["points"]] == [0, 0.5, 0.9] * 2
         budget = study["budget"]
         assert budget["measured"]["value"] <= 0.02
+        kept = [probe for probe in budget["probes"] if probe["pruned"] == budget["pruned"]]
+        assert [probe["measured"] for probe in kept] == [budget["measured"]["value"]]
         assert len(budget["sensitivity"]) == len(budget["shares"]) == 3
         assert {*budget["shares"]} <= {0, 0.25, 0.75}
         assert budget["measured_on_other_text"] is not None
@@ -136,7 +138,8 @@ def test_everything_of_two_models(
     assert len(thresholds) == 2 * 3 * 2
     assert all(float(row["pooled"]) > 0 for row in thresholds)
     names = {
-        "sparsification", "rise", "relative", "thresholds", "activations_llama", "mass_llama",
+        "sparsification", "relative", "thresholds", "rise_llama", "rise_qwen3_moe",
+        "scores_llama", "scores_qwen3_moe", "activations_llama", "mass_llama",
         "budget_llama", "activations_qwen3_moe", "mass_qwen3_moe", "budget_qwen3_moe",
     }  # fmt: skip
     pictures = {path.stem: path for path in (tmp_path / "out").glob("*.png")}
