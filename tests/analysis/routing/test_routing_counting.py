@@ -127,6 +127,13 @@ def test_counts_equal_loops_over_tokens(seed: int, experts: int, neurons: int) -
     npt.assert_array_equal(counted, wanted_counts)
 
 
+def test_many_rows_of_few_groups() -> None:
+    kept = pack(torch.ones(700, 3, dtype=torch.bool)).numpy()
+    groups = np.repeat([2, 0, -1], [511, 179, 10])
+    npt.assert_array_equal(kept_counts(groups, kept, 3, 3), [[179] * 3, [0] * 3, [511] * 3])
+    assert kept_counts(groups[:0], kept[:0], 2, 3).tolist() == [[0] * 3] * 2
+
+
 def test_many_rows_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     mask = torch.from_numpy(rng.random((50, 10)) < 0.5)
