@@ -208,6 +208,7 @@ def _run(options: argparse.Namespace) -> None:
     # Only now: these take seconds to import.
     from mone_megatron.analysis.sparsification import output, study
     from mone_megatron.analysis.sparsification.engine import Text
+    from mone_megatron.analysis.sparsification.findings import BudgetSettings
     from mone_megatron.analysis.sparsification.results import open_results
     from mone_megatron.data.documents import InputSettings
     from mone_megatron.evaluation import evaluate
@@ -246,9 +247,7 @@ def _run(options: argparse.Namespace) -> None:
 
     budget = None
     if options.loss_budget is not None:
-        budget = study.BudgetSettings(
-            options.loss_budget, options.budget_score, options.budget_shares
-        )
+        budget = BudgetSettings(options.loss_budget, options.budget_score, options.budget_shares)
     how = study.StudySettings(
         scores=options.scores,
         shares=options.shares,

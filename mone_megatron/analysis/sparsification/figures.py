@@ -21,8 +21,8 @@ from mone_megatron.analysis.plots import (
     style_axes,
     title_axes,
 )
+from mone_megatron.analysis.sparsification.findings import BudgetResult, Point, Study
 from mone_megatron.analysis.sparsification.statistics import LayerStatistics
-from mone_megatron.analysis.sparsification.study import BudgetResult, Point, Study
 from mone_megatron.evaluation.estimates import Difference
 
 # Layers of the pictures that have a line for each: from the first to the last.

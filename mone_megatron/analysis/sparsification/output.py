@@ -15,7 +15,7 @@ from mone_megatron.analysis.files import write_whole
 from mone_megatron.analysis.formatting import format_number
 from mone_megatron.analysis.plots import png_bytes
 from mone_megatron.analysis.sparsification.figures import figures
-from mone_megatron.analysis.sparsification.study import BudgetResult, Point, Study
+from mone_megatron.analysis.sparsification.findings import BudgetResult, Point, Study
 from mone_megatron.evaluation.estimates import Difference
 
 SUMMARY_FILE = "summary.json"

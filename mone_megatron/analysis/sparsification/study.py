@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,8 +12,17 @@ import torch
 from transformers import PreTrainedModel
 
 from mone_megatron.analysis.sparsification.asking import Questions, refuse_writing
-from mone_megatron.analysis.sparsification.budget import Allotment, Probe, path, search
+from mone_megatron.analysis.sparsification.budget import Allotment, path, search
 from mone_megatron.analysis.sparsification.engine import Engine, Text
+from mone_megatron.analysis.sparsification.findings import (
+    BudgetResult,
+    BudgetSettings,
+    Kind,
+    Layer,
+    Point,
+    Study,
+)
+from mone_megatron.analysis.sparsification.identity import identity_of
 from mone_megatron.analysis.sparsification.layered import model_without_weights, open_layered
 from mone_megatron.analysis.sparsification.places import (
     check_definable,
@@ -38,24 +46,8 @@ from mone_megatron.evaluation.evaluate import perplexity_scores
 from mone_megatron.evaluation.harness import Score
 from mone_megatron.evaluation.models import ModelFacts, load
 from mone_megatron.evaluation.tasks import LoadedTasks
-from mone_megatron.hf.source import is_ours, open_source
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class BudgetSettings:
-    """Allot shares to layers.
-
-    Attributes:
-        rise: the largest rise of the loss, nats a token.
-        score: neurons are ranked by.
-        shares: that each layer's sensitivity is measured at, ascending, above 0.
-    """
-
-    rise: float
-    score: str
-    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -115,103 +107,6 @@ class Subject:
     tasks: LoadedTasks | None
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of neurons of a decoder layer.
-
-    Attributes:
-        target: ``routed``, ``shared`` or ``dense``.
-        neurons: of one expert or MLP.
-        own_kept: how many of them the model itself keeps.
-        uses: experts of a token.
-    """
-
-    target: str
-    neurons: int
-    own_kept: int
-    uses: int
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What can be pruned in one decoder layer.
-
-    Attributes:
-        number: from 0.
-        kinds: none where there is nothing.
-    """
-
-    number: int
-    kinds: tuple[Kind, ...]
-
-    @property
-    def weight(self) -> int:
-        """Neurons that a token goes through."""
-        return sum(kind.neurons * kind.uses for kind in self.kinds)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A model under a plan.
-
-    Attributes:
-        score: neurons are ranked by.
-        share: asked for.
-        pruned: share of the neurons of a token that is gone: a whole number of each expert's, and
-            those that the model itself leaves out.
-        scores: what was measured.
-        changes: of each of ``scores``, its difference to the model as it is.
-    """
-
-    score: str
-    share: float
-    pruned: float
-    scores: tuple[Score, ...]
-    changes: tuple[Difference, ...]
-
-
-@dataclass(frozen=True)
-class BudgetResult:
-    """Shares of the layers that keep a loss budget.
-
-    Attributes:
-        settings: what was asked.
-        layers: numbers of the layers that were pruned.
-        loss: of the model as it is, on the text that the shares were chosen on.
-        sensitivity: ``[layers][shares]``, rises of the loss.
-        best: the shares, with the rise of the loss as predicted and as measured.
-        best_change: the measured rise with its standard error.
-        probes: all that were measured.
-        uniform_change: of pruning as many neurons with one share for all layers.
-        elsewhere: the rise on the text that the study is about; None when that is the same.
-    """
-
-    settings: BudgetSettings
-    layers: tuple[int, ...]
-    loss: float
-    sensitivity: tuple[tuple[float, ...], ...]
-    best: Probe
-    best_change: Difference
-    probes: tuple[Probe, ...]
-    uniform_change: Difference
-    elsewhere: Difference | None
-
-
-@dataclass(frozen=True)
-class Study:
-    """What was found of one model."""
-
-    label: str
-    where: str
-    targets: tuple[str, ...]
-    layers: tuple[Layer, ...]
-    tokens: int
-    dense: Point
-    points: tuple[Point, ...]
-    statistics: tuple[LayerStatistics, ...]
-    budget: BudgetResult | None
-
-
 class _Lazy:
     """The engine of one model, whose weights are read when something is first measured."""
 
@@ -248,8 +143,7 @@ class ModelStudy:
     def identity(self) -> dict[str, Any]:
         """What tells this model and its text from others, for the results file."""
         return {
-            "where": self._subject.facts.where,
-            "weights": _identity(self._subject.facts.where),
+            "weights": identity_of(self._subject.facts.where),
             "text": self._subject.text.fingerprint,
             "targets": list(self._targets),
         }
@@ -335,7 +229,9 @@ class ModelStudy:
         todo = [each for each in dict.fromkeys(plans) if results.get(key(each)) is None]
         if todo:
             ready = engine()
-            title = f"{self._subject.label}: {len(todo)} prunings"
+            title = f"{self._subject.label}: loss under {len(todo)} prunings"
+            if len(todo) == 1:
+                title = f"{self._subject.label}: loss under one pruning"
             with WorkProgress(title, ready.work(todo, text)) as progress:
                 for each, perplexity in ready.measure(todo, text, progress.add):
                     scores = perplexity_scores(text.name, perplexity)
@@ -500,17 +396,3 @@ def _scores(results: Results, key: dict[str, Any]) -> tuple[Score, ...]:
     kept = results.get(key)
     assert kept is not None
     return tuple(score_from_json(one) for one in kept["scores"])
-
-
-def _identity(where: str) -> str:
-    """Tells weights apart without reading them: changes when a run has gone on."""
-    folder = Path(where)
-    if not folder.is_dir():
-        return where
-    if is_ours(folder):
-        checkpoint = open_source(folder, say=lambda message: None).checkpoint
-        return hashlib.sha256((checkpoint.path / "manifest.json").read_bytes()).hexdigest()
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-    return digest.hexdigest()
