@@ -1,17 +1,18 @@
 """The fast paths on CPU in fp32: the top-k mask, and SwiGLU with selection in one function.
 
 The k-th largest score comes from numpy's vectorised partial sort (4 to 5 times faster than
-``torch.topk`` for rows of a few hundred), and one autograd function takes a block of rows through
-all operations of SwiGLU while they are in the cache. docs/performance.md has the figures.
+``torch.topk`` for rows of a few hundred). One autograd function takes a block of rows after the
+other through selection, SwiGLU and the balance loss's sums.
+docs/performance.md has the figures.
 
-Shape suffixes: T tokens (rows), F neurons of one expert on this rank, S segments of rows; B a block
-of rows.
+Shape suffixes: T tokens (rows), F neurons of one expert on this rank, S segments of rows; B the
+rows of a block, R those of a run of one segment in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,10 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mone_megatron.kernels import reference
-from mone_megatron.kernels.reference import TINY, Activate, WeightSums
+from mone_megatron.kernels.reference import TINY, Activate, Keep, TopK, WeightSums
 
-# Elements a thread works on at a time: a few fp32 tensors of this size share a core's L2 cache.
-_BLOCK_ELEMENTS = 65536
+# Elements a thread works on at a time: few enough for a core's share of the cache, enough for the
+# calls not to count.
+_BLOCK_ELEMENTS = 262144
+# Runs of fewer rows on average are not worth a call each.
+_ROWS_OF_A_RUN = 8
 
 
 def _rows_in_block(neurons: int, threads: int) -> int:
@@ -44,53 +48,140 @@ def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
         return reference.topk_mask(scores_TF, k)
     scores_TF = scores_TF.detach().float()
     rows, neurons = scores_TF.shape
-    scores = scores_TF.numpy()
-    mask = np.empty((rows, neurons), dtype=bool)
-    kth = np.empty((rows, 1), dtype=np.float32)
+    mask_TF = torch.empty(rows, neurons, dtype=torch.bool)
     step = _rows_in_block(neurons, threads=1)
-    scratch = np.empty((min(step, rows), neurons), dtype=np.float32)
-    for first in range(0, rows, step):
-        block = slice(first, first + step)
-        ordered = scratch[: len(scores[block])]
-        np.copyto(ordered, scores[block])
-        ordered.partition(neurons - k, axis=-1)
-        kth[block] = ordered[:, neurons - k : neurons - k + 1]
-        np.greater_equal(scores[block], kth[block], out=mask[block])
-    mask_TF = torch.from_numpy(mask)
-    # A NaN is the largest score to numpy, so ties may hide it in the count; the sum shows it.
-    if np.count_nonzero(mask) == k * rows and not scores_TF.sum().isnan():
-        return mask_TF
-    # Some row ties at its threshold, or holds NaN: mend those rows only.
-    nan_T1 = scores_TF.isnan().any(dim=-1, keepdim=True)
-    kth_T1 = torch.from_numpy(kth).masked_fill(nan_T1, torch.nan)
-    odd = (mask_TF.sum(dim=-1, keepdim=True).ne(k) | nan_T1).squeeze(-1).nonzero().squeeze(-1)
-    mask_TF[odd] = reference.mask_at_threshold(scores_TF[odd], kth_T1[odd], k)
+    scratch = torch.empty(min(step, rows), neurons)
+    for scores_BF, mask_BF in zip(scores_TF.split(step), mask_TF.split(step), strict=True):
+        _select(scores_BF, k, scratch, mask_BF)
     return mask_TF
+
+
+def _select(scores_BF: Tensor, k: int, scratch_BF: Tensor, mask_BF: Tensor) -> None:
+    """Write the mask of a block into ``mask_BF``; ``scratch_BF`` holds as many rows or more."""
+    ordered_BF = scratch_BF[: len(scores_BF)].copy_(scores_BF)
+    place = scores_BF.shape[-1] - k
+    ordered_BF.numpy().partition(place, axis=-1)
+    kth_B1 = ordered_BF[:, place : place + 1]
+    scores, mask = scores_BF.numpy(), mask_BF.numpy()
+    np.greater_equal(scores, kth_B1.numpy(), out=mask)
+    # A NaN is the largest score to numpy, so ties may hide it in the count; the sum shows it.
+    if np.count_nonzero(mask) == k * len(mask) and not scores_BF.sum().isnan():
+        return
+    # Some row ties at its threshold, or holds NaN: mend those rows only.
+    nan_B1 = scores_BF.isnan().any(dim=-1, keepdim=True)
+    odd = (mask_BF.sum(dim=-1, keepdim=True).ne(k) | nan_B1).squeeze(-1).nonzero().squeeze(-1)
+    kth_B1 = kth_B1.masked_fill(nan_B1, torch.nan)
+    mask_BF[odd] = reference.mask_at_threshold(scores_BF[odd], kth_B1[odd], k)
 
 
 def selected_swiglu(
     gate_TF: Tensor,
     up_TF: Tensor,
     scale_T: Tensor | None,
-    mask_TF: Tensor | None,
+    keep: Keep,
     sums: WeightSums | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Hidden values, and with ``sums`` the sums of weights and the counts (see :mod:`.ops`)."""
-    segment_ST, normalize = None, False
-    if sums is not None:
-        segment_ST = reference.segment_matrix(sums.segment_T, sums.segments)
-        normalize = sums.normalize
+    if isinstance(keep, TopK) and keep.score != "abs_activation":
+        with torch.no_grad():
+            keep = topk_mask(reference.neuron_scores(gate_TF, up_TF, keep.score), keep.k)
+    mask_TF = k = None
+    if isinstance(keep, TopK):
+        k = keep.k
+    else:
+        mask_TF = keep
     outputs: tuple[Tensor, Tensor | None, Tensor | None] = _SelectedSwiGLU.apply(
-        gate_TF, up_TF, mask_TF, scale_T, segment_ST, normalize
+        gate_TF, up_TF, mask_TF, k, scale_T, sums
     )
     return outputs
 
 
-class _SelectedSwiGLU(torch.autograd.Function):
-    """SwiGLU at the selected neurons; with ``segment_ST`` also the sums of their weights.
+class _Segments(Protocol):
+    """The sums over segments of rows, a block (``rows`` of all) at a time."""
 
-    Unselected entries are multiplied by zero, so that NaN spreads. Temporaries are allocated once
-    for all blocks: fresh memory costs more than the arithmetic on it.
+    def add(self, rows: slice, values_BF: Tensor, factor_B: Tensor | None, sums_SF: Tensor) -> None:
+        """Add each row of ``values_BF`` (times its factor) to the sum of its segment."""
+
+    def dots(self, rows: slice, sums_SF: Tensor, values_BF: Tensor) -> Tensor:
+        """The product of each row with its segment's row of ``sums_SF``, ``[B]``."""
+
+    def spread(self, rows: slice, sums_SF: Tensor, less_B: Tensor | None, out_BF: Tensor) -> None:
+        """Write its segment's row of ``sums_SF``, less a number, to each row."""
+
+
+class _Runs:
+    """Rows lie segment after segment: sums are those of consecutive rows."""
+
+    def __init__(self, counts_S: Tensor) -> None:
+        ends = counts_S.cumsum(0).tolist()
+        self.runs = [
+            (segment, first, end)
+            for segment, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+            if end > first
+        ]
+
+    def within(self, rows: slice) -> Iterator[tuple[int, slice]]:
+        """Each segment with rows here, and where they are in the block."""
+        for segment, first, end in self.runs:
+            if end > rows.start and first < rows.stop:
+                begin = max(first, rows.start) - rows.start
+                yield segment, slice(begin, min(end, rows.stop) - rows.start)
+
+    def add(self, rows: slice, values_BF: Tensor, factor_B: Tensor | None, sums_SF: Tensor) -> None:
+        for segment, run in self.within(rows):
+            if factor_B is None:
+                sums_SF[segment].add_(values_BF[run].sum(dim=0))
+            else:
+                sums_SF[segment].addmv_(values_BF[run].T, factor_B[run])
+
+    def dots(self, rows: slice, sums_SF: Tensor, values_BF: Tensor) -> Tensor:
+        products_B = values_BF.new_empty(len(values_BF))
+        for segment, run in self.within(rows):
+            torch.mv(values_BF[run], sums_SF[segment], out=products_B[run])
+        return products_B
+
+    def spread(self, rows: slice, sums_SF: Tensor, less_B: Tensor | None, out_BF: Tensor) -> None:
+        for segment, run in self.within(rows):
+            if less_B is None:
+                out_BF[run] = sums_SF[segment]
+            else:
+                torch.sub(sums_SF[segment], less_B[run].unsqueeze(-1), out=out_BF[run])
+
+
+class _Matrix:
+    """Rows in any order, or in many short runs: sums are products with a matrix of ones."""
+
+    def __init__(self, sums: WeightSums) -> None:
+        self.matrix_ST = reference.segment_matrix(sums.segment_T, sums.segments)
+
+    def add(self, rows: slice, values_BF: Tensor, factor_B: Tensor | None, sums_SF: Tensor) -> None:
+        matrix_SB = self.matrix_ST[:, rows]
+        sums_SF.addmm_(matrix_SB if factor_B is None else matrix_SB * factor_B, values_BF)
+
+    def dots(self, rows: slice, sums_SF: Tensor, values_BF: Tensor) -> Tensor:
+        return (self.matrix_ST[:, rows] * (sums_SF @ values_BF.T)).sum(dim=0)
+
+    def spread(self, rows: slice, sums_SF: Tensor, less_B: Tensor | None, out_BF: Tensor) -> None:
+        torch.mm(self.matrix_ST[:, rows].T, sums_SF, out=out_BF)
+        if less_B is not None:
+            out_BF.sub_(less_B.unsqueeze(-1))
+
+
+def _segments(sums: WeightSums) -> _Segments:
+    rows = len(sums.segment_T)
+    if sums.in_order:
+        counts_S = torch.bincount(sums.segment_T, minlength=sums.segments)
+        if rows >= _ROWS_OF_A_RUN * int(counts_S.count_nonzero()):
+            return _Runs(counts_S)
+    return _Matrix(sums)
+
+
+class _SelectedSwiGLU(torch.autograd.Function):
+    """SwiGLU at the selected neurons; with ``sums`` also the sums of their weights.
+
+    The neurons are a mask's, or the ``k`` with the largest |a|. Unselected entries are multiplied
+    by zero, so that NaN spreads. Temporaries are allocated once for all blocks: fresh memory costs
+    more than the arithmetic on it.
     """
 
     @staticmethod
@@ -99,49 +190,58 @@ class _SelectedSwiGLU(torch.autograd.Function):
         gate_TF: Tensor,
         up_TF: Tensor,
         mask_TF: Tensor | None,
+        k: int | None,
         scale_T: Tensor | None,
-        segment_ST: Tensor | None,
-        normalize: bool,
+        sums: WeightSums | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         rows, neurons = gate_TF.shape
         hidden_TF = torch.empty(rows, neurons)
-        weights_TF = segment_TS = share_ST = weight_sum_SF = kept_SF = None
-        if segment_ST is not None:
-            weights_TF = torch.empty(rows, neurons)
-            kept_SF = torch.zeros(segment_ST.shape[0], neurons)
-            segment_TS = segment_ST.T
-        step = _rows_in_block(neurons, torch.get_num_threads())
-        kept = torch.empty(min(step, rows), neurons)
-        for gate_BF, up_BF, mask_BF, scale_B1, hidden_BF, weights_BF, segment_BS in _blocks(
-            step, gate_TF, up_TF, mask_TF, _column(scale_T), hidden_TF, weights_TF, segment_TS
-        ):
-            torch.ops.aten.silu.out(gate_BF, out=hidden_BF)
-            if mask_BF is not None:
+        if k is not None:
+            mask_TF = torch.empty(rows, neurons, dtype=torch.bool)
+        weight_sum_SF = kept_SF = inverse_T = segments = None
+        if sums is not None:
+            weight_sum_SF, kept_SF = torch.zeros(2, sums.segments, neurons).unbind()
+            segments = _segments(sums)
+            inverse_T = torch.empty(rows) if sums.normalize else None
+        scale_T1 = _column(scale_T)
+        blocks = _blocks(rows, neurons)
+        kept, weights = torch.empty(2, blocks[0].stop, neurons)
+        for block in blocks:
+            hidden_BF = hidden_TF[block]
+            torch.ops.aten.silu.out(gate_TF[block], out=hidden_BF)
+            weights_BF = weights[: len(hidden_BF)]
+            if k is not None or sums is not None:
+                torch.abs(hidden_BF, out=weights_BF)
+            if mask_TF is not None:
+                mask_BF = mask_TF[block]
+                if k is not None:
+                    _select(weights_BF, k, kept, mask_BF)
                 kept_BF = _as_float(mask_BF, out=kept)
                 hidden_BF.mul_(kept_BF)
-            if weights_BF is not None:
-                torch.abs(hidden_BF, out=weights_BF)
+            if segments is not None:
+                assert weight_sum_SF is not None
                 assert kept_SF is not None
-                kept_SF.addmm_(segment_BS.T, kept_BF)
-            hidden_BF.mul_(up_BF)
-            if scale_B1 is not None:
-                hidden_BF.mul_(scale_B1)
-        if segment_ST is not None and weights_TF is not None and kept_SF is not None:
-            share_ST = segment_ST
-            if normalize:
-                share_ST = segment_ST / weights_TF.sum(dim=-1).clamp_min_(TINY)
-            weight_sum_SF = share_ST @ weights_TF
+                segments.add(block, kept_BF, None, kept_SF)
+                weights_BF.mul_(kept_BF)
+                inverse_B = None
+                if inverse_T is not None:
+                    inverse_B = torch.sum(weights_BF, dim=-1, out=inverse_T[block])
+                    inverse_B.clamp_min_(TINY).reciprocal_()
+                segments.add(block, weights_BF, inverse_B, weight_sum_SF)
+            hidden_BF.mul_(up_TF[block])
+            if scale_T1 is not None:
+                hidden_BF.mul_(scale_T1[block])
+        if kept_SF is not None:
             ctx.mark_non_differentiable(kept_SF)
         ctx.save_for_backward(
             gate_TF,
             up_TF,
             mask_TF,  # type: ignore[arg-type]
             scale_T,  # type: ignore[arg-type]
-            weights_TF,  # type: ignore[arg-type]
-            share_ST,  # type: ignore[arg-type]
+            inverse_T,  # type: ignore[arg-type]
         )
         ctx.set_materialize_grads(False)
-        ctx.normalize = normalize  # type: ignore[attr-defined]
+        ctx.segments = segments  # type: ignore[attr-defined]
         return hidden_TF, weight_sum_SF, kept_SF
 
     @staticmethod
@@ -150,80 +250,73 @@ class _SelectedSwiGLU(torch.autograd.Function):
         grad_hidden_TF: Tensor | None,
         grad_sum_SF: Tensor | None,
         _: None,
-    ) -> tuple[Tensor, Tensor, None, Tensor | None, None, None]:
-        gate_TF, up_TF, mask_TF, scale_T, weights_TF, share_ST = ctx.saved_tensors  # type: ignore[attr-defined]
+    ) -> tuple[Tensor, Tensor, None, None, Tensor | None, None]:
+        gate_TF, up_TF, mask_TF, scale_T, inverse_T = ctx.saved_tensors  # type: ignore[attr-defined]
+        segments: _Segments | None = ctx.segments  # type: ignore[attr-defined]
         if grad_hidden_TF is None:
             grad_hidden_TF = torch.zeros_like(gate_TF)
-        share_TS = mean_T = None
-        if grad_sum_SF is not None:
-            share_TS = share_ST.T
-            if ctx.normalize:  # type: ignore[attr-defined]
-                mean_T = _mean_gradient(weights_TF, share_ST, grad_sum_SF)
         rows, neurons = gate_TF.shape
-        grad_gate_TF, grad_up_TF = torch.empty(2, rows, neurons)
+        grad_gate_TF, grad_up_TF = torch.empty(2, rows, neurons).unbind()
         grad_scale_T = torch.empty(rows) if scale_T is not None else None
-        step = _rows_in_block(neurons, torch.get_num_threads())
-        activation, kept, slope = torch.empty(3, min(step, rows), neurons)
-        for (
-            (grad_BF, gate_BF, up_BF, mask_BF, scale_B1),
-            (grad_gate_BF, grad_up_BF, grad_scale_B),
-            (share_BS, mean_B1),
-        ) in zip(
-            _blocks(step, grad_hidden_TF, gate_TF, up_TF, mask_TF, _column(scale_T)),
-            _blocks(step, grad_gate_TF, grad_up_TF, grad_scale_T),
-            _blocks(step, share_TS, _column(mean_T), rows=rows),
-            strict=True,
-        ):
+        scale_T1 = _column(scale_T)
+        blocks = _blocks(rows, neurons)
+        activation, kept, slope = torch.empty(3, blocks[0].stop, neurons)
+        for block in blocks:
+            grad_BF, gate_BF = grad_hidden_TF[block], gate_TF[block]
+            grad_gate_BF, grad_up_BF = grad_gate_TF[block], grad_up_TF[block]
             activation_BF = torch.ops.aten.silu.out(gate_BF, out=activation[: len(gate_BF)])
-            if mask_BF is not None:
-                kept_BF = _as_float(mask_BF, out=kept)
+            if mask_TF is not None:
+                kept_BF = _as_float(mask_TF[block], out=kept)
                 activation_BF.mul_(kept_BF)
-            torch.mul(grad_BF, up_BF, out=grad_gate_BF)
-            if scale_B1 is not None:
+            torch.mul(grad_BF, up_TF[block], out=grad_gate_BF)
+            if grad_scale_T is not None:
                 # d/d(scale) is the sum over neurons of d/d(a u) * a * u.
                 torch.mul(grad_gate_BF, activation_BF, out=grad_up_BF)
-                torch.sum(grad_up_BF, dim=-1, out=grad_scale_B)
+                torch.sum(grad_up_BF, dim=-1, out=grad_scale_T[block])
             torch.mul(grad_BF, activation_BF, out=grad_up_BF)
-            if scale_B1 is not None:
-                grad_gate_BF.mul_(scale_B1)
-                grad_up_BF.mul_(scale_B1)
-            if share_BS is not None:
-                assert grad_sum_SF is not None
-                slope_BF = torch.mm(share_BS, grad_sum_SF, out=slope[: len(gate_BF)])
-                if mean_B1 is not None:
-                    slope_BF.sub_(mean_B1)
+            if scale_T1 is not None:
+                grad_gate_BF.mul_(scale_T1[block])
+                grad_up_BF.mul_(scale_T1[block])
+            if grad_sum_SF is not None:
+                assert segments is not None
+                slope_BF = slope[: len(gate_BF)]
+                inverse_B = None if inverse_T is None else inverse_T[block]
+                _slopes(segments, block, activation_BF, grad_sum_SF, inverse_B, slope_BF)
                 grad_gate_BF.addcmul_(activation_BF.sign_(), slope_BF)
-            if mask_BF is not None:
+            if mask_TF is not None:
                 grad_gate_BF.mul_(kept_BF)
             torch.ops.aten.silu_backward.grad_input(grad_gate_BF, gate_BF, grad_input=grad_gate_BF)
-        return grad_gate_TF, grad_up_TF, None, grad_scale_T, None, None
+        return grad_gate_TF, grad_up_TF, None, None, grad_scale_T, None
 
 
-def _mean_gradient(weights_TF: Tensor, share_ST: Tensor, grad_sum_SF: Tensor) -> Tensor:
-    """What normalisation takes from the gradient of each weight of a row, ``[T]``.
+def _slopes(
+    segments: _Segments,
+    block: slice,
+    activation_BF: Tensor,
+    grad_sum_SF: Tensor,
+    inverse_B: Tensor | None,
+    slope_BF: Tensor,
+) -> None:
+    """Write the gradient of each weight |a| that comes from the sums of weights.
 
-    With w the weights, s their sum and c their gradients, d/dw_j of sum_k c_k w_k / s is
-    (c_j - sum_k c_k w_k / s) / s: this is the second term. It is zero where s is clamped.
+    With w the weights of a row, s their sum and c the gradients of the sums of the row's segment,
+    d/dw_j of sum_k c_k w_k / s is (c_j - sum_k c_k w_k / s) / s; the second term is zero where s is
+    clamped.
     """
-    inverse_T = share_ST.sum(dim=0)
-    mean_T = (share_ST * (grad_sum_SF @ weights_TF.T)).sum(dim=0)
-    return mean_T * inverse_T * (inverse_T < 1 / TINY)
+    if inverse_B is None:
+        segments.spread(block, grad_sum_SF, None, slope_BF)
+        return
+    weights_BF = torch.abs(activation_BF, out=slope_BF)
+    mean_B = segments.dots(block, grad_sum_SF, weights_BF)
+    mean_B.mul_(inverse_B).mul_(inverse_B < 1 / TINY)
+    segments.spread(block, grad_sum_SF, mean_B, slope_BF)
+    slope_BF.mul_(inverse_B.unsqueeze(-1))
 
 
-def _blocks(
-    step: int, *tensors: Tensor | None, rows: int | None = None
-) -> Iterator[tuple[Any, ...]]:
-    """The same ``step`` rows of every tensor, block after block; None stays None.
-
-    ``rows`` tells how many there are where the first tensor may be None.
-    """
-    if rows is None:
-        assert tensors[0] is not None
-        rows = len(tensors[0])
-    # As Tensor.split: no rows are one empty block.
-    count = max(1, -(-rows // step))
-    columns = [[None] * count if tensor is None else tensor.split(step) for tensor in tensors]
-    return zip(*columns, strict=True)
+def _blocks(rows: int, neurons: int) -> list[slice]:
+    """All rows in their order, the first block the longest; no rows are one empty block."""
+    step = _rows_in_block(neurons, torch.get_num_threads())
+    return [slice(first, min(first + step, rows)) for first in range(0, max(rows, 1), step)]
 
 
 def _column(values_T: Tensor | None) -> Tensor | None:

@@ -151,6 +151,11 @@ def _glu(
                 packed=packed,
                 sums=sums,
             )
+    saving = torch.is_grad_enabled() and (gate_TF.requires_grad or up_TF.requires_grad)
+    on_cpu = _chosen == "auto" and not gate_TF.is_cuda
+    fast = on_cpu and cpu.supports(gate_TF, up_TF, scale_T, activate=activate, sums=sums)
+    if fast and not (packed is not None and saving):
+        return cpu.selected_swiglu(gate_TF, up_TF, scale_T, keep, sums)
     mask_TF = keep
     if isinstance(keep, TopK):
         with torch.no_grad():
@@ -165,8 +170,7 @@ def _glu(
         mask_TF: Tensor | None,
         sums: WeightSums | None,
     ) -> Outputs:
-        on_cpu = _chosen == "auto" and not gate_TF.is_cuda
-        if on_cpu and cpu.supports(gate_TF, up_TF, scale_T, activate=activate, sums=sums):
+        if fast:
             return cpu.selected_swiglu(gate_TF, up_TF, scale_T, mask_TF, sums)
         hidden_TF = reference.selected_glu(gate_TF, up_TF, mask_TF, scale_T, activate)
         if sums is None:
@@ -174,7 +178,6 @@ def _glu(
         assert mask_TF is not None
         return hidden_TF, *reference.weight_sums(gate_TF, mask_TF, sums, activate)
 
-    saving = torch.is_grad_enabled() and (gate_TF.requires_grad or up_TF.requires_grad)
     if packed is not None and mask_TF is not None and saving:
         return packed_glu(gate_TF, up_TF, scale_T, mask_TF, run, sums, packed)
     return run(gate_TF, up_TF, scale_T, mask_TF, sums)

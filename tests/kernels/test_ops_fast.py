@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mone_megatron.kernels import cpu, ops, reference
-from mone_megatron.kernels.reference import WeightSums
+from mone_megatron.kernels.reference import Keep, Score, TopK, WeightSums
 
 # Rows in which several blocks meet and the last is not full; one block; fewer rows than a block.
 SHAPES = [(1100, 192), (341, 192), (3, 7), (5, 70000)]
@@ -26,10 +26,14 @@ def _inputs(rows: int, neurons: int, seed: int = 0) -> tuple[Tensor, Tensor, Ten
     return gate, up, mask, torch.rand(rows, generator=generator)
 
 
-def _sums(rows: int, *, normalize: bool, segments: int = 3) -> WeightSums:
-    """Rows in no order, and one segment without any."""
+def _sums(rows: int, *, normalize: bool, segments: int = 3, in_order: bool = False) -> WeightSums:
+    """Rows in no order unless asked, and one segment without any."""
     index = torch.randint(segments, (rows,), generator=torch.Generator().manual_seed(7))
-    return WeightSums(index, segments + 1, normalize=normalize)
+    if in_order:
+        # The empty one in the middle.
+        index = index.sort().values
+        index = index + (index >= segments // 2)
+    return WeightSums(index, segments + 1, normalize=normalize, in_order=in_order)
 
 
 def _by_definition(
@@ -49,14 +53,20 @@ def _by_definition(
 
 def _values_and_gradients(
     function: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Keep, Tensor],
     *,
     normalize: bool,
+    in_order: bool = False,
+    segments: int = 3,
 ) -> dict[str, Tensor]:
     gate, up, mask, scale = inputs
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (gate, up, scale)]
     hidden, sums, counts = function(
-        leaves[0], leaves[1], mask, leaves[2], _sums(len(gate), normalize=normalize)
+        leaves[0],
+        leaves[1],
+        mask,
+        leaves[2],
+        _sums(len(gate), normalize=normalize, in_order=in_order, segments=segments),
     )
     grads = [
         torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
@@ -69,13 +79,16 @@ def _values_and_gradients(
 
 
 @pytest.mark.parametrize("normalize", [True, False])
+# Rows in no order, in a few segments that are cut apart, in so many that they are not.
+@pytest.mark.parametrize(("in_order", "segments"), [(False, 3), (True, 3), (True, 90)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_sums_counts_and_gradients_equal_the_definition(
-    shape: tuple[int, int], normalize: bool
+    shape: tuple[int, int], in_order: bool, segments: int, normalize: bool
 ) -> None:
     inputs = _inputs(*shape)
-    ours = _values_and_gradients(ops.selected_glu_and_sums, inputs, normalize=normalize)
-    expected = _values_and_gradients(_by_definition, inputs, normalize=normalize)
+    settings = {"normalize": normalize, "in_order": in_order, "segments": segments}
+    ours = _values_and_gradients(ops.selected_glu_and_sums, inputs, **settings)
+    expected = _values_and_gradients(_by_definition, inputs, **settings)
     assert torch.equal(ours["counts"], expected["counts"])
     for name in ("hidden", "gate", "up"):
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-6, atol=1e-6)
@@ -154,6 +167,25 @@ def test_nan_reaches_values_and_gradients_of_its_row(where: str) -> None:
     assert ours["scale"][400].isnan()
     rest = torch.arange(600) != 400
     assert all(ours[name][rest].isfinite().all() for name in ("hidden", "gate", "up", "scale"))
+
+
+@pytest.mark.parametrize("score", ["abs_activation", "abs_gate", "signed_gate", "abs_product"])
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_a_rule_is_the_mask_that_it_stands_for(score: Score, spoilt: bool) -> None:
+    """Also where scores tie or are NaN, in the middle of a piece."""
+    gate, up, _, scale = _inputs(1100, 192)
+    if spoilt:
+        gate[500], up[500] = gate[500].round(), 1.0
+        gate[700, 3] = torch.nan
+    mask = reference.kept_mask(gate, up, TopK(48, score), F.silu)
+    assert mask is not None
+    settings = {"normalize": True, "in_order": True}
+    by_rule, by_mask = (
+        _values_and_gradients(ops.selected_glu_and_sums, (gate, up, keep, scale), **settings)
+        for keep in (TopK(48, score), mask)
+    )
+    for name, value in by_rule.items():
+        assert torch.equal(value.nan_to_num(7.0), by_mask[name].nan_to_num(7.0)), name
 
 
 @given(
