@@ -89,6 +89,8 @@ def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:
     """Write ``analysis.json`` and the tables into ``folder``; the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [write_whole(folder / JSON_FILE, json.dumps(as_json(analysis), indent=1) + "\n")]
+    paths.append(folder / "layers.parquet")
+    pq.write_table(_layers(analysis), paths[-1], compression="zstd")
     for name, rows in _TABLES.items():
         parts = [
             pa.table({**_place(checkpoint, layer, rows_of_layer), **rows_of_layer})
@@ -145,6 +147,22 @@ def _saturation(layer: LayerStatistics) -> list[float | None] | None:
     if saturation_K is None:
         return None
     return [float(value) if np.isfinite(value) else None for value in saturation_K]
+
+
+def _layers(analysis: Analysis) -> pa.Table:
+    """A row a layer: the summaries."""
+    return pa.Table.from_pylist(
+        [
+            {
+                "checkpoint": checkpoint.name,
+                "step": checkpoint.step,
+                **dataclasses.asdict(layer.shape),
+                **dataclasses.asdict(summary),
+            }
+            for checkpoint, summaries in zip(analysis.checkpoints, analysis.summaries, strict=True)
+            for layer, summary in zip(checkpoint.layers, summaries, strict=True)
+        ]
+    )
 
 
 def _place(checkpoint: TraceStatistics, layer: LayerStatistics, rows: Columns) -> dict[str, Any]:

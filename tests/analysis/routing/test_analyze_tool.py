@@ -87,6 +87,10 @@ def test_checkpoints_of_a_run_against_the_last(
     assert len(experts) == 2 * layers * last["layers"][0]["experts"]
     loads = experts.groupby(["step", "layer"])["load"].sum()
     assert loads.to_numpy() == pytest.approx(last["layers"][0]["top_k"])
+    summaries = pq.read_table(out / "layers.parquet").to_pylist()
+    assert [row["neuron_saturation"] for row in summaries[:layers]] == [
+        layer["neuron_saturation"] for layer in first["layers"]
+    ]
     neurons = pq.read_table(out / "neurons.parquet").to_pandas()
     kept = neurons.groupby(["step", "layer"])["kept"].sum()
     assert (kept == 512 * last["layers"][0]["top_k"] * last["layers"][0]["kept"]).all()
