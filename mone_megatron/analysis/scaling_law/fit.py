@@ -136,6 +136,18 @@ class Objective:
             gamma=(g / alpha if alpha else math.nan) if self.neuron_term else None,
         )
 
+    def from_means_of(self, origin: Objective, points_SP: FloatArray) -> FloatArray:
+        """``[S, P]`` the points of another table's objective, as points of the same laws here."""
+        moved_SP = points_SP.copy()
+        for height, exponent, here, there in (
+            (1, 2, self.log_params_mean, origin.log_params_mean),
+            (3, 4, self.log_tokens_mean, origin.log_tokens_mean),
+        ):
+            moved_SP[:, height] -= points_SP[:, exponent] * (here - there)
+        if self.neuron_term:
+            moved_SP[:, 1] -= points_SP[:, 5] * (self.log_ratio_mean - origin.log_ratio_mean)
+        return moved_SP
+
     def starts(self, count: int, seed: int) -> FloatArray:
         """``[S, P]`` starting points: the whole grid, or `count` of it drawn without repetition.
 
@@ -209,12 +221,7 @@ def refit(fit: Fit, table: Table, *, about: Table) -> Law:
     neuron_term = fit.law.gamma is not None
     origin = Objective(about, fit.delta, neuron_term=neuron_term)
     objective = Objective(table, fit.delta, neuron_term=neuron_term)
-    seeds_SP = fit.seeds_SP.copy()
-    # Heights of the terms at the new means.
-    seeds_SP[:, 1] -= seeds_SP[:, 2] * (objective.log_params_mean - origin.log_params_mean)
-    seeds_SP[:, 3] -= seeds_SP[:, 4] * (objective.log_tokens_mean - origin.log_tokens_mean)
-    if neuron_term:
-        seeds_SP[:, 1] -= seeds_SP[:, 5] * (objective.log_ratio_mean - origin.log_ratio_mean)
+    seeds_SP = objective.from_means_of(origin, fit.seeds_SP)
     ends = [_descend(objective, seed_P) for seed_P in seeds_SP]
     return objective.law(min(ends, key=lambda end: end[0])[1])
 

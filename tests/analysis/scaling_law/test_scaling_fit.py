@@ -83,6 +83,17 @@ def test_starts_are_the_grid_of_4500_at_any_means() -> None:
             objective.starts(count, 0)
 
 
+@pytest.mark.parametrize("neuron_term", [False, True])
+def test_a_point_at_other_means_is_the_same_law(neuron_term: bool) -> None:
+    table = build_table(ratios=(0.25, 1.0))
+    origin = Objective(table, 1e-3, neuron_term=neuron_term)
+    other = Objective(table.take(np.arange(5)), 1e-3, neuron_term=neuron_term)
+    point_P = np.array([0.4, -0.3, 0.3, -0.8, 0.5, 0.1][: 5 + neuron_term])
+    moved_P = other.from_means_of(origin, point_P[None])[0]
+    assert other.law(moved_P).coefficients == pytest.approx(origin.law(point_P).coefficients)
+    assert abs(moved_P[1] - point_P[1]) > 0.01
+
+
 def test_refit_goes_on_from_the_optimum_at_other_means() -> None:
     table = build_table(noise=1e-3)
     fit = fit_law(table, starts=STARTS)

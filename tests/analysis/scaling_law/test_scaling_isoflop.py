@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scaling_tables import FLAME, build_table
@@ -32,15 +34,16 @@ def centred(law: Law, spread: float, count: int = 5) -> Table:
 
 
 def test_an_exact_parabola_gives_its_minimum_and_law() -> None:
-    # Minima at N = C^0.5, so D = C^0.5 / 6.
+    # Minima at N = C^0.5, and C = 8 N D here, so D = C^0.5 / 8.
     table = centred(FLAME, 4)
+    table = replace(table, tokens_R=table.flops_R / (8 * table.params_R))
     optimum_R = np.log(table.flops_R) * 0.5
     exact = table.with_loss(2 + 0.05 * (np.log(table.params_R) - optimum_R) ** 2)
     fit = fit_isoflop(exact, allow_outside=True)
     assert [one.params for one in fit.parabolas] == pytest.approx([1e9, 10**9.5, 1e10])
     assert fit.params.exponent == pytest.approx(0.5)
     assert fit.params.at(1e22) == pytest.approx(1e11)
-    assert fit.tokens.at(1e22) == pytest.approx(1e11 / 6)
+    assert fit.tokens.at(1e22) == pytest.approx(1e11 / 8)
     assert [one.loss for one in fit.parabolas] == pytest.approx([2, 2, 2])
     assert [one.coefficients[2] for one in fit.parabolas] == pytest.approx([0.05] * 3)
 

@@ -151,7 +151,9 @@ def test_neuron_term_from_run_folders(
             "activated_gate_counted": round(params * (0.5 + 0.5 * (1 + 2 * ratio) / 3)),
             "activated_neurons_only": round(params * (0.5 + 0.5 * ratio)),
         }
-        summary["flops_per_step"] = {"ideal": float(table.flops_R[index])}
+        # Kept neurons alone are computed.
+        cost = 4 if ratio < 1 else 6
+        summary["flops_per_step"] = {"ideal": cost * params * float(table.tokens_R[index])}
         (run / "run.json").write_text(json.dumps(summary))
         record = json.loads((run / "metrics.jsonl").read_text())
         record["tokens"] = round(table.tokens_R[index])
@@ -166,7 +168,7 @@ def test_neuron_term_from_run_folders(
     assert found["predictions"][0]["loss"]["value"] == pytest.approx(
         1.69 + 406.4 / (1e9 * 0.5**0.3) ** 0.34 + 410.7 / 1e10**0.28, rel=1e-4
     )
-    assert found["flops_per_param_token"] == pytest.approx(6, rel=1e-6)
+    assert found["flops_per_param_token"] == pytest.approx(4, rel=1e-6)
     capsys.readouterr()
 
     assert main([*runs, *output]) == 2
