@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import VOCABULARY, random_model
+from matplotlib.figure import Figure
 from sparsify_helpers import TEXT, Main, load_sparsify_tool
 from test_import import import_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from mone_megatron.analysis.plots import png_bytes
 from mone_megatron.analysis.sparsification import output
 from mone_megatron.analysis.sparsification.plans import uniform
 from mone_megatron.analysis.sparsification.resident import ResidentEngine
@@ -32,6 +34,18 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than everything else here."""
     monkeypatch.setattr(output, "figures", lambda studies: ())
+
+
+@pytest.fixture
+def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn with all that is in them, but small and without looking for the best layout."""
+
+    def small(figure: Figure) -> bytes:
+        figure.set_layout_engine("none")
+        figure.set_dpi(20)
+        return png_bytes(figure)
+
+    monkeypatch.setattr(output, "png_bytes", small)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +77,11 @@ def run(main: Main, place: Path, folder: Path, *more: object, models: tuple[str,
 
 
 def test_everything_of_two_models(
-    main: Main, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    main: Main,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    quick_figures: None,
 ) -> None:
     tasks = ("--tasks", place / "tasks" / "stdlib_next_line.yaml", "--limit", 4)
     more = (
