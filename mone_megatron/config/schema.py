@@ -279,6 +279,9 @@ class TrainConfig:
     eval_tasks_limit: int = 0
     # "selective" recomputes the activations of attention and the MoE layer; "full" whole layers.
     recompute: Literal["none", "selective", "full"] = "none"
+    # Trace so many steps on rank 0, from the fifth of this process on: where their time goes
+    # (docs/performance.md); 0 for none.
+    profile: int = 0
     # Save and stop at the end of the step after so many minutes of the run, with the exit code that
     # asks to be started again; 0 for never.
     exit_after_minutes: float = 0.0

@@ -26,6 +26,8 @@ from mone_megatron.config.schema import (
 _SMALLEST_BPE = 257
 # NumPy, which shuffles the data, takes seeds below 2**32; megatron-core adds to them by rank.
 _LARGEST_SEED = 2**31 - 1
+# The first step that train.profile traces: memory is allocated, caches are warm.
+PROFILED_FROM = 5
 # torch.nn.functional.grouped_mm wants every stride to be a multiple of 16 bytes.
 _GROUPED_MM_ALIGNMENT = 16
 
@@ -179,6 +181,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "train.eval_interval": train.eval_interval,
         "train.eval_tasks_interval": train.eval_tasks_interval,
         "train.eval_tasks_limit": train.eval_tasks_limit,
+        "train.profile": train.profile,
         "train.exit_after_minutes": train.exit_after_minutes,
         "train.max_skips": train.max_skips,
         "train.max_rollbacks": train.max_rollbacks,
@@ -190,6 +193,12 @@ def _ranges(config: Config) -> Iterator[str]:
     for key, value in at_least_0.items():
         if value < 0:
             yield f"{key}: {value} is negative; use 0 or more"
+
+    if train.profile and PROFILED_FROM - 1 + train.profile > train.steps:
+        yield (
+            f"train.profile: {train.profile} steps from the fifth on are more than train.steps="
+            f"{train.steps}; use 0, or at most {max(0, train.steps - PROFILED_FROM + 1)}"
+        )
 
     if train.seed > _LARGEST_SEED:
         yield f"train.seed: {train.seed} is too large; use {_LARGEST_SEED} or less"

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from tqdm import tqdm
 
 from mone_megatron.analysis.plots import write_loss_plot
@@ -17,6 +18,7 @@ from mone_megatron.analysis.report import write_report
 from mone_megatron.config.load import flatten
 from mone_megatron.config.schema import Config
 from mone_megatron.train.loop import Hook, Record
+from mone_megatron.train.profiling import ProfileHook
 from mone_megatron.train.run_directory import (
     keep_metrics_up_to,
     to_json_line,
@@ -286,11 +288,15 @@ class ReportHook(Hook):
             print(f"report: {page}", file=sys.stderr, flush=True)
 
 
-def build_hooks(config: Config, folder: Path, facts: dict[str, Any]) -> list[Hook]:
+def build_hooks(
+    config: Config, folder: Path, facts: dict[str, Any], device: torch.device
+) -> list[Hook]:
     """The hooks of rank 0. They end in reverse, so the report comes last: it reads the others'."""
     hooks: list[Hook] = []
     if config.logging.report:
         hooks.append(ReportHook(folder))
     if config.logging.wandb.mode != "disabled":
         hooks.append(WandbHook(config, folder, facts["id"]))
+    if config.train.profile:
+        hooks.append(ProfileHook(folder, config.train.profile, device))
     return [*hooks, RunFileHook(folder, facts), MetricsFileHook(folder), ConsoleHook(config)]

@@ -228,7 +228,7 @@ def _run(
         flops_facts = {"ideal": flops.ideal, "realised": flops.realised}
         facts = _facts(config, layout, device, data, parameters, flops_facts)
         facts |= {"steps": start.step, "tokens": start.tokens, "seconds": seconds}
-        hooks = build_hooks(config, folder, facts)
+        hooks = build_hooks(config, folder, facts, device.torch_device)
     hooks.append(WatchdogHook(watchdog))
     _introduce(config, layout, device, data, parameters)
     if start.step >= config.train.steps:

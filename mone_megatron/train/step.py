@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
+from torch.profiler import record_function
 
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout
@@ -138,13 +139,15 @@ class Stepper:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._run(batches, forward_only=False)
+        with record_function("step: forward and backward"):
+            losses = self._run(batches, forward_only=False)
         sums = self._sum_over_ranks(torch.cat([self._loss_share(losses), extra()]))
         loss = float(sums[0])
         self.scheduler.step(1)
         fault, grad_norm = judge(loss), math.nan
         if fault is None:
-            grad_norm = self._update()
+            with record_function("step: optimizer"):
+                grad_norm = self._update()
             if not math.isfinite(grad_norm):
                 fault = f"the gradient norm is {grad_norm} (the loss is {loss:.6g})"
         if fault is not None:
