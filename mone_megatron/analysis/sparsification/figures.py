@@ -38,7 +38,7 @@ _LINE: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 2}
 def figures(studies: Sequence[Study]) -> Iterator[tuple[str, Figure]]:
     """Every picture with the name of its file."""
     yield "sparsification.png", loss_figure(studies)
-    if any(_rated(study.dense) for study in studies):
+    if any(_relative(study.dense, study.dense) for study in studies):
         yield "relative.png", relative_figure(studies)
     if any(study.statistics for study in studies):
         yield "thresholds.png", threshold_figure(studies)
@@ -109,15 +109,14 @@ def relative_figure(studies: Sequence[Study]) -> Figure:
     axes = figure.subplots()
     for index, study in enumerate(studies):
         curve = _curve(study, _scores(study)[0])
-        base = _rated(study.dense)
-        parts = [
-            np.mean([_rated(point)[task] / base[task] for task in base if base[task]])
-            for point in curve
-        ]
-        axes.plot([point.share for point in curve], parts, color=color_of(index),
-                  label=study.label, **_LINE)  # fmt: skip
+        parts = [_relative(point, study.dense) for point in curve]
+        shown = [part for part in parts if part is not None]
+        if shown:
+            axes.plot([point.share for point in curve], shown, color=color_of(index),
+                      label=study.label, **_LINE)  # fmt: skip
     axes.axhline(0.95, color="#5c6673", linewidth=1, linestyle=":")
     _finish(axes, _SHARE_LABEL, percent_x=True)
+    axes.set_xlim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylabel("score, of the unpruned model's")
     axes.legend(frameon=False, fontsize=12, loc="lower left")
@@ -264,13 +263,17 @@ def _rise(point: Point) -> Difference:
     return point.changes[_loss_index(point)]
 
 
-def _rated(point: Point) -> dict[tuple[str, str], float]:
-    """Scores that are better when higher."""
-    return {
-        (score.task, score.metric): score.estimate.value
-        for score in point.scores
-        if score.higher_is_better
-    }
+def _relative(point: Point, base: Point) -> float | None:
+    """Mean of the scores that are better when higher, each as a part of the unpruned model's.
+
+    None when there is no such score, or the unpruned model has none above 0.
+    """
+    parts = [
+        one.estimate.value / other.estimate.value
+        for one, other in zip(point.scores, base.scores, strict=True)
+        if one.higher_is_better and other.estimate.value > 0
+    ]
+    return float(np.mean(parts)) if parts else None
 
 
 def _color(study: Study, layer: int) -> tuple[float, float, float, float]:
