@@ -94,6 +94,10 @@ def test_statistics_by_hand(tmp_path: Path, shards: int) -> None:
     assert summary.expert_saturation_by_load == pytest.approx((25 + 16 + 9) / 36 / 2)
     assert summary.expert_adjacent_by_load == pytest.approx((25 + 16 + 9) / 36 / 2)
     assert summary.neuron_saturation == pytest.approx(14 / 20)
+    # Loads now and finally, over the pairs: 3 4 2 1 and 4 4 2 0 of 5 tokens, 3 3 1 1 and 1 2 3 2
+    # of 4, 2 1 3 0 and 2 1 2 1 of 3.
+    by_load = 4 * (12 + 16 + 4) / 25 + 4 * (3 + 6 + 3 + 2) / 16 + 2 * (4 + 1 + 6) / 9
+    assert summary.neuron_saturation_by_load == pytest.approx(by_load / 20)
     assert summary.neuron_adjacent == pytest.approx(6 / 12)
     loads = neurons.kept_EF / experts.tokens_E[:, None]
     expected = (np.array([3, 2, 1]) * (loads**2).sum(axis=1)).sum() / 12
