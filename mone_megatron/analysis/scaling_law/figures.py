@@ -82,7 +82,9 @@ def fit_figure(table: Table, parametric: Parametric) -> Figure:
     # Room for the legend above the dots.
     low, high = right.get_ylim()
     right.set_ylim(low, high + 0.2 * (high - low))
-    right.legend(frameon=False, fontsize=12, loc="upper left", ncols=3)
+    right.legend(
+        frameon=False, fontsize=12, loc="upper left", ncols=3, columnspacing=1, handletextpad=0.3
+    )
     return figure
 
 
