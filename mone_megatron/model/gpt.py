@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+
+from mone_megatron.model.cross_entropy import vocab_parallel_cross_entropy
 
 
 class LanguageModel(GPTModel):
@@ -25,16 +26,20 @@ class LanguageModel(GPTModel):
         self.true_vocab_size = true_vocab_size
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy over the true vocabulary, ``[B, S]``.
+        """Cross-entropy over the true vocabulary, ``[B, S]`` in fp32.
 
         Args:
             labels: ``[B, S]``.
             logits: ``[S, B, V]``, the columns of this tensor-parallel rank.
         """
         columns = logits.shape[-1]
-        first = self.true_vocab_size - self.pg_collection.tp.rank() * columns
-        if first < columns:
-            # In place on a few columns: a copy of all logits would be large. Their gradient is 0.
-            logits[..., max(0, first) :] = torch.finfo(logits.dtype).min
-        loss: Tensor = super().compute_language_model_loss(labels, logits)
-        return loss
+        group = self.pg_collection.tp
+        first = group.rank() * columns
+        losses_T = vocab_parallel_cross_entropy(
+            logits.flatten(0, 1),
+            labels.transpose(0, 1).flatten(),
+            first=first,
+            valid=min(columns, max(0, self.true_vocab_size - first)),
+            group=group if group.size() > 1 else None,
+        )
+        return losses_T.view(logits.shape[:2]).transpose(0, 1).contiguous()

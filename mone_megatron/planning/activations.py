@@ -294,10 +294,13 @@ def _balance(
         return {"neuron balance": rows * (8 + 4 * balance.normalize)}
     if config.mone.memory == "packed":
         return {}
-    plain = _one_function(config, numerics) and balance.weights == "selected" and not split
-    # In one function: |a|. Otherwise |a| before and after normalisation, and the two sums of a row.
-    neurons = 4 if plain or not balance.normalize else 8
-    sums = 0 if plain or not balance.normalize else 8
+    if _one_function(config, numerics) and balance.weights == "selected" and not split:
+        # One over the row's sum of weights; and its segment, where rows are in no order.
+        mixed = segments > 1 and _microbatches_that_meet(config) > 1
+        return {"neuron balance": rows * (4 * balance.normalize + 4 * segments * mixed)}
+    # |a|, and with normalisation after it, too, and two sums of a row.
+    neurons = 8 if balance.normalize else 4
+    sums = 8 if balance.normalize else 0
     # The activation is computed again; but for SiLU its backward pass keeps a result of its own.
     if config.model.activation != "silu" and (numerics.bytes < 4 or _squares(config)):
         neurons += numerics.bytes
@@ -319,11 +322,11 @@ def embedding(config: Config, numerics: Numerics) -> Saved:
 
 
 def output(config: Config, numerics: Numerics, vocab_size: int) -> Saved:
-    """What the last stage keeps beside its layers: the final norm and the softmax, in fp32."""
+    """What the last stage keeps beside its layers: the final norm, the logits, numbers a row."""
     n, s, hidden = tokens_of_rank(config), split_tokens(config), config.model.hidden_size
     vocabulary = config.model.padded_vocab_size(vocab_size) // config.parallel.tensor
     return {
         "final norm": _norm(numerics, s, hidden, heads=1, copied=True)
         + s * hidden * numerics.bytes,
-        "logits": n * (4 * vocabulary + 9),
+        "logits": n * (numerics.bytes * vocabulary + 13),
     }

@@ -24,6 +24,9 @@ from mone_megatron.planning.shards import (
     stage_state,
 )
 
+# Elements of logits that the loss takes at a time on a GPU (model/cross_entropy.py).
+LOSS_BLOCK = 2**25
+
 
 @dataclass(frozen=True)
 class StageMemory:
@@ -135,9 +138,9 @@ def _temporaries(
     candidates: list[dict[str, int]] = []
     if loss:
         vocabulary = model.padded_vocab_size(vocab_size) // tensor
-        # Beside the fp32 softmax: the logits or their gradient, and that of the weight.
-        logits = tokens * vocabulary * e if e < 4 else 0
-        candidates.append({"logits": logits, "weight gradient": vocabulary * hidden * e})
+        # Two fp32 blocks of logits (model/cross_entropy.py), and the gradient of the weight.
+        block = 8 * min(tokens * vocabulary, LOSS_BLOCK) if e < 4 else 0
+        candidates.append({"loss": block, "weight gradient": vocabulary * hidden * e})
     for moe in kinds:
         whole = activations.whole_layer(config, numerics, moe=moe)
         kept = activations.kept_by_layer(config, numerics, moe=moe)
