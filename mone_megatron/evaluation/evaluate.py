@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -23,6 +25,9 @@ from mone_megatron.evaluation.token_bytes import bytes_of_tokens
 
 # Windows of long-context models are cut here unless asked otherwise.
 LONGEST_WINDOW = 2048
+
+# Log-likelihoods, and whether they are the greedy ones.
+Answers = list[tuple[float, bool]]
 
 
 @dataclass(frozen=True)
@@ -180,14 +185,40 @@ def compare(results: Sequence[ModelResult]) -> list[Compared]:
     return compared
 
 
-def harness_model(model: PreTrainedModel, facts: ModelFacts, *, batch_size: int) -> HFLM:
-    """The harness's own class for models of transformers."""
+class _QuietLM(HFLM):
+    """Without bars of its own, for those who show how far they are themselves."""
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> Answers:
+        answers: Answers = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
+        totals: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        texts: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return texts
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> Answers:
+        answers: Answers = super()._loglikelihood_tokens(requests, True, override_bs)
+        return answers
+
+
+def harness_model(
+    model: PreTrainedModel, facts: ModelFacts, *, batch_size: int, quiet: bool = False
+) -> HFLM:
+    """The harness's own class for models of transformers; ``quiet`` leaves its bars out."""
     logger = logging.getLogger("lm_eval.models.huggingface")
     before = logger.level
     # It warns that a loaded model ignores arguments which are not given.
     logger.setLevel(logging.ERROR)
     try:
-        return HFLM(
+        return (_QuietLM if quiet else HFLM)(
             pretrained=model,
             tokenizer=facts.tokenizer,
             backend="causal",

@@ -60,7 +60,7 @@ class ResidentEngine:
         self, plans: Sequence[Plan], questions: Questions, progress: Progress
     ) -> Iterator[tuple[Plan, list[Score]]]:
         """See :class:`.engine.Engine`."""
-        lm = harness_model(self.model, questions.facts, batch_size=questions.batch_size)
+        lm = harness_model(self.model, questions.facts, batch_size=questions.batch_size, quiet=True)
         for plan in plans:
             with self.pruning(plan):
                 scores = run_tasks(lm, questions.tasks, limit=questions.limit)

@@ -94,6 +94,8 @@ def test_everything_of_two_models(
     printed = capsys.readouterr()
     assert "qwen3_moe: reading" in printed.err
     assert "100% of" in printed.err
+    # The harness shows no bars among our lines.
+    assert "loglikelihood" not in printed.err
     assert "left" in printed.err
 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
