@@ -85,6 +85,22 @@ def test_little_memory_takes_several_passes(tmp_path: Path) -> None:
     compare(model, tmp_path, PLANS, 3 * one)
 
 
+def test_only_one_layer_has_weights_at_a_time(tmp_path: Path) -> None:
+    random_model("deepseek_v2").save_pretrained(tmp_path)
+    with layered(tmp_path) as opened:
+        engine = StreamedEngine(opened, ("routed",), seed=3, memory_bytes=10**9)
+        seen: list[list[bool]] = []
+
+        def look(work: int) -> None:
+            layers = [list(layer.parameters()) for layer in opened.layers]
+            seen.append([not any(weight.is_meta for weight in layer) for layer in layers])
+
+        list(engine.measure([dense(3)], TEXT, look))
+    batches = len(list(TEXT.batches()))
+    one, two, three = [True, False, False], [False, True, False], [False, False, True]
+    assert seen == [*[one] * batches, *[two] * batches, *[three] * batches]
+
+
 def test_plans_that_begin_alike_share_their_layers(tmp_path: Path) -> None:
     random_model("mixtral").save_pretrained(tmp_path)
     alone = [plan("abs_gate", [0.5 if at == layer else 0 for at in range(3)]) for layer in range(3)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from mone_megatron.analysis.plots import png_bytes
 from mone_megatron.analysis.sparsification import output
 from mone_megatron.analysis.sparsification.plans import uniform
 from mone_megatron.analysis.sparsification.resident import ResidentEngine
+from mone_megatron.config.load import CONF_DIR
 from mone_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from mone_megatron.evaluation.corpora import Reader, open_corpus
 from mone_megatron.evaluation.example_tasks import write_example_tasks
@@ -281,6 +284,19 @@ def test_what_cannot_be_measured_is_told_in_one_line(
     assert told.startswith("sparsify_hf: ")
     assert told.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_refusals_are_quick(place: Path, tmp_path: Path) -> None:
+    """No second is spent on importing torch to say that an option is wrong."""
+    tool = CONF_DIR.parent / "tools" / "sparsify_hf.py"
+    arguments = ["sparsify_hf", str(place / "llama"), "--perplexity", "text", "--output", "out"]
+    program = (
+        f"import runpy, sys; sys.argv = {[*arguments, '--shares', '2']!r}\n"
+        f"try: runpy.run_path({str(tool)!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 2\n"
+        "assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
 
 
 def test_a_streamed_model_writes_no_text(
