@@ -13,6 +13,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yam
 PAIRS = [
     ("tiny_moe", "tiny_mone"),
     ("quickstart_moe", "quickstart_mone"),
+    ("claims_moe", "claims_mone"),
     *(
         (f"flame_{size}_moe", f"flame_{size}_mone")
         for size in ("38m", "98m", "115m", "290m", "419m", "721m", "1_7b")
