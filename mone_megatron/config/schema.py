@@ -332,6 +332,26 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
+class AlertsConfig:
+    """Warnings about experts and neurons that stop working (docs/metrics.md#alerts)."""
+
+    # Judge what is logged every logging.layer_interval steps.
+    enabled: bool = True
+    # An alert begins, and ends, when so many of these steps in a row say so.
+    patience: int = 5
+    # dead_expert: less than this part of a fair share of the tokens; 0 for no such alert.
+    dead_expert: float = 0.05
+    # dead_neurons: more than this share of an expert's neurons never kept; 1 for no such alert.
+    dead_neurons: float = 0.5
+    # load_collapse: the load of a router's experts, or of an expert's neurons, is spread by less
+    # than this (0: always the same, 1: even); 0 for no such alert.
+    load_collapse: float = 0.1
+    # shrinking_weights: mean |a| fell by more than this part while the raw balance loss fell and
+    # the load became no more even; 1 for no such alert.
+    shrinking_weights: float = 0.5
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """What a run shows."""
 
@@ -343,6 +363,7 @@ class LoggingConfig:
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
     # loss.png and report.html at the end.
     report: bool = True
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

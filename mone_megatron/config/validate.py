@@ -146,6 +146,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "train.global_batch_size": train.global_batch_size,
         "train.micro_batch_size": train.micro_batch_size,
         "logging.interval": logging.interval,
+        "logging.alerts.patience": logging.alerts.patience,
         "device.timeout_seconds": device.timeout_seconds,
     }
     if model.num_experts > 0:
@@ -223,6 +224,16 @@ def _ranges(config: Config) -> Iterator[str]:
     for key, value in below_1.items():
         if not 0 <= value < 1:
             yield f"{key}: {value:g} is outside [0, 1); use a number from 0 up to, not including, 1"
+
+    up_to_1 = {
+        "logging.alerts.dead_expert": logging.alerts.dead_expert,
+        "logging.alerts.dead_neurons": logging.alerts.dead_neurons,
+        "logging.alerts.load_collapse": logging.alerts.load_collapse,
+        "logging.alerts.shrinking_weights": logging.alerts.shrinking_weights,
+    }
+    for key, value in up_to_1.items():
+        if not 0 <= value <= 1:
+            yield f"{key}: {value:g} is outside [0, 1]; use a number from 0 to 1"
 
     text = {
         "run.name": config.run.name,

@@ -1,20 +1,40 @@
-"""How experts and their neurons are used: counts while training, then a few numbers a layer.
+"""How experts and their neurons are used: counts while training, then a few numbers each.
 
 A :class:`Usage` belongs to one module that selects neurons (or routes tokens) and counts only
-while ``collecting`` is set, so that its cost is paid on the steps that log it.
+while ``collecting`` is set, so that its cost is paid on the steps that log it. :func:`summarise`
+adds the counts of all layers over all ranks, in two collectives.
 
 Shape suffixes: T tokens (rows), F neurons of one expert on this rank, E experts on this rank.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Columns of Usage.summary, per expert.
-TOKENS, LOAD_ENTROPY, DEAD_SHARE, MAX_OVER_MEAN, MASS_KEPT = range(5)
-NUM_COLUMNS = 5
+# Statistics of an expert, the columns of summarise's tables.
+(
+    TOKENS,
+    LOAD_ENTROPY,
+    DEAD_SHARE,
+    MAX_OVER_MEAN,
+    MASS_KEPT,
+    LOAD_BALANCE,
+    KEPT_ACTIVATION,
+    LOAD_OVERLAP,
+) = range(8)
+NUM_COLUMNS = 8
+# What the statistics are made of, sums over all ranks: tokens, shares of mass, mass, kept neurons,
+# c log c and c squared of the counts c, dead neurons, neurons, load in common with the one before.
+_NUM_SUMS = 9
+# The first of them describe the expert as a whole, and not this rank's neurons.
+_NUM_WHOLE = 4
 
 
 class Usage:
@@ -44,13 +64,34 @@ class Usage:
         self.neuron_group = neuron_group
         self.replica_group = replica_group
         self.collecting = False
+        # Loads over all replicas [E, F] and whether an expert had any [E]: as they were summarised
+        # last, and before that.
+        self._loads: tuple[Tensor, Tensor] | None = None
+        self._loads_before: tuple[Tensor, Tensor] | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget all counts."""
+        """Count anew; what was summarised is what the next summary is compared with."""
         self.tokens_E: Tensor | None = None
         self.kept_EF: Tensor | None = None
-        self.mass_share_E: Tensor | None = None
+        self.whole_E3: Tensor | None = None
+        self.seconds = 0.0
+        if self._loads is not None:
+            self._loads_before, self._loads = self._loads, None
+
+    def forget(self) -> None:
+        """Nothing to compare the next summary with: training went back to an earlier state."""
+        self._loads = self._loads_before = None
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the wall-clock time of what is done meanwhile to ``seconds``.
+
+        On a GPU that is the time to launch it, not to run it.
+        """
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
 
     def add_tokens(self, tokens_E: Tensor) -> None:
         """Count the tokens of one forward pass."""
@@ -60,7 +101,7 @@ class Usage:
     def add_selection(
         self, *, kept_EF: Tensor, activation_TF: Tensor, mask_TF: Tensor, expert_ET: Tensor
     ) -> None:
-        """Count the kept neurons of one forward pass and their share of sum |a|.
+        """Count the kept neurons of one forward pass, their sum of |a| and its share of all |a|.
 
         Args:
             kept_EF: tokens that keep each neuron, fp32.
@@ -70,73 +111,159 @@ class Usage:
         """
         mass_TF = activation_TF.detach().float().abs()
         sums_T2 = torch.stack([(mass_TF * mask_TF).sum(dim=-1), mass_TF.sum(dim=-1)], dim=-1)
+        total_E = kept_EF.sum(dim=-1)
         if self.neuron_group is not None:
-            dist.all_reduce(sums_T2, group=self.neuron_group)
-        share_T = sums_T2[:, 0] / sums_T2[:, 1].clamp_min(torch.finfo(torch.float32).tiny)
-        share_E = expert_ET @ share_T
+            sums = torch.cat([sums_T2.flatten(), total_E])
+            dist.all_reduce(sums, group=self.neuron_group)
+            sums_T2, total_E = sums[: sums_T2.numel()].view_as(sums_T2), sums[sums_T2.numel() :]
+        kept_T, all_T = sums_T2.unbind(dim=-1)
+        share_T = kept_T / all_T.clamp_min(torch.finfo(torch.float32).tiny)
+        mass_E2 = expert_ET @ torch.stack([share_T, kept_T], dim=-1)
+        whole_E3 = torch.cat([mass_E2, total_E.unsqueeze(-1)], dim=-1)
         self.kept_EF = kept_EF if self.kept_EF is None else self.kept_EF + kept_EF
-        self.mass_share_E = share_E if self.mass_share_E is None else self.mass_share_E + share_E
+        self.whole_E3 = whole_E3 if self.whole_E3 is None else self.whole_E3 + whole_E3
 
-    def summary(self, device: torch.device) -> Tensor:
-        """``[num_experts, NUM_COLUMNS]`` fp64: this rank's experts filled in, zero elsewhere.
+    def counts(self, device: torch.device) -> Tensor:
+        """Everything counted here, flat, fp64: what replicas add up, and :meth:`sums` takes."""
+        tokens_E = self.tokens_E
+        if tokens_E is None:
+            tokens_E = torch.zeros(self.num_local_experts)
+        parts = [tokens_E.unsqueeze(-1)]
+        if self.kept_EF is not None and self.whole_E3 is not None:
+            parts += [self.whole_E3, self.kept_EF]
+        return torch.cat([part.to(device, torch.float64) for part in parts], dim=-1).flatten()
 
-        Summed over the expert-parallel ranks it describes the layer. Collective over the replica
-        and neuron groups. Columns: tokens; entropy of the neuron load over log f; share of
-        neurons never kept; largest over mean load; share of |a| mass kept. The last four are 0
-        for an expert without tokens or without selection.
+    def sums(self, counts: Tensor) -> Tensor:
+        """What the statistics are made of, for this rank's experts and neurons.
+
+        The next call compares its loads with those of this one.
+
+        Args:
+            counts: :meth:`counts`, added over the replicas.
+
+        Returns:
+            ``[E, _NUM_SUMS + 1]`` fp64. All columns but the last add up over the ranks of
+            ``neuron_group``; the last is the largest load of a neuron.
         """
-        table = torch.zeros(self.num_experts, NUM_COLUMNS, dtype=torch.float64, device=device)
-        local = table[self.first_expert : self.first_expert + self.num_local_experts]
-        if self.tokens_E is None:
-            tokens_E = torch.zeros(self.num_local_experts, dtype=torch.float64, device=device)
-        else:
-            tokens_E = self.tokens_E.to(device, torch.float64)
-        if self.replica_group is not None:
-            dist.all_reduce(tokens_E, group=self.replica_group)
-        local[:, TOKENS] = tokens_E
-        if self.kept_EF is None or self.mass_share_E is None:
-            return table
-        kept_EF = self.kept_EF.to(device, torch.float64)
-        mass_E = self.mass_share_E.to(device, torch.float64)
-        if self.replica_group is not None:
-            dist.all_reduce(kept_EF, group=self.replica_group)
-            dist.all_reduce(mass_E, group=self.replica_group)
-        sums_E4 = torch.stack(
-            [
-                kept_EF.sum(dim=-1),
-                torch.xlogy(kept_EF, kept_EF).sum(dim=-1),
-                (kept_EF == 0).sum(dim=-1).double(),
-                torch.full_like(tokens_E, kept_EF.shape[-1]),
-            ],
-            dim=-1,
-        )
-        largest_E = kept_EF.amax(dim=-1)
-        if self.neuron_group is not None:
-            dist.all_reduce(sums_E4, group=self.neuron_group)
-            dist.all_reduce(largest_E, op=dist.ReduceOp.MAX, group=self.neuron_group)
-        total_E, xlogx_E, dead_E, neurons_E = sums_E4.unbind(dim=-1)
-        used_E = total_E > 0
-        total_E = total_E.clamp_min(1)
-        # H(c / total) = log total - sum c log c / total.
-        entropy_E = total_E.log() - xlogx_E / total_E
-        local[:, LOAD_ENTROPY] = entropy_E / neurons_E.log().clamp_min(1e-12) * used_E
-        local[:, DEAD_SHARE] = dead_E / neurons_E * used_E
-        local[:, MAX_OVER_MEAN] = largest_E * neurons_E / total_E * used_E
-        local[:, MASS_KEPT] = mass_E / tokens_E.clamp_min(1)
-        return table
+        by_expert = counts.view(self.num_local_experts, -1)
+        whole, kept_EF = by_expert[:, :_NUM_WHOLE], by_expert[:, _NUM_WHOLE:]
+        sums = counts.new_zeros(self.num_local_experts, _NUM_SUMS + 1)
+        if self.neuron_group is None or dist.get_rank(self.neuron_group) == 0:
+            sums[:, : whole.shape[-1]] = whole
+        if whole.shape[-1] < _NUM_WHOLE:  # nothing was selected
+            return sums
+        load_EF = kept_EF / whole[:, -1:].clamp_min(1)
+        common_E = torch.full_like(load_EF[:, 0], torch.nan)
+        if self._loads_before is not None:
+            before_EF, used_before_E = self._loads_before
+            common_E = torch.minimum(load_EF, before_EF).sum(dim=-1)
+            common_E[~used_before_E] = torch.nan
+        columns = [
+            torch.xlogy(kept_EF, kept_EF).sum(dim=-1),
+            kept_EF.square().sum(dim=-1),
+            (kept_EF == 0).sum(dim=-1).double(),
+            torch.full_like(common_E, kept_EF.shape[-1]),
+            common_E,
+            kept_EF.amax(dim=-1),
+        ]
+        sums[:, _NUM_WHOLE:] = torch.stack(columns, dim=-1)
+        self._loads = (load_EF, whole[:, -1] > 0)
+        return sums
+
+
+def summarise(
+    usages: Mapping[int, Usage],
+    *,
+    rows: int,
+    num_experts: int,
+    neuron_ranks: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """The statistics of all modules of one kind. Collective over all ranks; equal on each.
+
+    Two collectives (one where nothing is replicated): counts over the replicas, then what the
+    statistics are made of over all ranks.
+
+    Args:
+        usages: this rank's, each at its row; all of the same groups.
+        rows: of the tables, over all ranks.
+        num_experts: of a module, over all ranks.
+        neuron_ranks: ranks that share the neurons of an expert.
+        device: where to add.
+
+    Returns:
+        ``[rows, num_experts, NUM_COLUMNS]`` fp64 on the CPU, see :func:`statistics`; and
+        ``[rows]`` bool, whether any rank has the module.
+    """
+    # The last column: whether the module is there. Before it, a place for each neuron rank.
+    sums = torch.zeros(
+        rows, num_experts, _NUM_SUMS + neuron_ranks + 1, dtype=torch.float64, device=device
+    )
+    if usages:
+        parts = [usage.counts(device) for usage in usages.values()]
+        counts = torch.cat(parts)
+        one = next(iter(usages.values()))
+        first_replica = True
+        if one.replica_group is not None:
+            dist.all_reduce(counts, group=one.replica_group)
+            first_replica = dist.get_rank(one.replica_group) == 0
+        neuron_rank = 0 if one.neuron_group is None else dist.get_rank(one.neuron_group)
+        split = counts.split([len(part) for part in parts])
+        for (row, usage), part in zip(usages.items(), split, strict=True):
+            local = usage.sums(part)
+            if first_replica:
+                here = sums[row, usage.first_expert : usage.first_expert + usage.num_local_experts]
+                here[:, :_NUM_SUMS] = local[:, :-1]
+                here[:, _NUM_SUMS + neuron_rank] = local[:, -1]
+                here[:, -1] = 1
+    dist.all_reduce(sums)
+    sums = sums.cpu()
+    largest = sums[..., _NUM_SUMS:-1].amax(dim=-1)
+    return statistics(sums[..., :_NUM_SUMS], largest), sums[..., -1].amax(dim=-1) > 0
+
+
+def statistics(sums: Tensor, largest: Tensor) -> Tensor:
+    """``[..., NUM_COLUMNS]`` from summed ``[..., _NUM_SUMS]`` and the largest loads ``[...]``.
+
+    Columns: tokens; entropy of the neuron load over log f; share of neurons never kept; largest
+    over mean load; share of |a| mass kept; f times the sum of squared loads (the balance loss were
+    all weights equal: 1 when even); mean |a| of the kept neurons; overlap of the load with that of
+    the summary before (sum of the smaller shares). All but the first are 0 for an expert without
+    tokens or without selection; the last is NaN there and where there is nothing to compare with.
+    """
+    tokens, shares, mass, kept, kept_log, kept_squared, dead, neurons, common = sums.unbind(dim=-1)
+    used = (kept > 0).double()
+    total = kept.clamp_min(1)
+    neurons = neurons.clamp_min(1)
+    # H(c / total) = log total - sum c log c / total.
+    entropy = total.log() - kept_log / total
+    columns = [
+        tokens,
+        used * entropy / neurons.log().clamp_min(1e-12),
+        used * dead / neurons,
+        largest * neurons / total,
+        shares / tokens.clamp_min(1),
+        neurons * kept_squared / total.square(),
+        mass / total,
+        common.where(kept > 0, torch.nan),
+    ]
+    return torch.stack(columns, dim=-1)
 
 
 def expert_metrics(table: Tensor, *, with_neurons: bool) -> dict[str, float]:
-    """The numbers of one layer from its summed table (:meth:`Usage.summary`).
+    """The numbers of one layer from its table (:func:`summarise`).
 
     Args:
         table: ``[num_experts, NUM_COLUMNS]`` fp64.
         with_neurons: whether the layer may select neurons.
 
     Returns:
-        ``router/tokens_per_expert_{min,mean,max,std}``, ``router/dead_experts`` and, with
-        neurons, ``mone/load_entropy``, ``mone/dead_neuron_share``, ``mone/load_max_over_mean``,
-        ``mone/mass_kept``: means over the experts that had tokens.
+        ``router/tokens_per_expert_{min,mean,max,std}``, ``router/dead_experts`` and
+        ``router/load_entropy`` (with several experts); with neurons ``mone/load_entropy``,
+        ``mone/dead_neuron_share``, ``mone/load_max_over_mean``, ``mone/mass_kept``,
+        ``mone/load_balance``, ``mone/kept_activation`` and, after the first time,
+        ``mone/load_overlap``: means over the experts that had tokens; and of the worst expert
+        ``mone/load_entropy_min`` and ``mone/dead_neuron_share_max``.
     """
     tokens = table[:, TOKENS]
     metrics = {
@@ -146,11 +273,22 @@ def expert_metrics(table: Tensor, *, with_neurons: bool) -> dict[str, float]:
         "router/tokens_per_expert_std": tokens.std(correction=0).item(),
         "router/dead_experts": float((tokens == 0).sum()),
     }
+    if len(tokens) > 1:
+        shares = tokens / tokens.sum().clamp_min(1)
+        entropy = -torch.xlogy(shares, shares).sum()
+        metrics["router/load_entropy"] = entropy.item() / math.log(len(tokens))
     used = table[tokens > 0]
     # All 0 where nothing was selected, since all neurons were kept (mone.keep_ratio_schedule).
     if with_neurons and used[:, MAX_OVER_MEAN].any():
         metrics["mone/load_entropy"] = used[:, LOAD_ENTROPY].mean().item()
+        metrics["mone/load_entropy_min"] = used[:, LOAD_ENTROPY].min().item()
         metrics["mone/dead_neuron_share"] = used[:, DEAD_SHARE].mean().item()
+        metrics["mone/dead_neuron_share_max"] = used[:, DEAD_SHARE].max().item()
         metrics["mone/load_max_over_mean"] = used[:, MAX_OVER_MEAN].mean().item()
         metrics["mone/mass_kept"] = used[:, MASS_KEPT].mean().item()
+        metrics["mone/load_balance"] = used[:, LOAD_BALANCE].mean().item()
+        metrics["mone/kept_activation"] = used[:, KEPT_ACTIVATION].mean().item()
+        overlap = used[:, LOAD_OVERLAP]
+        if len(compared := overlap[~overlap.isnan()]):
+            metrics["mone/load_overlap"] = compared.mean().item()
     return metrics

@@ -156,9 +156,10 @@ class NeuronGate(MegatronModule):
         segment_ST = None
         if collecting:
             num_segments = segments.num_microbatches * self.num_local_experts
-            segment_ST = segment_matrix(segments.index_T, num_segments)
-            tokens_ME = segment_ST.sum(dim=-1).view(-1, self.num_local_experts)
-            self.usage.add_tokens(tokens_ME.sum(dim=0))
+            with self.usage.timed():
+                segment_ST = segment_matrix(segments.index_T, num_segments)
+                tokens_ME = segment_ST.sum(dim=-1).view(-1, self.num_local_experts)
+                self.usage.add_tokens(tokens_ME.sum(dim=0))
         keep = self._keep(gate_TF, up_TF, look=collecting)
         if keep is None or not observing or not (collecting or self._balancing):
             return ops.selected_glu(gate_TF, up_TF, keep, scale_T, self.activate, packed=packed)
@@ -167,7 +168,8 @@ class NeuronGate(MegatronModule):
         )
         if segment_ST is not None:
             assert isinstance(keep, Tensor)
-            self._count(gate_TF, keep, kept_SF, segment_ST, segments.num_microbatches)
+            with self.usage.timed():
+                self._count(gate_TF, keep, kept_SF, segment_ST, segments.num_microbatches)
         return self._attach_balance(hidden_TF, weight_sum_SF, kept_SF, segments)
 
     def _keep(self, gate_TF: Tensor, up_TF: Tensor, *, look: bool) -> Keep:

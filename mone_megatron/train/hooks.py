@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +19,9 @@ from mone_megatron.analysis.plots import write_loss_plot
 from mone_megatron.analysis.report import write_report
 from mone_megatron.config.load import flatten
 from mone_megatron.config.schema import Config
+from mone_megatron.train.alerts import Alert
 from mone_megatron.train.loop import Hook, Record
+from mone_megatron.train.panel_hook import PanelHook
 from mone_megatron.train.profiling import ProfileHook
 from mone_megatron.train.run_directory import (
     keep_metrics_up_to,
@@ -39,6 +43,11 @@ _SHOWN = (
     ("tokens_per_second", "tok/s", ",.0f"),
     ("tflops_realised", "TFLOPS", ".3g"),
 )
+
+
+# W&B drops alerts that come too often.
+_SECONDS_BETWEEN_ALERTS = 60.0
+_ALERTS_IN_MESSAGE = 20
 
 
 def format_duration(seconds: float) -> str:
@@ -182,8 +191,8 @@ class WandbHook(Hook):
         self.folder = folder
         self.run_id = run_id
         self.stream = stream
-        # Records, then the exit code.
-        self.queue: queue.SimpleQueue[Record | int] = queue.SimpleQueue()
+        # Records and alerts, then the exit code.
+        self.queue: queue.SimpleQueue[Record | tuple[Alert, ...] | int] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self.warned = False
 
@@ -197,8 +206,13 @@ class WandbHook(Hook):
     def on_step(self, record: Record) -> None:
         """Send the record, in the background."""
         step = int(record["step"])
-        if step % self.config.logging.interval == 0 or step == self.config.train.steps:
+        due = step % self.config.logging.interval == 0 or step == self.config.train.steps
+        if due or "panel_seconds" in record:
             self.queue.put(dict(record))
+
+    def on_alerts(self, alerts: Sequence[Alert]) -> None:
+        """Send alerts, in the background, several in one message."""
+        self.queue.put(tuple(alerts))
 
     def on_end(self, status: str) -> None:
         """Close the W&B run; anything but completion is marked as failed."""
@@ -213,8 +227,18 @@ class WandbHook(Hook):
             run = self._open()
             # W&B's own count of records only goes up; ours goes back when a run is resumed.
             run.define_metric("*", step_metric="step")
+            waiting: list[Alert] = []
+            sent = -math.inf
             while not isinstance(item := self.queue.get(), int):
-                run.log(item)
+                if isinstance(item, tuple):
+                    waiting += item
+                else:
+                    run.log(item)
+                if waiting and time.monotonic() - sent >= _SECONDS_BETWEEN_ALERTS:
+                    _alert(run, waiting)
+                    waiting, sent = [], time.monotonic()
+            if waiting:
+                _alert(run, waiting)
             run.finish(exit_code=item)
         # Whatever goes wrong in another company's client or server is not the training's problem.
         except Exception as error:
@@ -268,6 +292,23 @@ class WandbHook(Hook):
             )
 
 
+def _alert(run: Any, alerts: Sequence[Alert]) -> None:
+    """One message of W&B's with all of ``alerts``."""
+    import wandb
+
+    begun = sum(alert.event == "begin" for alert in alerts)
+    lines = [f"step {alert.step}: {alert.message}" for alert in alerts[:_ALERTS_IN_MESSAGE]]
+    if len(alerts) > len(lines):
+        lines.append(f"and {len(alerts) - len(lines)} more: see the run's alerts.jsonl")
+    run.alert(
+        title=f"experts and neurons: {begun} begun, {len(alerts) - begun} over",
+        text="\n".join(lines),
+        level=wandb.AlertLevel.WARN if begun else wandb.AlertLevel.INFO,
+        # They are collected here; W&B would drop those of the same title.
+        wait_duration=0,
+    )
+
+
 class ReportHook(Hook):
     """``loss.png`` and ``report.html`` at the end, also of an interrupted run."""
 
@@ -295,8 +336,12 @@ def build_hooks(
     hooks: list[Hook] = []
     if config.logging.report:
         hooks.append(ReportHook(folder))
+    tell = None
     if config.logging.wandb.mode != "disabled":
-        hooks.append(WandbHook(config, folder, facts["id"]))
+        hooks.append(wandb := WandbHook(config, folder, facts["id"]))
+        tell = wandb.on_alerts
+    if config.logging.layer_interval:
+        hooks.append(PanelHook(config, folder, step=facts["steps"], tell=tell))
     if config.train.profile:
         hooks.append(ProfileHook(folder, config.train.profile, device))
     return [*hooks, RunFileHook(folder, facts), MetricsFileHook(folder), ConsoleHook(config)]

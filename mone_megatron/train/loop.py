@@ -17,6 +17,7 @@ from mone_megatron.train.checkpointer import Checkpointer, Position
 from mone_megatron.train.faults import LossFaults
 from mone_megatron.train.keep_ratio import KeepRatio
 from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
+from mone_megatron.train.panel import Panel
 from mone_megatron.train.signals import StopRequest, exit_code
 from mone_megatron.train.step import Batch, Stepper
 from mone_megatron.train.task_evaluation import TaskEvaluation
@@ -29,6 +30,9 @@ class Hook:
 
     def on_start(self) -> None:
         """Before the first step."""
+
+    def on_panel(self, panel: Panel) -> None:
+        """Before ``on_step``, on the steps that look at every expert (logging.layer_interval)."""
 
     def on_step(self, record: Record) -> None:
         """After each step, with its record (see docs/metrics.md)."""
@@ -136,6 +140,7 @@ def train(
                 assert checkpointer is not None
                 position = checkpointer.roll_back()
                 batches = batches_from(position.step)
+                panel.forget()
                 faults.rolled_back(position.step)
                 for hook in hooks:
                     hook.on_rollback(position.step)
@@ -163,7 +168,12 @@ def train(
         if result.fault is not None:
             record["skipped"] = 1
         if show_layers:
-            record |= panel.metrics(where)
+            counting, began = panel.counting_seconds, time.perf_counter()
+            reading = panel.read(record, where)
+            record |= reading.metrics
+            for hook in hooks:
+                hook.on_panel(reading.panel)
+            record["panel_seconds"] = counting + time.perf_counter() - began
         if validation is not None and _is_due(step, config.train.eval_interval, last):
             record["val_loss"] = stepper.evaluate(validation(), config.train.eval_steps)
         if tasks is not None and _is_due(step, config.train.eval_tasks_interval, last):

@@ -5,11 +5,11 @@ Shape suffixes: A auxiliary losses, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import (
     clear_aux_losses_tracker,
     get_moe_layer_wise_logging_tracker,
@@ -19,9 +19,21 @@ from torch import Tensor, nn
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout
 from mone_megatron.mone.experts import GroupedExperts
-from mone_megatron.mone.metrics import NUM_COLUMNS, expert_metrics
+from mone_megatron.mone.metrics import (
+    DEAD_SHARE,
+    KEPT_ACTIVATION,
+    LOAD_BALANCE,
+    LOAD_ENTROPY,
+    LOAD_OVERLAP,
+    MASS_KEPT,
+    MAX_OVER_MEAN,
+    TOKENS,
+    expert_metrics,
+    summarise,
+)
 from mone_megatron.mone.mlp import NeuronMLP, NeuronSharedExpert
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS, NeuronGate
+from mone_megatron.train.panel import LayerUse, Mlp, Panel, rounded
 
 # Our key -> megatron-core's name of each auxiliary loss.
 _ROUTER_LOSSES = {
@@ -86,7 +98,20 @@ class AuxiliaryLosses:
         return metrics
 
 
-def _kind(parent: nn.Module) -> str | None:
+_MLPS: tuple[Mlp, ...] = ("routed", "shared", "dense")
+# Names of the statistics of an expert in panel.jsonl; those of layers are mone/NAME.
+_STATISTICS = {
+    "load_entropy": LOAD_ENTROPY,
+    "dead_neuron_share": DEAD_SHARE,
+    "load_max_over_mean": MAX_OVER_MEAN,
+    "mass_kept": MASS_KEPT,
+    "load_balance": LOAD_BALANCE,
+    "kept_activation": KEPT_ACTIVATION,
+    "load_overlap": LOAD_OVERLAP,
+}
+
+
+def _mlp(parent: nn.Module) -> Mlp | None:
     if isinstance(parent, GroupedExperts):
         return "routed"
     if isinstance(parent, NeuronSharedExpert):
@@ -96,6 +121,14 @@ def _kind(parent: nn.Module) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class PanelReading:
+    """What a panel step found: numbers of layers for its record, and every expert."""
+
+    metrics: dict[str, float]
+    panel: Panel
+
+
 class UtilisationPanel:
     """Expert and neuron use of every layer, on the steps that log it."""
 
@@ -103,21 +136,29 @@ class UtilisationPanel:
         """Find the modules that count."""
         self.num_layers = config.model.num_layers
         self.num_experts = {"routed": config.model.num_experts, "shared": 1, "dense": 1}
-        self.selecting = {
-            kind: config.mone.enabled and kind in config.mone.apply_to
-            for kind in ("routed", "shared", "dense")
+        # Ranks that share the neurons of an expert.
+        self.neuron_ranks = {
+            "routed": config.parallel.expert_tensor,
+            "shared": config.parallel.tensor,
+            "dense": config.parallel.tensor,
         }
-        self.gates: list[tuple[str, NeuronGate]] = []
+        self.selecting = {mlp: config.mone.enabled and mlp in config.mone.apply_to for mlp in _MLPS}
+        self.gates: list[tuple[Mlp, NeuronGate]] = []
         for chunk in chunks:
             for module in chunk.modules():
-                kind = _kind(module)
-                if kind is not None:
-                    self.gates.append((kind, module.neuron_gate))  # type: ignore[arg-type]
-        self.kinds = [
-            kind
-            for kind in ("routed", "shared", "dense")
-            if (kind == "routed" and config.model.num_experts) or self.selecting[kind]
+                mlp = _mlp(module)
+                if mlp is not None:
+                    self.gates.append((mlp, module.neuron_gate))  # type: ignore[arg-type]
+        self.mlps = [
+            mlp
+            for mlp in _MLPS
+            if (mlp == "routed" and config.model.num_experts) or self.selecting[mlp]
         ]
+
+    @property
+    def counting_seconds(self) -> float:
+        """Time that counting took this rank since :meth:`collect`."""
+        return sum(gate.usage.seconds for _, gate in self.gates)
 
     def collect(self, wanted: bool) -> None:
         """Count during the next forward passes, or not."""
@@ -125,35 +166,63 @@ class UtilisationPanel:
             gate.usage.reset()
             gate.usage.collecting = wanted
 
-    def metrics(self, device: torch.device) -> dict[str, float]:
-        """Numbers per layer and their means over layers. Collective; equal on every rank."""
+    def forget(self) -> None:
+        """Training went back to an earlier state: the next panel has none before it."""
+        for _, gate in self.gates:
+            gate.usage.forget()
+
+    def read(self, record: Mapping[str, float], device: torch.device) -> PanelReading:
+        """What was counted. Collective; equal on every rank.
+
+        Args:
+            record: the step's, with the balance losses of its layers.
+            device: where to add.
+        """
         metrics: dict[str, float] = {}
-        for kind in self.kinds:
-            shape = (self.num_layers, self.num_experts[kind], NUM_COLUMNS)
-            tables = torch.zeros(shape, dtype=torch.float64, device=device)
-            present = torch.zeros(self.num_layers, device=device)
-            for gate_kind, gate in self.gates:
-                if gate_kind == kind:
+        uses: list[LayerUse] = []
+        for mlp in self.mlps:
+            usages = {}
+            for gate_mlp, gate in self.gates:
+                if gate_mlp == mlp:
                     assert gate.layer_number is not None
-                    tables[gate.layer_number - 1] = gate.usage.summary(device)
-                    present[gate.layer_number - 1] = 1
-            if kind == "routed":
-                dist.all_reduce(tables, group=parallel_state.get_expert_model_parallel_group())
-            dist.all_reduce(tables, group=parallel_state.get_pipeline_model_parallel_group())
-            dist.all_reduce(present, group=parallel_state.get_pipeline_model_parallel_group())
-            metrics |= _by_layer(kind, tables.cpu(), present.cpu(), self.selecting[kind])
-        return metrics
+                    usages[gate.layer_number - 1] = gate.usage
+            tables, present = summarise(
+                usages,
+                rows=self.num_layers,
+                num_experts=self.num_experts[mlp],
+                neuron_ranks=self.neuron_ranks[mlp],
+                device=device,
+            )
+            layers = [index + 1 for index in present.nonzero().flatten().tolist()]
+            metrics |= _by_layer(mlp, tables, layers, self.selecting[mlp])
+            uses += [_layer_use(mlp, layer, tables[layer - 1], record) for layer in layers]
+        return PanelReading(metrics, Panel(int(record["step"]), tuple(uses)))
 
 
-def _by_layer(kind: str, tables: Tensor, present: Tensor, with_neurons: bool) -> dict[str, float]:
+def _layer_use(mlp: Mlp, layer: int, table: Tensor, record: Mapping[str, float]) -> LayerUse:
+    tokens = table[:, TOKENS].tolist()
+    experts = {"tokens": tuple(tokens)}
+    balance_loss = None
+    if table[:, MAX_OVER_MEAN].any():  # else nothing was selected
+        for name, column in _STATISTICS.items():
+            values = zip(tokens, table[:, column].tolist(), strict=True)
+            experts[name] = tuple(rounded(value) if some else math.nan for some, value in values)
+        loss = record.get(f"mone/balance_loss/layer_{layer}")
+        balance_loss = None if loss is None or not math.isfinite(loss) else rounded(loss)
+    return LayerUse(mlp, layer, experts, balance_loss)
+
+
+def _by_layer(
+    mlp: Mlp, tables: Tensor, layers: Sequence[int], with_neurons: bool
+) -> dict[str, float]:
     metrics: dict[str, float] = {}
     collected: dict[str, list[float]] = {}
-    for layer in present.nonzero().flatten().tolist():
-        for key, value in expert_metrics(tables[layer], with_neurons=with_neurons).items():
-            if kind != "routed":
+    for layer in layers:
+        for key, value in expert_metrics(tables[layer - 1], with_neurons=with_neurons).items():
+            if mlp != "routed":
                 if key.startswith("router/"):
                     continue
-                key = key.replace("mone/", f"mone/{kind}/")
-            metrics[f"{key}/layer_{layer + 1}"] = value
+                key = key.replace("mone/", f"mone/{mlp}/")
+            metrics[f"{key}/layer_{layer}"] = value
             collected.setdefault(key, []).append(value)
     return metrics | {key: sum(values) / len(values) for key, values in collected.items()}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ _RUN_FILES = (
     "config.yaml",
     "run.json",
     "metrics.jsonl",
+    "panel.jsonl",
+    "alerts.jsonl",
     "report.html",
     "loss.png",
     "checkpoints",
@@ -60,26 +63,33 @@ def run_id(folder: Path) -> str:
 
 
 def keep_metrics_up_to(path: Path, step: int) -> float:
+    """Drop the records after ``step`` of metrics.jsonl; the seconds that the kept steps took."""
+    seconds: list[float] = []
+    keep_records_up_to(path, step, lambda record: seconds.append(record["step_seconds"]))
+    return sum(seconds)
+
+
+def keep_records_up_to(path: Path, step: int, see: Callable[[dict[str, Any]], None]) -> None:
     """Drop the records after ``step``, which a resumed run makes again; whole or not at all.
 
-    Returns:
-        Seconds that the kept steps took.
+    Args:
+        path: a file of one JSON object a line, each with its ``step``; it need not exist.
+        step: the last that is kept.
+        see: is given each record that is kept, in their order.
     """
     if not path.exists():
-        return 0.0
-    kept, seconds = [], 0.0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the line that a killed run was writing
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-            seconds += record["step_seconds"]
+        return
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text("".join(kept), encoding="utf-8")
+    with path.open(encoding="utf-8") as lines, draft.open("w", encoding="utf-8") as kept:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line that a killed run was writing
+                continue
+            if record["step"] <= step:
+                see(record)
+                kept.write(line.rstrip("\n") + "\n")
     os.replace(draft, path)
-    return seconds
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from routing_traces import make_trace
 from mone_megatron.analysis.routing.bits import unpack
 from mone_megatron.analysis.routing.statistics import Limits, measure
 from mone_megatron.analysis.routing.summary import summarise
-from mone_megatron.mone.metrics import Usage, expert_metrics
+from mone_megatron.mone.metrics import Usage, expert_metrics, statistics
 
 # Six tokens in two windows, two of three experts each, neurons 4 with 2 kept.
 EXPERTS = [[0, 1], [0, 1], [2, 1], [0, 2], [0, 2], [1, 0]]
@@ -140,7 +140,8 @@ def test_neuron_load_is_what_training_logs(tmp_path: Path) -> None:
         mask_TF=mask_TF,
         expert_ET=one_hot_ET,
     )
-    logged = expert_metrics(usage.summary(torch.device("cpu")), with_neurons=True)
+    sums = usage.sums(usage.counts(torch.device("cpu")))
+    logged = expert_metrics(statistics(sums[:, :-1], sums[:, -1]), with_neurons=True)
     assert summary.neuron_load_entropy == pytest.approx(logged["mone/load_entropy"])
     assert summary.dead_neurons == pytest.approx(logged["mone/dead_neuron_share"])
     assert summary.dead_neurons > 0
