@@ -201,6 +201,7 @@ class Page:
         height: int = 240,
         wide: bool = False,
         x_label: str = "step",
+        marks: Sequence[tuple[int, str]] = (),
     ) -> None:
         """A chart over steps with hover readout, zoom by dragging, and a double click to undo.
 
@@ -212,6 +213,7 @@ class Page:
             height: pixels.
             wide: stands alone rather than in a grid.
             x_label: what the x axis counts.
+            marks: events: places on the x axis, and what to say of them.
         """
         identity = f"chart{len(self._charts)}"
         self._charts[identity] = {
@@ -220,16 +222,24 @@ class Page:
             "zero": zero,
             "height": height,
             "xLabel": x_label,
+            "marks": [{"x": place, "text": text} for place, text in marks],
             "series": [curve.to_json() for curve in curves],
         }
         self._card("chart", identity, title, note, wide)
 
-    def heatmap(self, title: str, grid: LayerGrid, *, note: str = "") -> None:
-        """Layers by steps; grey where there is no finite value.
+    def heatmap(
+        self,
+        title: str,
+        grid: LayerGrid,
+        *,
+        note: str = "",
+        columns: Literal["step", "expert"] = "step",
+    ) -> None:
+        """Layers by steps, or by experts; grey where there is no finite value.
 
         A metric that never changes is told in words: a picture of one colour says less.
         """
-        thinned = thin_grid(grid)
+        thinned = thin_grid(grid) if columns == "step" else grid
         # The colours span what is drawn, which averaging may have narrowed.
         shown = thinned.values[np.isfinite(thinned.values)]
         low, high = _numbers(np.array([shown.min(), shown.max()])) if len(shown) else (None, None)
@@ -239,13 +249,14 @@ class Page:
             layers = f"{len(grid.layers)} layers" if len(grid.layers) > 1 else "1 layer"
             self.raw(
                 f'<div class="card"><h3>{escape(title)}</h3>{quiet}'
-                f"<p>{escape(text)} ({layers}, {len(grid.steps)} steps)</p></div>"
+                f"<p>{escape(text)} ({layers}, {len(grid.steps)} {columns}s)</p></div>"
             )
             return
         identity = f"heatmap{len(self._heatmaps)}"
         self._heatmaps[identity] = {
             "layers": list(thinned.layers),
             "steps": thinned.steps.tolist(),
+            "columns": columns,
             "values": [_numbers(row, digits=4) for row in thinned.values],
             "low": low,
             "high": high,

@@ -209,6 +209,11 @@ class LineChart {
     svg(clip, 'rect', { x: box.left - 5, y: box.top - 6, width: box.right - box.left + 10,
       height: box.bottom - box.top + 12 });
     const area = svg(root, 'g', { 'clip-path': `url(#clip-${this.spec.id})` });
+    for (const mark of this.spec.marks) {
+      const line = svg(area, 'line', { class: 'mark', x1: X(mark.x), x2: X(mark.x), y1: box.top,
+        y2: box.bottom, stroke: 'var(--bad-ink)', 'stroke-dasharray': '2 4' });
+      svg(line, 'title', {}, mark.text);
+    }
     for (const s of this.spec.series) this.drawSeries(area, s, X, Y);
     this.cursor = svg(root, 'line', { y1: box.top, y2: box.bottom, stroke: 'var(--soft)',
       'stroke-dasharray': '3 3', visibility: 'hidden' });
@@ -282,6 +287,7 @@ class LineChart {
     const drawn = this.spec.series.filter((s) => s.x.length);
     const dense = drawn.filter((s) => s.kind !== 'points');
     if (!drawn.length) return;
+    const near = this.spec.marks.filter((mark) => Math.abs(X(mark.x) - X(x)) <= 5);
     const guide = (dense.length ? dense : drawn).map((s) => s.x[nearest(s.x, x)])
       .reduce((a, b) => Math.abs(a - x) <= Math.abs(b - x) ? a : b);
     this.tip.replaceChildren();
@@ -306,6 +312,7 @@ class LineChart {
         dot.setAttribute('visibility', 'visible');
       }
     });
+    for (const mark of near) el(this.tip, 'div', '', mark.text);
     this.cursor.setAttribute('x1', X(guide)); this.cursor.setAttribute('x2', X(guide));
     this.cursor.setAttribute('visibility', 'visible');
     placeTip(this.tip, this.plot, X(guide), y);
@@ -388,7 +395,7 @@ class Heatmap {
       const x = box.left + (c + .5) * w;
       g.fillText(fmt(steps[c]), Math.max(x, box.left + 4), box.bottom + 5);
     }
-    g.fillText('step', (box.left + box.right) / 2, box.bottom + 22);
+    g.fillText(this.spec.columns, (box.left + box.right) / 2, box.bottom + 22);
   }
 
   hover(event) {
@@ -400,7 +407,7 @@ class Heatmap {
     if (c < 0 || c >= steps.length || r < 0 || r >= layers.length) {
       this.tip.style.display = 'none'; return;
     }
-    const place = `layer ${layers[r]}, step ${steps[c].toLocaleString('en')}`;
+    const place = `layer ${layers[r]}, ${this.spec.columns} ${steps[c].toLocaleString('en')}`;
     this.tip.textContent = place + ': ' + fmt(values[r][c]);
     placeTip(this.tip, this.plot, x, y);
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from mone_megatron.analysis.formatting import (
     format_number,
 )
 from mone_megatron.analysis.page import Curve, Page
+from mone_megatron.analysis.panel import AlertSpan, read_alerts, read_last_panel
 from mone_megatron.analysis.plots import loss_figure, png_data_uri
 from mone_megatron.analysis.runs import METRICS_FILE, Run, Series, load_run
 
@@ -38,15 +40,48 @@ _EXPERT_GRIDS = (
     (f"{_TOKENS_PER_EXPERT}_mean", "Tokens per expert, mean", ""),
     (f"{_TOKENS_PER_EXPERT}_std", "Tokens per expert, standard deviation", ""),
     ("router/dead_experts", "Dead experts", "experts that no token chose"),
+    ("router/load_entropy", "Router load entropy", "1 is perfectly even"),
 )
 _NEURON_GRIDS = (
     ("mone/load_entropy", "Neuron load entropy", "1 is perfectly even"),
     ("mone/dead_neuron_share", "Dead neurons", "share of neurons that no token kept"),
     ("mone/load_max_over_mean", "Largest / mean neuron load", "1 is perfectly even"),
     ("mone/mass_kept", "Share of |a| mass kept", "of the activation weight of all neurons"),
+    ("mone/load_balance", "Balance of the load alone", "whatever the weights; 1 is perfectly even"),
+    ("mone/kept_activation", "Mean |a| of kept neurons", "the scale of raw balance weights"),
+    ("mone/load_overlap", "Load in common with the panel step before", "1 is no change"),
+    ("mone/load_entropy_min", "Neuron load entropy of the worst expert", "1 is perfectly even"),
+    ("mone/dead_neuron_share_max", "Dead neurons of the worst expert", "share of its neurons"),
 )
 # Counts and shares that are read against 0.
-_FROM_ZERO = ("router/dead_experts", "mone/dead_neuron_share")
+_FROM_ZERO = (
+    "router/dead_experts",
+    "mone/dead_neuron_share",
+    "mone/dead_neuron_share_max",
+    "mone/kept_activation",
+)
+# Of each expert at the last panel step: (name in panel.jsonl, title, note).
+_LAST_GRIDS = (
+    ("tokens", "Tokens of each expert", ""),
+    ("dead_neuron_share", "Dead neurons of each expert", "share of its neurons"),
+    ("load_entropy", "Neuron load entropy of each expert", "1 is perfectly even"),
+    ("kept_activation", "Mean |a| of the kept neurons of each expert", ""),
+)
+# The curves on which alerts are marked: metric -> (kind, parts of a layer).
+_MLPS = ("routed", "shared", "dense")
+_MARKED = {
+    "router/dead_experts": ("dead_expert", _MLPS),
+    "router/load_entropy": ("load_collapse", ("router",)),
+    "mone/dead_neuron_share": ("dead_neurons", _MLPS),
+    "mone/dead_neuron_share_max": ("dead_neurons", _MLPS),
+    "mone/load_entropy": ("load_collapse", _MLPS),
+    "mone/load_entropy_min": ("load_collapse", _MLPS),
+    "mone/kept_activation": ("shrinking_weights", _MLPS),
+    "mone/load_balance": ("shrinking_weights", _MLPS),
+    "mone/balance_loss": ("shrinking_weights", _MLPS),
+}
+# Alerts that a banner names; the table has all.
+_ALERTS_IN_BANNER = 5
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -62,13 +97,15 @@ def write_report(run_dir: str | Path) -> Path:
 def report_page(run: Run) -> str:
     """The report as the text of an HTML file that needs no other file and no network."""
     page = Page(f"{run.name}: training report")
-    _head(page, run)
+    alerts = read_alerts(run.path)
+    _head(page, run, alerts or [])
     _loss(page, run)
     _tasks(page, run)
-    _balance(page, run)
+    _alerts(page, run, alerts)
+    _balance(page, run, alerts or [])
     _optimisation(page, run)
-    _experts(page, run)
-    _neurons(page, run)
+    _experts(page, run, alerts or [])
+    _neurons(page, run, alerts or [])
     _setup(page, run)
     return page.render()
 
@@ -85,7 +122,7 @@ def status_sentence(run: Run) -> str | None:
     }.get(run.summary.status, f"Status {run.summary.status!r} {place}.")
 
 
-def _head(page: Page, run: Run) -> None:
+def _head(page: Page, run: Run, alerts: Sequence[AlertSpan]) -> None:
     summary = run.summary
     page.raw("<header>")
     page.heading_one(run.name)
@@ -115,6 +152,11 @@ def _head(page: Page, run: Run) -> None:
             f"{METRICS_FILE} holds {run.broken_lines} half-written line(s), as a killed process "
             "leaves; the step(s) in them are missing here.",
         )
+    if lasting := [alert for alert in alerts if alert.end is None]:
+        shown = [f"since step {one.begin}: {one.message}" for one in lasting[:_ALERTS_IN_BANNER]]
+        if len(lasting) > len(shown):
+            shown.append(f"and {len(lasting) - len(shown)} more, under Alerts")
+        page.banner("warn", f"{len(lasting)} alert(s) had not ended:", shown)
     parameters = summary.parameters
     total = parameters.get("total")
 
@@ -175,8 +217,16 @@ def _loss(page: Page, run: Run) -> None:
     )
 
 
-def _line(page: Page, run: Run, key: str, title: str, color: int, note: str = "") -> None:
-    """A card with one metric: raw behind, smoothed in front."""
+def _line(
+    page: Page,
+    run: Run,
+    key: str,
+    title: str,
+    color: int,
+    note: str = "",
+    alerts: Sequence[AlertSpan] = (),
+) -> None:
+    """A card with one metric: raw behind, smoothed in front; alerts about it marked."""
     if not run.has(key):
         return
     series = run.series(key)
@@ -187,10 +237,65 @@ def _line(page: Page, run: Run, key: str, title: str, color: int, note: str = ""
             Curve(series.smoothed(), "smoothed", color),
         ],
         note=note,
+        marks=_marks(key, alerts),
     )
 
 
-def _balance(page: Page, run: Run) -> None:
+def _marks(metric: str, alerts: Sequence[AlertSpan]) -> list[tuple[int, str]]:
+    """Where alerts about a metric begin and end, one mark a step."""
+    kind, parts = _MARKED.get(metric, ("", ()))
+    steps: dict[int, list[str]] = {}
+    for alert in alerts:
+        if alert.kind == kind and alert.part in parts:
+            steps.setdefault(alert.begin, []).append(f"begins: {_where(alert)}")
+            if alert.end is not None:
+                steps.setdefault(alert.end, []).append(f"ends: {_where(alert)}")
+    return [
+        (step, f"step {step}: {kind} " + "; ".join(texts[:3]) + (" ..." if texts[3:] else ""))
+        for step, texts in sorted(steps.items())
+    ]
+
+
+def _where(alert: AlertSpan) -> str:
+    expert = f", expert {alert.expert}" if alert.expert is not None else ""
+    part = "" if alert.part == "routed" else f", {alert.part}"
+    return f"layer {alert.layer}{part}{expert if alert.part in ('routed', 'router') else ''}"
+
+
+def _alerts(page: Page, run: Run, alerts: Sequence[AlertSpan] | None) -> None:
+    page.heading(
+        "Alerts",
+        "Experts and neurons that stopped working as they should (logging.alerts), judged every "
+        f"{run.setting('logging.layer_interval')} steps.",
+    )
+    if alerts is None:
+        page.note("Not looked for: logging.layer_interval is 0, or an earlier version ran this.")
+        return
+    if run.setting("logging.alerts.enabled") is False:
+        page.note("Not looked for: logging.alerts.enabled is false.")
+        return
+    if not alerts:
+        page.note("None.")
+        return
+    page.table(
+        ("kind", "where", "began", "ended", "value", "threshold", "what"),
+        [
+            (
+                alert.kind,
+                _where(alert),
+                f"step {alert.begin}",
+                ABSENT if alert.end is None else f"step {alert.end}",
+                format_number(alert.value),
+                format_number(alert.threshold),
+                alert.message,
+            )
+            for alert in alerts
+        ],
+        wrap=True,
+    )
+
+
+def _balance(page: Page, run: Run, alerts: Sequence[AlertSpan]) -> None:
     keys = sorted(key for key in run.columns if _BALANCE_LOSS.fullmatch(key))
     page.heading("Balance losses")
     if not keys:
@@ -198,7 +303,8 @@ def _balance(page: Page, run: Run) -> None:
         return
     page.open_grid()
     for color, key in enumerate(keys):
-        _line(page, run, key, _BALANCE_TITLES.get(key, key), color, note=key)
+        title = _BALANCE_TITLES.get(key, key)
+        _line(page, run, key, title, color, note=key, alerts=alerts)
     page.close_grid()
 
 
@@ -242,7 +348,15 @@ def _optimisation(page: Page, run: Run) -> None:
     page.close_grid()
 
 
-def _layer_line(page: Page, run: Run, metric: str, title: str, color: int, note: str) -> None:
+def _layer_line(
+    page: Page,
+    run: Run,
+    metric: str,
+    title: str,
+    color: int,
+    note: str,
+    alerts: Sequence[AlertSpan],
+) -> None:
     """Mean over layers as a line, with a band from the lowest to the highest layer."""
     grid = run.layer_grid(metric)
     finite = np.isfinite(grid.values)
@@ -265,6 +379,7 @@ def _layer_line(page: Page, run: Run, metric: str, title: str, color: int, note:
         ],
         note=_join(note, "band: lowest to highest layer" if many else ""),
         zero=metric in _FROM_ZERO,
+        marks=_marks(metric, alerts),
     )
 
 
@@ -272,7 +387,7 @@ def _join(*parts: str) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _experts(page: Page, run: Run) -> None:
+def _experts(page: Page, run: Run, alerts: Sequence[AlertSpan]) -> None:
     page.heading("Experts", "Tokens each routed expert received, by layer.")
     grids = [entry for entry in _EXPERT_GRIDS if entry[0] in run.layer_metrics]
     if not grids:
@@ -287,14 +402,36 @@ def _experts(page: Page, run: Run) -> None:
     if lines:
         page.chart("Tokens per expert", lines, note="mean over layers", zero=True)
     for metric, title, note in grids:
-        if metric == "router/dead_experts":
-            _layer_line(page, run, metric, title, 1, note)
+        if metric in ("router/dead_experts", "router/load_entropy"):
+            _layer_line(page, run, metric, title, 1, note, alerts)
     for metric, title, note in grids:
         page.heatmap(f"{title}, layer by step", run.layer_grid(metric), note=note)
     page.close_grid()
+    _last_panel(page, run)
 
 
-def _neurons(page: Page, run: Run) -> None:
+def _last_panel(page: Page, run: Run) -> None:
+    """Every expert at the end, and what it cost to know."""
+    last = read_last_panel(run.path)
+    if last is None or not last.grids:
+        return
+    cost, step = run.median("panel_seconds"), run.median("step_seconds")
+    interval = run.setting("logging.layer_interval")
+    told = ""
+    if cost is not None and step and interval:
+        told = (
+            f" These statistics took {format_number(cost)} s each time (median), "
+            f"{cost / interval / step:.2%} of the steps at this interval."
+        )
+    page.note(f"Each expert at step {last.step}; panel.jsonl has every {interval} steps.{told}")
+    page.open_grid()
+    for name, title, note in _LAST_GRIDS:
+        if name in last.grids:
+            page.heatmap(title, last.grids[name], note=note, columns="expert")
+    page.close_grid()
+
+
+def _neurons(page: Page, run: Run, alerts: Sequence[AlertSpan]) -> None:
     page.heading("Neurons", "How evenly the neurons inside the experts are kept, by layer.")
     if not run.setting("mone.enabled"):
         page.note("MoNE is off in this run (mone.enabled=false): every neuron is always used.")
@@ -305,7 +442,7 @@ def _neurons(page: Page, run: Run) -> None:
         return
     page.open_grid()
     for color, (metric, title, note) in enumerate(grids):
-        _layer_line(page, run, metric, title, color, note)
+        _layer_line(page, run, metric, title, color, note, alerts)
         page.heatmap(f"{title}, layer by step", run.layer_grid(metric), note=note)
     page.close_grid()
 
