@@ -33,6 +33,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mone_megatron.parallel.gloo import share_gloo_devices
+
 # Constants of CUDA-only code and what they mean on a CPU.
 _CONSTANTS = {
     "cuda": "cpu",
@@ -342,6 +344,7 @@ def install_cpu_backend() -> None:
     for name, replacement in CUDA_REDIRECTIONS.items():
         setattr(torch.cuda, name, replacement)
     torch.Tensor.cuda = _stay  # type: ignore[method-assign, assignment]
+    share_gloo_devices()
     import_megatron(compile_fused=False)
 
     from megatron.core.optimizer import clip_grads

@@ -1,0 +1,42 @@
+"""One network device for all gloo groups of a process.
+
+torch gives every gloo group a device of its own, with a thread that wakes a hundred times a second
+for as long as anything refers to the group. megatron-core makes ten to thirty groups a process:
+their threads take per cents of a core from a run, and where groups outlive their run (a sweep, the
+tests) soon all of it. A device can serve any number of groups, so all take the first one's.
+
+``tests/parallel/test_gloo.py`` fails when torch no longer needs it.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any, ClassVar
+
+import torch.distributed.distributed_c10d as c10d
+
+_Gloo: Any = c10d.ProcessGroupGloo
+
+
+class SharedDeviceGloo(_Gloo):
+    """A gloo process group on the device of the first of them, which torch chose as it does."""
+
+    _devices: ClassVar[list[Any]] = []
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        """As torch constructs its own."""
+        if not self._devices:
+            super().__init__(store, rank, size, timeout=timeout)
+            self._devices.extend(self.options._devices)
+            return
+        options = _Gloo._Options()
+        options._timeout = timeout
+        options._devices = self._devices
+        # As torch has it: two workers a device.
+        options._threads = 2 * len(self._devices)
+        super().__init__(store, rank, size, options)
+
+
+def share_gloo_devices() -> None:
+    """Let groups that are made from now on share their devices. Idempotent."""
+    c10d.ProcessGroupGloo = SharedDeviceGloo  # type: ignore[misc]
