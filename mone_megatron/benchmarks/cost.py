@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,11 @@ from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 from mone_megatron.mone.selection import NeuronSelection
 from mone_megatron.parallel.groups import close_groups
+from mone_megatron.train.metrics import UtilisationPanel
+from mone_megatron.train.panel_hook import PanelHook
+
+_COUNTING = "layer metrics, when logged: counting"
+_READING = "layer metrics, when logged: ranks, files, alerts"
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,9 @@ class Cost:
     moe_step_seconds: Spread
     mone_step_seconds: Spread
     parts: list[Part]
+    # What all of the layer metrics take on average, logged every so many steps, of a MoE step.
+    layer_interval: int
+    panel_share_of_step: float
     # Rows and neurons that the parts were timed on.
     rows: int
     neurons: int
@@ -74,13 +85,19 @@ def measure_cost(moe: Config, mone: Config, *, repeats: int, part_repeats: int) 
     )
     moe_seconds = Spread.of(samples.clock["moe"])
     inputs = _capture(sessions[1], lambda: next(steps[1]))
+    reading = _reading(sessions[1], lambda: next(steps[1]), part_repeats)
+    parts = _parts(sessions[1], inputs, reading, moe_seconds.median, part_repeats)
+    panel = sum(part.share_of_step for part in parts if part.name in (_COUNTING, _READING))
+    interval = mone.logging.layer_interval
     result = Cost(
         hardware=sessions[0].device.hardware,
         step_ratio=ratio(samples.clock, "mone", "moe"),
         step_processor_ratio=ratio(samples.processor, "mone", "moe"),
         moe_step_seconds=moe_seconds,
         mone_step_seconds=Spread.of(samples.clock["mone"]),
-        parts=_parts(sessions[1], inputs, moe_seconds.median, part_repeats),
+        parts=parts,
+        layer_interval=interval,
+        panel_share_of_step=panel / interval if interval else 0.0,
         rows=inputs.gate_up_TF.shape[0],
         neurons=inputs.gate_up_TF.shape[1] // 2,
     )
@@ -108,7 +125,25 @@ def _capture(session: Session, step: Callable[[], None]) -> _GateInputs:
     return seen[-1]
 
 
-def _parts(session: Session, inputs: _GateInputs, step_seconds: float, repeats: int) -> list[Part]:
+def _reading(session: Session, step: Callable[[], None], repeats: int) -> Spread:
+    """Seconds to add up over ranks, write and judge what a step counted."""
+    panel = UtilisationPanel(session.config, session.state.chunks)
+    panel.collect(True)
+    step()
+    with tempfile.TemporaryDirectory() as folder:
+        hook = PanelHook(session.config, Path(folder), step=0, stream=io.StringIO())
+        hook.on_start()
+        device = session.device.torch_device
+        actions = {"read": lambda: hook.on_panel(panel.read({"step": 1}, device).panel)}
+        seconds = interleave(actions, repeats=repeats, warmup=3).clock["read"]
+        hook.on_end("completed")
+    panel.collect(False)
+    return Spread.of(seconds)
+
+
+def _parts(
+    session: Session, inputs: _GateInputs, reading: Spread, step_seconds: float, repeats: int
+) -> list[Part]:
     settings = session.config.mone
     selection = NeuronSelection(settings.keep_ratio, settings.score)
     silent = NeuronBalance(coeff=0.0)
@@ -132,7 +167,7 @@ def _parts(session: Session, inputs: _GateInputs, step_seconds: float, repeats: 
     seconds = interleave(actions, repeats=repeats, warmup=10).clock
     calls = len(_experts(session)) * session.layout.num_microbatches
 
-    def part(name: str, once: Spread) -> Part:
+    def part(name: str, once: Spread, calls: int = calls) -> Part:
         spread = Spread(*(1e3 * calls * value for value in vars(once).values()))
         return Part(name, spread, calls * once.median / step_seconds)
 
@@ -143,7 +178,8 @@ def _parts(session: Session, inputs: _GateInputs, step_seconds: float, repeats: 
             "selection, with SwiGLU at the kept neurons", difference(seconds, "selected", "plain")
         ),
         part("balance loss, forward and backward", difference(seconds, "balanced", "selected")),
-        part("layer metrics, when logged", difference(seconds, "counted", "balanced")),
+        part(_COUNTING, difference(seconds, "counted", "balanced")),
+        part(_READING, reading, calls=1),
     ]
 
 

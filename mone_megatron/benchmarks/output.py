@@ -64,9 +64,13 @@ def cost_lines(cost: Cost) -> list[str]:
         "microbatches of a step:",
     ]
     lines += [
-        f"  {part.name:<44} {part.milliseconds_per_step} ms, {part.share_of_step:.1%} of a MoE step"
+        f"  {part.name:<48} {part.milliseconds_per_step} ms, {part.share_of_step:.1%} of a MoE step"
         for part in cost.parts
     ]
+    lines.append(
+        f"layer metrics every {cost.layer_interval} steps (logging.layer_interval): "
+        f"{cost.panel_share_of_step:.2%} of a MoE step on average"
+    )
     return lines
 
 

@@ -61,7 +61,9 @@ def test_spine_and_cost_measure_real_steps(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     cost = json.loads(output.read_text())["result"]
     assert cost["step_ratio"]["median"] > 0
-    assert len(cost["parts"]) == 5
+    assert len(cost["parts"]) == 6
+    share = sum(part["share_of_step"] for part in cost["parts"] if "metrics" in part["name"])
+    assert cost["panel_share_of_step"] == pytest.approx(share / 10)
     assert cost["neurons"] == 64
     assert "MoNE / MoE, step time" in done.stdout
 

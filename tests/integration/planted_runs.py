@@ -3,9 +3,9 @@
     python planted_runs.py JOBS.json
 
 JOBS.json lists objects with ``overrides`` (Hydra), ``port`` (a fresh rendezvous for each) and
-``said``, the file for stderr; optionally ``bias``: layer -> expert -> what is added to the choice of
-the router; and ``dead``: layer -> expert -> how many of its first neurons have gates of zero. The
-trainer itself is the real one.
+``said``, the file for stderr; optionally ``bias``: layer -> expert -> what is added to the choice
+of the router; and ``dead``: layer -> expert -> how many of its first neurons have gates of zero.
+The trainer itself is the real one.
 """
 
 from __future__ import annotations
