@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mone_megatron.testing.launch import REPOSITORY, free_ports, run_layouts
+from mone_megatron.train.panel import Panel
 
 SCRIPT = Path(__file__).with_name("planted_runs.py")
 QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
@@ -27,6 +28,18 @@ BIASED = (
 )
 RAW = ("mone.balance.normalize=false", "mone.balance.coeff=10", "train.steps=18")
 UNBALANCED = "mone.balance.coeff=0"
+# Every kind of MLP that selects.
+EVERYWHERE = (
+    *(*TINY, "model.shared_expert_ffn_hidden_size=64", "model.first_dense_layers=1"),
+    "mone.apply_to=[routed,shared,dense]",
+)
+LAYOUTS = {
+    "ep2": ("parallel.expert=2",),
+    "tp2_etp2": ("parallel.tensor=2", "parallel.expert_tensor=2"),
+    "tp2_ep2": ("parallel.tensor=2", "parallel.expert=2"),
+    "pp2": ("parallel.pipeline=2",),
+    "dp2": (),
+}
 JOBS: dict[str, dict[str, Any]] = {
     "seen": {"overrides": TINY},
     "unseen": {"overrides": (*TINY, "logging.layer_interval=0")},
@@ -41,6 +54,7 @@ JOBS: dict[str, dict[str, Any]] = {
     # All but the 16 neurons that a token keeps have a gate of zero.
     "dead": {"overrides": TINY, "dead": {3: {1: 48}}},
     "raw": {"overrides": (*TINY, *RAW)},
+    "everywhere": {"overrides": EVERYWHERE},
     "silent": {"overrides": (*TINY, "logging.alerts.enabled=false"), "dead": {3: {1: 48}}},
 }
 
@@ -70,6 +84,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _panels(run: Path) -> list[Panel]:
+    return [Panel.from_record(record) for record in _lines(run / "panel.jsonl")]
 
 
 def _places(run: Path, kind: str, event: str = "begin") -> set[tuple[str, int, int]]:
@@ -149,6 +167,38 @@ def test_the_panel_holds_every_expert(runs: Path) -> None:
                     assert sum(known) / len(known) == pytest.approx(mean, rel=1e-3), name
             expected = record[f"mone/balance_loss/layer_{number}"]
             assert layer["balance_loss"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def layouts(runs: Path) -> Path:
+    """``LAYOUTS`` on two processes."""
+    jobs = {name: (*EVERYWHERE, *layout) for name, layout in LAYOUTS.items()}
+    run_layouts(jobs, processes=2, folder=runs / "layouts")
+    return runs / "layouts"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_sees_the_same(runs: Path, layouts: Path, name: str) -> None:
+    """Where two scores are equal but for rounding, a layout may choose another neuron: of all the
+    tokens of an expert that is one (tests/integration/test_layouts_agree.py)."""
+    expected, actual = (_panels(run) for run in (runs / "everywhere", layouts / name))
+    kinds = {(use.mlp, use.layer) for use in expected[0].layers}
+    assert kinds == {("dense", 1), *((mlp, n) for mlp in ("routed", "shared") for n in (2, 3, 4))}
+    assert [panel.step for panel in expected] == [panel.step for panel in actual] == [1, 2, 3, 4]
+    for one, other in zip(expected, actual, strict=True):
+        for use, again in zip(one.layers, other.layers, strict=True):
+            assert (use.mlp, use.layer) == (again.mlp, again.layer)
+            assert again.balance_loss == pytest.approx(use.balance_loss, rel=1e-3)
+            assert again.experts.keys() == use.experts.keys()
+            assert again.experts["tokens"] == pytest.approx(use.experts["tokens"], abs=2)
+            for key, row in use.experts.items():
+                if key != "tokens":
+                    least = 0.02 if key == "dead_neuron_share" else 1e-3
+                    close = pytest.approx(row, rel=0.05, abs=least, nan_ok=True)
+                    assert again.experts[key] == close, (use.mlp, use.layer, key)
+    metrics = [_lines(run / "metrics.jsonl")[3] for run in (runs / "everywhere", layouts / name)]
+    assert metrics[0].keys() == metrics[1].keys()
+    assert "mone/shared/load_overlap/layer_4" in metrics[0]
 
 
 def test_every_recorded_number_is_documented(runs: Path) -> None:
