@@ -11,6 +11,7 @@ tests) soon all of it. A device can serve any number of groups, so all take the 
 from __future__ import annotations
 
 import datetime
+import os
 from typing import Any, ClassVar
 
 import torch.distributed.distributed_c10d as c10d
@@ -21,19 +22,21 @@ _Gloo: Any = c10d.ProcessGroupGloo
 class SharedDeviceGloo(_Gloo):
     """A gloo process group on the device of the first of them, which torch chose as it does."""
 
-    _devices: ClassVar[list[Any]] = []
+    # By process: a forked one has no thread for its parent's, which must not be closed there.
+    _devices: ClassVar[dict[int, list[Any]]] = {}
 
     def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
         """As torch constructs its own."""
-        if not self._devices:
+        devices = self._devices.get(os.getpid())
+        if devices is None:
             super().__init__(store, rank, size, timeout=timeout)
-            self._devices.extend(self.options._devices)
+            self._devices[os.getpid()] = list(self.options._devices)
             return
         options = _Gloo._Options()
         options._timeout = timeout
-        options._devices = self._devices
+        options._devices = devices
         # As torch has it: two workers a device.
-        options._threads = 2 * len(self._devices)
+        options._threads = 2 * len(devices)
         super().__init__(store, rank, size, options)
 
 

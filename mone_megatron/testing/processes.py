@@ -39,8 +39,8 @@ _READY = pickle.dumps((True, None))
 _START_SECONDS = 300.0
 # After one rank's failure, how long the others may take to report theirs.
 _GRACE_SECONDS = 0.5
-# gloo's threads outlive their groups, some ten a run, and each wakes a hundred times a second.
-_RUNS_BEFORE_RESTART = 16
+# gloo's threads outlive their groups, some thirty a run; they sleep, but take memory.
+_RUNS_BEFORE_RESTART = 32
 
 
 class RankFailedError(RuntimeError):

@@ -83,3 +83,36 @@ def test_groups_that_share_a_device_do_not_mix(two_processes: Processes) -> None
             common = [1.0 + 2 * number, 0.0, 1.0]
             assert mine == [*common, 0.0, 10.0, 0.0, 1.0]
             assert theirs == [*common, 1.0, 11.0, 0.0, 1.0]
+
+
+def test_a_forked_process_does_not_use_its_parents_device() -> None:
+    code = textwrap.dedent("""
+        import os
+        import torch
+        import torch.distributed as dist
+        from mone_megatron.parallel.gloo import share_gloo_devices
+
+        def use_a_group():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.all_reduce(torch.ones(1), group=dist.new_group([0]))
+            dist.destroy_process_group()
+
+        share_gloo_devices()
+        use_a_group()
+        child = os.fork()
+        if child == 0:
+            use_a_group()
+            from torch.distributed.distributed_c10d import ProcessGroupGloo
+            os._exit(len(ProcessGroupGloo._devices))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    # Its own beside its parent's.
+    assert done.stdout.strip() == "2"
