@@ -13,7 +13,7 @@ ARGS       ?=
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart ablation test test-slow faults slurm-test lint bench clean
+.PHONY: quickstart claims ablation test test-slow faults slurm-test lint bench clean
 
 quickstart: $(VENV)/installed
 	$(TRAIN) experiment=quickstart_moe run.dir=$(RUNS)/moe
@@ -22,6 +22,11 @@ quickstart: $(VENV)/installed
 	@echo
 	@echo "Look at $(RUNS)/report.html and $(RUNS)/comparison.png"
 	@echo "Each run's own report: $(RUNS)/moe/report.html, $(RUNS)/mone/report.html"
+
+# The paper's claims over five seeds (docs/results.md): an hour on two cores. What is trained stays.
+STUDIES ?= half_activated equal_activated dense keep_ratios scores balance activations
+claims: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py $(STUDIES) --jobs 2 $(ARGS)
 
 # One sweep and its comparison: make ablation NAME=keep_ratio EXPERIMENT=quickstart_mone ARGS=...
 ablation: $(VENV)/installed
