@@ -7,6 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mone_megatron.evaluation.command_line import (
+    add_placement,
+    check_at_least_1,
+    exit_status,
+    say,
+)
+
 _DESCRIPTION = """\
 Run models on text and count which experts and which neurons each token uses: load, co-activation,
 saturation against the final checkpoint and between adjacent tokens, specialisation on tokens and
@@ -64,17 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     record.add_argument("--num-experts", type=int, help="of a layer, for traces of Megatron-LM")
 
     compute = parser.add_argument_group("computation")
-    compute.add_argument("--batch-size", type=int, default=8, help="windows at once (8)")
-    compute.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (CUDA if there)")
-    compute.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        help="auto: fp32 on a CPU, the model's own elsewhere",
-    )
-    compute.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that a model folder brings"
-    )
+    add_placement(compute)
 
     count = parser.add_argument_group("counting")
     count.add_argument("--min-count", type=int, default=8, help="occurrences for a share (8)")
@@ -90,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in (
+    check_at_least_1(
+        options,
         "seq_length",
         "max_tokens",
         "num_experts",
@@ -100,16 +98,9 @@ def _check(options: argparse.Namespace) -> None:
         "neuron_tokens",
         "neurons_together",
         "experts_together",
-    ):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {value} is too small; use 1 or more")
+    )
     if options.keep_ratio is not None and not 0 < options.keep_ratio <= 1:
         raise ValueError(f"--keep-ratio: {options.keep_ratio} is not in (0, 1]")
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -149,7 +140,7 @@ def _run(options: argparse.Namespace) -> None:
                 device=device,
                 trust_remote_code=options.trust_remote_code,
             ),
-            _say,
+            say,
         )
     limits = Limits(
         expert_tokens=options.expert_tokens,
@@ -159,7 +150,7 @@ def _run(options: argparse.Namespace) -> None:
         experts_together=options.experts_together,
     )
     header, results = analyze(
-        chosen, record, limits, keep=options.trace, num_experts=options.num_experts, say=_say
+        chosen, record, limits, keep=options.trace, num_experts=options.num_experts, say=say
     )
     how = {
         name: str(value) if isinstance(value, Path) else value
@@ -178,13 +169,7 @@ def _run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            print(f"analyze_run: {line}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("analyze_run", _run, options)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mone_megatron.evaluation.command_line import (
+    add_placement,
+    check_at_least_1,
+    exit_status,
+    labels_of,
+    say,
+)
+
 _DESCRIPTION = """\
 Measure any number of models on tasks of lm-evaluation-harness and by perplexity, with standard
 errors, and compare them with the first one. A model is a run of ours (its newest checkpoint), a
@@ -65,34 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--text-key", default="text", help="of JSON lines and Parquet (text)")
 
     compute = parser.add_argument_group("computation")
-    compute.add_argument("--batch-size", type=int, default=8, help="sequences at once (8)")
-    compute.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (CUDA if there)")
-    compute.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        help="auto: fp32 on a CPU, the model's own elsewhere",
-    )
-    compute.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that a model folder brings"
-    )
+    add_placement(compute)
     return parser
-
-
-def _labels(models: Sequence[str], given: Sequence[str] | None) -> list[str]:
-    """Names to show: the last parts of the paths, as many as tell them apart."""
-    if given is not None:
-        if len(given) != len(models):
-            raise ValueError(f"--labels: {len(given)} labels for {len(models)} models")
-        if len(set(given)) != len(given):
-            raise ValueError("--labels: give each model a label of its own")
-        return list(given)
-    parts = [Path(model).resolve().parts for model in models]
-    for count in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(part[-count:]) for part in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    raise ValueError("MODEL: one model is named twice; name it once")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -100,16 +82,9 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("MODEL: give at least one run, export or model")
     if not options.tasks and not options.perplexity:
         raise ValueError("--tasks, --perplexity: nothing to measure; give at least one")
-    for name in ("limit", "seq_length", "max_tokens", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {value} is too small; use 1 or more")
+    check_at_least_1(options, "limit", "seq_length", "max_tokens", "batch_size")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise ValueError(f"--num-fewshot: {options.num_fewshot} is negative; use 0 or more")
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -120,7 +95,7 @@ def _run(options: argparse.Namespace) -> None:
             print(f"wrote {path}")
         return
     _check(options)
-    labels = _labels(options.models, options.labels)
+    labels = labels_of(options.models, options.labels)
 
     from mone_megatron.extras import calm_bars, require
 
@@ -157,7 +132,7 @@ def _run(options: argparse.Namespace) -> None:
     )
     results = [
         evaluate.evaluate_model(
-            facts, label=label, tasks=tasks, corpora=text, settings=how, say=_say
+            facts, label=label, tasks=tasks, corpora=text, settings=how, say=say
         )
         for facts, label, text in zip(models, labels, texts, strict=True)
     ]
@@ -174,13 +149,7 @@ def _run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            print(f"eval_hf: {line}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("eval_hf", _run, options)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,13 @@ from mone_megatron.analysis.sparsification.plans import (
     check_shares,
     check_tops,
 )
+from mone_megatron.evaluation.command_line import (
+    add_placement,
+    check_at_least_1,
+    exit_status,
+    labels_of,
+    say,
+)
 
 _DESCRIPTION = """\
 Rank the neurons of every expert for every token, leave out the lowest 0 to 99%, and measure the
@@ -121,34 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         "--stream-memory", type=float, default=8.0, metavar="GB",
         help="of main memory for hidden states between layers (8)",
     )  # fmt: skip
-    compute.add_argument("--batch-size", type=int, default=8, help="sequences at once (8)")
-    compute.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (CUDA if there)")
-    compute.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        help="auto: fp32 on a CPU, the model's own elsewhere",
-    )
-    compute.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that a model folder brings"
-    )
+    add_placement(compute)
     return parser
-
-
-def _labels(models: Sequence[str], given: Sequence[str] | None) -> list[str]:
-    """Names to show: the last parts of the paths, as many as tell them apart."""
-    if given is not None:
-        if len(given) != len(models):
-            raise ValueError(f"--labels: {len(given)} labels for {len(models)} models")
-        if len(set(given)) != len(given):
-            raise ValueError("--labels: give each model a label of its own")
-        return list(given)
-    parts = [Path(model).resolve().parts for model in models]
-    for count in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(part[-count:]) for part in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    raise ValueError("MODEL: one model is named twice; name it once")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -161,10 +142,9 @@ def _check(options: argparse.Namespace) -> None:
     options.scores = check_scores(options.scores)
     options.shares = check_shares(options.shares)
     options.top = check_tops(options.top)
-    for name in ("limit", "seq_length", "max_tokens", "batch_size", "calibration_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {value} is too small; use 1 or more")
+    check_at_least_1(
+        options, "limit", "seq_length", "max_tokens", "batch_size", "calibration_tokens"
+    )
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise ValueError(f"--num-fewshot: {options.num_fewshot} is negative; use 0 or more")
     if options.seed < 0:
@@ -197,13 +177,9 @@ def _check_budget(options: argparse.Namespace) -> None:
         raise ValueError("--budget-shares: give at least one share above 0")
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _run(options: argparse.Namespace) -> None:
     _check(options)
-    labels = _labels(options.models, options.labels)
+    labels = labels_of(options.models, options.labels)
 
     # Only now: these take seconds to import.
     from mone_megatron.analysis.sparsification import output, study
@@ -284,8 +260,8 @@ def _run(options: argparse.Namespace) -> None:
     }
     results = open_results(options.output, settings)
     if len(results):
-        _say(f"{options.output}: going on with {len(results)} results")
-    found = [one.run(results, _say) for one in studies]
+        say(f"{options.output}: going on with {len(results)} results")
+    found = [one.run(results, say) for one in studies]
     files = output.write(options.output, found, settings)
     print(output.report(found))
     print()
@@ -295,13 +271,7 @@ def _run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            print(f"sparsify_hf: {line}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("sparsify_hf", _run, options)
 
 
 if __name__ == "__main__":

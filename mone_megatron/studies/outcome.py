@@ -10,7 +10,7 @@ from typing import Any
 
 from mone_megatron.analysis.runs import Run, load_run
 from mone_megatron.analysis.stats import Interval, mean_interval
-from mone_megatron.studies.runner import Place, places
+from mone_megatron.studies.runner import places
 from mone_megatron.studies.study import Study
 
 METRIC = "val_loss"
@@ -122,6 +122,3 @@ def _variant(
         parameters=run.summary.parameters["total"],
         activated=run.summary.parameters["activated_gate_counted"],
     )
-
-
-__all__ = ["METRIC", "Outcome", "Place", "Variant", "read_outcome"]

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mone_megatron.analysis.formatting import format_duration
-from mone_megatron.config.load import compose, from_yaml
+from mone_megatron.config.load import from_yaml
 from mone_megatron.config.schema import Config
 from mone_megatron.studies.study import Study, folder_of
 
@@ -60,8 +60,7 @@ def check_settings(study: Study, runs: Sequence[Place]) -> None:
     for run in runs:
         if not (run.folder / "config.yaml").is_file():
             continue
-        config = compose([*_arguments(study, run.variant, run.folder), f"train.seed={run.seed}"])
-        if difference := _difference(config, run.folder):
+        if difference := _difference(_config(study, run), run.folder):
             raise ValueError(
                 f"{run.folder}: was made with {difference}; remove it, or give another --output"
             )
@@ -79,7 +78,7 @@ def link_same(study: Study, runs: Sequence[Place], pool: Path) -> int:
     for run in runs:
         if run.done or run.folder.exists():
             continue
-        config = compose([*_arguments(study, run.variant, run.folder), f"train.seed={run.seed}"])
+        config = _config(study, run)
         for other in sorted(pool.glob(f"*/*/seed_{run.seed}")):
             if Place("", run.seed, other).done and _difference(config, other) is None:
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +86,12 @@ def link_same(study: Study, runs: Sequence[Place], pool: Path) -> int:
                 linked += 1
                 break
     return linked
+
+
+def _config(study: Study, run: Place) -> Config:
+    """What a run trains with, but for the keys of ``_FREE``."""
+    config = study.configs[run.variant]
+    return replace(config, train=replace(config.train, seed=run.seed))
 
 
 def _difference(config: Config, folder: Path) -> str | None:

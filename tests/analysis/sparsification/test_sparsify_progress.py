@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from mone_megatron.analysis.sparsification import progress
+from mone_megatron import progress
 from mone_megatron.analysis.sparsification.progress import WorkProgress
 
 

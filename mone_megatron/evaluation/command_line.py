@@ -1,0 +1,73 @@
+"""What the command lines that measure models share. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def add_placement(group: argparse._ArgumentGroup) -> None:
+    """The options that say how a model is loaded and where it computes."""
+    group.add_argument("--batch-size", type=int, default=8, help="sequences at once (8)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (CUDA if there)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="auto: fp32 on a CPU, the model's own elsewhere",
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that a model folder brings"
+    )
+
+
+def check_at_least_1(options: argparse.Namespace, *names: str) -> None:
+    """Check the options of these names that are given.
+
+    Raises:
+        ValueError: naming the one that is smaller.
+    """
+    for name in names:
+        value = vars(options)[name]
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {value} is too small; use 1 or more")
+
+
+def exit_status(
+    tool: str, run: Callable[[argparse.Namespace], None], options: argparse.Namespace
+) -> int:
+    """Run a tool: 0, or 2 for what cannot be done, with a line for each reason."""
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"{tool}: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def say(message: str) -> None:
+    """Tell the user how far it is, apart from the results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def labels_of(models: Sequence[str], given: Sequence[str] | None) -> list[str]:
+    """Names to show: those given, or the last parts of the paths, as many as tell them apart.
+
+    Raises:
+        ValueError: for another number of labels, or a label or model that is there twice.
+    """
+    if given is not None:
+        if len(given) != len(models):
+            raise ValueError(f"--labels: {len(given)} labels for {len(models)} models")
+        if len(set(given)) != len(given):
+            raise ValueError("--labels: give each model a label of its own")
+        return list(given)
+    parts = [Path(model).resolve().parts for model in models]
+    for count in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(part[-count:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ValueError("MODEL: one model is named twice; name it once")
