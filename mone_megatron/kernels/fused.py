@@ -40,7 +40,7 @@ from mone_megatron.kernels.triton_select import activation_kernel, topk_mask_ker
 # Widest row that one program holds.
 MAX_NEURONS = 16384
 _DTYPES = (torch.bfloat16, torch.float32)
-_NAMES = {activate: name for name, activate in ACTIVATIONS.items()}
+ACTIVATION_NAMES = {activate: name for name, activate in ACTIVATIONS.items()}
 # Programs that add up the balance sums: enough to fill a GPU, few enough that their partial sums
 # are small beside the rows.
 _SUMMING_PROGRAMS = 1024
@@ -66,7 +66,7 @@ def supports(gate_TF: Tensor, up_TF: Tensor, activate: Activate) -> bool:
         gate_TF.dtype in _DTYPES
         and up_TF.dtype is gate_TF.dtype
         and gate_TF.shape[-1] <= MAX_NEURONS
-        and activate in _NAMES
+        and activate in ACTIVATION_NAMES
     )
 
 
@@ -350,7 +350,7 @@ def fused_glu(
     """
     if isinstance(keep, TopK) and keep.k >= gate_TF.shape[-1]:
         keep = None
-    settings = _Settings(_NAMES[activate], keep, sums)
+    settings = _Settings(ACTIVATION_NAMES[activate], keep, sums)
     outputs: tuple[Tensor, Tensor | None, Tensor | None] = _FusedGLU.apply(
         gate_TF, up_TF, scale_T, settings, packed
     )

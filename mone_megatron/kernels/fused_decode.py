@@ -13,8 +13,13 @@ import torch
 import triton
 from torch import Tensor
 
-from mone_megatron.kernels.fused import given_scores, launch_shape, supports
-from mone_megatron.kernels.reference import ACTIVATIONS, Activate, TopK
+from mone_megatron.kernels.fused import (
+    ACTIVATION_NAMES,
+    given_scores,
+    launch_shape,
+    supports,
+)
+from mone_megatron.kernels.reference import Activate, TopK
 from mone_megatron.kernels.triton_decode import (
     choose_kernel,
     down_kernel,
@@ -27,7 +32,6 @@ DOT_ROWS, DOT_BLOCK, DOT_WARPS = 4, 512, 2
 # Rows and lanes of one that adds rows up, and in how many parts a slot's rows are added.
 SUM_ROWS, SUM_BLOCK, SUM_WARPS = 16, 128, 4
 PARTS = 2
-_NAMES = {activate: name for name, activate in ACTIVATIONS.items()}
 
 __all__ = ["sparse_experts", "supports"]
 
@@ -70,7 +74,7 @@ def sparse_experts(
 
     gate_SF = project(gate_EFH)
     up_SF = project(up_EFH) if keep.score == "abs_product" else None
-    activation = _NAMES[activate]
+    activation = ACTIVATION_NAMES[activate]
     scores_SF = given_scores(gate_SF, gate_SF if up_SF is None else up_SF, keep.score, activation)
     chosen_SK = new(slots, kept, dtype=torch.int32)
     weight_SK = new(slots, kept, dtype=torch.float32)

@@ -28,19 +28,28 @@ from mone_megatron.kernels.triton_select import activation, largest, neuron_scor
 
 @triton.jit
 def _dot_rows(
-    row_R: tl.tensor,
-    inside_R: tl.tensor,
+    tokens: tl.tensor,
+    weight: tl.tensor,
     token: tl.tensor,
+    expert: tl.tensor,
+    slot: tl.tensor,
+    neuron_R: tl.tensor,
+    inside_R: tl.tensor,
     hidden_size: tl.tensor,
+    expert_stride: tl.tensor,
+    neuron_stride: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """fp32 products of some rows (pointers) and a token (a pointer), ``[R]``."""
+    """fp32 products of a slot's token and the rows of some neurons of its expert, ``[R]``."""
+    base = weight + tl.load(expert + slot).to(tl.int64) * expert_stride
+    row_R = base + neuron_R.to(tl.int64) * neuron_stride
+    start = tokens + tl.load(token + slot).to(tl.int64) * hidden_size
     lane_N = tl.arange(0, BLOCK)
     sum_RN = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     for first in range(0, hidden_size, BLOCK):
         inside_N = first + lane_N < hidden_size
-        token_N = tl.load(token + first + lane_N, mask=inside_N, other=0.0).to(tl.float32)
+        token_N = tl.load(start + first + lane_N, mask=inside_N, other=0.0).to(tl.float32)
         weight_RN = tl.load(
             row_R[:, None] + (first + lane_N)[None, :],
             mask=inside_R[:, None] & inside_N[None, :],
@@ -70,10 +79,10 @@ def project_kernel(
     slot = tl.program_id(0)
     neuron_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside_R = neuron_R < neurons
-    base = weight + tl.load(expert + slot).to(tl.int64) * expert_stride
-    row_R = base + neuron_R.to(tl.int64) * neuron_stride
-    start = tokens + tl.load(token + slot).to(tl.int64) * hidden_size
-    value_R = _dot_rows(row_R, inside_R, start, hidden_size, ROWS, BLOCK)
+    value_R = _dot_rows(
+        tokens, weight, token, expert, slot, neuron_R, inside_R,
+        hidden_size, expert_stride, neuron_stride, ROWS, BLOCK,
+    )  # fmt: skip
     place_R = values + slot.to(tl.int64) * neurons + neuron_R
     tl.store(place_R, value_R.to(values.dtype.element_ty), mask=inside_R)
 
@@ -144,10 +153,10 @@ def up_kernel(
     inside_R = place_R < k
     place_R = slot.to(tl.int64) * k + place_R
     neuron_R = tl.load(chosen + place_R, mask=inside_R, other=0)
-    base = weight + tl.load(expert + slot).to(tl.int64) * expert_stride
-    row_R = base + neuron_R.to(tl.int64) * neuron_stride
-    start = tokens + tl.load(token + slot).to(tl.int64) * hidden_size
-    up_R = _dot_rows(row_R, inside_R, start, hidden_size, ROWS, BLOCK)
+    up_R = _dot_rows(
+        tokens, weight, token, expert, slot, neuron_R, inside_R,
+        hidden_size, expert_stride, neuron_stride, ROWS, BLOCK,
+    )  # fmt: skip
     weight_R = tl.load(weights + place_R, mask=inside_R, other=0.0)
     tl.store(weights + place_R, weight_R * up_R, mask=inside_R)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mone_megatron.model import cross_entropy
 from mone_megatron.model.cross_entropy import vocab_parallel_cross_entropy
+from mone_megatron.planning.memory import LOSS_BLOCK
 from mone_megatron.testing.processes import Processes
 
 
@@ -122,3 +123,8 @@ def test_a_vocabulary_over_two_ranks(two_processes: Processes) -> None:
     gradient = torch.cat([first, second], dim=-1)
     torch.testing.assert_close(gradient[:, :40], expected[1], rtol=1e-5, atol=1e-6)
     assert torch.equal(gradient[:, 40:], torch.zeros(11, 8))
+
+
+def test_the_planner_counts_the_blocks_of_a_gpu() -> None:
+    # It imports no torch, so it holds the number itself.
+    assert cross_entropy._ON_GPU == LOSS_BLOCK
