@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from evaluation_helpers import TEXT, Main, load_tool
+from evaluation_helpers import TEXT
 
 from mone_megatron.testing.launch import run_layouts
+from mone_megatron.testing.tools import Main, load_tool
 
 Models = tuple[Path, Path]
 

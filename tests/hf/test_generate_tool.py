@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from hf_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.tools import load_tool
 
 PROMPTS = ["import os\n", "def f(x):"]
 
@@ -23,9 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Pat
 
 
 def generate(*arguments: object) -> int:
-    main = runpy.run_path(str(REPOSITORY / "tools" / "generate.py"))["main"]
-    code: int = main([str(argument) for argument in arguments])
-    return code
+    return load_tool("generate")([str(argument) for argument in arguments])
 
 
 def expected(folder: Path, prompt: str, new_tokens: int) -> str:

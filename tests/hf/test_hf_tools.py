@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mone_megatron.testing.launch import REPOSITORY, run_layouts
+from mone_megatron.testing.tools import load_tool
 
 _QUICK = ["device=cpu", "logging.report=false", "logging.wandb.mode=disabled", "train.steps=3"]
 
@@ -89,8 +89,7 @@ def test_bad_input_gets_one_line(
     message: str,
 ) -> None:
     known = {"RUN": str(run / "first"), "x": str(tmp_path / "x")}
-    main = runpy.run_path(str(REPOSITORY / "tools" / f"{name}.py"))["main"]
-    assert main([known.get(argument, argument) for argument in arguments]) == 2
+    assert load_tool(name)([known.get(argument, argument) for argument in arguments]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert errors[0].startswith("error: ")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,22 +30,15 @@ from mone_megatron.planning.plan import (
 from mone_megatron.planning.prediction import Work, layer_work, output_work
 from mone_megatron.planning.search import search
 from mone_megatron.planning.shards import layer_kinds
+from mone_megatron.testing.tools import Main, load_tool
 
 TOOL = CONF_DIR.parent / "tools" / "plan.py"
 EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
 
-Main = Callable[[Sequence[str]], int]
-
 
 @pytest.fixture(scope="module")
 def main() -> Main:
-    spec = importlib.util.spec_from_file_location("plan_tool", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function: Main = module.main
-    return function
+    return load_tool("plan")
 
 
 def plan_of(overrides: Sequence[str], gpus: int | None = None, gpu: str = "H100") -> Plan:

@@ -1,5 +1,7 @@
 """Sets of neurons as bits: eight in a byte, the lowest neuron in the lowest bit.
 
+As :func:`mone_megatron.kernels.packed.pack_bits` makes them.
+
 Shape suffixes: R rows, F neurons of an expert, B bytes that hold their bits.
 """
 
@@ -7,8 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 Bits = npt.NDArray[np.uint8]
 
@@ -16,13 +16,6 @@ Bits = npt.NDArray[np.uint8]
 def packed_bytes(neurons: int) -> int:
     """B: bytes for ``neurons`` bits."""
     return -(-neurons // 8)
-
-
-def pack(mask_RF: Tensor) -> Tensor:
-    """``[..., F]`` bool to ``[..., B]`` uint8 on its device; the last byte is filled with zeros."""
-    filled = torch.nn.functional.pad(mask_RF, (0, -mask_RF.shape[-1] % 8))
-    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=mask_RF.device)
-    return (filled.unflatten(-1, (-1, 8)) * powers).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack(bits_RB: Bits, neurons: int) -> Bits:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from mone_megatron.analysis.routing.bits import pack
 from mone_megatron.analysis.routing.trace import (
     LayerShape,
     Routing,
@@ -37,6 +36,7 @@ from mone_megatron.hf.experts_mone import (
     experts_modules,
     has_own_gate,
 )
+from mone_megatron.kernels.packed import pack_bits
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -104,7 +104,7 @@ class _Watched:
         else:
             # By |g| or g, which need no activation.
             mask_RF = watched.mask(gate_RF, up_RF, F.silu)
-        self.kept_RB, self.neurons = pack(mask_RF), int(mask_RF.shape[-1])
+        self.kept_RB, self.neurons = pack_bits(mask_RF), int(mask_RF.shape[-1])
         return hidden_RF * mask_RF if self._selects else hidden_RF
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mone_megatron.analysis.routing.bits import pack
 from mone_megatron.analysis.routing.trace import (
     LayerShape,
     Routing,
@@ -18,6 +17,7 @@ from mone_megatron.analysis.routing.trace import (
     TraceHeader,
     TraceWriter,
 )
+from mone_megatron.kernels.packed import pack_bits
 
 
 def make_trace(
@@ -49,7 +49,7 @@ def make_trace(
             bits = None
             if kept:
                 mask = [[[c == "1" for c in text] for text in row] for row in kept[layer]]
-                bits = pack(torch.tensor(mask)).numpy()[part]
+                bits = pack_bits(torch.tensor(mask)).numpy()[part]
             weights = np.full(experts_NK.shape, 1 / experts_NK.shape[1], np.float32)
             routings[layer] = Routing(experts_NK, weights, bits)
         writer.add(Tokens(ids_N[part], windows_N[part], domains_N[part]), routings)

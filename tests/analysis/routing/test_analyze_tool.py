@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,20 +15,14 @@ from routing_traces import make_trace
 
 from mone_megatron.config.load import CONF_DIR
 from mone_megatron.testing.launch import run_layouts
+from mone_megatron.testing.tools import Main, load_tool
 
 TOOL = CONF_DIR.parent / "tools" / "analyze_run.py"
-Main = Callable[[Sequence[str]], int]
 
 
 @pytest.fixture(scope="module")
 def main() -> Main:
-    spec = importlib.util.spec_from_file_location("analyze_run_tool", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function: Main = module.main
-    return function
+    return load_tool("analyze_run")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mone_megatron.analysis.routing.bits import count, pack, packed_bytes, unpack
+from mone_megatron.analysis.routing.bits import count, packed_bytes, unpack
 from mone_megatron.analysis.routing.counting import (
     coactivation_counts,
     conditional,
@@ -21,6 +21,7 @@ from mone_megatron.analysis.routing.counting import (
     kept_together,
     shared_experts,
 )
+from mone_megatron.kernels.packed import pack_bits
 
 # Four tokens, two of three experts each.
 EXPERTS = np.array([[0, 1], [0, 2], [1, 0], [2, 0]])
@@ -29,7 +30,7 @@ EXPERTS = np.array([[0, 1], [0, 2], [1, 0], [2, 0]])
 def bits(*rows: str) -> np.typing.NDArray[np.uint8]:
     """Rows of 0 and 1, the first neuron first."""
     mask = torch.tensor([[character == "1" for character in row] for row in rows])
-    return pack(mask).numpy()
+    return pack_bits(mask).numpy()
 
 
 def test_expert_counts_by_hand() -> None:
@@ -93,7 +94,7 @@ def test_counts_equal_loops_over_tokens(seed: int, experts: int, neurons: int) -
         np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]) for _ in range(2)
     )
     mask = rng.random((2, tokens, top_k, neurons)) < 0.4
-    kept = pack(torch.from_numpy(mask)).numpy()
+    kept = pack_bits(torch.from_numpy(mask)).numpy()
     assert kept.shape[-1] == packed_bytes(neurons)
     npt.assert_array_equal(unpack(kept, neurons), mask)
     npt.assert_array_equal(count(kept), mask.sum(axis=-1))
@@ -128,7 +129,7 @@ def test_counts_equal_loops_over_tokens(seed: int, experts: int, neurons: int) -
 
 
 def test_many_rows_of_few_groups() -> None:
-    kept = pack(torch.ones(700, 3, dtype=torch.bool)).numpy()
+    kept = pack_bits(torch.ones(700, 3, dtype=torch.bool)).numpy()
     groups = np.repeat([2, 0, -1], [511, 179, 10])
     npt.assert_array_equal(kept_counts(groups, kept, 3, 3), [[179] * 3, [0] * 3, [511] * 3])
     assert kept_counts(groups[:0], kept[:0], 2, 3).tolist() == [[0] * 3] * 2
@@ -138,6 +139,6 @@ def test_many_rows_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     rng = np.random.default_rng(0)
     mask = torch.from_numpy(rng.random((50, 10)) < 0.5)
     groups = rng.integers(0, 3, 50)
-    whole = kept_counts(groups, pack(mask).numpy(), 3, 10)
+    whole = kept_counts(groups, pack_bits(mask).numpy(), 3, 10)
     monkeypatch.setattr("mone_megatron.analysis.routing.counting._UNPACKED", 70)
-    npt.assert_array_equal(kept_counts(groups, pack(mask).numpy(), 3, 10), whole)
+    npt.assert_array_equal(kept_counts(groups, pack_bits(mask).numpy(), 3, 10), whole)

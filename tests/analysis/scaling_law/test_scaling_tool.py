@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.image
@@ -17,6 +16,7 @@ from scaling_tables import FLAME, build_table
 
 from mone_megatron.analysis.scaling_law.law import Law
 from mone_megatron.analysis.scaling_law.table import Table
+from mone_megatron.testing.tools import Main, load_tool
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOL = ROOT / "tools" / "scaling_law.py"
@@ -24,18 +24,10 @@ QUICK = ("--starts", "30", "--bootstrap", "20", "--folds", "3", "--quiet")
 # The fit alone.
 BARE = ("--starts", "20", "--bootstrap", "0", "--folds", "0", "--holdout", "0", "--quiet")
 
-Main = Callable[[Sequence[str]], int]
-
 
 @pytest.fixture(scope="module")
 def main() -> Main:
-    spec = importlib.util.spec_from_file_location("scaling_law_tool", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function: Main = module.main
-    return function
+    return load_tool("scaling_law")
 
 
 def write(path: Path, table: Table) -> Path:

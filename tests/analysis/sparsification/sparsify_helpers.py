@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,8 @@ from mone_megatron.analysis.sparsification.engine import Text
 from mone_megatron.analysis.sparsification.places import choose_targets
 from mone_megatron.analysis.sparsification.plans import Plan
 from mone_megatron.analysis.sparsification.resident import ResidentEngine
-from mone_megatron.config.load import CONF_DIR
+from mone_megatron.testing.tools import Main, load_tool
 
-Main = Callable[[Sequence[str]], int]
 # A text that is on every machine.
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 
@@ -46,11 +44,4 @@ def losses(engine: ResidentEngine, plans: Sequence[Plan], text: Text) -> list[fl
 
 def load_sparsify_tool() -> Main:
     """``main`` of ``tools/sparsify_hf.py``."""
-    path = CONF_DIR.parent / "tools" / "sparsify_hf.py"
-    spec = importlib.util.spec_from_file_location("sparsify_hf_tool", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function: Main = module.main
-    return function
+    return load_tool("sparsify_hf")
