@@ -47,6 +47,13 @@ def _positive(text: str) -> int:
     return number
 
 
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=_DESCRIPTION,
@@ -73,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     place.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     place.add_argument(
-        "--threads", type=int, default=1, help="of torch; 0 for one a core (default 1)"
+        "--threads", type=_not_negative, default=1, help="of torch; 0 for one a core (default 1)"
     )
     sizes = argparse.ArgumentParser(add_help=False)
     sizes.add_argument("--hidden", type=_positive, default=1024, help="h (default 1024)")

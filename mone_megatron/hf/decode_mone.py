@@ -25,6 +25,7 @@ from mone_megatron.hf.experts_mone import (
     experts_modules,
     has_own_gate,
     mone_experts_forward,
+    selects,
     settings_of,
 )
 from mone_megatron.kernels.decode import ExpertWeights, sparse_experts, speed_limit
@@ -79,7 +80,7 @@ def speeds_up(model: PreTrainedModel, chosen: int) -> bool:
     """Whether ``mone_sparse`` pays for one token of this model, which takes ``chosen`` experts."""
     modules = [cast(ExpertsModule, module) for module in experts_modules(model)]
     return bool(modules) and all(
-        getattr(experts.config, "mone", None)
+        selects(experts)
         and unsupported(experts) is None
         and _worth_it(experts, settings_of(experts), 1, chosen)
         for experts in modules

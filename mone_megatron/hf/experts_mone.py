@@ -126,20 +126,24 @@ class NeuronSettings:
         return hidden_TF * self.mask(gate_TF, up_TF, activate)
 
 
+def selects(experts: ExpertsModule) -> bool:
+    """Whether ``config.mone`` holds settings of the selection."""
+    return bool(getattr(experts.config, "mone", None))
+
+
 def settings_of(experts: ExpertsModule) -> NeuronSettings:
     """What ``config.mone`` says for these experts.
 
     Raises:
         ValueError: when it is not set, or the experts have no gate to select by.
     """
-    settings = getattr(experts.config, "mone", None)
-    if not settings:
+    if not selects(experts):
         raise ValueError(
             "config.mone is not set: call mone_megatron.hf.enable_mone(model, keep_ratio=...)"
         )
     if not experts.has_gate:
         raise ValueError(f"{type(experts).__name__} has no gate projection to select by")
-    return NeuronSettings.from_config(settings)
+    return NeuronSettings.from_config(experts.config.mone)
 
 
 def has_own_gate(experts: ExpertsModule) -> bool:

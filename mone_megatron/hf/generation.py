@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,16 @@ from transformers import PreTrainedModel, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from mone_megatron.hf.decode_mone import MONE_SPARSE, speeds_up
-from mone_megatron.hf.experts_mone import experts_modules
+from mone_megatron.hf.experts_mone import (
+    MONE,
+    MONE_BATCHED,
+    ExpertsModule,
+    experts_modules,
+    selects,
+)
+
+# Ways to compute experts that need settings of the selection.
+SELECTING = (MONE, MONE_BATCHED, MONE_SPARSE)
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,22 @@ def choose_experts(model: PreTrainedModel, wanted: str) -> str:
             model selects neurons and that pays, else as the model is.
 
     Raises:
-        ValueError: for an unknown name, or experts of a dense model.
+        ValueError: for experts of a dense model, or selection in a model without settings for it.
     """
     if wanted == "auto":
         chosen = getattr(model.config, "num_experts_per_tok", None)
         if chosen is None or not speeds_up(model, chosen):
             return "as the model has them"
-        wanted = MONE_SPARSE
-    elif not experts_modules(model):
+        model.set_experts_implementation(MONE_SPARSE)
+        return MONE_SPARSE
+    modules = experts_modules(model)
+    if not modules:
         raise ValueError(f"--experts: {type(model).__name__} has no experts to compute by {wanted}")
+    if wanted in SELECTING and not all(selects(cast(ExpertsModule, each)) for each in modules):
+        raise ValueError(
+            f"--experts: {wanted} selects neurons, and {type(model).__name__} has no settings for "
+            "that (config.mone); use auto, grouped_mm or batched_mm"
+        )
     model.set_experts_implementation(wanted)
     return wanted
 

@@ -140,3 +140,11 @@ def test_without_settings_it_says_what_to_call() -> None:
     with pytest.raises(ValueError, match="enable_mone"), torch.no_grad():
         model(PROMPT)
     assert isinstance(model, nn.Module)
+
+
+def test_selection_is_not_chosen_for_a_model_without_settings() -> None:
+    with pytest.raises(ValueError, match=r"--experts: mone selects neurons.*use auto"):
+        choose_experts(random_model("mixtral"), "mone")
+    with pytest.raises(ValueError, match=r"--experts: .* has no experts to compute by grouped_mm"):
+        choose_experts(random_model("llama"), "grouped_mm")
+    assert choose_experts(random_model("mixtral"), "batched_mm") == "batched_mm"
