@@ -201,6 +201,9 @@ class WandbHook(Hook):
         # W&B's only switch for reporting its own errors, which holds up the end of the process for
         # 20 seconds when its servers do not answer.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # The service of a process that started this one (a notebook, a sweep) would outlive a run
+        # that fails to start, and take the offline one, of the same id, for it: all of it is lost.
+        os.environ.pop("WANDB_SERVICE", None)
         self.thread.start()
 
     def on_step(self, record: Record) -> None:

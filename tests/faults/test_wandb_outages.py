@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -21,6 +21,7 @@ from faults_helpers import SMALL, records, steps
 from faults_runs import attempt, pretrain
 from faults_table import Tally
 
+import wandb
 from mone_megatron.config.load import compose
 from mone_megatron.train.hooks import WandbHook
 
@@ -70,6 +71,17 @@ def credentials(fake: FakeWandb) -> dict[str, str]:
     }
 
 
+@contextmanager
+def outer_service() -> Iterator[None]:
+    """A W&B service of this process, which those it starts find in their environment."""
+    wandb.setup()
+    assert wandb.env.SERVICE in os.environ
+    try:
+        yield
+    finally:
+        wandb.teardown()
+
+
 # The one that tells who waited for whom.
 SHORT: tuple[Moment, Break] = ("start", "stalls")
 
@@ -82,7 +94,7 @@ def test_an_outage_neither_stops_nor_delays_training(
     if not full and (moment, kind) != SHORT:
         pytest.skip("with --faults-full")
     run = tmp_path / "run"
-    with fake_wandb() as fake:
+    with fake_wandb() as fake, outer_service():
         break_at(fake, moment, kind, run)
         ended = pretrain(
             *SMALL,
@@ -104,6 +116,7 @@ def test_an_outage_neither_stops_nor_delays_training(
             last = ended.said.index(f"step {STEPS}/{STEPS}")
             assert last < ended.said.index("WARNING: W&B")
         assert ended.said.count("WARNING: W&B") <= 1, ended.said
+        assert wandb.env.SERVICE not in os.environ
         assert recovered(run / "wandb") == {
             int(record["step"]): record["loss"] for record in records(run)
         }
