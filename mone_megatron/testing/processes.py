@@ -39,8 +39,6 @@ _READY = pickle.dumps((True, None))
 _START_SECONDS = 300.0
 # After one rank's failure, how long the others may take to report theirs.
 _GRACE_SECONDS = 0.5
-# gloo's threads outlive their groups, some thirty a run; they sleep, but take memory.
-_RUNS_BEFORE_RESTART = 32
 
 
 class RankFailedError(RuntimeError):
@@ -91,7 +89,6 @@ class Processes:
         self.size = size
         self.timeout_seconds = timeout_seconds
         self._workers: list[tuple[BaseProcess, Connection]] = []
-        self._runs = 0
 
     def __enter__(self) -> Processes:
         return self
@@ -108,11 +105,8 @@ class Processes:
             RankFailedError: when a rank raises, dies, or does not return in time.
         """
         try:
-            if self._runs == _RUNS_BEFORE_RESTART:
-                self.close()
             if not self._workers:
                 self._start()
-            self._runs += 1
             with tempfile.TemporaryDirectory() as folder:
                 rendezvous = f"file://{Path(folder, 'store')}"
                 message = pickle.dumps((function, args, kwargs, rendezvous, self.timeout_seconds))
@@ -130,7 +124,6 @@ class Processes:
             process.join()
             pipe.close()
         self._workers = []
-        self._runs = 0
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
