@@ -25,7 +25,7 @@ from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.decode_mone import mone_sparse_experts_forward
 from mone_megatron.hf.experts_mone import NeuronSettings, mone_experts_forward
 from mone_megatron.hf.modeling_mone import MoneExperts
-from mone_megatron.kernels.decode import speed_limit
+from mone_megatron.kernels.decode import linear_by_blocks, speed_limit
 
 # Steps over different tokens and experts, so that no step finds its weights in a cache.
 _DIFFERENT_STEPS = 16
@@ -77,14 +77,14 @@ def _experts(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> Mon
 
 
 def _loop(experts: nn.Module, tokens_NH: Tensor, index_NK: Tensor, probs_NK: Tensor) -> Tensor:
-    """Expert after expert, weights where they lie: what a careful CPU engine does."""
+    """Expert after expert, weights where they lie, on all threads: a careful CPU engine."""
     output_NH = torch.zeros_like(tokens_NH)
     gate_up, down = cast(Any, experts).gate_up_proj, cast(Any, experts).down_proj
     for expert in index_NK.unique().tolist():
         token, place = (index_NK == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(tokens_NH[token], gate_up[expert]).chunk(2, dim=-1)
+        gate, up = linear_by_blocks(tokens_NH[token], gate_up[expert]).chunk(2, dim=-1)
         hidden = F.silu(gate) * up * probs_NK[token, place].unsqueeze(-1)
-        output_NH.index_add_(0, token, F.linear(hidden, down[expert]))
+        output_NH.index_add_(0, token, linear_by_blocks(hidden, down[expert]))
     return output_NH
 
 

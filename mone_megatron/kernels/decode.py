@@ -13,22 +13,28 @@ that read each row once and copy none: ``torch.sparse.sampled_addmm`` is a dot p
 of a list, ``F.embedding_bag`` a weighted sum of rows. Inference only: no gradients.
 
 Shape suffixes: N tokens, K experts of a token, S slots (a token once for each of its experts), E
-experts, F neurons of one expert, H hidden size, M kept neurons of all slots.
+experts, F neurons of one expert, H hidden size, M kept neurons of all slots, B blocks of neurons;
+P kept neurons of one slot.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
+from math import gcd
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mone_megatron.kernels import ops
 from mone_megatron.kernels.reference import Activate, TopK, neuron_scores
+
+# Into how many blocks a matrix is cut: enough for a few threads. One thread loses nothing by it.
+_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -116,67 +122,120 @@ def sparse_experts(
                 keep,
                 activate,
             )
-    chosen = experts_NK.shape[-1]
-    # Slots of one expert beside each other, so that its rows are read once.
-    expert_S, order_S = experts_NK.flatten().sort(stable=True)
-    tokens_SH = tokens_NH[order_S // chosen]
+    tokens, chosen = experts_NK.shape
+    expert_S, token_S, order_S = experts_NK.flatten(), None, None
+    if tokens > 1:
+        # Slots of one expert beside each other, so that its rows are read once.
+        expert_S, order_S = expert_S.sort(stable=True)
+        token_S = order_S // chosen
+    tokens_SH = tokens_NH.expand(chosen, -1) if token_S is None else tokens_NH[token_S]
+    prob_S = probs_NK.flatten() if order_S is None else probs_NK.flatten()[order_S]
     gate_SF = _project(tokens_SH, expert_S, weights.gate_EFH)
-    activation_SF = activate(gate_SF)
     by_product = keep.score == "abs_product"
     up_SF = _project(tokens_SH, expert_S, weights.up_EFH) if by_product else gate_SF
-    mask_SF = ops.topk_mask(neuron_scores(gate_SF, up_SF, keep.score, activate), keep.k)
-    slot_M, neuron_M = mask_SF.nonzero().unbind(dim=-1)
-    counts_S = mask_SF.sum(dim=-1)
-    starts = F.pad(counts_S.cumsum(dim=0), (1, 0))
-    expert_M = expert_S[slot_M]
+    kept = _Kept.of(neuron_scores(gate_SF, up_SF, keep.score, activate), keep.k)
     if by_product:
-        up_M = up_SF[slot_M, neuron_M]
+        up_M = up_SF.take(kept.place_M)
     else:
-        rows_RH, row_M = _rows(weights.up_EFH, expert_M, neuron_M)
-        up_M = _dots(tokens_SH, rows_RH, row_M, starts)
-    # All neurons are weighted before some are taken: fewer small operations.
-    weight_SF = activation_SF * probs_NK.flatten()[order_S].unsqueeze(-1)
+        rows_RH, row_M = _rows(weights.up_EFH, expert_S, kept.neuron_SP)
+        up_M = _dots(tokens_SH, rows_RH, row_M, kept.start_S)
+    weight_SP = activate(gate_SF.take(kept.place_M)).view(-1, keep.k) * prob_S.unsqueeze(-1)
     # In the dtype of the tokens, as the reference rounds it.
-    hidden_M = (weight_SF[slot_M, neuron_M] * up_M).to(tokens_NH.dtype)
-    rows_RH, row_M = _rows(weights.down_EFH, expert_M, neuron_M)
+    hidden_M = (weight_SP.flatten() * up_M).to(tokens_NH.dtype)
+    rows_RH, row_M = _rows(weights.down_EFH, expert_S, kept.neuron_SP)
     output_SH = F.embedding_bag(
         row_M,
         rows_RH,
-        starts,
+        kept.start_S,
         mode="sum",
         per_sample_weights=hidden_M,
         include_last_offset=True,
     )
-    # Only a NaN keeps nothing.
-    output_SH.masked_fill_(counts_S.eq(0).unsqueeze(-1), torch.nan)
+    if kept.nan_S is not None:
+        output_SH.masked_fill_(kept.nan_S.unsqueeze(-1), torch.nan)
+    if order_S is None:
+        return output_SH.sum(dim=0, keepdim=True)
     unsorted_SH = torch.empty_like(output_SH).index_copy_(0, order_S, output_SH)
-    return unsorted_SH.view(-1, chosen, tokens_NH.shape[-1]).sum(dim=1)
+    return unsorted_SH.view(tokens, chosen, -1).sum(dim=1)
 
 
-def _runs(expert_S: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Each expert that has slots, with where they begin and end; slots are sorted by expert."""
-    experts, counts = expert_S.unique_consecutive(return_counts=True)
-    first = 0
-    for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-        yield expert, first, first + count
-        first += count
+@dataclass(frozen=True)
+class _Kept:
+    """The neurons that each slot keeps, as many for each: M is S times P."""
+
+    # In ``[S, F]``, counted through.
+    place_M: Tensor
+    neuron_SP: Tensor
+    # Where each slot's begin, and the last one's end.
+    start_S: Tensor
+    # Slots with a NaN among their scores, which keep nothing; None if there are none.
+    nan_S: Tensor | None
+
+    @classmethod
+    def of(cls, scores_SF: Tensor, k: int) -> _Kept:
+        slots, neurons = scores_SF.shape
+        place_M, nan_S = _threshold_places(scores_SF, k), None
+        if place_M is None:
+            mask_SF = ops.topk_mask(scores_SF, k)
+            nan_S = scores_SF.isnan().any(dim=-1)
+            # Any ``k`` of them: what comes out is overwritten.
+            mask_SF[nan_S] = torch.arange(neurons, device=mask_SF.device) < k
+            place_M = mask_SF.flatten().nonzero().squeeze(-1)
+        device = scores_SF.device
+        first_S1 = torch.arange(0, slots * neurons, neurons, device=device).unsqueeze(-1)
+        start_S = torch.arange(0, slots * k + 1, k, device=device)
+        return cls(place_M, place_M.view(slots, k) - first_S1, start_S, nan_S)
+
+
+def _threshold_places(scores_SF: Tensor, k: int) -> Tensor | None:
+    """Where the ``k`` largest of each row are; None where it takes more than a threshold to say.
+
+    With the caches full of weights every operation costs ten times what it otherwise does, so this
+    takes few.
+    """
+    if scores_SF.is_cuda:
+        return None
+    scores = scores_SF.detach().float().numpy()
+    rows, neurons = scores.shape
+    kth = np.partition(scores, neurons - k, axis=-1)[:, neurons - k, None]
+    places = np.flatnonzero(scores >= kth)
+    # A NaN is the largest score to numpy, so ties may hide it in the count; the sum shows it.
+    if len(places) != rows * k or np.isnan(scores.sum()):
+        return None
+    return torch.from_numpy(places)
+
+
+def linear_by_blocks(tokens_NH: Tensor, weight_FH: Tensor) -> Tensor:
+    """``tokens @ weight.T`` for a few tokens, ``[N, F]``.
+
+    The weight is taken as several blocks of rows: torch multiplies a vector by one matrix on one
+    thread, by several on all of them.
+    """
+    neurons, hidden = weight_FH.shape
+    blocks = gcd(neurons, _BLOCKS)
+    weight_BFH = weight_FH.view(blocks, neurons // blocks, hidden)
+    result_BNF = torch.bmm(tokens_NH.expand(blocks, -1, -1), weight_BFH.mT)
+    return result_BNF.transpose(0, 1).reshape(-1, neurons)
 
 
 def _project(tokens_SH: Tensor, expert_S: Tensor, weight_EFH: Tensor) -> Tensor:
     """``[S, F]``: each expert's matrix is read once, whatever the number of its slots."""
     result_SF = tokens_SH.new_empty(len(expert_S), weight_EFH.shape[1])
-    for expert, first, end in _runs(expert_S):
-        torch.mm(tokens_SH[first:end], weight_EFH[expert].T, out=result_SF[first:end])
+    end = 0
+    for expert, slots in groupby(expert_S.tolist()):
+        first, end = end, end + sum(1 for _ in slots)
+        result_SF[first:end] = linear_by_blocks(tokens_SH[first:end], weight_EFH[expert])
     return result_SF
 
 
-def _rows(weight_EFH: Tensor, expert_M: Tensor, neuron_M: Tensor) -> tuple[Tensor, Tensor]:
-    """All rows of the storage as one matrix, and the numbers of those that are wanted."""
+def _rows(weight_EFH: Tensor, expert_S: Tensor, neuron_SP: Tensor) -> tuple[Tensor, Tensor]:
+    """All rows of the storage as one matrix, and the numbers of those that are wanted, ``[M]``."""
     experts, neurons, hidden = weight_EFH.shape
     expert_step, neuron_step = (step // hidden for step in weight_EFH.stride()[:2])
     count = (experts - 1) * expert_step + (neurons - 1) * neuron_step + 1
     rows_RH = weight_EFH.as_strided((count, hidden), (hidden, 1))
-    return rows_RH, expert_M * expert_step + neuron_M * neuron_step
+    row_SP = (expert_S * expert_step).unsqueeze(-1) + neuron_SP * neuron_step
+    return rows_RH, row_SP.flatten()
 
 
 def _dots(tokens_SH: Tensor, rows_RH: Tensor, row_M: Tensor, starts: Tensor) -> Tensor:

@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mone_megatron.kernels import reference
-from mone_megatron.kernels.decode import ExpertWeights, sparse_experts, speed_limit
+from mone_megatron.kernels.decode import (
+    ExpertWeights,
+    linear_by_blocks,
+    sparse_experts,
+    speed_limit,
+)
 from mone_megatron.kernels.reference import Activate, Score, TopK
 
 SCORES: tuple[Score, ...] = ("abs_activation", "abs_gate", "signed_gate", "abs_product")
@@ -239,3 +244,14 @@ def test_triton_reads_no_other_rows_and_spreads_nan() -> None:
     output = run()
     assert output[1].isnan().all()
     assert torch.equal(output[0], expected[0])
+
+
+@pytest.mark.parametrize("neurons", [1, 7, 12, 64])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_blocks_of_rows_multiply_as_the_whole(neurons: int, tokens: int) -> None:
+    """Also of a weight whose rows lie between others'."""
+    both_FH = torch.randn(2 * neurons, 5, generator=torch.Generator().manual_seed(0))
+    tokens_NH = torch.randn(tokens, 5, generator=torch.Generator().manual_seed(1))
+    for weight_FH in (both_FH[:neurons], both_FH[::2]):
+        expected_NF = F.linear(tokens_NH, weight_FH)
+        torch.testing.assert_close(linear_by_blocks(tokens_NH, weight_FH), expected_NF)
