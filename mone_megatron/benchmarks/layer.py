@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mone_megatron.benchmarks.measure import Spread, finished, interleave, ratio
 from mone_megatron.benchmarks.select import topk_scatter
-from mone_megatron.kernels import ops, reference
+from mone_megatron.kernels import ops, reference, te_grouped
 from mone_megatron.kernels.reference import Packed, TopK, WeightSums
+from mone_megatron.model.specs import have_transformer_engine
 
 MOE = "MoE"
 # Gate and up [T, F] each to hidden values [T, F], and a loss beside the output's or None.
@@ -31,6 +32,7 @@ class _Way:
     gate: Gate
     # Kept values of a row in packed memory mode; 0 for the full mode.
     packed_width: int = 0
+    grouped_mm: Callable[[Tensor, Tensor, ops.RowGroups], Tensor] = ops.grouped_mm
 
 
 @dataclass(frozen=True)
@@ -113,19 +115,19 @@ class _Layer:
         chosen_NK = scores_NE.topk(shape.chosen, dim=-1).indices
         self.expert_T = chosen_NK.flatten().sort().values
         counts_E = torch.bincount(self.expert_T, minlength=shape.experts)
-        self.ends_E = counts_E.cumsum(0).to(torch.int32)
+        self.groups = ops.RowGroups.of(counts_E, device)
 
     def forward(self, way: _Way) -> tuple[Tensor, Tensor | None]:
         """The output ``[T, H]``, and a loss beside it."""
-        gate_up_TF = F.grouped_mm(self.rows_TH, self.gate_up.transpose(1, 2), offs=self.ends_E)
+        gate_up_TF = way.grouped_mm(self.rows_TH, self.gate_up.transpose(1, 2), self.groups)
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         packed = Packed(width=way.packed_width) if way.packed_width else None
         hidden_TF, extra = way.gate(gate_TF, up_TF, packed)
         del gate_up_TF, gate_TF, up_TF
         if packed is None:
-            return F.grouped_mm(hidden_TF, self.down, offs=self.ends_E), extra
+            return way.grouped_mm(hidden_TF, self.down, self.groups), extra
         with ops.rebuilt_when_needed(hidden_TF, packed):
-            return F.grouped_mm(hidden_TF, self.down, offs=self.ends_E), extra
+            return way.grouped_mm(hidden_TF, self.down, self.groups), extra
 
     def step(self, way: _Way) -> None:
         """Forward and backward; the gradients are thrown away."""
@@ -138,7 +140,8 @@ class _Layer:
 
     def saved_bytes(self, way: _Way) -> int:
         """Of the storages that autograd holds after the forward pass."""
-        known = (self.rows_TH, self.gate_up, self.down, self.probs_T, self.ends_E, self.expert_T)
+        known = [self.rows_TH, self.gate_up, self.down, self.probs_T, self.expert_T]
+        known += [self.groups.counts_E, self.groups.ends_E]
         outside = {tensor.untyped_storage().data_ptr() for tensor in known}
         held: dict[int, int] = {}
 
@@ -183,7 +186,7 @@ def _ways(layer: _Layer, shape: LayerShape, keep_ratio: float) -> dict[str, _Way
         mask_TF = F.silu(gate_TF.detach()).abs() > threshold
         return reference.selected_glu(gate_TF, up_TF, mask_TF, probs_T), None
 
-    return {
+    ways = {
         MOE: _Way(moe),
         "MoNE, selection alone": _Way(selected),
         "MoNE": _Way(balanced),
@@ -191,6 +194,16 @@ def _ways(layer: _Layer, shape: LayerShape, keep_ratio: float) -> dict[str, _Way
         "torch.topk + scatter": _Way(scattered),
         "a fixed threshold": _Way(above),
     }
+    if layer.rows_TH.is_cuda and have_transformer_engine():
+        # Not run here. Row counts are on the host, as after the alltoall dispatcher.
+        counts_E = layer.groups.counts_E.cpu()
+        ways["MoNE, Transformer Engine's products"] = _Way(
+            balanced,
+            grouped_mm=lambda rows_TI, weight_EIO, _: te_grouped.grouped_mm(
+                rows_TI, weight_EIO, counts_E
+            ),
+        )
+    return ways
 
 
 @torch.no_grad()

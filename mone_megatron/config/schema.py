@@ -378,6 +378,8 @@ class DeviceConfig:
     # "auto" takes the fastest kernels for the experts' neurons: Triton's on CUDA. "reference" is
     # plain torch, to compare with.
     kernels: Literal["auto", "reference"] = "auto"
+    # Whose matrix products the experts use; "transformer_engine" needs it installed, and CUDA.
+    grouped_gemm: Literal["torch", "transformer_engine"] = "torch"
     # Compute threads of one process on CPU; 0 shares the cores among the processes of the machine.
     threads: int = 0
     # Seconds without progress after which the run ends, naming the rank at fault.

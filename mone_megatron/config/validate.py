@@ -813,6 +813,14 @@ def _backend(
             f"parallel.context: {parallel.context} with model.attention=mla is not supported; "
             "use parallel.context=1"
         )
+    if config.device.grouped_gemm == "transformer_engine":
+        if cpu:
+            yield "device.grouped_gemm: Transformer Engine needs CUDA; use torch on a CPU"
+        elif not transformer_engine:
+            yield (
+                "device.grouped_gemm: Transformer Engine is not installed; use torch, or install "
+                "transformer_engine"
+            )
     if parallel.dispatcher == "flex":
         if cpu:
             yield "parallel.dispatcher: flex needs CUDA; use alltoall or allgather on a CPU"

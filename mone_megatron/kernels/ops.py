@@ -4,7 +4,8 @@
 * CPU in fp32: :mod:`.cpu`.
 * Everything else: the reference.
 
-:func:`use_kernels` turns the fast paths off; :func:`describe` says in words what is chosen.
+:func:`use_kernels` turns the fast paths off; :func:`describe` says in words what is chosen. The
+experts' matrix products are torch's, or Transformer Engine's where it is asked for.
 
 ``packed`` is the memory mode. None saves gate and up for the backward pass. With a ``Packed`` only
 the kept values of both and the mask as bits are saved (3.5 times less or better at r=1/4).
@@ -15,18 +16,21 @@ Shape suffixes: T tokens (rows), F neurons of one expert on this rank, S segment
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mone_megatron.kernels import cpu, reference
+from mone_megatron.kernels import cpu, reference, te_grouped
 from mone_megatron.kernels.packed import Outputs, packed_glu, rebuilt_when_needed
 from mone_megatron.kernels.reference import Activate, Keep, Packed, TopK, WeightSums
 
 __all__ = [
+    "RowGroups",
     "describe",
+    "grouped_mm",
     "rebuilt_when_needed",
     "selected_glu",
     "selected_glu_and_sums",
@@ -35,18 +39,27 @@ __all__ = [
 ]
 
 Kernels = Literal["auto", "reference"]
+GroupedGemm = Literal["torch", "transformer_engine"]
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 _chosen: Kernels = "auto"
+_grouped_gemm: GroupedGemm = "torch"
 
 
-def use_kernels(kernels: Kernels) -> None:
-    """For this process: the fastest of each operation (the default), or the reference."""
-    global _chosen
-    _chosen = kernels
+def use_kernels(kernels: Kernels, grouped_gemm: GroupedGemm = "torch") -> None:
+    """For this process: the fastest of each operation (the default), or the reference; and whose
+    grouped products.
+    """
+    global _chosen, _grouped_gemm
+    _chosen, _grouped_gemm = kernels, grouped_gemm
 
 
 def describe(device: torch.device) -> str:
     """What does the work on ``device``, for people."""
+    products = ", Transformer Engine's grouped GEMM" if _grouped_gemm != "torch" else ""
+    return _neurons(device) + products
+
+
+def _neurons(device: torch.device) -> str:
     if _chosen == "reference":
         return "reference kernels"
     if device.type == "cuda":
@@ -57,6 +70,31 @@ def describe(device: torch.device) -> str:
 def on_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels compute with ``tensor``."""
     return _chosen == "auto" and tensor.is_cuda and _HAVE_TRITON
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """How many rows each of E experts has; they lie expert after expert."""
+
+    # int64, on any device.
+    counts_E: Tensor
+    # int32, where each one's end, on the device of the rows.
+    ends_E: Tensor
+
+    @classmethod
+    def of(cls, counts_E: Tensor, device: torch.device) -> RowGroups:
+        """Of rows on ``device``."""
+        return cls(counts_E, counts_E.to(device).cumsum(0).to(torch.int32))
+
+
+def grouped_mm(rows_TI: Tensor, weight_EIO: Tensor, groups: RowGroups) -> Tensor:
+    """Each expert's rows times its matrix, ``[T, O]`` (I values in, O out).
+
+    ``weight_EIO`` is contiguous, or the transpose of a contiguous ``[E, O, I]``.
+    """
+    if _grouped_gemm == "transformer_engine":
+        return te_grouped.grouped_mm(rows_TI, weight_EIO, groups.counts_E)
+    return F.grouped_mm(rows_TI, weight_EIO, offs=groups.ends_E)
 
 
 def topk_mask(scores_TF: Tensor, k: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The routed experts of one rank: three weights a neuron, one grouped matrix product a projection.
 
 The same class is the MoE baseline (no neuron settings) and MoNE, on CPU and GPU, through
-``torch.nn.functional.grouped_mm``.
+:func:`mone_megatron.kernels.ops.grouped_mm`.
 
 A neuron k of expert e is three rows of length h: ``gate_up_weight[e, 0, k]`` (gate),
 ``gate_up_weight[e, 1, k]`` (up) and ``down_weight[e, k]``, each contiguous, so that tensor
@@ -14,7 +14,6 @@ this rank, E experts on this rank.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mone_megatron.kernels import ops
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 
 
@@ -112,11 +112,11 @@ class GroupedExperts(MegatronModule):
             return self.neuron_gate(gate_TF, up_TF, probs_T, segments) @ self.down_weight[0], None
 
         def project_down(hidden_TF: Tensor) -> Tensor:
-            return F.grouped_mm(hidden_TF, self.down_weight, offs=ends_E)
+            return ops.grouped_mm(hidden_TF, self.down_weight, groups)
 
-        ends_E = tokens_per_expert_E.to(tokens_TH.device).cumsum(0).to(torch.int32)
+        groups = ops.RowGroups.of(tokens_per_expert_E, tokens_TH.device)
         gate_up_EHF = self.gate_up_weight.flatten(1, 2).transpose(1, 2)
-        gate_up_TF = F.grouped_mm(tokens_TH, gate_up_EHF, offs=ends_E)
+        gate_up_TF = ops.grouped_mm(tokens_TH, gate_up_EHF, groups)
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         return self.neuron_gate(gate_TF, up_TF, probs_T, segments, project_down), None
 

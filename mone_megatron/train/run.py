@@ -199,7 +199,7 @@ def _run(
         build_here=True,
     )
     assert train_data is not None
-    ops.use_kernels(config.device.kernels)
+    ops.use_kernels(config.device.kernels, config.device.grouped_gemm)
     state = build_state(config, layout, device, data.vocab_size)
     parameters = count_parameters(config.model, config.mone, data.vocab_size)
     flops = flops_per_step(config, data.vocab_size)

@@ -280,6 +280,16 @@ def test_context_parallelism_needs_transformer_engine() -> None:
     assert line.startswith("train.seq_length: 254")
 
 
+def test_grouped_products_by_transformer_engine_need_it_and_a_gpu() -> None:
+    asked: dict[str, Any] = {"device__grouped_gemm": "transformer_engine"}
+    on_gpu = make(**asked, device__kind="cuda")
+    assert problems_of(on_gpu, 1, have_transformer_engine=True) == ()
+    (line,) = problems_of(on_gpu, 1, have_transformer_engine=False)
+    assert line.startswith("device.grouped_gemm: Transformer Engine is not installed; use torch")
+    (line,) = problems_of(make(**asked, device__kind="cpu"), 1, have_transformer_engine=True)
+    assert line == "device.grouped_gemm: Transformer Engine needs CUDA; use torch on a CPU"
+
+
 def test_flex_needs_deep_ep_and_something_to_exchange() -> None:
     flex: dict[str, Any] = {"parallel__dispatcher": "flex", "device__kind": "cuda"}
     (line,) = problems_of(make(**flex, parallel__expert=2), 2, have_deep_ep=False)
