@@ -10,9 +10,9 @@ from pathlib import Path
 _DESCRIPTION = """\
 Train every variant of a study with the same seeds, and compare the last validation losses seed by
 seed: means, differences to the reference and 95% intervals (Student's t), as a table, a picture
-and JSON. A study is a file, or the name of one of the paper's claims (--list). Runs that are there
-stay, those of another study with the same settings are linked, and a study that was stopped goes
-on where it was."""
+and JSON, and all together on a page, studies.html. A study is a file, or the name of one of the
+paper's claims (--list). Runs that are there stay, those of another study with the same settings
+are linked, and a study that was stopped goes on where it was."""
 
 _EPILOG = """\
 exit status: 0 done, 1 a run failed, 2 for what cannot be done
@@ -72,8 +72,10 @@ def _run(options: argparse.Namespace) -> None:
     studies = [replace(each, overrides=(*each.overrides, *options.set)) for each in studies]
     for study in studies:
         _ = study.configs  # all of them are checked before the first is trained
-    from mone_megatron.studies import outcome, output, runner
+    from mone_megatron.analysis.files import write_whole
+    from mone_megatron.studies import outcome, output, page, runner
 
+    outcomes: list[outcome.Outcome] = []
     for study in studies:
         folder = options.output / study.name
         if not options.report:
@@ -82,6 +84,10 @@ def _run(options: argparse.Namespace) -> None:
         print(output.markdown(found), end="\n\n")
         for path in output.write(found, folder):
             _say(f"wrote {path}")
+        # Anew after each, so that there is a page of what is done if this is stopped.
+        outcomes.append(found)
+        written = write_whole(options.output / page.PAGE_FILE, page.studies_page(outcomes))
+    _say(f"wrote {written}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -18,23 +19,39 @@ def _pm(interval: Interval, spec: str) -> str:
     return f"{interval.mean:{spec}} ± {interval.half_width:.4f}"
 
 
-def markdown(outcome: Outcome) -> str:
-    """A table: mean and 95% interval over seeds, and the difference to the reference."""
-    seeds = len(outcome.variants[0].seeds)
-    lines = [
-        f"**{outcome.question}** (`{outcome.name}`, {seeds} seeds, {outcome.tokens:,} tokens each)",
-        "",
-        f"| | parameters | activated | val_loss | less {outcome.reference}'s | |",
-        "|---|---|---|---|---|---|",
-    ]
-    for variant in outcome.variants:
-        difference = _pm(variant.difference, "+.4f") if variant.difference else ""
-        lines.append(
-            f"| {variant.name} | {format_count(variant.parameters)} | "
-            f"{format_count(variant.activated)} | {_pm(variant.mean, '.4f')} | {difference} | "
-            f"{variant.verdict} |"
+def table_rows(outcome: Outcome) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The header and a row a variant: mean with its 95% interval, difference to the reference."""
+    header = ("", "parameters", "activated", "val_loss", f"less {outcome.reference}'s", "")
+    return header, [
+        (
+            variant.name,
+            format_count(variant.parameters),
+            format_count(variant.activated),
+            _pm(variant.mean, ".4f"),
+            _pm(variant.difference, "+.4f") if variant.difference else "",
+            variant.verdict,
         )
-    return "\n".join(lines)
+        for variant in outcome.variants
+    ]
+
+
+def markdown(outcome: Outcome) -> str:
+    """The question, and the table."""
+    seeds = len(outcome.variants[0].seeds)
+    header, rows = table_rows(outcome)
+    # A bar would end the cell.
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    titles, *lines = (" ".join(["|", " | ".join(row), "|"]) for row in cells)
+    size = f"{seeds} seeds, {outcome.tokens:,} tokens each"
+    return "\n".join(
+        [
+            f"**{outcome.question}** (`{outcome.name}`, {size})",
+            "",
+            titles,
+            "|---" * len(header) + "|",
+            *lines,
+        ]
+    )
 
 
 def figure(outcome: Outcome) -> Figure:
@@ -42,6 +59,7 @@ def figure(outcome: Outcome) -> Figure:
     drawn = [variant for variant in outcome.variants if variant.difference is not None]
     reference = next(v for v in outcome.variants if v.name == outcome.reference)
     chart = new_figure()
+    chart.set_size_inches(12, 2.5 + 0.8 * len(drawn))
     axes = chart.subplots()
     for place, variant in enumerate(drawn):
         assert variant.difference is not None
@@ -69,7 +87,7 @@ def figure(outcome: Outcome) -> Figure:
     style_axes(axes)
     title_axes(
         axes,
-        outcome.question,
+        textwrap.fill(outcome.question, 62),
         f"{len(reference.seeds)} seeds (dots), mean and 95% interval; {outcome.tokens:,} tokens",
     )
     return chart

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from mone_megatron.analysis.stats import mean_interval
 from mone_megatron.studies.outcome import Outcome, Variant
 from mone_megatron.studies.output import figure, markdown
+from mone_megatron.studies.page import studies_page
 from mone_megatron.studies.study import CLAIMS_DIR, load_study
 from mone_megatron.testing.launch import REPOSITORY
 
@@ -122,6 +124,9 @@ def test_a_study_is_trained_gone_on_with_linked_and_reported(tmp_path: Path) -> 
     ]
     assert variants["MoNE 1/4"]["difference"]["mean"] == pytest.approx(sum(differences) / 2)
     assert (output / "small" / "study.png").stat().st_size > 1000
+    page = (output / "studies.html").read_text(encoding="utf-8")
+    assert f"wrote {output / 'studies.html'}" in done.stderr
+    assert page.count("data:image/png;base64,") == 1
     assert "| MoNE 1/4 |" in done.stdout
 
     # Another study with the same runs trains none of them.
@@ -188,5 +193,12 @@ def test_table_and_picture() -> None:
     table = markdown(outcome)
     assert "| r | 1.00K | 500 | 2.1000 ± 1.2706 |  | reference |" in table
     assert "| -0.1500 ± " in table
+    # A bar in a name would end its cell.
+    bars = replace(outcome, variants=(replace(outcome.variants[0], name="|a|"),))
+    assert "| \\|a\\| | 1.00K |" in markdown(bars)
+    page = studies_page([outcome, replace(outcome, name="y", question="A < B?")])
+    assert page.count("Loss against r: v: lower") + page.count("Loss against r: v: no diff") == 2
+    assert "A &lt; B?" in page
+    assert page.count("<img ") == 2
     labels = [text.get_text() for text in figure(outcome).axes[0].get_yticklabels()]
     assert labels == ["v"]

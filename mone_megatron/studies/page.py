@@ -1,0 +1,52 @@
+"""Several studies' outcomes on one page: ``studies.html``, self-contained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mone_megatron.analysis.page import Page, escape
+from mone_megatron.analysis.plots import png_data_uri
+from mone_megatron.studies.outcome import Outcome
+from mone_megatron.studies.output import figure, table_rows
+
+PAGE_FILE = "studies.html"
+
+
+def studies_page(outcomes: Sequence[Outcome]) -> str:
+    """The answers first, then each study's table and picture."""
+    page = Page("Studies")
+    page.heading_one("Studies")
+    page.note(
+        "Variants are trained with the same seeds and compared seed by seed: the mean difference "
+        "of the last validation losses with its 95% interval (Student's t). An answer is given "
+        "only where the interval does not hold 0; other sizes may answer otherwise."
+    )
+    page.table(
+        ["question", "answer", "seeds", "tokens a run"],
+        [
+            (outcome.question, _answer(outcome), str(_seeds(outcome)), f"{outcome.tokens:,}")
+            for outcome in outcomes
+        ],
+        wrap=True,
+    )
+    for outcome in outcomes:
+        note = f"{outcome.name}: {_seeds(outcome)} seeds, {outcome.tokens:,} tokens each"
+        page.heading(outcome.question, f"{note}; {outcome.hardware}")
+        header, rows = table_rows(outcome)
+        page.table(header, rows)
+        described = f"Each seed's difference to {outcome.reference}, means and intervals"
+        page.raw(
+            f'<img alt="{escape(described)}" style="max-width:100%;height:auto" '
+            f'src="{png_data_uri(figure(outcome))}">'
+        )
+    return page.render()
+
+
+def _seeds(outcome: Outcome) -> int:
+    return len(outcome.variants[0].seeds)
+
+
+def _answer(outcome: Outcome) -> str:
+    compared = [variant for variant in outcome.variants if variant.difference is not None]
+    told = "; ".join(f"{variant.name}: {variant.verdict}" for variant in compared)
+    return f"Loss against {outcome.reference}: {told}"
