@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mone_megatron.evaluation.command_line import (
@@ -25,6 +25,8 @@ A text is a run (its validation split), the prefix of a .bin/.idx pair, or a .tx
 .parquet file. Each is a domain of its own, unless --domain-field names what tells them apart.
 
 Writes routing.html (a page to explore, one file), analysis.json, tables in Parquet and figures."""
+
+_WINDOW = "tokens of a window (the model's, up to 2048); a run's samples keep theirs"
 
 _EPILOG = """\
 exit status: 0 analysed, 2 for what cannot be analysed
@@ -53,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "--domain-field", metavar="KEY", help="of JSON lines or Parquet: its values are the domains"
     )
     text.add_argument("--text-key", default="text", help="of JSON lines and Parquet (text)")
-    text.add_argument("--seq-length", type=int, help="tokens of a window (the model's, up to 2048)")
+    text.add_argument("--seq-length", type=int, help=_WINDOW)
     text.add_argument("--max-tokens", type=int, default=32768, help="of each domain (32768)")
 
     record = parser.add_argument_group("recording")
@@ -103,6 +105,24 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--keep-ratio: {options.keep_ratio} is not in (0, 1]")
 
 
+def _check_used(options: argparse.Namespace, kinds: Collection[str]) -> None:
+    """Refuse options that would be ignored.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if options.num_experts is not None and "megatron" not in kinds:
+        raise ValueError("--num-experts: of use with traces of Megatron-LM only; leave it out")
+    if "model" in kinds:
+        return
+    for name in ("text", "domain_field", "seq_length", "keep_ratio", "score"):
+        if vars(options)[name]:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: traces hold what was read and chosen; leave it out, "
+                "or give a model"
+            )
+
+
 def _run(options: argparse.Namespace) -> None:
     _check(options)
 
@@ -112,13 +132,25 @@ def _run(options: argparse.Namespace) -> None:
     # Only now: these take seconds to import.
     from mone_megatron.analysis.routing.explorer import write_explorer
     from mone_megatron.analysis.routing.figures import write_figures
-    from mone_megatron.analysis.routing.output import Analysis, text_report, write_analysis
+    from mone_megatron.analysis.routing.output import (
+        Analysis,
+        check_folder,
+        text_report,
+        write_analysis,
+    )
     from mone_megatron.analysis.routing.statistics import Limits
     from mone_megatron.analysis.routing.subjects import Traced, analyze, subjects
 
+    how = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+    }
+    check_folder(options.output, how)
     chosen = subjects(options.models)
+    kinds = {subject.kind for subject in chosen}
+    _check_used(options, kinds)
     record: Traced | None = None
-    if any(subject.kind == "model" for subject in chosen):
+    if "model" in kinds:
         require("hf", "transformers", "safetensors")
         # Longer still, and not needed for traces.
         from mone_megatron.data.documents import InputSettings
@@ -152,10 +184,6 @@ def _run(options: argparse.Namespace) -> None:
     header, results = analyze(
         chosen, record, limits, keep=options.trace, num_experts=options.num_experts, say=say
     )
-    how = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(options).items()
-    }
     analysis = Analysis(results, header, limits, how)
     paths = write_analysis(analysis, options.output)
     paths += write_figures(analysis, options.output)

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mone_megatron.analysis.files import check_output
 from mone_megatron.analysis.scaling_law.bootstrap import DEFAULT_RESAMPLES
 from mone_megatron.analysis.scaling_law.fit import ALL_STARTS, DEFAULT_DELTA
 from mone_megatron.analysis.scaling_law.isoflop import DEFAULT_TOLERANCE
-from mone_megatron.analysis.scaling_law.output import text_report, write_study
+from mone_megatron.analysis.scaling_law.output import JSON_FILE, text_report, write_study
 from mone_megatron.analysis.scaling_law.results import METHODS, Options, Request
 from mone_megatron.analysis.scaling_law.run_table import read_runs
 from mone_megatron.analysis.scaling_law.study import run_study
@@ -213,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
+        _check(options)
+        check_output(Path(options.output), JSON_FILE)
         table = _read(options)
         if options.only_keep_ratio is not None:
             table = keep_only_ratio(table, options.only_keep_ratio)
@@ -226,6 +229,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in paths:
         print(f"wrote {path}")
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.seed < 0:
+        raise ValueError(f"--seed is {options.seed}: give 0 or more")
+    if "isoflop" not in options.methods:
+        _refuse(
+            options, ("parabola_width", "allow_outside"),
+            "is about parabolas: add isoflop to --methods",
+        )  # fmt: skip
 
 
 def _read(options: argparse.Namespace) -> Table:

@@ -92,7 +92,10 @@ def _parser() -> argparse.ArgumentParser:
 
     text = parser.add_argument_group("perplexity")
     text.add_argument("--perplexity", metavar="CORPUS", help="what to read")
-    text.add_argument("--seq-length", type=int, help="tokens of a window (the models', up to 2048)")
+    text.add_argument(
+        "--seq-length", type=int,
+        help="tokens of a window (the models', up to 2048); a run's samples keep theirs",
+    )  # fmt: skip
     text.add_argument("--max-tokens", type=int, help="of the corpus (all)")
     text.add_argument("--text-key", default="text", help="of JSON lines and Parquet (text)")
 

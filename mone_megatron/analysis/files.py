@@ -7,6 +7,36 @@ import tempfile
 from pathlib import Path
 
 
+def check_output(folder: Path, marker: str) -> None:
+    """Refuse an output folder before time is spent on what would go there. Leaves nothing behind.
+
+    Args:
+        folder: need not be there.
+        marker: a file that results of the same kind always hold, so that they may be replaced or
+            gone on with.
+
+    Raises:
+        ValueError: naming ``--output``: nothing can be written there, or it holds files and no
+            ``marker``.
+    """
+    place = folder.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        if place.is_dir():
+            with tempfile.TemporaryFile(dir=place):
+                pass
+    except OSError as error:
+        raise ValueError(
+            f"--output: nothing can be written in {place} ({error.strerror}); give another folder"
+        ) from None
+    foreign = place == folder.absolute() and not (folder / marker).exists()
+    if not place.is_dir() or (foreign and any(folder.iterdir())):
+        raise ValueError(
+            f"--output: {folder} holds files and no {marker}; give a folder that is new or empty"
+        )
+
+
 def write_whole(path: Path, content: str | bytes) -> Path:
     """Write a file so that it is there whole or not at all.
 

@@ -81,6 +81,7 @@ class Recorder:
                 the folder holds another trace: one line.
         """
         settings, where = self.settings, subject.where
+        facts = look_at(where, trust_remote_code=settings.trust_remote_code)
         identity = _identity(where)
         found = Trace(folder) if (folder / HEADER_FILE).is_file() else None
         if found is not None and found.header.identity != identity:
@@ -88,7 +89,6 @@ class Recorder:
                 f"{folder}: holds the trace of another model ({found.header.name}); give another "
                 "--trace"
             )
-        facts = look_at(where, trust_remote_code=settings.trust_remote_code)
         length = settings.seq_length or min(facts.max_length, 2048)
         reader = Reader(facts.tokenizer, facts.vocab_size, length)
         domains = self.text.domains(reader, settings.max_tokens)

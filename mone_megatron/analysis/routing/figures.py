@@ -53,7 +53,7 @@ def load_figure(analysis: Analysis) -> Figure:
     _layer_ticks(axes, final.layers)
     axes.set_xlabel("expert")
     _title(axes, f"Load over the even load, {final.name}")
-    figure.colorbar(image, ax=axes)
+    figure.colorbar(image, ax=axes, label="times the even load")
     return figure
 
 
@@ -113,6 +113,9 @@ def saturation_figure(analysis: Analysis) -> Figure | None:
     for axes in (left, right):
         axes.set_xlabel(label)
         style_axes(axes)
+        if len(earlier) == 1:
+            # Around one step a locator finds fractions of steps.
+            axes.set_xticks(places[:-1])
         axes.set_ylim(0, 1.02)
         axes.legend(frameon=False)
     return figure
@@ -131,6 +134,7 @@ def specialisation_figure(analysis: Analysis) -> Figure | None:
     figure = _figure(9, 4.6)
     axes = figure.subplots()
     _by_layer(axes, final.layers, summaries, curves)
+    axes.set_ylabel("share of occurrences, or of a load")
     _title(axes, f"Expert specialisation, {final.name}")
     return figure
 
@@ -166,6 +170,7 @@ def neuron_figure(analysis: Analysis) -> Figure | None:
         ("dead_neurons", "dead neurons", "-"),
     ]
     _by_layer(right, final.layers, summaries, curves)
+    right.set_ylabel("share of kept, or of all, neurons")
     _title(right, "Adjacent tokens and dead neurons")
     return figure
 
@@ -199,7 +204,10 @@ def _line(
     """The mean of each row."""
     values = [_mean(row) for row in rows]
     marker = "o" if len(values) < 40 else ""
-    axes.plot(places, values, style, marker=marker, color=color_of(color), label=label)
+    # One value has a marker and no line: hollow where the line is dashed.
+    filled = "full" if style == "-" else "none"
+    axes.plot(places, values, style, marker=marker, fillstyle=filled, color=color_of(color),
+              label=label)  # fmt: skip
 
 
 def _top_ks(top_k: int) -> list[int]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mone_megatron.analysis.files import write_whole
+from mone_megatron.analysis.files import check_output, write_whole
 from mone_megatron.analysis.formatting import text_table
 from mone_megatron.analysis.routing.counting import conditional, divide
 from mone_megatron.analysis.routing.statistics import (
@@ -83,6 +83,37 @@ class Analysis:
     def text(self, token: int) -> str:
         """What a token spells, or its number."""
         return self.header.texts.get(token, str(token))
+
+
+# Of how an analysis was made: where and how fast changes none of its numbers.
+_PLACEMENT = frozenset({"output", "trace", "device"})
+
+
+def check_folder(folder: Path, how: Mapping[str, Any]) -> None:
+    """Whether an analysis may go into a folder: a new or empty one, or one with the same analysis.
+
+    Args:
+        folder: need not be there.
+        how: what the user asks for, as :attr:`Analysis.how`.
+
+    Raises:
+        ValueError: nothing can be written there, or it holds something else; one line.
+    """
+    check_output(folder, JSON_FILE)
+    path = folder / JSON_FILE
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_bytes())["how"]
+        known = {name: before[name] for name in how}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path}: is damaged ({error!r}); give another --output") from None
+    for name in sorted(how.keys() - _PLACEMENT):
+        if known[name] != how[name]:
+            raise ValueError(
+                f"--output: {folder} holds an analysis with other options: {name} was "
+                f"{known[name]!r} and is {how[name]!r}; give another folder"
+            )
 
 
 def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:

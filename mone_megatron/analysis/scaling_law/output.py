@@ -29,6 +29,12 @@ from mone_megatron.analysis.scaling_law.results import (
     Study,
 )
 
+JSON_FILE = "scaling_law.json"
+# Only some fits have these: those of an earlier one are not to stand beside a new one's.
+_OPTIONAL = (
+    "coefficients.csv", "fit.png", "predictions.csv", "isoflop.csv", "isoflop.png",
+    "allocation.csv", "allocation.png",
+)  # fmt: skip
 _FORM = "L(N, D) = E + A/N^alpha + B/D^beta"
 _NEURON_FORM = "L(N, D, r) = E + A/(N r^gamma)^alpha + B/D^beta"
 
@@ -67,10 +73,13 @@ def study_json(study: Study) -> dict[str, Any]:
 
 
 def write_study(study: Study, folder: str | Path) -> list[Path]:
-    """Write JSON, CSV tables and pictures into a folder, and return their paths."""
+    """Write JSON, CSV tables and pictures into a folder, and return their paths.
+
+    What an earlier fit left there is replaced.
+    """
     directory = Path(folder)
     files: dict[str, str | bytes] = {
-        "scaling_law.json": json.dumps(study_json(study), indent=2, allow_nan=False) + "\n",
+        JSON_FILE: json.dumps(study_json(study), indent=2, allow_nan=False) + "\n",
         "points.csv": _csv(*_points(study)),
     }
     if study.parametric is not None:
@@ -129,6 +138,8 @@ def write_study(study: Study, folder: str | Path) -> list[Path]:
         )
     if study.isoflop is not None or (study.parametric and study.parametric.fit.law.has_optimum):
         files["allocation.png"] = png_bytes(allocation_figure(study))
+    for name in set(_OPTIONAL) - files.keys():
+        (directory / name).unlink(missing_ok=True)
     return [write_whole(directory / name, content) for name, content in files.items()]
 
 

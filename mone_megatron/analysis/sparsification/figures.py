@@ -42,8 +42,7 @@ def figures(studies: Sequence[Study]) -> Iterator[tuple[str, Figure]]:
         yield "relative.png", relative_figure(studies)
     if any(study.statistics for study in studies):
         yield "thresholds.png", threshold_figure(studies)
-    for study in studies:
-        name = re.sub(r"[^\w.-]+", "_", study.label)
+    for name, study in zip(file_names([study.label for study in studies]), studies, strict=True):
         yield f"rise_{name}.png", rise_figure(study)
         if len(_scores(study)) > 1:
             yield f"scores_{name}.png", scores_figure(study)
@@ -52,6 +51,14 @@ def figures(studies: Sequence[Study]) -> Iterator[tuple[str, Figure]]:
             yield f"mass_{name}.png", mass_figure(study)
         if study.budget is not None:
             yield f"budget_{name}.png", budget_figure(study, study.budget)
+
+
+def file_names(labels: Sequence[str]) -> list[str]:
+    """A part of a file's name for each label; numbered where two would share one."""
+    names = [re.sub(r"[^\w.-]+", "_", label) for label in labels]
+    if len(set(names)) < len(names):
+        names = [f"{number}_{name}" for number, name in enumerate(names, start=1)]
+    return names
 
 
 def loss_figure(studies: Sequence[Study]) -> Figure:
@@ -93,6 +100,9 @@ def rise_figure(study: Study) -> Figure:
     axes.set_xlim(0, 1)
     axes.set_yscale("log")
     axes.set_ylim(bottom=_LOWEST_RISE)
+    if not any(np.isfinite(line.get_ydata()).any() for line in axes.get_lines()):
+        axes.text(0.5, 0.5, f"no rise above {_LOWEST_RISE:g}", ha="center", color="#5c6673",
+                  transform=axes.transAxes, fontsize=13)  # fmt: skip
     axes.set_ylabel("rise of the loss (nats per token)")
     axes.legend(frameon=False, fontsize=12, loc="upper left", bbox_to_anchor=(1, 1))
     title_axes(
@@ -144,6 +154,8 @@ def _losses(curves: Sequence[tuple[str, list[Point]]], framed: Sequence[float]) 
     if finite:
         room = _ROOM * (max(finite) - min(finite)) or 0.05
         axes.set_ylim(min(finite) - room, max(finite) + room)
+    # Losses, not what is to be added to a number at the top.
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False, fontsize=12, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

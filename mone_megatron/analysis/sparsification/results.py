@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from mone_megatron.analysis.files import check_output
 from mone_megatron.evaluation.estimates import Estimate
 from mone_megatron.evaluation.harness import Score
 
@@ -21,6 +22,7 @@ FILE = "results.jsonl"
 _FORMAT = 1
 
 Json = dict[str, Any]
+_Parsed = TypeVar("_Parsed")
 
 
 class Results:
@@ -37,6 +39,22 @@ class Results:
         """What was kept under a key."""
         record = self._by_key.get(_key(key))
         return None if record is None else record["value"]
+
+    def read(self, key: Mapping[str, Any], parse: Callable[[Json], _Parsed]) -> _Parsed:
+        """What was kept under a key, which must be there, as ``parse`` understands it.
+
+        Raises:
+            ValueError: it does not.
+        """
+        kept = self.get(key)
+        assert kept is not None
+        try:
+            return parse(kept)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{self._path}: the result of {json.dumps(dict(key))} is damaged ({error!r}); "
+                "give another --output"
+            ) from None
 
     def add(self, key: Mapping[str, Any], value: Json) -> None:
         """Keep ``value`` for good."""
@@ -71,10 +89,7 @@ def open_results(folder: Path, settings: Json) -> Results:
     path = folder / FILE
     settings = json.loads(json.dumps({"format": _FORMAT, **settings}))
     if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(
-                f"--output: {folder} holds files and no {FILE}; give a folder that is new or empty"
-            )
+        check_output(folder, FILE)
         folder.mkdir(parents=True, exist_ok=True)
         _append(path, {"settings": settings})
         return Results(path, [])
@@ -82,14 +97,24 @@ def open_results(folder: Path, settings: Json) -> Results:
     if not lines:
         _append(path, {"settings": settings})
         return Results(path, [])
+    before, *records = [_record(path, number, line) for number, line in enumerate(lines, start=1)]
+    _check_same(path, before["settings"], settings, "settings")
+    return Results(path, records)
+
+
+def _record(path: Path, number: int, line: bytes) -> Json:
+    """One line: the settings in the first, a key with its value in all others."""
+    names = ("settings",) if number == 1 else ("key", "value")
     try:
-        header, *records = [json.loads(line) for line in lines]
-        before = header["settings"]
-        results = Results(path, records)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is damaged ({error}); give another --output") from None
-    _check_same(path, before, settings, "settings")
-    return results
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not all(isinstance(record.get(n), dict) for n in names):
+        raise ValueError(
+            f"{path}: line {number} is damaged: it is no object with {' and '.join(names)}; "
+            "give another --output"
+        )
+    return record
 
 
 def score_to_json(score: Score) -> Json:
@@ -132,13 +157,13 @@ def _append(path: Path, record: Json) -> None:
         os.close(handle)
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _whole_lines(path: Path) -> list[bytes]:
     """The lines of the file, cut after the last that was finished."""
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     if end != len(content):
         os.truncate(path, end)
-    return content[:end].decode("utf-8").splitlines()
+    return content[:end].splitlines()
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:

@@ -267,9 +267,9 @@ class ModelStudy:
             with WorkProgress(title, ready.work([dense(self._count)], text)) as progress:
                 layers = ready.observe(text, tops, progress.add)
             results.add(key, {"layers": [layer.to_json() for layer in layers]})
-        kept = results.get(key)
-        assert kept is not None
-        return tuple(LayerStatistics.from_json(layer) for layer in kept["layers"])
+        return results.read(
+            key, lambda kept: tuple(LayerStatistics.from_json(one) for one in kept["layers"])
+        )
 
     def _budget(
         self, settings: BudgetSettings, engine: _Lazy, results: Results, say: Say
@@ -393,6 +393,4 @@ def _changes(scores: Sequence[Score], base: Sequence[Score]) -> tuple[Difference
 
 
 def _scores(results: Results, key: dict[str, Any]) -> tuple[Score, ...]:
-    kept = results.get(key)
-    assert kept is not None
-    return tuple(score_from_json(one) for one in kept["scores"])
+    return results.read(key, lambda kept: tuple(score_from_json(one) for one in kept["scores"]))

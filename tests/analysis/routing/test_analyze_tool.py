@@ -105,7 +105,7 @@ def test_checkpoints_of_a_run_against_the_last(
     assert other | {"how": None} == result | {"how": None}
     # Not of another text.
     code = main(
-        [str(trained), "--text", str(trained), "--output", str(again), "--trace",
+        [str(trained), "--text", str(trained), "--output", str(tmp_path / "third"), "--trace",
          str(tmp_path / "traces"), "--max-tokens", "256"]
     )  # fmt: skip
     assert code == 2
@@ -155,6 +155,37 @@ def test_domains_are_files_or_a_field(
     tokens = pq.read_table(tmp_path / "files" / "expert_tokens.parquet").to_pandas()
     shares = tokens.groupby(["layer", "token_id"])["share"].sum()
     assert shares.to_numpy() == pytest.approx(2)
+
+
+def test_the_output_folder_is_looked_at_before_anything_is_read(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = make_trace(tmp_path / "trace", {1: [[0, 1], [1, 2]]}, experts=3).folder
+    out, full = tmp_path / "out", tmp_path / "full"
+    full.mkdir()
+    (full / "summary.json").write_text("mine")
+    assert main([str(trace), "--output", str(out)]) == 0
+    made = {path.name: path.read_bytes() for path in out.iterdir()}
+    cases = [
+        (["nowhere", "--output", "/proc/nowhere"], "--output: nothing can be written in /proc"),
+        (["nowhere", "--output", str(full)], "full holds files and no analysis.json; give a fol"),
+        ([str(trace), "--output", str(full / "summary.json")], "holds files and no analysis.json"),
+        (["nowhere", "--output", str(out)], "other options: models was"),
+        ([str(trace), "--output", str(out), "--min-count", "3"], "min_count was 8 and is 3; give"),
+    ]
+    for arguments, message in cases:
+        capsys.readouterr()
+        assert main(arguments) == 2, message
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == made
+    assert [path.name for path in full.iterdir()] == ["summary.json"]
+    # The same again may.
+    assert main([str(trace), "--output", str(out)]) == 0
+    (out / "analysis.json").write_text("{")
+    assert main([str(trace), "--output", str(out)]) == 2
+    assert "analysis.json: is damaged" in capsys.readouterr().err
 
 
 def test_traces_need_no_transformers(tmp_path: Path) -> None:
@@ -211,6 +242,10 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(
         ([str(one.folder), str(one.folder)], "named twice"),
         ([str(broken.folder)], "the trace is truncated"),
         ([str(tmp_path / "nothing"), *text], "nothing"),
+        ([str(run / "checkpoints"), *text], "holds neither checkpoints nor config.json"),
+        ([str(moe), *text, "--num-experts", "4"], "--num-experts: of use with traces of Meg"),
+        ([str(one.folder), *text], "--text: traces hold what was read"),
+        ([str(one.folder), "--keep-ratio", "0.5"], "--keep-ratio: traces hold what was read"),
         ([str(moe), *text, "--keep-ratio", "1.5"], "--keep-ratio: 1.5 is not in (0, 1]"),
         ([str(moe), *text, "--batch-size", "0"], "--batch-size: 0 is too small"),
     ]

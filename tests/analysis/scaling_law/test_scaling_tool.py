@@ -253,6 +253,9 @@ def test_flops_that_are_not_proportional_to_size_are_told(
         (["--run-loss", "train"], "--run-loss is about folders of runs"),
         (["--budget", "1e20", "--flops-per-param-token", "0"], "--flops-per-param-token is 0"),
         (["--only-keep-ratio", "0.5"], "has no keep ratios"),
+        (["--seed", "-1"], "--seed is -1: give 0 or more"),
+        (["--parabola-width", "4"], "--parabola-width is about parabolas: add isoflop"),
+        (["--allow-outside"], "--allow-outside is about parabolas: add isoflop"),
         (["--loss-column", "val"], "no column 'val', only 'params', 'tokens', 'loss'"),
     ],
 )
@@ -269,6 +272,31 @@ def test_refusals_in_one_line(
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_is_looked_at_first_and_an_earlier_fit_is_replaced(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "table.csv", build_table())
+    fit = [str(path), *BARE, "--starts", "30", "--output"]
+    for folder, message in (
+        (Path("/proc/nowhere"), "--output: nothing can be written in /proc"),
+        (tmp_path, f"--output: {tmp_path} holds files and no scaling_law.json"),
+        (path, f"--output: {path} holds files"),
+    ):
+        assert main([*fit, str(folder)]) == 2
+        told = capsys.readouterr()
+        assert message in told.err
+        assert told.err.count("\n") == 1
+        assert not told.out
+    out = tmp_path / "out"
+    assert main([*fit, str(out), "--predict", "1B,1B", "--budget", "1e20"]) == 0
+    assert (out / "predictions.csv").is_file()
+    assert main([*fit, str(out)]) == 0
+    # Predictions of one law beside the coefficients of another would be read as one.
+    assert not (out / "predictions.csv").exists()
+    assert not (out / "allocation.csv").exists()
+    assert (out / "coefficients.csv").is_file()
 
 
 def test_inputs_are_one_table_or_runs(

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from mone_megatron.analysis.sparsification.figures import figures
+from mone_megatron.analysis.sparsification.figures import (
+    figures,
+    file_names,
+    loss_figure,
+    rise_figure,
+)
 from mone_megatron.analysis.sparsification.findings import Kind, Layer, Point, Study
 from mone_megatron.evaluation.estimates import Difference, ratio
 from mone_megatron.evaluation.harness import Score
@@ -36,6 +43,11 @@ def study(label: str, accuracy: float | None, *scores: str) -> Study:
     )
 
 
+def rising(rise: float) -> Study:
+    """A study whose only pruning costs ``rise``."""
+    return replace(study("a", None, "wina"), points=(point("wina", 0.5, 4.0 + rise, None),))
+
+
 def test_a_model_that_answers_nothing_right_has_no_relative_score() -> None:
     drawn = dict(figures([study("a", 0.0, "wina"), study("b", None, "wina")]))
     assert set(drawn) == {"sparsification.png", "rise_a.png", "rise_b.png"}
@@ -45,6 +57,26 @@ def test_a_model_that_answers_nothing_right_has_no_relative_score() -> None:
     ]
     assert line.get_label() == "b"
     np.testing.assert_allclose(line.get_xydata(), [(0, 1), (0.5, 0.5)])
+
+
+def test_labels_that_look_alike_as_files_do_not_share_one() -> None:
+    assert file_names(["runs/a", "b"]) == ["runs_a", "b"]
+    assert file_names(["a/b", "a b", "c"]) == ["1_a_b", "2_a_b", "3_c"]
+
+
+def test_losses_stand_whole_on_their_axis() -> None:
+    figure = loss_figure([rising(1e-4)])
+    figure.canvas.draw()
+    shown = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert figure.axes[0].yaxis.get_offset_text().get_text() == ""
+    assert all(text.startswith(("3.99", "4.00")) for text in shown)
+
+
+def test_without_a_rise_the_figure_says_so() -> None:
+    texts = [text.get_text() for text in rise_figure(rising(1e-5)).axes[0].texts]
+    assert "no rise above 0.0001" in texts
+    texts = [text.get_text() for text in rise_figure(rising(0.1)).axes[0].texts]
+    assert "no rise above 0.0001" not in texts
 
 
 def test_scores_are_told_apart_for_each_model() -> None:

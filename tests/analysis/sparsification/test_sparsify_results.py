@@ -73,6 +73,40 @@ def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
         open_results(tmp_path, SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (1, b'{"settings": 5}'), (1, b"[1]"), (2, b"{"), (2, b"[1, 2]"), (2, b'{"key": {}}'),
+        (3, b'{"key": "a", "value": {}}'), (3, b"\xff\xfe\x00"),
+    ],
+)  # fmt: skip
+def test_damaged_lines_are_named_and_stay(tmp_path: Path, number: int, line: bytes) -> None:
+    results = open_results(tmp_path, SETTINGS)
+    for each in range(3):
+        results.add({"number": each}, {"value": each})
+    lines = (tmp_path / FILE).read_bytes().splitlines()
+    lines[number - 1] = line
+    damaged = b"\n".join(lines) + b"\n"
+    (tmp_path / FILE).write_bytes(damaged)
+    with pytest.raises(ValueError, match=rf"{FILE}: line {number} is damaged.*--output"):
+        open_results(tmp_path, SETTINGS)
+    assert (tmp_path / FILE).read_bytes() == damaged
+
+
+def test_a_result_that_is_no_score_is_named(tmp_path: Path) -> None:
+    results = open_results(tmp_path, SETTINGS)
+    results.add({"model": "a"}, {"score": {"nothing": 1}})
+    with pytest.raises(ValueError, match=r'result of \{"model": "a"\} is damaged.*--output'):
+        results.read({"model": "a"}, lambda kept: score_from_json(kept["score"]))
+    with pytest.raises(ValueError, match="is damaged"):
+        results.read({"model": "a"}, lambda kept: kept["scores"])
+
+
+def test_a_folder_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(ValueError, match=r"--output: nothing can be written in /proc .*folder"):
+        open_results(Path("/proc/nowhere/at/all"), SETTINGS)
+
+
 def test_scores_keep_what_paired_differences_need() -> None:
     generator = np.random.default_rng(0)
     scores = [
