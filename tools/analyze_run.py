@@ -32,11 +32,12 @@ _EPILOG = """\
 exit status: 0 analysed, 2 for what cannot be analysed
 
 examples:
-  python tools/analyze_run.py runs/quickstart/mone --text runs/quickstart/mone --output routing
-  python tools/analyze_run.py exports/mone --text code.txt prose.txt --output routing
+  python tools/analyze_run.py runs/quickstart/mone --text runs/quickstart/mone \\
+      --output routing/mone
+  python tools/analyze_run.py exports/mone --text code.txt prose.txt --output routing/export
   python tools/analyze_run.py runs/mine --text all.jsonl --domain-field source --trace traces \\
-      --output routing
-  python tools/analyze_run.py traces/mine_step_100 traces/mine_step_200 --output routing"""
+      --output routing/mine
+  python tools/analyze_run.py traces/mine_step_100 traces/mine_step_200 --output routing/two"""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -37,7 +37,7 @@ examples:
   python tools/scaling_law.py sweep.csv --output fits/sweep
   python tools/scaling_law.py sweep.csv --output fits/sweep --methods parametric isoflop \\
       --budget 1e21 --predict 1.7B,100B
-  python tools/scaling_law.py runs/sweep/*/ --output fits/sweep --neuron-term --run-loss train"""
+  python tools/scaling_law.py runs/sweep/*/ --output fits/runs --neuron-term --run-loss train"""
 
 
 def _parser() -> argparse.ArgumentParser:

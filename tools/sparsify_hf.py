@@ -46,7 +46,7 @@ examples:
   python tools/sparsify_hf.py runs/quickstart/moe runs/quickstart/mone --all-neurons \\
       --perplexity runs/quickstart/moe --output pruned
   python tools/sparsify_hf.py models/Qwen3-30B-A3B --perplexity text.jsonl --max-tokens 65536 \\
-      --stream --device cuda --scores abs_activation wina random --output pruned
+      --stream --device cuda --scores abs_activation wina random --output pruned_qwen
   python tools/sparsify_hf.py exports/moe --perplexity text.jsonl --loss-budget 0.02 --output out"""
 
 

@@ -123,13 +123,13 @@ def sparse_experts(
                 activate,
             )
     tokens, chosen = experts_NK.shape
-    expert_S, token_S, order_S = experts_NK.flatten(), None, None
-    if tokens > 1:
+    expert_S, prob_S, order_S = experts_NK.flatten(), probs_NK.flatten(), None
+    if tokens == 1:
+        tokens_SH = tokens_NH.expand(chosen, -1)
+    else:
         # Slots of one expert beside each other, so that its rows are read once.
         expert_S, order_S = expert_S.sort(stable=True)
-        token_S = order_S // chosen
-    tokens_SH = tokens_NH.expand(chosen, -1) if token_S is None else tokens_NH[token_S]
-    prob_S = probs_NK.flatten() if order_S is None else probs_NK.flatten()[order_S]
+        tokens_SH, prob_S = tokens_NH[order_S // chosen], prob_S[order_S]
     gate_SF = _project(tokens_SH, expert_S, weights.gate_EFH)
     by_product = keep.score == "abs_product"
     up_SF = _project(tokens_SH, expert_S, weights.up_EFH) if by_product else gate_SF
