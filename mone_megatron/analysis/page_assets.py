@@ -63,6 +63,7 @@ th, td { padding: 6px 12px; border: 1px solid var(--line); text-align: right; wh
 th { font-weight: 600; color: var(--soft); font-size: 13px; }
 th:first-child, td:first-child, .text { text-align: left; }
 td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 120px; }
+td.wrap:first-child { overflow-wrap: break-word; }
 details { margin: 10px 0; } summary { cursor: pointer; font-weight: 600; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 12px 14px;

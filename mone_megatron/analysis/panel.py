@@ -80,27 +80,38 @@ def read_alerts(directory: Path) -> list[AlertSpan] | None:
                 done.append(spans[place])
             else:
                 spans[place]["end"] = record["step"]
-        except KeyError as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} line {number} is not an alert (no {error}): remove that line"
+                f"{path} line {number} is not an alert ({error!r}): remove that line"
             ) from None
     return [AlertSpan(**span) for span in done]
 
 
 def read_last_panel(directory: Path) -> LastPanel | None:
-    """The routed experts at the last step that looked at them; None when none did."""
+    """The routed experts at the last step that looked at them; None when none did.
+
+    Raises:
+        ValueError: the last line is no panel; one line naming the file and the line.
+    """
     path = directory / PANEL_FILE
     if not path.is_file():
         return None
     last = None
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):  # else a killed process was writing it
-                last = line
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n"):  # else a killed process was writing it
+                last = number, line
     if last is None:
         return None
-    record = json.loads(last)
-    layers = [layer for layer in record["layers"] if layer["mlp"] == "routed"]
+    number, line = last
+    try:
+        record = json.loads(line)
+        layers = [layer for layer in record["layers"] if layer["mlp"] == "routed"]
+        step = int(record["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} line {number} is not a panel ({error!r}): remove that line"
+        ) from None
     names = dict.fromkeys(
         name for layer in layers for name, row in layer.items() if isinstance(row, list)
     )
@@ -111,16 +122,16 @@ def read_last_panel(directory: Path) -> LastPanel | None:
         grids[name] = LayerGrid(
             tuple(layer["layer"] for layer in having), np.arange(values.shape[1]), values
         )
-    return LastPanel(record["step"], grids)
+    return LastPanel(step, grids)
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Parsed lines with their numbers; a last one that a kill cut off is passed over."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             yield number, json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # of JSON or of UTF-8
             if number < len(lines):
                 raise ValueError(
                     f"{path} line {number} is not a JSON object: remove that line"

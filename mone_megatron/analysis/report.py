@@ -287,7 +287,8 @@ def _alerts(page: Page, run: Run, alerts: Sequence[AlertSpan] | None) -> None:
                 ABSENT if alert.end is None else f"step {alert.end}",
                 format_number(alert.value),
                 format_number(alert.threshold),
-                alert.message,
+                # "kind: where: what": the first two have columns of their own.
+                alert.message.split(": ", 2)[-1],
             )
             for alert in alerts
         ],

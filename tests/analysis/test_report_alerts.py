@@ -91,6 +91,28 @@ def test_foreign_lines_are_refused(make_run: RunBuilder) -> None:
         _write(run, [_alert(5, "begin", "dead_neurons"), *broken])
         with pytest.raises(ValueError, match=r"alerts\.jsonl line 2 is not an alert"):
             read_alerts(run)
+    for damaged in (b"[1, 2]\n", b"\xff\xfe\n{}\n"):
+        (run / "alerts.jsonl").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"alerts\.jsonl line 1 is not a"):
+            read_alerts(run)
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1, 2]", b'{"step": 3}', b"\xff\xfe", b'{"layers": [4]}'])
+def test_a_last_panel_that_is_none_is_named(make_run: RunBuilder, line: bytes) -> None:
+    run = make_run("a")
+    (run / "panel.jsonl").write_bytes(b'{"step": 1, "layers": []}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"panel\.jsonl line 2 is not a panel .*remove that line"):
+        read_last_panel(run)
+
+
+def test_the_table_says_kind_and_place_once(make_run: RunBuilder) -> None:
+    run = make_run("a")
+    message = "dead_expert: layer 2, expert 5: 0.1 of a fair share: look"
+    _write(run, [_alert(10, "begin", "dead_expert") | {"message": message}])
+    text, _ = _page(run)
+    assert '<td class="text wrap">0.1 of a fair share: look</td>' in text
+    # The banner has no columns.
+    assert f"since step 10: {message}" in text
 
 
 def test_the_last_panel_shows_every_expert(make_run: RunBuilder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,7 +110,21 @@ def test_what_is_left_out_of_the_page_is_told(
 
 
 def test_the_training_report_reacts(browser: Browser, make_run: Callable[..., Path]) -> None:
-    tab = browser.open(write_report(make_run("run", steps=120)))
+    run = make_run("run", steps=120)
+    alert = {
+        "step": 10, "event": "begin", "kind": "load_collapse", "part": "routed", "layer": 1,
+        "expert": 0, "value": 0.05, "threshold": 0.1,
+        "message": "load_collapse: layer 1, expert 0: " + "spread by 0.05; look around; " * 9,
+    }  # fmt: skip
+    (run / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
+    tab = browser.open(write_report(run))
+    # The kind of an alert is one word, on one line.
+    lines = (
+        "(() => { const range = document.createRange(); range.selectNodeContents("
+        "[...document.querySelectorAll('td')].find(cell => cell.textContent === 'load_collapse')"
+        "); return range.getClientRects().length })()"
+    )
+    assert tab.evaluate(lines) == 1
     assert tab.evaluate("document.querySelectorAll('.chart svg').length") == tab.evaluate(
         "document.querySelectorAll('.chart').length"
     )
