@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import mone_megatron.hf  # noqa: F401  # registers our exports with transformers
@@ -92,7 +93,14 @@ def load(
     Raises:
         ValueError: the weights are missing or damaged.
     """
-    return load_model(facts.where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    try:
+        return load_model(
+            facts.where, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{facts.where}: its weights are truncated or damaged ({_line(error)}); get them anew"
+        ) from error
 
 
 def choose_device(name: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mone_megatron.analysis.routing.megatron import files_identity
+from mone_megatron.analysis.files import files_identity
 from mone_megatron.analysis.routing.record import Batch, record
 from mone_megatron.analysis.routing.subjects import Subject
 from mone_megatron.analysis.routing.trace import (
@@ -148,6 +148,7 @@ class Recorder:
                 keep_ratio=settings.keep_ratio or DEFAULT_KEEP_RATIO,
                 score=settings.score or _SCORE,
                 progress=bar.update,
+                name=subject.label,
             )
         del loaded
         gc.collect()

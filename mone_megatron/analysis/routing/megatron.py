@@ -12,7 +12,6 @@ order, and its tokens lie with the batch innermost, so that neighbours are not k
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mone_megatron.analysis.files import files_identity
 from mone_megatron.analysis.routing.trace import (
     HEADER_FILE,
     UNKNOWN_TOKEN,
@@ -142,19 +142,6 @@ def convert_megatron(
             weighted=False,
         )
     )
-
-
-def files_identity(files: list[Path]) -> str:
-    """SHA-256 of the names, sizes and first and last bytes of files."""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 16))
-            stream.seek(max(0, size - (1 << 16)))
-            digest.update(stream.read())
-    return digest.hexdigest()
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:

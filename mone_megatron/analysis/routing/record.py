@@ -119,6 +119,8 @@ class _Layer:
         self.selects = own is not None and "routed" in own.apply_to
         self.settings = own if own is not None and self.selects else otherwise
         self.routing: Routing | None = None
+        # Of the last forward pass.
+        self.finite = True
         # Known after the first forward pass; no neurons without a gate.
         self.top_k = self.neurons = 0
 
@@ -150,6 +152,7 @@ class _Layer:
             index = by_weight_NK.unsqueeze(-1).expand_as(kept_NKB)
             kept_NKB = kept_NKB.gather(1, index)
         self.top_k = int(top_k_index.shape[-1])
+        self.finite = bool(output.isfinite().all())
         self.routing = Routing(
             experts_NK.int().cpu().numpy(),
             weights_NK.cpu().numpy(),
@@ -198,6 +201,7 @@ def record(
     keep_ratio: float,
     score: str = "abs_activation",
     progress: Callable[[int], None] = lambda tokens: None,
+    name: str = "the model",
 ) -> Recorded:
     """Run a model on windows of text and write what its experts did.
 
@@ -208,9 +212,11 @@ def record(
         keep_ratio: the share of neurons to record in experts that do not select themselves.
         score: what ranks those.
         progress: told how many tokens were done with each batch.
+        name: of the model, for errors.
 
     Raises:
-        ValueError: a dense model, or a setting that does not fit it.
+        ValueError: a dense model, a setting that does not fit it, or experts whose output is not
+            finite: whatever they chose means nothing.
     """
     windows = 0
     with _watching(model, NeuronSettings(keep_ratio, score)) as layers:
@@ -221,6 +227,11 @@ def record(
             routings = {}
             for layer in layers:
                 assert layer.routing is not None, f"layer {layer.number} did not run"
+                if not layer.finite:
+                    raise ValueError(
+                        f"{name}: layer {layer.number}: the experts' output is not finite: the "
+                        "weights are damaged, or --dtype is too narrow for them"
+                    )
                 routings[layer.number], layer.routing = layer.routing, None
             writer.add(batch.tokens(windows), routings)
             windows += len(batch.ids_BS)

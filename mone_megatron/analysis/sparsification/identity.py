@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from mone_megatron.analysis.files import files_identity
 from mone_megatron.hf.source import is_ours, open_source
 
 
@@ -12,8 +13,8 @@ def identity_of(where: str) -> str:
     """A digest that changes when a run has gone on, or a folder holds other files.
 
     Of a run it is that of the newest checkpoint's manifest, which has the sums of all files; of a
-    folder in the format of transformers, of its configuration and the names and sizes of its
-    weights; of a model on the Hub its name.
+    folder in the format of transformers, of the names, sizes and both ends of its configuration
+    and weights; of a model on the Hub its name.
     """
     folder = Path(where)
     if not folder.is_dir():
@@ -21,7 +22,4 @@ def identity_of(where: str) -> str:
     if is_ours(folder):
         checkpoint = open_source(folder, say=lambda message: None).checkpoint
         return hashlib.sha256((checkpoint.path / "manifest.json").read_bytes()).hexdigest()
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-    return digest.hexdigest()
+    return files_identity([folder / "config.json", *sorted(folder.glob("*.safetensors"))])

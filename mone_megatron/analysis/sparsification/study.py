@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -152,12 +153,20 @@ class ModelStudy:
         """Measure everything that is not in ``results`` yet.
 
         Raises:
-            ValueError: the weights cannot be read, or activations are not finite.
+            ValueError: the weights cannot be read, or what they compute is not finite.
         """
-        results.same_or_add({"model": self._subject.label}, self.identity(), "models or text")
+        key, identity = {"model": self._subject.label}, self.identity()
+        if results.get(key) is not None:
+            results.same_or_add(key, identity, "models or text")
         with ExitStack() as stack:
-            engine = _Lazy(lambda: stack.enter_context(self._open(say)))
-            return self._study(engine, results, say)
+
+            def opened() -> Engine:
+                engine = stack.enter_context(self._open(say))
+                # Not before: what could not be read may be put right and tried again.
+                results.same_or_add(key, identity, "models or text")
+                return engine
+
+            return self._study(_Lazy(opened), results, say)
 
     def _study(self, engine: _Lazy, results: Results, say: Say) -> Study:
         settings, subject = self._settings, self._subject
@@ -168,6 +177,12 @@ class ModelStudy:
             for share in settings.shares
         ]
         found = self._on_text(plans, subject.text, engine, results)
+        loss = found[plans[0]][0].estimate.value
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"{subject.label}: the loss with nothing pruned is {loss}: its weights are "
+                "damaged, or --dtype is too narrow for it"
+            )
         if subject.tasks is not None:
             by_task = self._on_tasks(plans, subject.tasks, engine, results)
             found = {each: (*by_task[each], *found[each]) for each in found}

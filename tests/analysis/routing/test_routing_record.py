@@ -188,6 +188,14 @@ def test_a_dense_model_is_refused(name: str, tmp_path: Path) -> None:
         record_trace(random_model(name), random_batches(1), tmp_path / "trace")
 
 
+def test_what_broken_weights_choose_is_refused(tmp_path: Path) -> None:
+    model = random_model("qwen3_moe")
+    with torch.no_grad():
+        model.model.layers[-1].mlp.experts.gate_up_proj[:, 0].fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"layer 3: the experts' output is not finite.*--dtype"):
+        record_trace(model, random_batches(1), tmp_path / "trace")
+
+
 # Planted: three tokens whose embeddings are axes, which the first layer passes on to its experts.
 A, B, C = 11, 22, 33
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hf_models import VOCABULARY, random_model
 from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 from sparsify_helpers import TEXT, Main, load_sparsify_tool
 from test_import import import_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -193,6 +195,43 @@ def test_what_was_measured_is_taken_up_again(
     assert "of other models or text: text was" in capsys.readouterr().err
     assert main([str(place / "qwen3_moe"), *base[1:], "--labels", "llama"]) == 2
     assert "of other models or text: targets was ['dense']" in capsys.readouterr().err
+
+
+def test_broken_weights_are_told_and_may_be_put_right(
+    main: Main,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    no_figures: None,
+) -> None:
+    folder = shutil.copytree(place / "llama", tmp_path / "llama")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    base = [str(folder), "--perplexity", str(place / "text.txt"), "--seq-length", "64"]
+    base += ["--shares", "0", "0.5", "--output", str(tmp_path / "out")]
+    weights.write_bytes(whole[: len(whole) // 2])
+    for stream in ([], ["--stream"]):
+        arguments = [*base[:-1], str(tmp_path / f"cut{len(stream)}"), *stream]
+        assert main(arguments) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith("sparsify_hf: ")
+        assert "truncated or damaged" in told
+    weights.write_bytes(whole)
+    assert main(arguments) == 0
+    # Other weights of the same sizes are other weights.
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, weights, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "of other models or text: weights was" in capsys.readouterr().err
+    # Numbers that are none are not drawn as a curve.
+    tensors["model.embed_tokens.weight"] *= torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(base) == 2
+    assert "llama: the loss with nothing pruned is nan" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.jsonl"]
 
 
 def test_a_checkpoint_of_ours_streams(
