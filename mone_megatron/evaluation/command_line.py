@@ -38,13 +38,16 @@ def check_at_least_1(options: argparse.Namespace, *names: str) -> None:
 def exit_status(
     tool: str, run: Callable[[argparse.Namespace], None], options: argparse.Namespace
 ) -> int:
-    """Run a tool: 0, or 2 for what cannot be done, with a line for each reason."""
+    """Run a tool: 0, or 2 for what cannot be done, with a line for each reason; 130 for Ctrl-C."""
     try:
         run(options)
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
             print(f"{tool}: {line}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{tool}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from evaluation_helpers import TEXT
 
+from mone_megatron.evaluation.command_line import exit_status
 from mone_megatron.testing.launch import run_layouts
 from mone_megatron.testing.tools import Main, load_tool
 
@@ -132,3 +134,11 @@ def test_what_cannot_be_measured_is_told_in_one_line(
     assert message in told
     assert told.startswith("eval_hf: ")
     assert told.count("\n") == 1
+
+
+def test_ctrl_c_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(options: Namespace) -> None:
+        raise KeyboardInterrupt
+
+    assert exit_status("tool", stopped, Namespace()) == 130
+    assert capsys.readouterr().err == "tool: interrupted\n"

@@ -161,16 +161,17 @@ class _Layer:
         return output
 
 
-def _numbered(model: PreTrainedModel) -> list[tuple[int, nn.Module]]:
+def _numbered(model: PreTrainedModel, name: str) -> list[tuple[int, nn.Module]]:
     """The layers' experts with their numbers from 1."""
     wanted = set(map(id, experts_modules(model)))
-    named = [(name, module) for name, module in model.named_modules() if id(module) in wanted]
+    named = [(path, module) for path, module in model.named_modules() if id(module) in wanted]
     if not named:
         raise ValueError(
-            f"{type(model).__name__} has no experts behind transformers' experts interface; a "
-            "dense model has no routing to analyse, and experts of other code cannot be read"
+            f"{name}: {type(model).__name__} has no experts behind transformers' experts "
+            "interface; a dense model has no routing to analyse, and experts of other code cannot "
+            "be read"
         )
-    found = [_LAYER.search(name) for name, _ in named]
+    found = [_LAYER.search(path) for path, _ in named]
     numbers = [int(match.group(1)) + 1 if match else 0 for match in found]
     if 0 in numbers or len(set(numbers)) < len(numbers):
         # Names that do not tell: counted, in the order of the model.
@@ -179,8 +180,10 @@ def _numbered(model: PreTrainedModel) -> list[tuple[int, nn.Module]]:
 
 
 @contextmanager
-def _watching(model: PreTrainedModel, otherwise: NeuronSettings) -> Iterator[list[_Layer]]:
-    layers = [_Layer(number, module, otherwise) for number, module in _numbered(model)]
+def _watching(
+    model: PreTrainedModel, otherwise: NeuronSettings, name: str
+) -> Iterator[list[_Layer]]:
+    layers = [_Layer(number, module, otherwise) for number, module in _numbered(model, name)]
     modules = [cast(nn.Module, layer.experts) for layer in layers]
     for module, layer in zip(modules, layers, strict=True):
         # On the object, in front of its class's.
@@ -219,7 +222,7 @@ def record(
             finite: whatever they chose means nothing.
     """
     windows = 0
-    with _watching(model, NeuronSettings(keep_ratio, score)) as layers:
+    with _watching(model, NeuronSettings(keep_ratio, score), name) as layers:
         for batch in batches:
             ids_BS = torch.from_numpy(batch.ids_BS).to(model.device)
             # Without the head: routing needs no logits.

@@ -230,7 +230,7 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(
     shard.write_bytes(shard.read_bytes()[:-10])
     text = ["--text", str(texts[0])]
     cases: list[tuple[list[str], str]] = [
-        ([str(dense), *text], "a dense model has no routing"),
+        ([str(dense), *text], "dense: LlamaForCausalLM has no experts"),
         ([str(run), *text], "this run has no checkpoint; save some with checkpoint.interval"),
         ([str(moe)], "--text: give what the models are to read"),
         ([str(moe), "--text", str(empty)], f"{empty}: empty"),
