@@ -72,6 +72,13 @@ def _run(options: argparse.Namespace) -> None:
     studies = [replace(each, overrides=(*each.overrides, *options.set)) for each in studies]
     for study in studies:
         _ = study.configs  # all of them are checked before the first is trained
+    if not options.report:
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--output: {options.output}: {error.strerror}; choose a folder that can be written"
+            ) from error
     from mone_megatron.analysis.files import write_whole
     from mone_megatron.studies import outcome, output, page, runner
 

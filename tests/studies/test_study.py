@@ -142,6 +142,13 @@ def test_a_study_is_trained_gone_on_with_linked_and_reported(tmp_path: Path) -> 
     assert "was made with optim.lr=0.001, not 0.5; remove it" in refused.stderr
 
 
+def test_an_output_that_cannot_be_written_is_told_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = study("half_activated", "--output", tmp_path / "file" / "out")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: --output: {tmp_path / 'file' / 'out'}: Not a dir")
+
+
 def test_a_failing_run_ends_the_study_with_its_own_words(tmp_path: Path) -> None:
     file = write(tmp_path / "x.yaml")
     # The folder of a variant is a file: the run cannot begin.
