@@ -16,12 +16,12 @@ from types import SimpleNamespace
 from typing import Literal, get_args
 
 import pytest
+import wandb
 from fake_wandb import Break, FakeWandb, fake_wandb
 from faults_helpers import SMALL, records, steps
 from faults_runs import attempt, pretrain
 from faults_table import Tally
 
-import wandb
 from mone_megatron.config.load import compose
 from mone_megatron.train.hooks import WandbHook
 
@@ -55,6 +55,7 @@ def recovered(folder: Path) -> dict[int, float]:
     with fake_wandb() as fake:
         subprocess.run(
             [sys.executable, "-m", "wandb", "sync", "--include-online", *runs],
+            cwd=folder,  # it writes a log there
             env=os.environ | credentials(fake),
             check=True,
             capture_output=True,

@@ -116,9 +116,8 @@ def _records(content: bytes) -> Iterator[bytes]:
 
 def test_wandb_gets_few_messages_with_all_alerts(config: Config, tmp_path: Path) -> None:
     """A real run of W&B's, offline; its file is read back."""
-    from wandb.proto import wandb_internal_pb2
-
     import wandb
+    from wandb.proto import wandb_internal_pb2
 
     def alert(step: int, event: str, expert: int) -> Alert:
         place = {"kind": "dead_expert", "part": "routed", "layer": 1, "expert": expert}
