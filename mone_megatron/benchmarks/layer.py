@@ -18,7 +18,6 @@ from mone_megatron.benchmarks.measure import Spread, finished, interleave, ratio
 from mone_megatron.benchmarks.select import topk_scatter
 from mone_megatron.kernels import ops, reference, te_grouped
 from mone_megatron.kernels.reference import Packed, TopK, WeightSums
-from mone_megatron.model.specs import have_transformer_engine
 
 MOE = "MoE"
 # Gate and up [T, F] each to hidden values [T, F], and a loss beside the output's or None.
@@ -194,7 +193,7 @@ def _ways(layer: _Layer, shape: LayerShape, keep_ratio: float) -> dict[str, _Way
         "torch.topk + scatter": _Way(scattered),
         "a fixed threshold": _Way(above),
     }
-    if layer.rows_TH.is_cuda and have_transformer_engine():
+    if layer.rows_TH.is_cuda and te_grouped.have_transformer_engine():
         # Not run here. Row counts are on the host, as after the alltoall dispatcher.
         counts_E = layer.groups.counts_E.cpu()
         ways["MoNE, Transformer Engine's products"] = _Way(

@@ -12,6 +12,7 @@ Shape suffixes: T rows, sorted by expert; E experts; I values in, O values out.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, Protocol, cast
 
 import torch
@@ -40,6 +41,11 @@ class GroupedGemm(Protocol):
         single_output: bool,
     ) -> object:
         """Write the products to ``out``."""
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed."""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def transformer_engines() -> GroupedGemm:

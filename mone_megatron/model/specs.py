@@ -7,7 +7,6 @@ exists only there; not run here). The routed experts are ours on both.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -35,6 +34,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from mone_megatron.config.schema import ModelConfig, MoNEConfig
+from mone_megatron.kernels.te_grouped import have_transformer_engine
 from mone_megatron.model.attention import SDPAttention
 from mone_megatron.model.norm import AllHeadsRMSNorm, RMSNorm
 from mone_megatron.mone.balance import NeuronBalance
@@ -84,11 +84,6 @@ def _transformer_engine_provider() -> BackendSpecProvider:
             return GroupedExperts, None
 
     return TransformerEngineSpecProvider()
-
-
-def have_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed."""
-    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def spec_provider(*, on_cpu: bool) -> BackendSpecProvider:

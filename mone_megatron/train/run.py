@@ -23,7 +23,7 @@ from mone_megatron.data.datasets import build_datasets
 from mone_megatron.data.loader import MicrobatchSampler, SampleDataset, build_loader
 from mone_megatron.data.prepare import PreparedData
 from mone_megatron.kernels import ops
-from mone_megatron.model.specs import have_transformer_engine
+from mone_megatron.kernels.te_grouped import have_transformer_engine
 from mone_megatron.parallel.device import Device, open_process_group
 from mone_megatron.parallel.groups import close_groups, open_groups
 from mone_megatron.parallel.world import World
