@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mone_megatron.evaluation.command_line import say
+
 _DESCRIPTION = """\
 Train every variant of a study with the same seeds, and compare the last validation losses seed by
 seed: means, differences to the reference and 95% intervals (Student's t), as a table, a picture
@@ -46,10 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _run(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
@@ -83,18 +81,21 @@ def _run(options: argparse.Namespace) -> None:
     from mone_megatron.studies import outcome, output, page, runner
 
     outcomes: list[outcome.Outcome] = []
-    for study in studies:
-        folder = options.output / study.name
-        if not options.report:
-            runner.train(study, folder, options.seeds, jobs=options.jobs, say=_say)
-        found = outcome.read_outcome(study, folder, options.seeds)
-        print(output.markdown(found), end="\n\n")
-        for path in output.write(found, folder):
-            _say(f"wrote {path}")
-        # Anew after each, so that there is a page of what is done if this is stopped.
-        outcomes.append(found)
-        written = write_whole(options.output / page.PAGE_FILE, page.studies_page(outcomes))
-    _say(f"wrote {written}")
+    try:
+        for study in studies:
+            folder = options.output / study.name
+            if not options.report:
+                runner.train(study, folder, options.seeds, jobs=options.jobs, say=say)
+            found = outcome.read_outcome(study, folder, options.seeds)
+            print(output.markdown(found), end="\n\n")
+            for path in output.write(found, folder):
+                say(f"wrote {path}")
+            outcomes.append(found)
+    finally:
+        # Also of what is done when a later one fails or is stopped.
+        if outcomes:
+            written = write_whole(options.output / page.PAGE_FILE, page.studies_page(outcomes))
+            say(f"wrote {written}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -114,7 +114,8 @@ class _Layer:
         chosen_NK = scores_NE.topk(shape.chosen, dim=-1).indices
         self.expert_T = chosen_NK.flatten().sort().values
         counts_E = torch.bincount(self.expert_T, minlength=shape.experts)
-        self.groups = ops.RowGroups.of(counts_E, device)
+        # Counts on the host, as after the alltoall dispatcher.
+        self.groups = ops.RowGroups.of(counts_E.cpu(), device)
 
     def forward(self, way: _Way) -> tuple[Tensor, Tensor | None]:
         """The output ``[T, H]``, and a loss beside it."""
@@ -140,7 +141,7 @@ class _Layer:
     def saved_bytes(self, way: _Way) -> int:
         """Of the storages that autograd holds after the forward pass."""
         known = [self.rows_TH, self.gate_up, self.down, self.probs_T, self.expert_T]
-        known += [self.groups.counts_E, self.groups.ends_E]
+        known.append(self.groups.ends_E)
         outside = {tensor.untyped_storage().data_ptr() for tensor in known}
         held: dict[int, int] = {}
 
@@ -194,12 +195,11 @@ def _ways(layer: _Layer, shape: LayerShape, keep_ratio: float) -> dict[str, _Way
         "a fixed threshold": _Way(above),
     }
     if layer.rows_TH.is_cuda and te_grouped.have_transformer_engine():
-        # Not run here. Row counts are on the host, as after the alltoall dispatcher.
-        counts_E = layer.groups.counts_E.cpu()
+        # Not run here.
         ways["MoNE, Transformer Engine's products"] = _Way(
             balanced,
-            grouped_mm=lambda rows_TI, weight_EIO, _: te_grouped.grouped_mm(
-                rows_TI, weight_EIO, counts_E
+            grouped_mm=lambda rows_TI, weight_EIO, groups: te_grouped.grouped_mm(
+                rows_TI, weight_EIO, groups.counts_E
             ),
         )
     return ways

@@ -56,6 +56,26 @@ def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
     return mask_TF
 
 
+def kept_places(scores_TF: Tensor, k: int) -> Tensor | None:
+    """Where the ``k`` largest of each row are in ``[T, F]``, counted through.
+
+    Returns:
+        int64 ``[T * k]`` in order; None where it takes more than a threshold to say (ties, NaN).
+    """
+    scores_TF = scores_TF.detach().float()
+    scores = scores_TF.numpy()
+    rows, neurons = scores.shape
+    kth = np.partition(scores, neurons - k, axis=-1)[:, neurons - k, None]
+    places = np.flatnonzero(scores >= kth)
+    return torch.from_numpy(places) if _is_exact(len(places), rows * k, scores_TF) else None
+
+
+def _is_exact(kept: int, wanted: int, scores_BF: Tensor) -> bool:
+    """Whether a threshold, which keeps at least k of a row without NaN, kept k of each."""
+    # A NaN is the largest score to numpy, so ties may hide it in the count; the sum shows it.
+    return kept == wanted and not scores_BF.sum().isnan()
+
+
 def _select(scores_BF: Tensor, k: int, scratch_BF: Tensor, mask_BF: Tensor) -> None:
     """Write the mask of a block into ``mask_BF``; ``scratch_BF`` holds as many rows or more."""
     ordered_BF = scratch_BF[: len(scores_BF)].copy_(scores_BF)
@@ -64,8 +84,7 @@ def _select(scores_BF: Tensor, k: int, scratch_BF: Tensor, mask_BF: Tensor) -> N
     kth_B1 = ordered_BF[:, place : place + 1]
     scores, mask = scores_BF.numpy(), mask_BF.numpy()
     np.greater_equal(scores, kth_B1.numpy(), out=mask)
-    # A NaN is the largest score to numpy, so ties may hide it in the count; the sum shows it.
-    if np.count_nonzero(mask) == k * len(mask) and not scores_BF.sum().isnan():
+    if _is_exact(int(np.count_nonzero(mask)), k * len(mask), scores_BF):
         return
     # Some row ties at its threshold, or holds NaN: mend those rows only.
     nan_B1 = scores_BF.isnan().any(dim=-1, keepdim=True)

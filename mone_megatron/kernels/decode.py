@@ -25,12 +25,11 @@ from functools import cache
 from itertools import groupby
 from math import gcd
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mone_megatron.kernels import ops
+from mone_megatron.kernels import cpu, ops
 from mone_megatron.kernels.reference import Activate, TopK, neuron_scores
 
 # Into how many blocks a matrix is cut: enough for a few threads. One thread loses nothing by it.
@@ -174,7 +173,10 @@ class _Kept:
     @classmethod
     def of(cls, scores_SF: Tensor, k: int) -> _Kept:
         slots, neurons = scores_SF.shape
-        place_M, nan_S = _threshold_places(scores_SF, k), None
+        # With the caches full of weights every operation costs ten times what it otherwise does:
+        # on CPU one function that takes few.
+        place_M = None if scores_SF.is_cuda else cpu.kept_places(scores_SF, k)
+        nan_S = None
         if place_M is None:
             mask_SF = ops.topk_mask(scores_SF, k)
             nan_S = scores_SF.isnan().any(dim=-1)
@@ -185,24 +187,6 @@ class _Kept:
         first_S1 = torch.arange(0, slots * neurons, neurons, device=device).unsqueeze(-1)
         start_S = torch.arange(0, slots * k + 1, k, device=device)
         return cls(place_M, place_M.view(slots, k) - first_S1, start_S, nan_S)
-
-
-def _threshold_places(scores_SF: Tensor, k: int) -> Tensor | None:
-    """Where the ``k`` largest of each row are; None where it takes more than a threshold to say.
-
-    With the caches full of weights every operation costs ten times what it otherwise does, so this
-    takes few.
-    """
-    if scores_SF.is_cuda:
-        return None
-    scores = scores_SF.detach().float().numpy()
-    rows, neurons = scores.shape
-    kth = np.partition(scores, neurons - k, axis=-1)[:, neurons - k, None]
-    places = np.flatnonzero(scores >= kth)
-    # A NaN is the largest score to numpy, so ties may hide it in the count; the sum shows it.
-    if len(places) != rows * k or np.isnan(scores.sum()):
-        return None
-    return torch.from_numpy(places)
 
 
 def linear_by_blocks(tokens_NH: Tensor, weight_FH: Tensor) -> Tensor:

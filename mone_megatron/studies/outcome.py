@@ -55,6 +55,11 @@ class Outcome:
     hardware: str
     variants: tuple[Variant, ...]
 
+    @property
+    def size(self) -> str:
+        """How much was trained, in words."""
+        return f"{len(self.variants[0].seeds)} seeds, {self.tokens:,} tokens each"
+
     def to_json(self) -> dict[str, Any]:
         """For files."""
         return asdict(self) | {

@@ -37,15 +37,13 @@ def table_rows(outcome: Outcome) -> tuple[tuple[str, ...], list[tuple[str, ...]]
 
 def markdown(outcome: Outcome) -> str:
     """The question, and the table."""
-    seeds = len(outcome.variants[0].seeds)
     header, rows = table_rows(outcome)
     # A bar would end the cell.
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     titles, *lines = (" ".join(["|", " | ".join(row), "|"]) for row in cells)
-    size = f"{seeds} seeds, {outcome.tokens:,} tokens each"
     return "\n".join(
         [
-            f"**{outcome.question}** (`{outcome.name}`, {size})",
+            f"**{outcome.question}** (`{outcome.name}`, {outcome.size})",
             "",
             titles,
             "|---" * len(header) + "|",

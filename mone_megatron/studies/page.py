@@ -22,16 +22,12 @@ def studies_page(outcomes: Sequence[Outcome]) -> str:
         "only where the interval does not hold 0; other sizes may answer otherwise."
     )
     page.table(
-        ["question", "answer", "seeds", "tokens a run"],
-        [
-            (outcome.question, _answer(outcome), str(_seeds(outcome)), f"{outcome.tokens:,}")
-            for outcome in outcomes
-        ],
+        ["question", "answer", "trained"],
+        [(outcome.question, _answer(outcome), outcome.size) for outcome in outcomes],
         wrap=True,
     )
     for outcome in outcomes:
-        note = f"{outcome.name}: {_seeds(outcome)} seeds, {outcome.tokens:,} tokens each"
-        page.heading(outcome.question, f"{note}; {outcome.hardware}")
+        page.heading(outcome.question, f"{outcome.name}: {outcome.size}; {outcome.hardware}")
         header, rows = table_rows(outcome)
         page.table(header, rows)
         described = f"Each seed's difference to {outcome.reference}, means and intervals"
@@ -40,10 +36,6 @@ def studies_page(outcomes: Sequence[Outcome]) -> str:
             f'src="{png_data_uri(figure(outcome))}">'
         )
     return page.render()
-
-
-def _seeds(outcome: Outcome) -> int:
-    return len(outcome.variants[0].seeds)
 
 
 def _answer(outcome: Outcome) -> str:

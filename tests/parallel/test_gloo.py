@@ -29,14 +29,20 @@ def _threads(prepare: str) -> int:
             dist.all_reduce(torch.ones(1), group=dist.new_group([0]))
         print(len(os.listdir("/proc/self/task")) - before)
     """)
+    return int(_said(code))
+
+
+def _said(code: str) -> str:
+    """What a Python process of its own prints."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=True,
+        timeout=120,
     )
-    return int(done.stdout)
+    return done.stdout.strip()
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
@@ -106,13 +112,5 @@ def test_a_forked_process_does_not_use_its_parents_device() -> None:
             os._exit(len(ProcessGroupGloo._devices))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
     # Its own beside its parent's.
-    assert done.stdout.strip() == "2"
+    assert _said(code) == "2"
