@@ -7,12 +7,8 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from mone_megatron.evaluation.command_line import (
-    add_placement,
-    check_at_least_1,
-    exit_status,
-    say,
-)
+from mone_megatron.command_line import check_at_least_1, exit_status, say
+from mone_megatron.evaluation.command_line import add_placement
 
 _DESCRIPTION = """\
 Run models on text and count which experts and which neurons each token uses: load, co-activation,

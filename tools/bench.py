@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mone_megatron.command_line import exit_status
+
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
@@ -318,12 +320,7 @@ def _run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("bench", _run, options)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.evaluation.command_line import (
-    add_placement,
-    check_at_least_1,
-    exit_status,
-    labels_of,
-    say,
-)
+from mone_megatron.command_line import check_at_least_1, exit_status, say
+from mone_megatron.evaluation.command_line import add_placement, labels_of
 
 _DESCRIPTION = """\
 Measure any number of models on tasks of lm-evaluation-harness and by perplexity, with standard

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mone_megatron.command_line import exit_status, say
+
 _DESCRIPTION = """\
 Convert a run's newest checkpoint, or one checkpoint, to a Hugging Face folder: safetensors,
 configuration, tokenizer, generation settings and a model card. The layout it was trained on does
@@ -60,10 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _export(options: argparse.Namespace) -> None:
     if options.shard_gb <= 0:
         raise ValueError(f"--shard-gb: {options.shard_gb:g} is not above 0")
@@ -77,16 +75,16 @@ def _export(options: argparse.Namespace) -> None:
     from mone_megatron.hf import checks, export
     from mone_megatron.hf.source import Source, open_source
 
-    source: Source = open_source(options.source, say=_say)
+    source: Source = open_source(options.source, say=say)
     architecture = export.choose_architecture(source, options.architecture)
     dtype = export.export_dtype(source, options.dtype)
-    _say(f"{source.checkpoint.path} as {architecture.class_name} in {dtype}")
+    say(f"{source.checkpoint.path} as {architecture.class_name} in {dtype}")
     outcome: list[str] = []
 
     def check(folder: Path) -> str:
         if options.no_check:
             return "not checked (--no-check)"
-        _say("comparing it with the training model on real text")
+        say("comparing it with the training model on real text")
         found = checks.check_export(source, folder)
         if not found.holds:
             raise ValueError(f"{options.output}: not written: {found.describe()}")
@@ -100,7 +98,7 @@ def _export(options: argparse.Namespace) -> None:
         dtype=dtype,
         shard_bytes=int(options.shard_gb * 1e9),
         check=check,
-        progress=_say,
+        progress=say,
     )
     print(f"wrote {exported.folder}: {exported.tensors} tensors, {exported.bytes / 1e6:,.1f} MB")
     for line in outcome:
@@ -108,15 +106,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from a command line; user errors are one line each."""
+    """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        _export(options)
-    except ValueError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("export_hf", _export, options)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mone_megatron.command_line import exit_status, say
+
 _DESCRIPTION = """\
 Prompt in, text streamed out. The model is a run (its newest checkpoint, converted in memory), a
 checkpoint, an export, or any folder in the format of transformers. The prompt is --prompt, the
@@ -70,10 +72,6 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return [line for line in lines if line]
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _show(text: str) -> None:
     print(text, end="", flush=True)
 
@@ -102,12 +100,12 @@ def _generate(options: argparse.Namespace) -> None:
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}.get(options.dtype),
         device=options.device,
         trust_remote_code=options.trust_remote_code,
-        say=_say,
+        say=say,
     )
     if loaded.tokenizer is None:
         raise ValueError(f"{options.model}: holds no tokenizer")
     experts = choose_experts(loaded.model, options.experts)
-    _say(f"{loaded.source}: {type(loaded.model).__name__}, experts: {experts}")
+    say(f"{loaded.source}: {type(loaded.model).__name__}, experts: {experts}")
     if len(prompts) == 1:
         _show(prompts[0])
         outcome = generate(loaded.model, loaded.tokenizer, prompts, sampling, show=_show)
@@ -116,19 +114,13 @@ def _generate(options: argparse.Namespace) -> None:
         outcome = generate(loaded.model, loaded.tokenizer, prompts, sampling)
         for number, (prompt, text) in enumerate(zip(prompts, outcome.texts, strict=True), 1):
             print(f"--- {number}\n{prompt}{text}")
-    _say(outcome.describe())
+    say(outcome.describe())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from a command line; user errors are one line each."""
+    """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        _generate(options)
-    except ValueError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("generate", _generate, options)
 
 
 if __name__ == "__main__":

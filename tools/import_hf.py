@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mone_megatron.command_line import exit_status, say
+
 _DESCRIPTION = """\
 Convert a model of the Hugging Face Hub (a local folder with safetensors) to a checkpoint, to go on
 training it as MoE or as MoNE: Qwen3-MoE, Qwen2-MoE, Mixtral, OLMoE, DeepSeek-V2, exports of ours,
@@ -61,10 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _import(options: argparse.Namespace) -> None:
     if options.dtype not in _DTYPES:
         raise ValueError(f"--dtype: {options.dtype!r} is not one of {', '.join(_DTYPES)}")
@@ -90,7 +88,7 @@ def _import(options: argparse.Namespace) -> None:
         upcycling = importing.Upcycling(options.upcycle_experts, per_token)
     with open_weights(options.source) as weights:
         planned = importing.plan_import(options.source, weights, upcycling=upcycling)
-        _say(f"{options.source}: {planned.settings.architecture.class_name}")
+        say(f"{options.source}: {planned.settings.architecture.class_name}")
         checkpoint = importing.run_import(
             planned,
             weights,
@@ -98,7 +96,7 @@ def _import(options: argparse.Namespace) -> None:
             dtype={"fp32": torch.float32, "bf16": torch.bfloat16}.get(options.dtype),
             seed=options.seed,
             name=options.source.name,
-            progress=_say,
+            progress=say,
             check=lambda folder: _check(options, folder, made_experts=upcycling is not None),
         )
     print(f"wrote {checkpoint}")
@@ -111,7 +109,7 @@ def _check(options: argparse.Namespace, folder: Path, *, made_experts: bool) -> 
 
     if options.no_check:
         return
-    _say("comparing both models on real text")
+    say("comparing both models on real text")
     found = checks.check_import(folder, options.source, choices=not made_experts)
     if not found.holds:
         raise ValueError(f"{options.output}: not written: {found.describe()}")
@@ -119,15 +117,9 @@ def _check(options: argparse.Namespace, folder: Path, *, made_experts: bool) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from a command line; user errors are one line each."""
+    """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        _import(options)
-    except ValueError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("import_hf", _import, options)
 
 
 if __name__ == "__main__":

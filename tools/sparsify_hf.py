@@ -16,13 +16,8 @@ from mone_megatron.analysis.sparsification.plans import (
     check_shares,
     check_tops,
 )
-from mone_megatron.evaluation.command_line import (
-    add_placement,
-    check_at_least_1,
-    exit_status,
-    labels_of,
-    say,
-)
+from mone_megatron.command_line import check_at_least_1, exit_status, say
+from mone_megatron.evaluation.command_line import add_placement, labels_of
 
 _DESCRIPTION = """\
 Rank the neurons of every expert for every token, leave out the lowest 0 to 99%, and measure the

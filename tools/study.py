@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.evaluation.command_line import say
+from mone_megatron.command_line import say
 
 _DESCRIPTION = """\
 Train every variant of a study with the same seeds, and compare the last validation losses seed by

@@ -1,10 +1,9 @@
-"""What the command lines that measure models share. Imports nothing that takes time."""
+"""The options that the command lines which measure models share. Imports nothing slow."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -21,39 +20,6 @@ def add_placement(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run code that a model folder brings"
     )
-
-
-def check_at_least_1(options: argparse.Namespace, *names: str) -> None:
-    """Check the options of these names that are given.
-
-    Raises:
-        ValueError: naming the one that is smaller.
-    """
-    for name in names:
-        value = vars(options)[name]
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {value} is too small; use 1 or more")
-
-
-def exit_status(
-    tool: str, run: Callable[[argparse.Namespace], None], options: argparse.Namespace
-) -> int:
-    """Run a tool: 0, or 2 for what cannot be done, with a line for each reason; 130 for Ctrl-C."""
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            print(f"{tool}: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{tool}: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def say(message: str) -> None:
-    """Tell the user how far it is, apart from the results."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def labels_of(models: Sequence[str], given: Sequence[str] | None) -> list[str]:

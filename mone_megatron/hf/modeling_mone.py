@@ -230,7 +230,8 @@ class MonePreTrainedModel(Qwen3MoePreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
         "router_logits": OutputRecorder(MoneTopKRouter, index=0),
         "hidden_states": MoneDecoderLayer,
-        "attentions": Qwen3MoeAttention,
+        # Both kinds: neither is a subclass of the other.
+        "attentions": [MoneAttention, MoneLatentAttention],
     }
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from evaluation_helpers import TEXT
 
-from mone_megatron.evaluation.command_line import exit_status
+from mone_megatron.command_line import exit_status
 from mone_megatron.testing.launch import run_layouts
 from mone_megatron.testing.tools import Main, load_tool
 

@@ -115,6 +115,49 @@ def test_router_logits_and_their_balance_loss() -> None:
     assert output.aux_loss > 0
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_that_can_be_recorded_is(variant: str) -> None:
+    model = build(variant)
+    model.set_attn_implementation("eager")
+    wanted = {f"output_{kind}": True for kind in ("attentions", "hidden_states", "router_logits")}
+    output = model(tokens(2, 8), **wanted)
+    assert [tuple(layer.shape) for layer in output.attentions] == [(2, 4, 8, 8)] * 2
+    for layer in output.attentions:
+        torch.testing.assert_close(layer.sum(dim=-1), torch.ones(2, 4, 8))
+        assert not layer.triu(diagonal=1).any()
+    assert [tuple(layer.shape) for layer in output.hidden_states] == [(2, 8, 32)] * 3
+    assert len(output.router_logits) == 2 - len(model.config.mlp_only_layers)
+    # Step by step with a cache, too: one query over all that came before it.
+    generated = model.generate(
+        tokens(1, 5),
+        max_new_tokens=3,
+        do_sample=False,
+        pad_token_id=0,
+        output_attentions=True,
+        return_dict_in_generate=True,
+    )
+    shapes = [[tuple(layer.shape) for layer in step] for step in generated.attentions]
+    assert shapes == [[(1, 4, 5, 5)] * 2, [(1, 4, 1, 6)] * 2, [(1, 4, 1, 7)] * 2]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_implementations_and_caches_agree(variant: str) -> None:
+    model, prompt = build(variant), tokens(2, 9)
+    logits = {}
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            logits[implementation] = model(prompt, use_cache=False).logits
+            cached = model(prompt, use_cache=True)
+        assert cached.past_key_values.get_seq_length() == 9
+        assert torch.equal(cached.logits, logits[implementation])
+    torch.testing.assert_close(logits["eager"], logits["sdpa"])
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    grown = model.generate(prompt, **settings)
+    fixed = model.generate(prompt, cache_implementation="static", **settings)
+    assert torch.equal(grown, fixed)
+
+
 def test_lora_and_trainer(tmp_path: Path) -> None:
     adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
     model = get_peft_model(build("plain"), adapters)

@@ -1,0 +1,52 @@
+"""What all command lines share: how they end, and how they say how far they are.
+
+Imports nothing that takes time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+
+def exit_status(
+    tool: str, run: Callable[[argparse.Namespace], None], options: argparse.Namespace
+) -> int:
+    """Runs a tool and returns its exit status.
+
+    Args:
+        tool: its name, which begins each line about what went wrong.
+        run: the tool; a ValueError or OSError of it is for the user.
+        options: given to ``run``.
+
+    Returns:
+        0; 2 for what cannot be done, with a line on standard error for each reason; 130 for Ctrl-C.
+    """
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"{tool}: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{tool}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def say(message: str) -> None:
+    """Tells the user how far it is, apart from the results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def check_at_least_1(options: argparse.Namespace, *names: str) -> None:
+    """Checks the options of these names that are given.
+
+    Raises:
+        ValueError: naming the one that is smaller.
+    """
+    for name in names:
+        value = vars(options)[name]
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {value} is too small; use 1 or more")
