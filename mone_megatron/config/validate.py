@@ -26,6 +26,8 @@ from mone_megatron.config.schema import (
 _SMALLEST_BPE = 257
 # NumPy, which shuffles the data, takes seeds below 2**32; megatron-core adds to them by rank.
 _LARGEST_SEED = 2**31 - 1
+# megatron-core numbers the sources of a blend with 16 bits.
+_MOST_SOURCES = 32766
 # The first step that train.profile traces: memory is allocated, caches are warm.
 PROFILED_FROM = 5
 # torch.nn.functional.grouped_mm wants every stride to be a multiple of 16 bytes.
@@ -574,7 +576,22 @@ def _data(config: Config) -> Iterator[str]:
             "give one for each path, or none"
         )
     if any(weight <= 0 for weight in data.weights):
-        yield f"data.weights: {_listed(data.weights)} has an entry that is not above 0; raise it"
+        yield (
+            f"data.weights: {_listed(data.weights)} has an entry that is not above 0; raise it, or "
+            "leave its path out"
+        )
+    elif not math.isfinite(total := sum(data.weights)):
+        yield f"data.weights: {_listed(data.weights)} are too large to add up; divide all of them"
+    elif data.weights and min(data.weights) / total == 0:
+        yield (
+            f"data.weights: {min(data.weights):g} of {total:g} is too small a share to be a "
+            "number; raise it, or leave its path out"
+        )
+    if len(data.paths) > _MOST_SOURCES:
+        yield (
+            f"data.paths: {len(data.paths)} paths are too many; use {_MOST_SOURCES} or fewer "
+            "(tools/preprocess_data.py takes many files into one)"
+        )
     if any(not path.strip() for path in data.paths):
         yield "data.paths: has an empty path; give the path of a .bin/.idx pair without extension"
     if any(share < 0 for share in data.split):

@@ -72,7 +72,7 @@ def build_datasets(
     with locked(cache.with_suffix(".lock")) if first else nullcontext():
         if first and cache.exists() and not _is_whole(cache):
             shutil.rmtree(cache)
-        builder = (BlendedMegatronDatasetBuilder if distributed else _SingleProcessBuilder)(
+        builder = (_Builder if distributed else _SingleProcessBuilder)(
             GPTDataset,
             sizes,
             lambda: build_here or first,
@@ -140,11 +140,45 @@ class _InMemoryBlendedDataset(BlendedDataset):
             self.config = cached_config
 
 
-class _SingleProcessBuilder(BlendedMegatronDatasetBuilder):
+class _Builder(BlendedMegatronDatasetBuilder):
+    """The library's builder, but that a blend is as long as asked.
+
+    The library asks each source for its share of the samples, rounded up, and makes the blend as
+    long as the sum of those. Many small shares make that so much more than asked that the largest
+    source is drawn from more often than it was built for. A blend draws in an order that does not
+    depend on its length, so the shorter one is the beginning of the longer one, and of each source
+    it takes its share, rounded up, at most.
+    """
+
+    sizes: list[int]
+
+    def build_generic_dataset(
+        self,
+        cls: Callable[..., Any],
+        is_built_on_rank: Callable[[], bool],
+        synchronize_ranks: bool,
+        *args: Any,
+    ) -> Any:
+        if cls is BlendedDataset and is_built_on_rank():
+            sources, weights, _, settings = args
+            args = (sources, weights, self.sizes[sources[0].index_split.value], settings)
+        return self._build_one(cls, is_built_on_rank, synchronize_ranks, *args)
+
+    def _build_one(
+        self,
+        cls: Callable[..., Any],
+        is_built_on_rank: Callable[[], bool],
+        synchronize_ranks: bool,
+        *args: Any,
+    ) -> Any:
+        return super().build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args)
+
+
+class _SingleProcessBuilder(_Builder):
     """The builder for a process without torch.distributed."""
 
-    @staticmethod
-    def build_generic_dataset(
+    def _build_one(
+        self,
         cls: Callable[..., Any],
         is_built_on_rank: Callable[[], bool],
         synchronize_ranks: bool,
@@ -190,6 +224,9 @@ def _cache_name(config: Config, prepared: PreparedData, sizes: list[int]) -> str
         config.train.seq_length,
         sizes,
     ]
+    if prepared.weights is not None:
+        # Blends were longer than asked once; the files of those have other names.
+        facts.append("blends as long as asked")
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
