@@ -5,16 +5,19 @@ Legend: R rows (runs), G points of a curve.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from mone_megatron.analysis.identified import NOT_IDENTIFIED
 from mone_megatron.analysis.plots import color_of, new_figure, style_axes, title_axes
 from mone_megatron.analysis.scaling_law.bootstrap import bounds
 from mone_megatron.analysis.scaling_law.holdout import Errors
-from mone_megatron.analysis.scaling_law.results import IsoFlop, Parametric, Study
+from mone_megatron.analysis.scaling_law.results import Estimate, IsoFlop, Parametric, Study
 from mone_megatron.analysis.scaling_law.table import Table
 from mone_megatron.analysis.stats import FloatArray
 
@@ -22,6 +25,8 @@ _CURVE_POINTS = 60
 # How far beyond the table the allocation picture looks, in budgets.
 _LOOK_AHEAD = 30.0
 _COLOR_MAP = "viridis"
+# Behind a number that is not identified.
+_QUESTION = " (?)"
 
 
 def fit_figure(table: Table, parametric: Parametric) -> Figure:
@@ -50,13 +55,21 @@ def fit_figure(table: Table, parametric: Parametric) -> Figure:
     left.text(
         0.96,
         0.05,
-        "\n".join(f"{name} {value:.4g}" for name, value in parametric.fit.law.coefficients.items()),
+        "\n".join(
+            f"{name} {one.value:.4g}{_QUESTION if one.doubts else ''}"
+            for name, one in parametric.coefficients.items()
+        ),
         transform=left.transAxes,
         ha="right",
         fontsize=13,
         linespacing=1.5,
     )
-    title_axes(left, "Scaling law", f"{len(table)} runs, coloured by FLOPs")
+    doubtful = any(one.doubts for one in parametric.coefficients.values())
+    title_axes(
+        left,
+        "Scaling law",
+        f"{len(table)} runs, coloured by FLOPs" + (f";{_QUESTION}: {NOT_IDENTIFIED}" * doubtful),
+    )
 
     style_axes(right)
     right.set_xscale("log")
@@ -108,13 +121,15 @@ def isoflop_figure(table: Table, isoflop: IsoFlop) -> Figure:
         )
         curve_G = np.geomspace(params_M.min(), params_M.max(), _CURVE_POINTS)
         axes.plot(curve_G, parabola.loss_at(curve_G), color=color, linewidth=1.6)
-        if any(parabola is used for used in isoflop.fit.used):
+        estimates = [one for used, one in isoflop.minima if used is parabola]
+        for estimate in estimates:
             axes.plot(
                 [parabola.params],
                 [parabola.loss],
                 marker="*",
                 markersize=16,
-                color=color,
+                # Hollow where the minimum is not identified.
+                color=color if estimate.identified else "white",
                 markeredgecolor="#1b1f24",
                 linestyle="none",
                 zorder=4,
@@ -124,9 +139,18 @@ def isoflop_figure(table: Table, isoflop: IsoFlop) -> Figure:
     axes.legend(
         title="FLOPs", frameon=False, fontsize=11, loc="upper left", bbox_to_anchor=(1.0, 1.0)
     )
-    a, b = (isoflop.exponents[name].value for name in ("a", "b"))
+    a, b = (
+        f"{one.value:.3f}{_QUESTION if one.doubts else ''}"
+        for one in (isoflop.exponents["a"], isoflop.exponents["b"])
+    )
+    doubtful = any(
+        one.doubts for one in (*isoflop.exponents.values(), *(one for _, one in isoflop.minima))
+    )
     title_axes(
-        axes, "IsoFLOP profiles", f"stars: minima in the laws N_opt ~ C^{a:.3f}, D_opt ~ C^{b:.3f}"
+        axes,
+        "IsoFLOP profiles",
+        f"stars: minima in the laws N_opt ~ C^{a}, D_opt ~ C^{b}"
+        + (f"; hollow or{_QUESTION}: {NOT_IDENTIFIED}" * doubtful),
     )
     return figure
 
@@ -171,7 +195,8 @@ def _parametric_curve(
         ]
         return np.array([one.params if part == "params" else one.tokens for one in best])
 
-    axes.plot(flops_G, values(None), color=color_of(0), linewidth=2, label="parametric")
+    label = _law_label("parametric", parametric.exponents)
+    axes.plot(flops_G, values(None), color=color_of(0), linewidth=2, label=label)
     if parametric.samples is not None:
         rows = np.stack([values(index) for index in range(len(parametric.samples.laws))])
         _band(axes, flops_G, rows, study.options.confidence, color_of(0))
@@ -183,7 +208,8 @@ def _isoflop_curve(
     index = 0 if part == "params" else 1
     law = (isoflop.fit.params, isoflop.fit.tokens)[index]
     line_G = [law.at(flops) for flops in flops_G.tolist()]
-    axes.plot(flops_G, line_G, color=color_of(1), linewidth=2, linestyle="--", label="IsoFLOP")
+    label = _law_label("IsoFLOP", isoflop.exponents)
+    axes.plot(flops_G, line_G, color=color_of(1), linewidth=2, linestyle="--", label=label)
     axes.plot(
         [one.flops for one in isoflop.fit.used],
         [one.params if part == "params" else one.tokens for one in isoflop.fit.used],
@@ -201,6 +227,11 @@ def _isoflop_curve(
             ]
         )
         _band(axes, flops_G, rows, study.options.confidence, color_of(1))
+
+
+def _law_label(name: str, exponents: Mapping[str, Estimate] | None) -> str:
+    doubtful = any(one.doubts for one in (exponents or {}).values())
+    return f"{name} ({NOT_IDENTIFIED})" if doubtful else name
 
 
 def _band(axes: Axes, flops_G: FloatArray, rows: FloatArray, confidence: float, color: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mone_megatron.analysis.files import write_whole
 from mone_megatron.analysis.formatting import ABSENT, format_count, text_table
+from mone_megatron.analysis.identified import NOT_IDENTIFIED, Doubt, mark, reasons
 from mone_megatron.analysis.plots import png_bytes
 from mone_megatron.analysis.scaling_law.figures import (
     allocation_figure,
@@ -51,6 +52,10 @@ def text_report(study: Study) -> str:
         parts += ["", "compute-optimal allocation", _allocation_table(allocations, study)]
     if study.parametric is not None and study.parametric.predictions:
         parts += ["", "predictions", _prediction_table(study.parametric, study)]
+    unknown = {name: one for name, one in study.estimates.items() if not one.identified}
+    if unknown:
+        parts += ["", f"{NOT_IDENTIFIED}, so do not rely on the value:"]
+        parts += [f"  {name}: {reasons(one.doubts)}" for name, one in unknown.items()]
     return "\n".join(parts)
 
 
@@ -84,9 +89,9 @@ def write_study(study: Study, folder: str | Path) -> list[Path]:
     }
     if study.parametric is not None:
         files["coefficients.csv"] = _csv(
-            ("coefficient", "value", "low", "high"),
+            ("coefficient", "value", "low", "high", "not_identified"),
             [
-                (name, *_cells(estimate))
+                (name, *_cells(estimate), reasons(estimate.doubts))
                 for name, estimate in {
                     **study.parametric.coefficients,
                     **(study.parametric.exponents or {}),
@@ -96,15 +101,21 @@ def write_study(study: Study, folder: str | Path) -> list[Path]:
         files["fit.png"] = png_bytes(fit_figure(study.table, study.parametric))
         if study.parametric.predictions:
             files["predictions.csv"] = _csv(
-                ("params", "tokens", "keep_ratio", "loss", "low", "high", "reach"),
+                (
+                    *("params", "tokens", "keep_ratio", "loss", "low", "high", "reach"),
+                    "not_identified",
+                ),
                 [
-                    (p.request.params, p.request.tokens, p.request.ratio, *_cells(p.loss), p.reach)
+                    (
+                        *(p.request.params, p.request.tokens, p.request.ratio, *_cells(p.loss)),
+                        *(p.reach, reasons(p.loss.doubts)),
+                    )
                     for p in study.parametric.predictions
                 ],
             )
     if study.isoflop is not None:
         files["isoflop.csv"] = _csv(
-            ("flops", "minimum", "params", "low", "high", "tokens", "loss"),
+            ("flops", "minimum", "params", "low", "high", "tokens", "loss", "not_identified"),
             [
                 (
                     one.flops,
@@ -112,6 +123,7 @@ def write_study(study: Study, folder: str | Path) -> list[Path]:
                     *_cells(_minimum(study.isoflop, index)),
                     one.tokens,
                     one.loss,
+                    reasons(_minimum(study.isoflop, index).doubts),
                 )
                 for index, one in enumerate(study.isoflop.fit.parabolas)
             ],
@@ -123,6 +135,7 @@ def write_study(study: Study, folder: str | Path) -> list[Path]:
             (
                 *("method", "flops", "params", "params_low", "params_high"),
                 *("tokens", "tokens_low", "tokens_high", "loss", "loss_low", "loss_high", "reach"),
+                "not_identified",
             ),
             [
                 (
@@ -132,6 +145,7 @@ def write_study(study: Study, folder: str | Path) -> list[Path]:
                     *_cells(one.tokens),
                     *(_cells(one.loss) if one.loss is not None else ("", "", "")),
                     one.reach,
+                    reasons(_allocation_doubts(one)),
                 )
                 for one in allocations
             ],
@@ -162,11 +176,12 @@ def _parametric_text(parametric: Parametric, study: Study) -> list[str]:
     form = _FORM if fit.law.gamma is None else _NEURON_FORM
     interval = f"{study.options.confidence:.0%} interval"
     rows = [
-        [name, f"{one.value:.6g}", _interval(one)] for name, one in parametric.coefficients.items()
+        [name, f"{one.value:.6g}", _interval(one), mark(one.doubts)]
+        for name, one in parametric.coefficients.items()
     ]
     if parametric.exponents is not None:
         rows += [
-            [f"{name}: {what} ~ C^{name}", f"{one.value:.4f}", _interval(one)]
+            [f"{name}: {what} ~ C^{name}", f"{one.value:.4f}", _interval(one), mark(one.doubts)]
             for (name, one), what in zip(
                 parametric.exponents.items(), ("N_opt", "D_opt"), strict=True
             )
@@ -174,7 +189,7 @@ def _parametric_text(parametric: Parametric, study: Study) -> list[str]:
     lines = [
         f"{form}, log-Huber with delta {fit.delta:g}: "
         f"objective {fit.objective:.4g}, {fit.at_best} of {fit.starts} starts ended there",
-        text_table(["coefficient", "value", interval], rows),
+        text_table(["coefficient", "value", interval, ""], rows),
         "",
     ]
     rows = []
@@ -207,17 +222,18 @@ def _isoflop_text(isoflop: IsoFlop, study: Study) -> list[str]:
                 f"{one.loss:.4f}" if math.isfinite(one.loss) else ABSENT,
                 one.minimum,
                 _count_interval(estimate),
+                mark(estimate.doubts),
             ]
         )
     laws = [
-        [f"{name}: {what} ~ C^{name}", f"{one.value:.4f}", _interval(one)]
+        [f"{name}: {what} ~ C^{name}", f"{one.value:.4f}", _interval(one), mark(one.doubts)]
         for (name, one), what in zip(isoflop.exponents.items(), ("N_opt", "D_opt"), strict=True)
     ]
     return [
         f"IsoFLOP parabolas, {len(isoflop.fit.used)} of {len(isoflop.fit.parabolas)} in the laws",
-        text_table(["FLOPs", "runs", "N_opt", "D_opt", "loss", "minimum", interval], rows),
+        text_table(["FLOPs", "runs", "N_opt", "D_opt", "loss", "minimum", interval, ""], rows),
         "",
-        text_table(["law", "exponent", f"{study.options.confidence:.0%} interval"], laws),
+        text_table(["law", "exponent", f"{study.options.confidence:.0%} interval", ""], laws),
     ]
 
 
@@ -233,7 +249,7 @@ def _allocation_table(allocations: Sequence[AllocationEstimate], study: Study) -
             f"{one.tokens.value / one.params.value:.1f}",
             f"{one.loss.value:.4f}" if one.loss is not None else ABSENT,
             _interval(one.loss) if one.loss is not None else ABSENT,
-            _reach(one.reach, "FLOPs"),
+            _remarks(_reach(one.reach, "FLOPs"), _allocation_doubts(one)),
         ]
         for one in allocations
     ]
@@ -252,7 +268,7 @@ def _prediction_table(parametric: Parametric, study: Study) -> str:
             *([f"{one.request.ratio:g}"] if with_ratio else []),
             f"{one.loss.value:.4f}",
             _interval(one.loss),
-            _reach(one.reach, "N or D"),
+            _remarks(_reach(one.reach, "N or D"), one.loss.doubts),
         ]
         for one in parametric.predictions
     ]
@@ -266,6 +282,15 @@ def _budgets(count: int) -> str:
 
 def _reach(reach: float, what: str) -> str:
     return f"extrapolated: {reach:.3g} x the largest {what}" if reach > 1 + 1e-9 else ""
+
+
+def _remarks(reach: str, doubts: Sequence[Doubt]) -> str:
+    return ", ".join(filter(None, (mark(doubts), reach)))
+
+
+def _allocation_doubts(one: AllocationEstimate) -> list[Doubt]:
+    """The doubts of all its numbers, each once."""
+    return list(dict.fromkeys(doubt for part in one.estimates.values() for doubt in part.doubts))
 
 
 def _interval(estimate: Estimate) -> str:
@@ -290,12 +315,13 @@ def _error_cells(errors: Errors) -> list[str]:
 
 
 def _minimum(isoflop: IsoFlop, index: int) -> Estimate:
-    """The minimum of a parabola, with its interval when it is used."""
+    """Returns the minimum of a parabola: as it is used, or with why it is not."""
     parabola = isoflop.fit.parabolas[index]
     for used, estimate in isoflop.minima:
         if used is parabola:
             return estimate
-    return Estimate(parabola.params, None)
+    why = "there is none" if parabola.minimum == "none" else "it is outside the sizes tried"
+    return Estimate(parabola.params, None, (Doubt("bound", f"{why}, and in no law"),))
 
 
 def _allocations(study: Study) -> list[AllocationEstimate]:
@@ -355,11 +381,13 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _estimate_json(estimate: Estimate) -> dict[str, float | None]:
+def _estimate_json(estimate: Estimate) -> dict[str, Any]:
     return {
         "value": _finite(estimate.value),
         "low": None if estimate.interval is None else estimate.interval.low,
         "high": None if estimate.interval is None else estimate.interval.high,
+        "identified": estimate.identified,
+        "doubts": [{"kind": doubt.kind, "reason": doubt.reason} for doubt in estimate.doubts],
     }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mone_megatron.analysis.identified import Doubt, rests_on
 from mone_megatron.analysis.scaling_law.bootstrap import LawSamples, bootstrap_law, bounds
 from mone_megatron.analysis.scaling_law.fit import Fit, fit_law
 from mone_megatron.analysis.scaling_law.holdout import (
@@ -15,6 +16,12 @@ from mone_megatron.analysis.scaling_law.holdout import (
     errors_of,
     k_fold,
     largest_budgets,
+)
+from mone_megatron.analysis.scaling_law.identification import (
+    coefficient_doubts,
+    doubted,
+    interval_doubts,
+    sample_doubts,
 )
 from mone_megatron.analysis.scaling_law.law import Law
 from mone_megatron.analysis.scaling_law.results import (
@@ -69,18 +76,40 @@ def study_parametric(table: Table, options: Options, warnings: list[str]) -> Par
     warnings.extend(_doubts(fit, samples))
     law = fit.law
 
-    def estimate(figure: Figure) -> Estimate:
+    def estimate(name: str, figure: Figure, doubts: Sequence[Doubt]) -> Estimate:
         resampled = [figure(one) for one in samples.laws] if samples is not None else []
-        return Estimate(figure(law), bounds(resampled, options.confidence))
+        interval = bounds(resampled, options.confidence)
+        own = sample_doubts(resampled, options.confidence) + interval_doubts(name, interval)
+        return Estimate(figure(law), interval, (*doubts, *own))
+
+    of_the_fit = coefficient_doubts(fit, table)
+    coefficients = {
+        name: estimate(name, _coefficient(name), of_the_fit[name]) for name in law.coefficients
+    }
+    # What moves an optimum: at keep ratio 1 gamma does not enter.
+    entering = [name for name in coefficients if name != "gamma" or options.keep_ratio < 1]
+    optimum = rests_on(
+        doubted({name: list(one.doubts) for name, one in coefficients.items()}, entering)
+    )
+
+    def best(flops: float, part: str) -> Estimate:
+        figure = _best(flops, per_param_token, options.keep_ratio, part)
+        return estimate(part, figure, optimum)
+
+    def predicted(request: Request) -> Prediction:
+        # Among the runs the losses themselves hold a prediction, whatever its coefficients are.
+        reach = _reach(request, table)
+        doubts = optimum if reach > 1 + 1e-9 else []
+        return Prediction(request, estimate("loss", _loss_of(request), doubts), reach)
 
     holdout, folds = _held_out(table, options)
     return Parametric(
         fit=fit,
         samples=samples,
-        coefficients={name: estimate(_coefficient(name)) for name in law.coefficients},
+        coefficients=coefficients,
         exponents={
-            "a": estimate(_optimal(lambda one: one.params_exponent)),
-            "b": estimate(_optimal(lambda one: one.tokens_exponent)),
+            "a": estimate("a", _optimal(lambda one: one.params_exponent), optimum),
+            "b": estimate("b", _optimal(lambda one: one.tokens_exponent), optimum),
         }
         if law.has_optimum
         else None,
@@ -92,18 +121,15 @@ def study_parametric(table: Table, options: Options, warnings: list[str]) -> Par
             AllocationEstimate(
                 method="parametric",
                 flops=flops,
-                params=estimate(_best(flops, per_param_token, options.keep_ratio, "params")),
-                tokens=estimate(_best(flops, per_param_token, options.keep_ratio, "tokens")),
-                loss=estimate(_best(flops, per_param_token, options.keep_ratio, "loss")),
+                params=best(flops, "params"),
+                tokens=best(flops, "tokens"),
+                loss=best(flops, "loss"),
                 reach=flops / float(table.flops_R.max()),
             )
             for flops in options.budgets
             if law.has_optimum
         ),
-        predictions=tuple(
-            Prediction(request, estimate(_loss_of(request)), _reach(request, table))
-            for request in options.requests
-        ),
+        predictions=tuple(predicted(request) for request in options.requests),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mone_megatron.analysis.identified import Doubt
 from mone_megatron.analysis.scaling_law.bootstrap import (
     DEFAULT_RESAMPLES,
     Bounds,
@@ -79,10 +80,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its interval; None without one."""
+    """A value, its interval (None without one), and why it is not identified (nothing if it is)."""
 
     value: float
     interval: Bounds | None
+    doubts: tuple[Doubt, ...] = ()
+
+    @property
+    def identified(self) -> bool:
+        """Whether the table determines the value."""
+        return not self.doubts
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,12 @@ class AllocationEstimate:
     loss: Estimate | None
     # FLOPs over the largest of the table: above 1 the answer is extrapolated.
     reach: float
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """Its numbers by name."""
+        named = {"N_opt": self.params, "D_opt": self.tokens}
+        return named if self.loss is None else {**named, "loss": self.loss}
 
 
 @dataclass(frozen=True)
@@ -146,3 +159,22 @@ class Study:
     parametric: Parametric | None
     isoflop: IsoFlop | None
     warnings: tuple[str, ...]
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """Every number that was estimated, by the name that reports call it by."""
+        named: dict[str, Estimate] = {}
+        if self.parametric is not None:
+            named |= self.parametric.coefficients | (self.parametric.exponents or {})
+            for prediction in self.parametric.predictions:
+                asked = prediction.request
+                named[f"loss at N {asked.params:.3g}, D {asked.tokens:.3g}"] = prediction.loss
+        if self.isoflop is not None:
+            for parabola, minimum in self.isoflop.minima:
+                named[f"IsoFLOP minimum of {parabola.flops:.3g} FLOPs"] = minimum
+            named |= {f"IsoFLOP {name}": one for name, one in self.isoflop.exponents.items()}
+        for fit in (self.parametric, self.isoflop):
+            for one in fit.allocations if fit is not None else ():
+                for what, estimate in one.estimates.items():
+                    named[f"{one.method} {what} of {one.flops:.3g} FLOPs"] = estimate
+        return named

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from mone_megatron.analysis.identified import (
+    NOT_IDENTIFIED,
+    Doubt,
+    few_samples,
+    missing_samples,
+    rests_on,
+)
 from mone_megatron.analysis.scaling_law.bootstrap import (
     bootstrap_isoflop,
     bounds,
     check_resamples,
 )
+from mone_megatron.analysis.scaling_law.identification import interval_doubts, parabola_doubts
 from mone_megatron.analysis.scaling_law.isoflop import fit_isoflop
 from mone_megatron.analysis.scaling_law.parametric import study_parametric
 from mone_megatron.analysis.scaling_law.results import (
@@ -54,7 +64,12 @@ def run_study(table: Table, options: Options) -> Study:
         parametric = study_parametric(table, options, warnings)
     if "isoflop" in options.methods:
         isoflop = study_isoflop(table, options, warnings)
-    return Study(table, options, parametric, isoflop, tuple(warnings))
+    study = Study(table, options, parametric, isoflop, tuple(warnings))
+    unknown = [name for name, one in study.estimates.items() if not one.identified]
+    if unknown:
+        told = f"{NOT_IDENTIFIED} (the reasons are below): {', '.join(unknown)}"
+        study = replace(study, warnings=(*study.warnings, told))
+    return study
 
 
 def study_isoflop(table: Table, options: Options, warnings: list[str]) -> IsoFlop:
@@ -89,16 +104,34 @@ def study_isoflop(table: Table, options: Options, warnings: list[str]) -> IsoFlo
             )
 
     laws = samples.laws if samples is not None else ()
+    total = options.resamples if samples is not None else 0
 
-    def estimate(value: float, resampled: Iterable[float]) -> Estimate:
-        return Estimate(value, bounds(list(resampled), options.confidence))
+    def estimate(
+        name: str, value: float, resampled: Iterable[float], doubts: Sequence[Doubt]
+    ) -> Estimate:
+        found = [one for one in resampled if math.isfinite(one)]
+        interval = bounds(found, options.confidence)
+        own = missing_samples(len(found), total, options.confidence)
+        return Estimate(value, interval, (*doubts, *own, *interval_doubts(name, interval)))
+
+    of_minima = [parabola_doubts(table, parabola) for parabola in fit.used]
+    # Power laws go through the minima: too few of them, or one that is none, reach the optima.
+    unknown = [
+        f"the minimum of {parabola.flops:.3g} FLOPs"
+        for parabola, doubts in zip(fit.used, of_minima, strict=True)
+        if doubts
+    ]
+    of_laws = [
+        *few_samples(len(fit.used), 3, "budget with a minimum", "budgets with a minimum"),
+        *rests_on(unknown),
+    ]
 
     allocations = tuple(
         AllocationEstimate(
             "isoflop",
             flops,
-            estimate(fit.params.at(flops), (params.at(flops) for params, _ in laws)),
-            estimate(fit.tokens.at(flops), (tokens.at(flops) for _, tokens in laws)),
+            estimate("params", fit.params.at(flops), (one.at(flops) for one, _ in laws), of_laws),
+            estimate("tokens", fit.tokens.at(flops), (one.at(flops) for _, one in laws), of_laws),
             None,
             flops / float(table.flops_R.max()),
         )
@@ -109,12 +142,12 @@ def study_isoflop(table: Table, options: Options, warnings: list[str]) -> IsoFlo
         fit=fit,
         samples=samples,
         minima=tuple(
-            (parabola, estimate(parabola.params, resampled))
-            for parabola, resampled in zip(fit.used, minima, strict=True)
+            (parabola, estimate("params", parabola.params, resampled, doubts))
+            for parabola, resampled, doubts in zip(fit.used, minima, of_minima, strict=True)
         ),
         exponents={
-            "a": estimate(fit.params.exponent, (params.exponent for params, _ in laws)),
-            "b": estimate(fit.tokens.exponent, (tokens.exponent for _, tokens in laws)),
+            "a": estimate("a", fit.params.exponent, (one.exponent for one, _ in laws), of_laws),
+            "b": estimate("b", fit.tokens.exponent, (one.exponent for _, one in laws), of_laws),
         },
         allocations=allocations,
     )
