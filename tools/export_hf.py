@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         default="saved",
         metavar="DTYPE",
-        help="fp32 (from the masters), bf16 or fp16; default: as saved",
+        help="fp32 (from the masters), bf16 or fp16; default: each tensor as saved",
     )
     parser.add_argument(
         "--shard-gb",
@@ -77,15 +77,15 @@ def _export(options: argparse.Namespace) -> None:
 
     source: Source = open_source(options.source, say=say)
     architecture = export.choose_architecture(source, options.architecture)
-    dtype = export.export_dtype(source, options.dtype)
-    say(f"{source.checkpoint.path} as {architecture.class_name} in {dtype}")
+    dtype = export.export_dtype(options.dtype)
+    say(f"{source.checkpoint.path} as {architecture.class_name} in {dtype or 'its own dtypes'}")
     outcome: list[str] = []
 
     def check(folder: Path) -> str:
         if options.no_check:
             return "not checked (--no-check)"
         say("comparing it with the training model on real text")
-        found = checks.check_export(source, folder)
+        found = checks.check_export(source, folder, dtype=dtype)
         if not found.holds:
             raise ValueError(f"{options.output}: not written: {found.describe()}")
         outcome.append(found.describe())

@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mone_megatron.command_line import exit_status, say
+
+if TYPE_CHECKING:
+    import torch
 
 _DESCRIPTION = """\
 Convert a model of the Hugging Face Hub (a local folder with safetensors) to a checkpoint, to go on
@@ -41,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=Path, metavar="MODEL", help="folder of a Hugging Face model")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new folder")
-    parser.add_argument("--dtype", default="saved", help="fp32 or bf16; default: as stored")
+    parser.add_argument(
+        "--dtype", default="saved", help="fp32 or bf16; default: as stored, by tensor"
+    )
     parser.add_argument(
         "--upcycle-experts",
         type=int,
@@ -82,6 +88,7 @@ def _import(options: argparse.Namespace) -> None:
     from mone_megatron.hf import importing
     from mone_megatron.hf.weights import open_weights
 
+    dtype = {"saved": None, "fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     upcycling = None
     if options.upcycle_experts is not None:
         per_token = options.upcycle_experts_per_token or 2
@@ -89,28 +96,34 @@ def _import(options: argparse.Namespace) -> None:
     with open_weights(options.source) as weights:
         planned = importing.plan_import(options.source, weights, upcycling=upcycling)
         say(f"{options.source}: {planned.settings.architecture.class_name}")
+        stored = planned.describe_dtypes(weights)
+        say(f"stored in {stored}; {'kept so' if dtype is None else f'converted to {dtype}'}")
         checkpoint = importing.run_import(
             planned,
             weights,
             options.output,
-            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}.get(options.dtype),
+            dtype=dtype,
             seed=options.seed,
             name=options.source.name,
             progress=say,
-            check=lambda folder: _check(options, folder, made_experts=upcycling is not None),
+            check=lambda folder: _check(
+                options, folder, dtype=dtype, made_experts=upcycling is not None
+            ),
         )
     print(f"wrote {checkpoint}")
     keys = importing.model_overrides(planned.model, planned.settings.mone)
     print(f"model keys: {' '.join(keys)}")
 
 
-def _check(options: argparse.Namespace, folder: Path, *, made_experts: bool) -> None:
+def _check(
+    options: argparse.Namespace, folder: Path, *, dtype: torch.dtype | None, made_experts: bool
+) -> None:
     from mone_megatron.hf import checks
 
     if options.no_check:
         return
     say("comparing both models on real text")
-    found = checks.check_import(folder, options.source, choices=not made_experts)
+    found = checks.check_import(folder, options.source, choices=not made_experts, dtype=dtype)
     if not found.holds:
         raise ValueError(f"{options.output}: not written: {found.describe()}")
     print(f"checked: {found.describe()}")

@@ -37,7 +37,7 @@ def model_card(
     Args:
         source: the checkpoint.
         architecture: what it was exported as.
-        dtype: of the weights.
+        dtype: of most weights.
         verified: what the export's own check found.
     """
     config, model, mone = source.config, source.model, source.mone

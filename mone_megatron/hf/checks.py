@@ -46,15 +46,21 @@ def real_tokens(tokenizer_dir: Path, *, sequences: int, length: int) -> Tensor:
     return torch.tensor(ids[: sequences * length]).view(sequences, length)
 
 
-def check_export(source: Source, folder: Path) -> Comparison:
+def check_export(source: Source, folder: Path, *, dtype: torch.dtype | None) -> Comparison:
     """Compare a checkpoint's Megatron model with an export of it, loaded from its files.
+
+    Args:
+        source: the checkpoint.
+        folder: the export.
+        dtype: that it was exported in; None when each tensor kept its own. Both models have the
+            weights of that dtype, so rounding them is no difference.
 
     Raises:
         ValueError: no tokenizer, or one that transformers reads in another way; a file that
             cannot be loaded.
     """
     check_tokenizer(folder)
-    return _compare(source, load_for_check(folder))
+    return _compare(source, load_for_check(folder), dtype=dtype)
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -74,19 +80,28 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
-def check_import(checkpoint: Path, folder: Path, *, choices: bool) -> Comparison:
+def check_import(
+    checkpoint: Path, folder: Path, *, choices: bool, dtype: torch.dtype | None = None
+) -> Comparison:
     """Compare an imported checkpoint's Megatron model with the Hugging Face model it was made of.
 
     Args:
         checkpoint: what the import wrote.
         folder: the Hugging Face model.
         choices: compare experts and neurons, too; not when the import made the experts.
+        dtype: that it was imported in; None when each tensor kept its own. Both models have the
+            weights of that dtype, so rounding them is no difference.
 
     Raises:
         ValueError: no tokenizer; a file that cannot be loaded.
     """
     source = open_source(checkpoint, say=lambda message: None)
-    return _compare(source, load_for_check(folder), choices=choices)
+    model = load_for_check(folder)
+    if dtype is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
+    return _compare(source, model, dtype=None, choices=choices)
 
 
 def load_for_check(folder: Path) -> PreTrainedModel:
@@ -97,10 +112,12 @@ def load_for_check(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _compare(source: Source, model: PreTrainedModel, *, choices: bool = True) -> Comparison:
+def _compare(
+    source: Source, model: PreTrainedModel, *, dtype: torch.dtype | None, choices: bool = True
+) -> Comparison:
     length = min(_LENGTH, source.config.train.seq_length)
     tokens = real_tokens(source.tokenizer_dir, sequences=_SEQUENCES, length=length)
-    with megatron_forward(source) as ours:
+    with megatron_forward(source, dtype=dtype) as ours:
         parts = [_both(ours, model, part, choices=choices) for part in tokens.split(_BATCH)]
     return Comparison.joined(parts)
 

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from mone_megatron.data.tokenizer import TOKENIZER_FILES
 from mone_megatron.hf.architectures import BY_TYPE, MONE, Architecture, choose
 from mone_megatron.hf.card import model_card
+from mone_megatron.hf.dtypes import dtype_name, written_dtype
 from mone_megatron.hf.mapping import Rule, rules
 from mone_megatron.hf.settings import to_hf_config
 from mone_megatron.hf.source import Source
@@ -74,28 +75,30 @@ def choose_architecture(source: Source, wanted: str) -> Architecture:
     return architecture
 
 
-def export_dtype(source: Source, wanted: str) -> torch.dtype:
-    """The dtype to write weights in: ``saved`` for the checkpoint's own.
+def export_dtype(wanted: str) -> torch.dtype | None:
+    """The dtype to write weights in; None, for ``saved``, keeps that of each tensor.
 
     Raises:
         ValueError: an unknown name.
     """
     if wanted == "saved":
-        return source.dtype
+        return None
     if wanted not in _DTYPES:
         raise ValueError(f"--dtype: {wanted!r} is not saved or one of {', '.join(_DTYPES)}")
     return _DTYPES[wanted]
 
 
-def hf_config(source: Source, architecture: Architecture, dtype: torch.dtype) -> PreTrainedConfig:
-    """The exported model's configuration."""
+def hf_config(
+    source: Source, architecture: Architecture, dtype: torch.dtype | None
+) -> PreTrainedConfig:
+    """The exported model's configuration, whose dtype is that of most weights by default (None)."""
     return to_hf_config(
         source.model,
         source.mone,
         architecture=architecture,
         vocab_size=source.vocab_size,
         max_positions=source.config.train.seq_length,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype or source.dtype),
         eos_token_id=source.eos_token_id,
     )
 
@@ -121,24 +124,28 @@ def check_complete(source: Source, table: list[Rule]) -> None:
 
 
 def hf_tensors(
-    source: Source, table: list[Rule], dtype: torch.dtype
+    source: Source, table: list[Rule], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Their tensors by name, one rule at a time.
 
+    Args:
+        source: the checkpoint.
+        table: from :func:`~mone_megatron.hf.mapping.rules`.
+        dtype: to convert to; None keeps that of each tensor.
+
     Raises:
-        ValueError: a weight is all zero or not finite; a tensor of theirs comes twice.
+        ValueError: a weight is all zero or not finite (in its new dtype, too); a tensor of theirs
+            comes twice.
     """
     seen: set[str] = set()
     for rule in table:
-        ours = source.reader.read(source.best_name(rule.ours, dtype), rule.row)
+        ours = source.read(rule.ours, rule.row, dtype=dtype)
         for name, tensor in rule.export(ours):
             if name in seen:
                 raise ValueError(f"{name} is made twice")
             seen.add(name)
             check_values(name, tensor)
-            # The bias that chooses experts is fp32 on both sides.
-            keep = name.endswith("e_score_correction_bias")
-            yield name, tensor if keep else tensor.to(dtype)
+            yield name, tensor
 
 
 def check_values(name: str, tensor: Tensor) -> None:
@@ -148,25 +155,29 @@ def check_values(name: str, tensor: Tensor) -> None:
         ValueError: some value is not finite; a matrix, or one expert's, is all zero.
     """
     if not tensor.isfinite().all():
-        raise ValueError(f"{name} holds values that are not finite")
+        raise ValueError(f"{name} holds values that are not finite in {dtype_name(tensor.dtype)}")
     if tensor.ndim == 1 or name.endswith("bias"):
         return
     parts = tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
     for number, part in enumerate(parts):
         if not part.any():
             which = f"{name}, expert {number}," if tensor.ndim == 3 else name
-            raise ValueError(f"{which} is all zero")
+            raise ValueError(f"{which} is all zero in {dtype_name(tensor.dtype)}")
 
 
-def plan_shards(table: list[Rule], dtype: torch.dtype, shard_bytes: int) -> list[list[Rule]]:
+def plan_shards(
+    source: Source, table: list[Rule], dtype: torch.dtype | None, shard_bytes: int
+) -> list[list[Rule]]:
     """Consecutive rules whose tensors make up a shard of at most ``shard_bytes``.
 
     A single tensor that is larger has a shard of its own.
     """
+    stored = source.weights
     shards: list[list[Rule]] = []
     room = 0
     for rule in table:
-        size = sum(torch.Size(shape).numel() for _, shape in rule.theirs) * dtype.itemsize
+        written = written_dtype(rule.ours, stored[rule.ours].dtype, dtype)
+        size = sum(torch.Size(shape).numel() for _, shape in rule.theirs) * written.itemsize
         if not shards or size > room:
             shards.append([])
             room = shard_bytes
@@ -204,7 +215,7 @@ def export(
     output: Path,
     *,
     architecture: Architecture,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     shard_bytes: int,
     check: Callable[[Path], str],
     progress: Callable[[str], None],
@@ -215,7 +226,7 @@ def export(
         source: the checkpoint.
         output: a folder that is not there yet, or empty.
         architecture: from :func:`choose_architecture`.
-        dtype: of the weights.
+        dtype: of the weights; None keeps that of each tensor.
         shard_bytes: largest safetensors file, and about the largest memory used.
         check: called with the folder before it gets its name; raises to refuse it, and returns
             the line for the model card.
@@ -245,7 +256,7 @@ def export(
         _write_recipe(source, partial / "training_config.yaml")
         tensors, size = _write_weights(source, table, partial, dtype, shard_bytes, progress)
         verified = check(partial)
-        card = model_card(source, architecture, dtype, verified)
+        card = model_card(source, architecture, dtype or source.dtype, verified)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Exported(output, architecture, tensors, size)
 
@@ -261,11 +272,11 @@ def _write_weights(
     source: Source,
     table: list[Rule],
     folder: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     shard_bytes: int,
     progress: Callable[[str], None],
 ) -> tuple[int, int]:
-    shards = plan_shards(table, dtype, shard_bytes)
+    shards = plan_shards(source, table, dtype, shard_bytes)
     places: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, start=1):

@@ -22,6 +22,12 @@ from mone_megatron.config.load import to_yaml
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig, RouterConfig, RunConfig
 from mone_megatron.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from mone_megatron.hf.architectures import COPIES, FUSED, ExpertNames
+from mone_megatron.hf.dtypes import (
+    describe_dtypes,
+    dtype_name,
+    widest,
+    written_dtype,
+)
 from mone_megatron.hf.export import check_values, new_folder
 from mone_megatron.hf.mapping import Rule, rules
 from mone_megatron.hf.settings import ImportedSettings, from_hf_config
@@ -49,6 +55,23 @@ class Import:
     model: ModelConfig
     table: tuple[Rule, ...]
     upcycling: Upcycling | None
+
+    def dtypes(self, weights: HFWeights, wanted: torch.dtype | None) -> dict[str, torch.dtype]:
+        """The dtype of each of our tensors: ``wanted``, or one that holds what it is made of."""
+        parts: dict[str, set[torch.dtype]] = {}
+        for rule in self.table:
+            parts.setdefault(rule.ours, set()).update(
+                weights.dtype(name) for name, _ in rule.theirs
+            )
+        return {ours: written_dtype(ours, widest(stored), wanted) for ours, stored in parts.items()}
+
+    def describe_dtypes(self, weights: HFWeights) -> str:
+        """Tells in one line in which dtypes the model is stored."""
+        main = weights.main_dtype
+        line = describe_dtypes({name: weights.dtype(name) for name in weights.names}, main)
+        if self.settings.dtype not in (None, dtype_name(main)):
+            line += f" (config.json says {self.settings.dtype}, which is not what is stored)"
+        return line
 
 
 def load_hf_config(folder: Path) -> PreTrainedConfig:
@@ -81,6 +104,7 @@ def plan_import(folder: Path, weights: HFWeights, *, upcycling: Upcycling | None
             shape; a vocabulary that does not fit; each by name, before anything is written.
     """
     settings = from_hf_config(load_hf_config(folder), str(folder))
+    weights.check_dtypes()
     model, experts = settings.model, _expert_names(settings, weights)
     if upcycling is not None:
         model, experts = _upcycled(settings.model, upcycling), COPIES
@@ -168,7 +192,7 @@ def run_import(
         planned: from :func:`plan_import`.
         weights: open.
         output: a folder that is not there yet, or empty.
-        dtype: of the weights; None for their own.
+        dtype: of the weights; None keeps that of each tensor.
         seed: for the routers of an upcycled model.
         name: of the model, for people.
         check: called with the checkpoint before ``output`` is there; raises to refuse it.
@@ -180,19 +204,20 @@ def run_import(
     Raises:
         ValueError: a weight that is all zero or not finite; nothing is left then.
     """
-    dtype = dtype or weights.dtype
+    dtypes = planned.dtypes(weights, dtype)
+    main = dtype or weights.main_dtype
     with new_folder(output) as hidden:
         store = CheckpointStore(hidden / "checkpoints", log=progress)
         partial = store.begin(0)
         writer = TensorWriter(partial)
         try:
             for rule in planned.table:
-                _take(rule, weights, writer, dtype)
+                _take(rule, weights, writer, dtypes[rule.ours])
                 if rule.ours.endswith("pre_mlp_layernorm.weight"):
                     layer = int(rule.ours.split(".")[2]) + 1
                     progress(f"layer {layer} of {planned.model.num_layers}")
             for router, tensor in _new_routers(planned, seed):
-                writer.add(router, tensor.to(dtype))
+                writer.add(router, tensor.to(main))
             writer.finish({"step": 0})
         finally:
             writer.close()
@@ -202,18 +227,17 @@ def run_import(
         for file in TOKENIZER_FILES:
             if (planned.folder / file).is_file():
                 shutil.copyfile(planned.folder / file, partial / "tokenizer" / file)
-        checkpoint = store.commit(partial, _facts(planned, config, dtype))
+        checkpoint = store.commit(partial, _facts(planned, config, main))
         check(checkpoint)
     return output / checkpoint.relative_to(hidden)
 
 
 def _take(rule: Rule, weights: HFWeights, writer: TensorWriter, dtype: torch.dtype) -> None:
     theirs = tuple(weights.read(name) for name, _ in rule.theirs)
+    theirs = tuple(tensor.to(dtype) for tensor in theirs)
     for (name, _), tensor in zip(rule.theirs, theirs, strict=True):
         check_values(name, tensor)
-    keep = rule.ours.endswith("router.expert_bias")
     ours = rule.take(theirs)
-    ours = ours.float() if keep else ours.to(dtype)
     if rule.row is None:
         writer.add(rule.ours, ours)
     else:

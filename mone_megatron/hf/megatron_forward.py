@@ -81,8 +81,11 @@ def _alone(config: Config) -> Config:
 
 
 @contextmanager
-def megatron_forward(source: Source) -> Iterator[MegatronForward]:
+def megatron_forward(source: Source, *, dtype: torch.dtype | None) -> Iterator[MegatronForward]:
     """Build the model and load its weights; process groups are closed at the end.
+
+    It computes in fp32 with the weights that an export in ``dtype`` holds: rounded to it, or as
+    they are stored (None).
 
     Collectives are those of a group of one. Within it, this process has megatron-core's CPU
     backend installed, for good (:mod:`mone_megatron.parallel.megatron_cpu`).
@@ -113,8 +116,7 @@ def megatron_forward(source: Source) -> Iterator[MegatronForward]:
         )
         with torch.no_grad():
             for local_name, tensor in [*model.named_parameters(), *_expert_biases(model)]:
-                name = source.best_name(global_name(model, local_name), torch.float32)
-                tensor.copy_(source.reader.read(name))
+                tensor.copy_(source.read(global_name(model, local_name), dtype=dtype))
         yield MegatronForward(model.eval(), source.vocab_size)
     finally:
         close_groups()

@@ -40,6 +40,8 @@ class ImportedSettings:
     mone: MoNEConfig | None
     vocab_size: int
     max_positions: int
+    # That config.json names, as torch spells it; None when it names none.
+    dtype: str | None
 
 
 def to_hf_config(
@@ -218,11 +220,18 @@ def from_hf_config(config: PreTrainedConfig, where: str) -> ImportedSettings:
         mone=mone,
         vocab_size=values["vocab_size"],
         max_positions=values["max_position_embeddings"],
+        dtype=values.get("dtype"),
     )
 
 
 def _unsupported(architecture: Architecture, values: dict[str, Any]) -> Iterator[str]:
     kind = architecture.model_type
+    if quantised := values.get("quantization_config"):
+        method = quantised.get("quant_method", "of a kind that it does not name")
+        yield (
+            f"quantization_config: weights quantised by {method} are not read; convert the model to"
+            " bfloat16 first"
+        )
     activation = values["hidden_act"]
     if _SAME_ACTIVATION.get(activation, activation) not in _ACTIVATIONS:
         yield f"hidden_act={activation!r} is not supported; supported are {_ACTIVATIONS}"

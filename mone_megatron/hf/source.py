@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mone_megatron.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from mone_megatron.checkpoint.tensors import TensorInfo, TensorReader
 from mone_megatron.config.load import from_yaml
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
 from mone_megatron.data.tokenizer import end_of_document, load_tokenizer
+from mone_megatron.hf.dtypes import main_dtype, written_dtype
 
 OPTIMIZER = "optimizer."
 MASTER = "optimizer.master."
@@ -62,13 +64,26 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.weights["decoder.final_layernorm.weight"].dtype
+        """The dtype of most weights."""
+        return main_dtype(
+            (info.dtype, torch.Size(info.shape).numel()) for info in self.weights.values()
+        )
 
-    def best_name(self, name: str, dtype: torch.dtype) -> str:
-        """Where a weight lies in the best precision that ``dtype`` can use: its fp32 master?"""
+    def read(self, name: str, row: int | None = None, *, dtype: torch.dtype | None) -> Tensor:
+        """A weight as it is exported: in the best precision that ``dtype`` can use.
+
+        Args:
+            name: of the weight.
+            row: of its first axis; None for all of it.
+            dtype: to convert to (fp32 takes the master where there is one); None for its own.
+
+        Returns:
+            On the CPU. A bias that chooses experts is fp32 whatever ``dtype`` is.
+        """
         master = MASTER + name
-        return master if dtype is torch.float32 and master in self.reader.tensors else name
+        exact = dtype is torch.float32 and master in self.reader.tensors
+        stored = self.reader.read(master if exact else name, row)
+        return stored.to(written_dtype(name, stored.dtype, dtype))
 
 
 def is_ours(where: Path) -> bool:

@@ -5,7 +5,16 @@ it by rounding; what follows in that sequence then differs by more than rounding
 compared up to the first such token, and at least nine tokens in ten must be compared: a tie is
 rare, while a wrong rule or a wrong weight shows at every token. The report says how many were.
 
-Shape suffixes: B sequences, S positions, V vocabulary, N tokens (B * S), A experts, F neurons.
+Rounding errors grow with what is rounded, so a difference of two logits is measured in the scale of
+the token's logits: their root mean square. A bound in logits itself would refuse a right model
+whose logits are large and accept a wrong one whose logits are small. There are two bounds, because
+rounding is small at nearly all tokens and now and then large at one (a score beside a threshold, a
+softmax of large scores): one for the token that differs most, which a fault in one expert crosses
+at the tokens that use it, and one thirty times as tight for half of the tokens, which a small
+fault that all of them share crosses (an epsilon, a frequency).
+
+Shape suffixes: B sequences, S positions, V vocabulary, N tokens (B * S), C compared tokens,
+A experts, F neurons.
 """
 
 from __future__ import annotations
@@ -20,8 +29,15 @@ from transformers import PreTrainedModel
 
 from mone_megatron.hf.experts_mone import ExpertsModule, NeuronSettings, experts_modules
 
-# Largest difference of two logits, in fp32.
-TOLERANCE = 1e-4
+# Largest difference of two logits at any token, in fp32, over the scale of the token's logits.
+# Rounding came to 1.5e-5 in an upcycled Llama of 30 layers and 135M parameters, and to 1.5e-4 in
+# small models with weights so large that tokens are as sensitive as can be; the smallest fault in
+# one place that was tried, two neurons of one expert of 12 swapped, came to 0.1 (tests/hf).
+LARGEST = 1e-3
+# Root mean square difference of a token's logits, over the same scale: at half of the tokens at
+# most this. Rounding came to 2.4e-6 in that Llama, and grows with the square roots of depth and
+# width: about 1.5e-5 in 60 layers of 8192. An epsilon of 1e-5 for 1e-6 came to 7e-5 and more.
+TYPICAL = 3e-5
 # Share of tokens that must be compared.
 _ENOUGH = 0.9
 
@@ -36,41 +52,83 @@ class LayerChoices:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome of one verification."""
+    """The outcome of one verification; differences are those of compared tokens."""
 
     tokens: int
-    compared: int
-    largest_difference: float
+    # Of the logits of each compared token: their root mean square, and the largest and the root
+    # mean square difference, both over it. fp32.
+    scale_C: Tensor
+    largest_C: Tensor
+    typical_C: Tensor
     masks: int
     equal_masks: int
-    tolerance: float
+
+    @property
+    def compared(self) -> int:
+        """The number of tokens that were compared."""
+        return self.scale_C.numel()
+
+    @property
+    def largest_difference(self) -> float:
+        """The difference of two logits at the token that differs most, over its logits' scale."""
+        # The largest of anything and NaN is NaN, which is never within a bound.
+        return float(self.largest_C.max()) if self.compared else 0.0
+
+    @property
+    def typical_difference(self) -> float:
+        """The difference that half of the tokens do not exceed, over their logits' scale."""
+        return float(self.typical_C.median()) if self.compared else 0.0
+
+    @property
+    def faults(self) -> list[str]:
+        """What tells the two models apart, in words; empty when they are the same."""
+        found = []
+        if self.compared < _ENOUGH * self.tokens:
+            found.append(
+                f"only {self.compared:,} of {self.tokens:,} tokens come before another choice of "
+                f"experts or neurons in their sequence ({_ENOUGH:.0%} must)"
+            )
+        if not self.largest_difference <= LARGEST:
+            found.append(
+                f"at one token logits differ by {self.largest_difference:.1e} of their scale "
+                f"(allowed {LARGEST:.0e})"
+            )
+        if not self.typical_difference <= TYPICAL:
+            found.append(
+                f"at half of the tokens logits differ by more than {self.typical_difference:.1e} "
+                f"of their scale (allowed {TYPICAL:.0e})"
+            )
+        return found
 
     @property
     def holds(self) -> bool:
         """Whether the two models are the same."""
-        return self.compared >= _ENOUGH * self.tokens and self.largest_difference <= self.tolerance
+        return not self.faults
 
     @classmethod
     def joined(cls, parts: Sequence[Comparison]) -> Comparison:
-        """One of several batches."""
-        differences = torch.tensor([part.largest_difference for part in parts])
+        """Joins the outcomes of several batches."""
         return cls(
             tokens=sum(part.tokens for part in parts),
-            compared=sum(part.compared for part in parts),
-            largest_difference=float(differences.max()),  # NaN if any is
+            scale_C=torch.cat([part.scale_C for part in parts]),
+            largest_C=torch.cat([part.largest_C for part in parts]),
+            typical_C=torch.cat([part.typical_C for part in parts]),
             masks=sum(part.masks for part in parts),
             equal_masks=sum(part.equal_masks for part in parts),
-            tolerance=parts[0].tolerance,
         )
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for people: the differences, or what is wrong."""
+        if self.faults:
+            return f"the two models differ: {'; '.join(self.faults)}"
         masks = ""
         if self.masks:
             masks = f"; {self.equal_masks:,} of {self.masks:,} kept-neuron masks equal"
         return (
-            f"logits differ by at most {self.largest_difference:.2e} (tolerance "
-            f"{self.tolerance:.0e}, fp32) on {self.compared:,} of {self.tokens:,} tokens{masks}"
+            f"logits differ by at most {self.largest_difference:.1e} of their scale (allowed "
+            f"{LARGEST:.0e}), {self.typical_difference:.1e} at half of the tokens (allowed "
+            f"{TYPICAL:.0e}), in fp32 on {self.compared:,} of {self.tokens:,} tokens, whose logits "
+            f"have a root mean square of {float(self.scale_C.mean()):.3g}{masks}"
         )
 
 
@@ -79,17 +137,14 @@ def compare(
     theirs_BSV: Tensor,
     our_choices: list[LayerChoices],
     their_choices: list[LayerChoices],
-    *,
-    tolerance: float = TOLERANCE,
 ) -> Comparison:
-    """Compare two models' logits and choices on the same tokens.
+    """Compares two models' logits and choices on the same tokens.
 
     Args:
         ours_BSV: logits, fp32.
-        theirs_BSV: logits, fp32.
+        theirs_BSV: logits, fp32; their root mean square is the scale.
         our_choices: of each MoE layer.
         their_choices: likewise; the same number of layers.
-        tolerance: see :data:`TOLERANCE`.
     """
     assert len(our_choices) == len(their_choices), (len(our_choices), len(their_choices))
     sequences, length = ours_BSV.shape[:2]
@@ -104,19 +159,24 @@ def compare(
             else:
                 differs_N[place[0]] = True
     # Attention carries a difference to all later tokens of its sequence, and to none before.
-    after_BS = differs_N.view(sequences, length).cumsum(dim=-1) > 0
-    difference_BS = (ours_BSV - theirs_BSV).abs().amax(dim=-1)
-    kept = difference_BS[~after_BS]
-    # The largest of anything and NaN is NaN, which is never within a tolerance.
-    largest = float(kept.max()) if kept.numel() else 0.0
+    compared_BS = differs_N.view(sequences, length).cumsum(dim=-1) == 0
+    theirs_CV = theirs_BSV[compared_BS]
+    difference_CV = ours_BSV[compared_BS] - theirs_CV
+    scale_C = _root_mean_square(theirs_CV)
+    # Logits that are all zero are the same in no scale but zero.
+    unit_C = scale_C.clamp_min(torch.finfo(torch.float32).tiny)
     return Comparison(
         tokens=sequences * length,
-        compared=int(kept.numel()),
-        largest_difference=largest,
+        scale_C=scale_C,
+        largest_C=difference_CV.abs().amax(dim=-1) / unit_C,
+        typical_C=_root_mean_square(difference_CV) / unit_C,
         masks=masks,
         equal_masks=equal,
-        tolerance=tolerance,
     )
+
+
+def _root_mean_square(values_CV: Tensor) -> Tensor:
+    return values_CV.square().mean(dim=-1).sqrt()
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mone_megatron.hf.dtypes import STORED, dtype_name, main_dtype
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -46,10 +48,36 @@ class HFWeights:
             raise ValueError(f"{self.folder / file}: {name} cannot be read ({error})") from None
         return tensor
 
+    def _stored_as(self, name: str) -> str:
+        """The dtype of a tensor as its file's header names it: ``BF16``."""
+        return str(self._handles[self._file_of[name]].get_slice(name).get_dtype())
+
+    def check_dtypes(self) -> None:
+        """Refuses tensors in dtypes that are not read: quantised ones.
+
+        Raises:
+            ValueError: a line for each, by name (for the first ten).
+        """
+        other = [name for name in sorted(self.names) if self._stored_as(name) not in STORED]
+        if other:
+            lines = [
+                f"{self.folder}: {name} is stored as {self._stored_as(name)}, which is not read; "
+                f"convert the model to {', '.join(map(dtype_name, STORED.values()))} first"
+                for name in other[:10]
+            ]
+            more = [f"{self.folder}: and {len(other) - 10} more"] if len(other) > 10 else []
+            raise ValueError("\n".join(lines + more))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor that :meth:`check_dtypes` accepts, from the header."""
+        return STORED[self._stored_as(name)]
+
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the final norm, which stands for all."""
-        return self.read("model.norm.weight").dtype
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most elements, of tensors that :meth:`check_dtypes` accepts."""
+        return main_dtype(
+            (self.dtype(name), torch.Size(self.shape(name)).numel()) for name in self.names
+        )
 
 
 @contextmanager

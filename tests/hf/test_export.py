@@ -69,6 +69,16 @@ RUNS: dict[str, tuple[int, list[str], str]] = {
         "mone",
     ),
     "mone_ep4": (4, ["experiment=tiny_mone", "parallel.expert=4", *_ODD], "mone"),
+    "mone_bf16": (
+        1,
+        [
+            "experiment=tiny_mone",
+            "device.dtype=bf16",
+            "model.router.score_function=sigmoid",
+            "model.router.expert_bias=true",
+        ],
+        "mone",
+    ),
     "dense": (1, ["experiment=tiny_moe", "model.num_experts=0"], "qwen3"),
 }
 
@@ -104,7 +114,7 @@ def export_run(
         source,
         output,
         architecture=chosen,
-        dtype=export.export_dtype(source, dtype),
+        dtype=export.export_dtype(dtype),
         shard_bytes=shard_bytes,
         check=check,
         progress=lambda message: None,
@@ -116,7 +126,7 @@ def test_round_trip_is_bitwise_and_logits_agree(name: str, runs: Path, tmp_path:
     source = open_run(runs / name)
     exported = export_run(source, tmp_path / "hf")
     assert exported.architecture.model_type == RUNS[name][2]
-    found = checks.check_export(source, tmp_path / "hf")
+    found = checks.check_export(source, tmp_path / "hf", dtype=None)
     assert found.holds, found.describe()
     if "mone" in name:
         assert found.masks > 1000
@@ -170,6 +180,41 @@ def test_in_memory_it_is_what_the_export_loads_as(runs: Path, tmp_path: Path) ->
         assert (
             ours.tokenizer("import os")["input_ids"] == theirs.tokenizer("import os")["input_ids"]
         )
+
+
+@pytest.mark.parametrize(
+    ("run", "dtype", "other"),
+    [("mone_ep4", "bf16", "fp32"), ("mone_bf16", "fp32", "bf16"), ("mone_bf16", "fp16", "fp32")],
+)
+def test_rounding_that_was_asked_for_is_no_difference(
+    run: str, dtype: str, other: str, runs: Path, tmp_path: Path
+) -> None:
+    source = open_run(runs / run)
+    export_run(source, tmp_path / "hf", dtype=dtype)
+    wanted = export.export_dtype(dtype)
+    found = checks.check_export(source, tmp_path / "hf", dtype=wanted)
+    assert found.holds, found.describe()
+    with safe_open(tmp_path / "hf" / "model.safetensors", framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118
+            bias = name.endswith("e_score_correction_bias")
+            assert weights.get_tensor(name).dtype is (torch.float32 if bias else wanted), name
+    # Another dtype than it was written in is one.
+    found = checks.check_export(source, tmp_path / "hf", dtype=export.export_dtype(other))
+    assert not found.holds
+
+
+def test_weights_that_the_wanted_dtype_cannot_hold_are_named(runs: Path, tmp_path: Path) -> None:
+    source = open_run(runs / "mone_bf16")
+    read = source.reader.read
+
+    def large(name: str, row: int | None = None) -> torch.Tensor:
+        tensor: torch.Tensor = read(name, row)
+        return tensor * 1e5 if name == "decoder.final_layernorm.weight" else tensor
+
+    source.reader.read = large  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"model.norm.weight holds .* not finite in float16"):
+        export_run(source, tmp_path / "hf", dtype="fp16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_dtype(runs: Path, tmp_path: Path) -> None:
@@ -236,7 +281,7 @@ def test_an_architecture_that_cannot_hold_it_is_refused(
 def test_any_model_fits_our_own_class(runs: Path, tmp_path: Path) -> None:
     source = open_run(runs / "baseline_ep2")
     export_run(source, tmp_path / "hf", architecture="mone")
-    found = checks.check_export(source, tmp_path / "hf")
+    found = checks.check_export(source, tmp_path / "hf", dtype=None)
     assert found.holds, found.describe()
 
 
@@ -264,4 +309,4 @@ def test_a_verification_sees_one_wrong_expert(runs: Path, tmp_path: Path) -> Non
             1
         ].mlp.experts.down_proj[[5, 2]]
     model.save_pretrained(tmp_path / "hf")
-    assert not checks.check_export(source, tmp_path / "hf").holds
+    assert not checks.check_export(source, tmp_path / "hf", dtype=None).holds

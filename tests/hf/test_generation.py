@@ -17,7 +17,7 @@ from mone_megatron.testing.launch import run_layouts
 
 def greedy(run: Path, prompts: Tensor, new_tokens: int) -> Tensor:
     """The training model's choice of each next token, everything computed anew each time."""
-    with megatron_forward(open_run(run)) as model:
+    with megatron_forward(open_run(run), dtype=torch.float32) as model:
         for _ in range(new_tokens):
             following = model.logits(prompts)[:, -1].argmax(dim=-1, keepdim=True)
             prompts = torch.cat([prompts, following], dim=-1)

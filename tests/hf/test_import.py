@@ -30,14 +30,19 @@ from mone_megatron.hf.weights import open_weights
 _WEIGHTS = "model.safetensors"
 
 
-def import_model(folder: Path, output: Path, upcycling: Upcycling | None = None) -> Path:
+def import_model(
+    folder: Path,
+    output: Path,
+    upcycling: Upcycling | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
     with open_weights(folder) as weights:
         planned = plan_import(folder, weights, upcycling=upcycling)
         return run_import(
             planned,
             weights,
             output,
-            dtype=None,
+            dtype=dtype,
             seed=1,
             name="imported",
             check=lambda checkpoint: None,

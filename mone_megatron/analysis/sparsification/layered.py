@@ -195,8 +195,9 @@ def open_layered(
         return
     config = load_hf_config(folder)
     with open_weights(folder) as weights:
+        weights.check_dtypes()
         own = config.dtype
-        dtype = dtype or (own if isinstance(own, torch.dtype) else weights.dtype)
+        dtype = dtype or (own if isinstance(own, torch.dtype) else weights.main_dtype)
         read = _reader_of(weights)
         yield LayeredModel(where, config, read, tokenizer_dir=folder, dtype=dtype, device=device)
 
