@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -24,11 +26,17 @@ from mone_megatron.config.load import (
 )
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
-from mone_megatron.data.prepare import prepare_data
+from mone_megatron.data.prepare import check_cache, prepare_data
+from mone_megatron.display import harmless_output
+from mone_megatron.os_errors import explained
+from mone_megatron.ownership import await_owner, owned_folder
 from mone_megatron.parallel.world import World
+from mone_megatron.train.run_directory import check_run_directory
 
 FAILED_EXIT_CODE = 1
 USAGE_EXIT_CODE = 2
+# Longer than it takes to read a screenful; shorter than any limit after which a run counts as hung.
+_READER_PATIENCE_SECONDS = 20.0
 # Hydra's flags, but those that read files from elsewhere: what such a file says in Hydra's own
 # sections is built and run. The first are followed by a value.
 _FLAGS_WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-i", "--info")
@@ -39,34 +47,59 @@ def pretrain(config: Config) -> int:
     """Check everything that can be checked without a device, then train.
 
     Returns:
-        The exit code of :func:`mone_megatron.train.run.run`, or 1 when a checkpoint could not be
-        written.
+        The exit code of :func:`mone_megatron.train.run.run`, or 1 when a file of the run could not
+        be written.
 
     Raises:
-        ValueError: for a configuration, data or environment that cannot work, before any device
-            or process group is touched.
+        ValueError: for a configuration, data or environment that cannot work, or a ``run.dir`` that
+            another run owns, before any device or process group is touched.
     """
+    with harmless_output(patience=_READER_PATIENCE_SECONDS):
+        return _pretrain(config)
+
+
+def _pretrain(config: Config) -> int:
     started = time.monotonic()
     world = World.from_environment()
     check = partial(validate, config, world_size=world.size, local_world_size=world.local_size)
     # First without torch, whose import takes longer than all else before a refusal.
     check()
-    import torch
+    with _own_run_directory(config, world):
+        import torch
 
-    from mone_megatron.checkpoint import CheckpointWriteError
-    from mone_megatron.parallel.device import open_device
+        from mone_megatron.parallel.device import open_device
 
-    layout = check(num_devices=torch.cuda.device_count())
-    data = prepare_data(config)
-    device = open_device(config.device, world)
-    # Only now: megatron-core binds names of torch.cuda at import.
-    from mone_megatron.train.run import run
+        layout = check(num_devices=torch.cuda.device_count())
+        if world.rank == 0:
+            check_cache(config.data)
+        data = prepare_data(config)
+        device = open_device(config.device, world)
+        # Only now: megatron-core binds names of torch.cuda at import.
+        from mone_megatron.train.run import run
 
-    try:
-        return run(config, layout=layout, data=data, device=device, world=world, started=started)
-    except CheckpointWriteError as error:
-        _tell(error, world)
-        return FAILED_EXIT_CODE
+        try:
+            return run(
+                config, layout=layout, data=data, device=device, world=world, started=started
+            )
+        except OSError as error:
+            # One that names no file is no refusal of the file system's.
+            if error.filename is None:
+                raise
+            _tell(error, world)
+            return FAILED_EXIT_CODE
+
+
+@contextmanager
+def _own_run_directory(config: Config, world: World) -> Iterator[None]:
+    """Rank 0 owns ``run.dir``; the others make sure that no run of another job does."""
+    folder = Path(config.run.dir)
+    if world.rank != 0:
+        await_owner("run.dir", folder, job=world.job)
+        yield
+        return
+    with owned_folder("run.dir", folder, job=world.job, allocation=world.allocation):
+        check_run_directory(folder)
+        yield
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)
@@ -77,7 +110,9 @@ def _hydra_main(config: DictConfig) -> None:
     """
     try:
         code = pretrain(from_dictconfig(config))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
         _tell(error, World.from_environment())
         code = USAGE_EXIT_CODE
     if code:
@@ -86,14 +121,21 @@ def _hydra_main(config: DictConfig) -> None:
 
 def _tell(error: Exception, world: World) -> None:
     """One line for each problem, once."""
+    told = str(error)
+    if isinstance(error, OSError) and type(error).__str__ is OSError.__str__:
+        told = explained(error)
     if world.rank == 0:
-        for line in str(error).splitlines():
+        for line in told.splitlines():
             print(f"error: {line}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from a command line; user errors are one line each, without a traceback."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with harmless_output(patience=_READER_PATIENCE_SECONDS):
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> int:
     flags = [argument for argument in arguments if argument.startswith("-")]
     world = World()
     try:
@@ -114,7 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _hydra_main()
             return 0
         return pretrain(compose(arguments))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
         _tell(error, world)
         return USAGE_EXIT_CODE
 

@@ -26,9 +26,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from mone_megatron.config.schema import Config
-from mone_megatron.data.files import locked, quick_digest, sync_file, write_text_atomically
+from mone_megatron.data.files import quick_digest, sync_file, write_text_atomically
 from mone_megatron.data.loader import SampleDataset
 from mone_megatron.data.prepare import PreparedData
+from mone_megatron.os_errors import explained
+from mone_megatron.ownership import locked
 
 # Written last, into a cache that is whole.
 _MARKER = "complete"
@@ -87,6 +89,11 @@ def build_datasets(
             raise ValueError(
                 f"data.cache_dir={config.data.cache_dir}: this process does not see the index files"
                 " rank 0 wrote there; use a folder that all nodes share"
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"data.cache_dir={config.data.cache_dir}: the index files cannot be made or read"
+                f" ({explained(error)}); use a folder that has room and can be written"
             ) from error
         if first and not (cache / _MARKER).exists():
             for path in cache.iterdir():

@@ -1,12 +1,9 @@
-"""Small file operations whose order matters: durable renames, digests, locks between processes."""
+"""Small file operations whose order matters: durable renames and digests."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 _BLOCK = 1 << 20
@@ -61,15 +58,3 @@ def write_text_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock, between processes, on the file ``path`` (created if needed).
-
-    The lock goes away with the process that holds it, however that process ends.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.schema import Config, DataConfig
-from mone_megatron.data.files import locked, quick_digest, sha256_file, write_text_atomically
+from mone_megatron.data.files import quick_digest, sha256_file, write_text_atomically
 from mone_megatron.data.indexed import CorpusIndex, bin_path, idx_path, read_index
 from mone_megatron.data.sidecar import Sidecar, read_sidecar, sidecar_path, tokenizer_path
 from mone_megatron.data.stdlib import build_stdlib_corpus
 from mone_megatron.data.tokenizer import LoadedTokenizer, end_of_document, load_tokenizer
+from mone_megatron.os_errors import explained
+from mone_megatron.ownership import locked
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,33 @@ def prepare_data(config: Config) -> PreparedData:
     )
 
 
-def _stdlib_prefix(data: DataConfig) -> Path:
+def check_cache(data: DataConfig) -> None:
+    """Checks that ``data.cache_dir`` can be written, for the process that writes indices there.
+
+    Raises:
+        ConfigError: it cannot; one line.
+    """
+    folder = Path(data.cache_dir) / "indices"
+    with _cache_refusals(data):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
+
+
+@contextmanager
+def _cache_refusals(data: DataConfig) -> Iterator[None]:
     try:
-        return build_stdlib_corpus(data)
+        yield
     except OSError as error:
         raise ConfigError(
-            f"data.cache_dir={data.cache_dir}: cannot build the corpus there ({error});"
+            f"data.cache_dir={data.cache_dir}: cannot be used ({explained(error)});"
             " use a folder that can be written"
         ) from error
+
+
+def _stdlib_prefix(data: DataConfig) -> Path:
+    with _cache_refusals(data):
+        return build_stdlib_corpus(data)
 
 
 def _check_paths(paths: Sequence[str]) -> None:
@@ -124,15 +147,14 @@ def _open(key: str, prefix: Path, fix: str) -> _Corpus:
     try:
         index = read_index(prefix)
         sidecar = read_sidecar(prefix)
+        bin_digest, idx_digest = quick_digest(bin_path(prefix)), sha256_file(idx_path(prefix))
     except ValueError as error:
         raise ConfigError(f"{key}: {error}; {fix}") from error
-    corpus = _Corpus(
-        key=key,
-        index=index,
-        sidecar=sidecar,
-        bin_digest=quick_digest(bin_path(prefix)),
-        idx_digest=sha256_file(idx_path(prefix)),
-    )
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: cannot be read ({explained(error)}); make it readable, or name another"
+        ) from error
+    corpus = _Corpus(key, index, sidecar, bin_digest=bin_digest, idx_digest=idx_digest)
     if sidecar is None:
         return corpus
     for path, digest, expected in (
@@ -169,6 +191,11 @@ def _resolve_tokenizer(data: DataConfig, corpora: Sequence[_Corpus]) -> LoadedTo
         key, folder = corpora[0].key, _tokenizer_beside(corpora[0])
     try:
         tokenizer = load_tokenizer(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: its tokenizer cannot be read ({explained(error)}); make it readable, or set"
+            " data.tokenizer to another"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"{key}: {error}; set data.tokenizer to a tokenizer folder") from error
     for corpus in corpora:
@@ -196,7 +223,8 @@ def _check_tokens(config: Config, corpus: _Corpus, vocab_size: int) -> None:
     if corpus.sidecar is not None:
         largest = corpus.sidecar.max_token
     else:
-        largest = _scanned_max_token(corpus, Path(config.data.cache_dir))
+        with _cache_refusals(config.data):
+            largest = _scanned_max_token(corpus, Path(config.data.cache_dir))
     if largest < 0:
         raise ConfigError(f"{corpus.key}: {bin_path(corpus.index.prefix)} holds negative token ids")
     if largest < vocab_size:

@@ -14,6 +14,10 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    # What the processes that were launched together share; empty for a single one.
+    job: str = ""
+    # SLURM's id of its job, which a requeued job keeps; empty without SLURM.
+    allocation: str = ""
 
     @classmethod
     def from_environment(cls) -> World:
@@ -24,14 +28,19 @@ class World:
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         found = {name: os.environ[name] for name in names if name in os.environ}
+        allocation = os.environ.get("SLURM_JOB_ID", "")
         if not found:
-            return cls()
+            return cls(allocation=allocation)
         if missing := [name for name in names if name not in found]:
             raise ValueError(
                 f"environment: {', '.join(found)} set but not {', '.join(missing)}; start with "
                 "torchrun, or unset them to run one process"
             )
         try:
-            return cls(*(int(found[name]) for name in names))
+            numbers = [int(found[name]) for name in names]
         except ValueError:
             raise ValueError(f"environment: {found} are not all whole numbers") from None
+        launch = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+        job = " ".join(os.environ.get(name, "") for name in launch)
+        rank, size, local_rank, local_size = numbers
+        return cls(rank, size, local_rank, local_size, job=job, allocation=allocation)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,8 @@ from mone_megatron.analysis.plots import write_loss_plot
 from mone_megatron.analysis.report import write_report
 from mone_megatron.config.load import flatten
 from mone_megatron.config.schema import Config
+from mone_megatron.display import lost
+from mone_megatron.os_errors import naming
 from mone_megatron.train.alerts import Alert
 from mone_megatron.train.loop import Hook, Record
 from mone_megatron.train.panel_hook import PanelHook
@@ -28,6 +31,7 @@ from mone_megatron.train.run_directory import (
     to_json_line,
     write_json,
 )
+from mone_megatron.train.showing import ShowingHook
 
 # Shown on the terminal when present, in this order: (key, label, format).
 _SHOWN = (
@@ -67,8 +71,9 @@ def describe(record: Record) -> str:
 class ConsoleHook(Hook):
     """A bar on a terminal, lines elsewhere: step, losses, tokens/s, TFLOPS, time left."""
 
-    def __init__(self, config: Config, stream: TextIO = sys.stderr) -> None:
-        """Choose between bar, lines and nothing."""
+    def __init__(self, config: Config, stream: TextIO | None = None) -> None:
+        """Choose between bar, lines and nothing, on ``stream`` (standard error)."""
+        stream = sys.stderr if stream is None else stream
         style = config.logging.progress
         if style == "auto":
             style = "bar" if stream.isatty() else "lines"
@@ -133,7 +138,8 @@ class MetricsFileHook(Hook):
 
     def on_step(self, record: Record) -> None:
         """Append the record."""
-        self.file.write(to_json_line(record))
+        with naming(self.path):
+            self.file.write(to_json_line(record))
 
     def on_rollback(self, step: int) -> None:
         """Drop the records that will come anew."""
@@ -154,6 +160,7 @@ class RunFileHook(Hook):
         (``steps``, ``tokens``, ``seconds``)."""
         self.path = folder / "run.json"
         self.facts = facts | {"status": "running"}
+        self.missed: set[str] = set()
 
     def on_start(self) -> None:
         """Write what is known."""
@@ -164,6 +171,24 @@ class RunFileHook(Hook):
         self.facts["steps"] = int(record["step"])
         self.facts["tokens"] = int(record["tokens"])
         self.facts["seconds"] += record["step_seconds"]
+        self._note_streams()
+
+    def note(self, what: str, why: str) -> None:
+        """Add to ``not_shown``, on disk at once: what the run could not show, and why.
+
+        Each is noted the first time only. A note that cannot be written is let go.
+        """
+        if what in self.missed:
+            return
+        self.missed.add(what)
+        missed = self.facts.setdefault("not_shown", [])
+        missed.append({"what": what, "why": why, "step": self.facts["steps"]})
+        with suppress(OSError):
+            write_json(self.path, self.facts)
+
+    def _note_streams(self) -> None:
+        for stream, why in lost().items():
+            self.note(stream, why)
 
     def on_fault(self, step: int, fault: str, action: str) -> None:
         """Count and name it."""
@@ -172,6 +197,7 @@ class RunFileHook(Hook):
     def on_end(self, status: str) -> None:
         """Write how it ended."""
         self.facts["status"] = status
+        self._note_streams()
         write_json(self.path, self.facts)
 
 
@@ -184,13 +210,13 @@ class WandbHook(Hook):
     """
 
     def __init__(
-        self, config: Config, folder: Path, run_id: str, stream: TextIO = sys.stderr
+        self, config: Config, folder: Path, run_id: str, stream: TextIO | None = None
     ) -> None:
         """Log into ``folder``/wandb; a resumed run has the id of the one it goes on with."""
         self.config = config
         self.folder = folder
         self.run_id = run_id
-        self.stream = stream
+        self.stream = sys.stderr if stream is None else stream
         # Records and alerts, then the exit code.
         self.queue: queue.SimpleQueue[Record | tuple[Alert, ...] | int] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -336,9 +362,10 @@ def build_hooks(
     config: Config, folder: Path, facts: dict[str, Any], device: torch.device
 ) -> list[Hook]:
     """The hooks of rank 0. They end in reverse, so the report comes last: it reads the others'."""
+    run_file = RunFileHook(folder, facts)
     hooks: list[Hook] = []
     if config.logging.report:
-        hooks.append(ReportHook(folder))
+        hooks.append(ShowingHook(ReportHook(folder), "report.html or loss.png", run_file.note))
     tell = None
     if config.logging.wandb.mode != "disabled":
         hooks.append(wandb := WandbHook(config, folder, facts["id"]))
@@ -346,5 +373,7 @@ def build_hooks(
     if config.logging.layer_interval:
         hooks.append(PanelHook(config, folder, step=facts["steps"], tell=tell))
     if config.train.profile:
-        hooks.append(ProfileHook(folder, config.train.profile, device))
-    return [*hooks, RunFileHook(folder, facts), MetricsFileHook(folder), ConsoleHook(config)]
+        profile = ProfileHook(folder, config.train.profile, device)
+        hooks.append(ShowingHook(profile, "the profile", run_file.note))
+    console = ShowingHook(ConsoleHook(config), "progress", run_file.note)
+    return [*hooks, run_file, MetricsFileHook(folder), console]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mone_megatron.config.schema import Config
+from mone_megatron.os_errors import naming
 from mone_megatron.train.alerts import Alert, AlertMonitor
 from mone_megatron.train.loop import Hook
 from mone_megatron.train.panel import Panel
@@ -34,7 +35,7 @@ class PanelHook(Hook):
         *,
         step: int,
         tell: Callable[[Sequence[Alert]], None] | None = None,
-        stream: TextIO = sys.stderr,
+        stream: TextIO | None = None,
     ) -> None:
         """Write into ``folder``.
 
@@ -43,14 +44,14 @@ class PanelHook(Hook):
             folder: run.dir.
             step: where the run goes on from; later panels in the files are dropped.
             tell: is given the alerts of each step that has any.
-            stream: the terminal.
+            stream: the terminal; None for standard error.
         """
         self.config = config
         self.folder = folder
         self.path = folder / "panel.jsonl"
         self.step = step
         self.tell = tell
-        self.stream = stream
+        self.stream = sys.stderr if stream is None else stream
 
     def on_start(self) -> None:
         """Open the files; a resumed run goes on with them."""
@@ -58,11 +59,13 @@ class PanelHook(Hook):
 
     def on_panel(self, panel: Panel) -> None:
         """Append it, and tell what it begins and ends."""
-        self.file.write(panel.to_json_line())
+        with naming(self.path):
+            self.file.write(panel.to_json_line())
         if self.monitor is None:
             return
         alerts = self.monitor.update(panel)
-        self.alerts_file.writelines(map(_line, alerts))
+        with naming(self.folder / "alerts.jsonl"):
+            self.alerts_file.writelines(map(_line, alerts))
         for alert in alerts[:_SHOWN]:
             print(f"ALERT step {alert.step}: {alert.message}", file=self.stream, flush=True)
         if len(alerts) > _SHOWN:

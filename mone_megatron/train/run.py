@@ -24,6 +24,7 @@ from mone_megatron.data.loader import MicrobatchSampler, SampleDataset, build_lo
 from mone_megatron.data.prepare import PreparedData
 from mone_megatron.kernels import ops
 from mone_megatron.kernels.te_grouped import have_transformer_engine
+from mone_megatron.os_errors import naming
 from mone_megatron.parallel.device import Device, open_process_group
 from mone_megatron.parallel.groups import close_groups, open_groups
 from mone_megatron.parallel.world import World
@@ -224,7 +225,8 @@ def _run(
             if moved:
                 say(moved)
         seconds = keep_metrics_up_to(folder / "metrics.jsonl", start.step)
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        with naming(folder / "config.yaml"):
+            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         flops_facts = {"ideal": flops.ideal, "realised": flops.realised}
         facts = _facts(config, layout, device, data, parameters, flops_facts)
         facts |= {"steps": start.step, "tokens": start.tokens, "seconds": seconds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -11,6 +12,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from mone_megatron.os_errors import naming, unusable
+from mone_megatron.ownership import OWNER_FILE, live_owner
+
+_FOLDERS = ("checkpoints", "hangs")
 _RUN_FILES = (
     "config.yaml",
     "run.json",
@@ -19,9 +24,43 @@ _RUN_FILES = (
     "alerts.jsonl",
     "report.html",
     "loss.png",
-    "checkpoints",
-    "hangs",
+    *_FOLDERS,
 )
+
+
+def check_run_directory(folder: Path) -> None:
+    """Checks that what a run would write into ``folder`` can be written. Changes nothing.
+
+    Args:
+        folder: one that this process owns.
+
+    Raises:
+        ValueError: a folder lies where a file belongs, or the other way round; one of them cannot
+            be written; or a live run is inside what a new run would move away. One line.
+    """
+    try:
+        for name in _RUN_FILES:
+            path = folder / name
+            if not path.exists():
+                continue
+            wanted = "folder" if name in _FOLDERS else "file"
+            if path.is_dir() != (name in _FOLDERS):
+                raise ValueError(f"run.dir: {path} is no {wanted}; move it, or name another folder")
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            if path.is_dir():
+                _check_nobody_inside(path)
+    except OSError as error:
+        raise unusable("run.dir", folder, error) from None
+
+
+def _check_nobody_inside(folder: Path) -> None:
+    for file in folder.rglob(OWNER_FILE):
+        if owner := live_owner(file.parent):
+            raise ValueError(
+                f"run.dir: {file.parent} is in use by {owner}; give that run a folder of its own, "
+                "or wait until it has ended"
+            )
 
 
 def open_run_directory(folder: Path) -> str | None:
@@ -45,11 +84,9 @@ def open_run_directory(folder: Path) -> str | None:
                 path.rename(earlier / path.name)
             return f"{folder} held an earlier run: moved to {earlier}"
         if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} is not writable")
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     except OSError as error:
-        raise ValueError(
-            f"run.dir: cannot use {str(folder)!r} ({error}); choose another with run.dir=PATH"
-        ) from None
+        raise unusable("run.dir", folder, error) from None
     return None
 
 
@@ -80,7 +117,11 @@ def keep_records_up_to(path: Path, step: int, see: Callable[[dict[str, Any]], No
     if not path.exists():
         return
     draft = path.with_name(path.name + ".tmp")
-    with path.open(encoding="utf-8") as lines, draft.open("w", encoding="utf-8") as kept:
+    with (
+        naming(draft),
+        path.open(encoding="utf-8") as lines,
+        draft.open("w", encoding="utf-8") as kept,
+    ):
         for line in lines:
             try:
                 record = json.loads(line)
@@ -95,8 +136,9 @@ def keep_records_up_to(path: Path, step: int, see: Callable[[dict[str, Any]], No
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write whole or not at all."""
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    with naming(draft):
+        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, path)
 
 
 def to_json_line(record: dict[str, float]) -> str:
