@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from mone_megatron.checkpoint import CheckpointWriteError, FileDigest, digest_file, write_error
+from mone_megatron.train.signals import REQUESTS
 
 _FORK = multiprocessing.get_context("fork")
 # (where to write, name in the checkpoint, what to write) of one file: megatron-core's WriteBucket.
@@ -58,7 +59,7 @@ def _write_file(transforms: list[Any], bucket: _Bucket) -> tuple[list[Any], File
 def _write(transforms: list[Any], buckets: list[_Bucket], parent: Connection) -> None:
     """In the child: write all files, and report."""
     # Requests to stop are for the run, which stops after this save.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
     try:
         with ThreadPoolExecutor(len(buckets)) as pool:

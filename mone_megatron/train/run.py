@@ -155,7 +155,11 @@ def run(
         The exit code: 0, 1 when training failed, ``INTERRUPTED_EXIT_CODE`` or
         ``RESUME_EXIT_CODE``.
     """
-    stop = StopRequest(exit_after_minutes=config.train.exit_after_minutes, started=started)
+    stop = StopRequest(
+        exit_after_minutes=config.train.exit_after_minutes,
+        started=started,
+        launched=world.job != "",
+    )
     try:
         with stop:
             patience = config.device.timeout_seconds

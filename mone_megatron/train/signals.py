@@ -3,6 +3,9 @@
 Two kinds of request. "Stop" (SIGINT, SIGTERM) is someone who wants the run to end; "requeue"
 (SIGUSR1, which schedulers send before a time limit, and ``train.exit_after_minutes``) is a run that
 should go on later. Both save; the exit code tells them apart (docs/reliability.md).
+
+A terminal that is closed (SIGHUP) only takes away who reads: a run goes on without. Under a
+launcher it is "stop", since torchrun passes it on and kills what has not ended half a minute later.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ HANG_EXIT_CODE = 76
 TIME_LIMIT = "train.exit_after_minutes"
 _STOP = (signal.SIGINT, signal.SIGTERM)
 _REQUEUE = (signal.SIGUSR1,)
+# Signals that a run takes for itself: its children leave them to it.
+REQUESTS = (*_STOP, *_REQUEUE, signal.SIGHUP)
 # A terminal sends Ctrl-C to every process, and torchrun passes its own on: one request, not two.
 _SAME_REQUEST_SECONDS = 2.0
 _STOP_WATCHING = 0
@@ -51,13 +56,21 @@ class StopRequest:
     that hangs.
     """
 
-    def __init__(self, *, exit_after_minutes: float = 0.0, started: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        exit_after_minutes: float = 0.0,
+        started: float | None = None,
+        launched: bool = False,
+    ) -> None:
         """Nothing asked for yet.
 
         Args:
             exit_after_minutes: when to ask by itself; 0 for never.
             started: when the run began, of ``time.monotonic()``; None for now.
+            launched: by something that ends its processes itself when a terminal is closed.
         """
+        self._stop = (*_STOP, signal.SIGHUP) if launched else _STOP
         self.signal_name: str | None = None
         self._number: int | None = None
         began = time.monotonic() if started is None else started
@@ -69,8 +82,12 @@ class StopRequest:
         _watched.add(self._write.fileno())
         self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._previous = {
-            number: signal.signal(number, self._remember) for number in (*_STOP, *_REQUEUE)
+            number: signal.signal(number, self._remember) for number in (*self._stop, *_REQUEUE)
         }
+        # Who started it with nohup has said what is to happen.
+        if signal.SIGHUP not in self._stop or self._previous[signal.SIGHUP] == signal.SIG_IGN:
+            self._previous.setdefault(signal.SIGHUP, signal.getsignal(signal.SIGHUP))
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._watcher.start()
         return self
@@ -95,7 +112,7 @@ class StopRequest:
 
     def read(self, device: torch.device) -> torch.Tensor:
         """``[2]``, for a sum over ranks: whether to stop, and whether to stop and go on later."""
-        stop = self._number in _STOP
+        stop = self._number in self._stop
         requeue = not stop and (self._number in _REQUEUE or self._time_is_up())
         return torch.tensor([float(stop), float(requeue)], device=device)
 
@@ -114,7 +131,7 @@ class StopRequest:
             number = self._read.recv(1)[0]
             if number == _STOP_WATCHING:
                 return
-            if number not in (*_STOP, *_REQUEUE):
+            if number not in (*self._stop, *_REQUEUE):
                 continue
             now = time.monotonic()
             if asked_at is None:
