@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen3MoeConfig
+from transformers import DeepseekV2Config, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 
 @strict
@@ -48,6 +48,26 @@ class MoneConfig(Qwen3MoeConfig):
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
     head_dim: int | None = None
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """How transformers' tensor parallelism splits the modules, as its own families' do."""
+        source: type[PreTrainedConfig] = Qwen3MoeConfig
+        if self.attention_type == "mla":
+            source = DeepseekV2Config
+        elif self.qk_norm == "all_heads":
+            source = OlmoeConfig  # whose norm needs all heads, too
+        own, theirs = Qwen3MoeConfig.base_model_tp_plan, source.base_model_tp_plan
+        assert own is not None
+        assert theirs is not None
+        plan = {name: style for name, style in own.items() if ".mlp." in name}
+        plan |= {name: style for name, style in theirs.items() if ".self_attn." in name}
+        shared = {
+            name.replace("mlp.", "mlp.shared_expert."): style
+            for name, style in plan.items()
+            if ".mlp." in name and "experts" not in name
+        }
+        return plan | shared if self.shared_expert_intermediate_size else plan
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Derive what transformers' attention classes read."""

@@ -17,7 +17,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mone_megatron.hf.experts_mone import (
     ExpertsModule,
@@ -25,9 +24,12 @@ from mone_megatron.hf.experts_mone import (
     experts_modules,
     has_own_gate,
     mone_experts_forward,
+    neurons_of,
+    register_selecting,
     selects,
     settings_of,
 )
+from mone_megatron.hf.guard_mone import note_selected
 from mone_megatron.kernels.decode import ExpertWeights, sparse_experts, speed_limit
 from mone_megatron.kernels.reference import TopK
 
@@ -49,7 +51,9 @@ def mone_sparse_experts_forward(
     """
     experts = cast(ExpertsModule, self)
     settings = settings_of(experts)
-    if torch.is_grad_enabled() or not _worth_it(experts, settings, *top_k_index.shape):
+    note_selected(self)
+    sparse = selects(experts) and not torch.is_grad_enabled()
+    if not sparse or not _worth_it(experts, settings, *top_k_index.shape):
         return mone_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if reason := unsupported(experts):
         raise ValueError(f"{MONE_SPARSE}: {type(self).__name__} {reason}; use mone")
@@ -71,7 +75,9 @@ def unsupported(experts: ExpertsModule) -> str | None:
         return "has biases"
     if experts.has_post_expert_norm:
         return "normalises its output"
-    if experts._is_expert_parallel:
+    neurons = neurons_of(experts)
+    here = experts.down_proj.shape[1 if experts.is_transposed else 2]
+    if experts._is_expert_parallel or neurons.mesh is not None or here != neurons.count:
         return "is spread over devices"
     return None
 
@@ -122,4 +128,4 @@ def _rows(parameter: Tensor, *, neurons_first: bool) -> Tensor:
 
 def register_decoding() -> None:
     """Make ``mone_sparse`` known to transformers; again is fine."""
-    ALL_EXPERTS_FUNCTIONS.register(MONE_SPARSE, mone_sparse_experts_forward)
+    register_selecting(MONE_SPARSE, mone_sparse_experts_forward)

@@ -18,10 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from inspect import getattr_static
 from typing import Any, Protocol, cast
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
@@ -29,8 +33,13 @@ from transformers.integrations.moe import (
     batched_mm_experts_forward,
     grouped_mm_experts_forward,
 )
+from transformers.utils import logging
 
-from mone_megatron.kernels.reference import neuron_scores, topk_mask
+from mone_megatron.hf.guard_mone import guard, note_selected, watch
+from mone_megatron.hf.parallel_mone import Neurons
+from mone_megatron.kernels.reference import neuron_scores
+
+logger = logging.get_logger(__name__)
 
 # The experts implementations that select: on grouped and on batched matrix products.
 MONE, MONE_BATCHED = "mone", "mone_batched_mm"
@@ -111,24 +120,54 @@ class NeuronSettings:
             raise ValueError(f"mone.keep_ratio: {self.keep_ratio} of {neurons} neurons keeps none")
         return kept
 
-    def mask(self, gate_TF: Tensor, up_TF: Tensor, activate: Callable[[Tensor], Tensor]) -> Tensor:
-        """True at the neurons that each row keeps; see :mod:`mone_megatron.kernels.reference`."""
+    def mask(
+        self,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        activate: Callable[[Tensor], Tensor],
+        neurons: Neurons | None = None,
+    ) -> Tensor:
+        """Returns True at the neurons that each row keeps; see :mod:`.kernels.reference`.
+
+        Args:
+            gate_TF: gate projections, of this rank's neurons.
+            up_TF: up projections.
+            activate: a as a function of g.
+            neurons: all of them, where other ranks may have some; None for those that are here.
+
+        Raises:
+            ValueError: some are elsewhere, and it is not known where.
+        """
+        neurons = neurons or Neurons("MLP", gate_TF.shape[-1])
         scores_TF = neuron_scores(gate_TF, up_TF, self.score, activate)  # type: ignore[arg-type]
-        return topk_mask(scores_TF.detach(), self.kept(gate_TF.shape[-1]))
+        return neurons.topk_mask(scores_TF.detach(), self.kept(neurons.count))
 
     def select(
-        self, gate_TF: Tensor, up_TF: Tensor, activate: Callable[[Tensor], Tensor]
+        self,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        activate: Callable[[Tensor], Tensor],
+        neurons: Neurons | None = None,
     ) -> Tensor:
         """``a * u`` at the kept neurons and zero at the others: the down projection's input."""
         hidden_TF = activate(gate_TF) * up_TF
-        if self.kept(gate_TF.shape[-1]) == gate_TF.shape[-1]:
+        if self.kept(count := neurons.count if neurons else gate_TF.shape[-1]) == count:
             return hidden_TF
-        return hidden_TF * self.mask(gate_TF, up_TF, activate)
+        return hidden_TF * self.mask(gate_TF, up_TF, activate, neurons)
 
 
 def selects(experts: ExpertsModule) -> bool:
-    """Whether ``config.mone`` holds settings of the selection."""
-    return bool(getattr(experts.config, "mone", None))
+    """Whether ``config.mone`` asks for a selection in routed experts."""
+    settings = getattr(experts.config, "mone", None)
+    if not settings:
+        return False
+    return "routed" in NeuronSettings.from_config(settings).apply_to
+
+
+def is_selecting(experts: ExpertsModule) -> bool:
+    """Whether these experts select now: their settings and their implementation do."""
+    function = ALL_EXPERTS_FUNCTIONS.get(experts.config._experts_implementation, None)
+    return getattr(function, "selects_neurons", False) and selects(experts)
 
 
 def settings_of(experts: ExpertsModule) -> NeuronSettings:
@@ -137,7 +176,7 @@ def settings_of(experts: ExpertsModule) -> NeuronSettings:
     Raises:
         ValueError: when it is not set, or the experts have no gate to select by.
     """
-    if not selects(experts):
+    if not getattr(experts.config, "mone", None):
         raise ValueError(
             "config.mone is not set: call mone_megatron.hf.enable_mone(model, keep_ratio=...)"
         )
@@ -151,12 +190,75 @@ def has_own_gate(experts: ExpertsModule) -> bool:
     return getattr_static(type(experts), "_apply_gate") is not _default_apply_gate
 
 
+def watch_experts(experts: nn.Module) -> None:
+    """Makes an experts module say how its neurons are spread, and raise when none were selected.
+
+    Only the module itself sees how transformers splits its weights: while it computes, they are
+    this rank's plain tensors.
+    """
+    if "_neurons" not in vars(experts):
+        experts.register_forward_pre_hook(_see_neurons)
+        width = _width(cast(ExpertsModule, experts))
+        cast(Any, experts)._neurons = Neurons(type(experts).__name__, width)
+    watch(experts, is_selecting)
+
+
+def _see_neurons(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    experts = cast(ExpertsModule, module)
+    weight = experts.down_proj
+    if isinstance(weight, DTensor):
+        axis = 1 if experts.is_transposed else 2
+        cast(Any, module)._neurons = Neurons.of(
+            type(module).__name__, _width(experts), weight, axis
+        )
+    if selects(experts) and not is_selecting(experts) and not torch.compiler.is_dynamo_compiling():
+        _warn(
+            f"config.mone is set, but experts_implementation "
+            f"{experts.config._experts_implementation!r} computes all neurons of the routed "
+            "experts; set_experts_implementation('mone') selects"
+        )
+
+
+@lru_cache
+def _warn(message: str) -> None:
+    """Says something once, on the first rank."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.warning(message)
+
+
+def _width(experts: ExpertsModule) -> int:
+    """How many neurons an expert has by its own account, which parallelism leaves as it is."""
+    for name in ("intermediate_dim", "intermediate_size"):
+        if hasattr(experts, name):
+            return int(getattr(experts, name))
+    return int(experts.down_proj.shape[1 if experts.is_transposed else 2])
+
+
+def neurons_of(experts: ExpertsModule) -> Neurons:
+    """Returns an expert's neurons: how many, and which ranks share them.
+
+    Raises:
+        ValueError: some ranks do, and the module was not watched when its weights told which.
+    """
+    known: Neurons | None = vars(experts).get("_neurons")
+    if known is not None:
+        return known
+    name = type(experts).__name__
+    if getattr(experts, "_is_hooked", False) and not experts._is_expert_parallel:
+        raise ValueError(
+            f"{name}: its neurons are split over ranks, and which ranks is not known; call "
+            "mone_megatron.hf.enable_mone(model, keep_ratio=...) after from_pretrained"
+        )
+    return Neurons(name, _width(experts))
+
+
 class _Selecting:
     """An experts module as transformers' functions see it, with a gate that selects."""
 
     def __init__(self, experts: ExpertsModule) -> None:
         self._experts = experts
         self._settings = settings_of(experts)
+        self._neurons = neurons_of(experts)
         self._own_gate = has_own_gate(experts)
         if self._own_gate and self._settings.score == "abs_activation":
             raise ValueError(
@@ -174,12 +276,12 @@ class _Selecting:
             gate_TF, up_TF = gate_up[..., ::2], gate_up[..., 1::2]
         settings = self._settings
         if not self._own_gate:
-            return settings.select(gate_TF, up_TF, self._experts.act_fn)
+            return settings.select(gate_TF, up_TF, self._experts.act_fn, self._neurons)
         hidden_TF: Tensor = self._experts._apply_gate(gate_up)
         if settings.score == "abs_product":
-            scores_TF = hidden_TF.detach().abs()
-            return hidden_TF * topk_mask(scores_TF, settings.kept(hidden_TF.shape[-1]))
-        return hidden_TF * settings.mask(gate_TF, up_TF, self._experts.act_fn)
+            kept = settings.kept(self._neurons.count)
+            return hidden_TF * self._neurons.topk_mask(hidden_TF.detach().abs(), kept)
+        return hidden_TF * settings.mask(gate_TF, up_TF, self._experts.act_fn, self._neurons)
 
 
 def _through(forward: ExpertsForward) -> ExpertsForward:
@@ -187,8 +289,14 @@ def _through(forward: ExpertsForward) -> ExpertsForward:
         self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         """``[N, h]``, ``[N, K]`` expert numbers and ``[N, K]`` weights to ``[N, h]``."""
-        selecting = cast(nn.Module, _Selecting(cast(ExpertsModule, self)))
-        return forward(selecting, hidden_states, top_k_index, top_k_weights)
+        note_selected(self)
+        experts = cast(ExpertsModule, self)
+        settings = settings_of(experts)
+        if not torch.compiler.is_dynamo_compiling():
+            # As it was loaded it is saved, which transformers leaves out.
+            experts.config.experts_implementation = experts.config._experts_implementation
+        seen: Any = _Selecting(experts) if "routed" in settings.apply_to else experts
+        return forward(seen, hidden_states, top_k_index, top_k_weights)
 
     return selecting_forward
 
@@ -197,10 +305,19 @@ mone_experts_forward = _through(grouped_mm_experts_forward)
 mone_batched_mm_experts_forward = _through(batched_mm_experts_forward)
 
 
+def register_selecting(name: str, forward: ExpertsForward) -> None:
+    """Makes an experts implementation that selects neurons known to transformers.
+
+    It calls :func:`~mone_megatron.hf.guard_mone.note_selected` on the module it computes.
+    """
+    cast(Any, forward).selects_neurons = True
+    ALL_EXPERTS_FUNCTIONS.register(name, forward)
+
+
 def register_experts() -> None:
     """Make ``mone`` and ``mone_batched_mm`` known to transformers; again is fine."""
-    ALL_EXPERTS_FUNCTIONS.register(MONE, mone_experts_forward)
-    ALL_EXPERTS_FUNCTIONS.register(MONE_BATCHED, mone_batched_mm_experts_forward)
+    register_selecting(MONE, mone_experts_forward)
+    register_selecting(MONE_BATCHED, mone_batched_mm_experts_forward)
 
 
 def enable_mone(
@@ -212,20 +329,35 @@ def enable_mone(
 ) -> None:
     """Let a transformers MoE select neurons in its routed experts, without touching its weights.
 
-    The settings go into the configuration and are saved with the model. Shared experts and dense
-    layers select only in our own model class (:mod:`.modeling_mone`), which reads the same
-    settings.
+    The settings go into the configuration and are saved with the model, and so does the name of
+    the experts implementation: a program that does not know it refuses to load the model. Shared
+    experts and dense layers select only in our own model class (:mod:`.modeling_mone`).
+
+    A model that is split over ranks is loaded first.
 
     Raises:
-        ValueError: for settings that are wrong, or a model without experts behind the interface.
+        ValueError: for settings that are wrong, or that the model's modules cannot follow.
     """
     settings = NeuronSettings(keep_ratio, score, tuple(apply_to))
-    modules = [cast(ExpertsModule, module) for module in experts_modules(model)]
+    modules = experts_modules(model)
     if not modules and "routed" in settings.apply_to:
         raise ValueError(
             f"{type(model).__name__} has no experts behind transformers' experts interface"
         )
-    configs = [model.config, *(module.config for module in modules)]
-    for config in configs:
+    others = sorted(set(settings.apply_to) - {"routed"})
+    if others and model.config.model_type != "mone":
+        raise ValueError(
+            f"mone.apply_to: {type(model).__name__} can select in routed experts only, not in "
+            f"{others[0]} ones; use ['routed']"
+        )
+    for config in (model.config, *(cast(ExpertsModule, module).config for module in modules)):
         config.mone = settings.to_config()
+        config.experts_implementation = MONE
     model.set_experts_implementation(MONE)
+    for module in modules:
+        watch_experts(module)
+    for module in model.modules():
+        if hasattr(module, "mone_target"):
+            asked = module.mone_target in settings.apply_to
+            cast(Any, module).neurons = settings if asked else None
+    guard(model)

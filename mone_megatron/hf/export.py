@@ -34,7 +34,9 @@ INDEX_NAME = "model.safetensors.index.json"
 _CODE = {
     "configuration_mone.py": "mone_megatron/hf/configuration_mone.py",
     "experts_mone.py": "mone_megatron/hf/experts_mone.py",
+    "guard_mone.py": "mone_megatron/hf/guard_mone.py",
     "modeling_mone.py": "mone_megatron/hf/modeling_mone.py",
+    "parallel_mone.py": "mone_megatron/hf/parallel_mone.py",
     "neuron_selection.py": "mone_megatron/kernels/reference.py",
 }
 _PACKAGE = Path(__file__).resolve().parents[2]

@@ -33,7 +33,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 from transformers.utils.output_capturing import OutputRecorder
 
 from mone_megatron.hf.configuration_mone import MoneConfig
-from mone_megatron.hf.experts_mone import NeuronSettings, register_experts
+from mone_megatron.hf.experts_mone import NeuronSettings, register_experts, watch_experts
+from mone_megatron.hf.guard_mone import guard, note_selected, refuse_replaced, watch
+from mone_megatron.hf.parallel_mone import Neurons
 
 register_experts()
 
@@ -45,12 +47,23 @@ def _settings(config: MoneConfig, target: str) -> NeuronSettings | None:
     return settings if target in settings.apply_to else None
 
 
-class AllHeadsRMSNorm(Qwen3MoeRMSNorm):
-    """RMSNorm over all heads of a token together (OLMoE); ``[..., heads, head_dim]``."""
+class AllHeadsRMSNorm(nn.Module):
+    """RMSNorm over all heads of a token together (OLMoE); ``[..., heads, head_dim]``.
+
+    No subclass of the library's norm: kernels that replace that one's forward (``use_kernels``)
+    replace its subclasses', too, by a norm over the last axis.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise over the last two axes."""
-        normed: Tensor = super().forward(hidden_states.flatten(-2))
+        """Normalise over the last two axes, in fp32."""
+        flat = hidden_states.flatten(-2).float()
+        scale = torch.rsqrt(flat.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        normed = self.weight * (flat * scale).to(hidden_states.dtype)
         return normed.view_as(hidden_states)
 
 
@@ -69,8 +82,9 @@ class MoneAttention(Qwen3MoeAttention):
         if config.qk_norm == "none":
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         elif config.qk_norm == "all_heads":
-            self.q_norm = AllHeadsRMSNorm(queries, eps=config.rms_norm_eps)
-            self.k_norm = AllHeadsRMSNorm(keys, eps=config.rms_norm_eps)
+            eps = config.rms_norm_eps
+            self.q_norm = AllHeadsRMSNorm(queries, eps)  # type: ignore[assignment]
+            self.k_norm = AllHeadsRMSNorm(keys, eps)  # type: ignore[assignment]
         elif config.qk_norm != "head":
             raise ValueError(f"qk_norm: {config.qk_norm!r} is not none, head or all_heads")
 
@@ -86,20 +100,31 @@ class MoneLatentAttention(DeepseekV2Attention):
                 norm.variance_epsilon = config.rms_norm_eps
 
 
+def _mlp_selects(mlp: MoneMLP) -> bool:
+    return mlp.neurons is not None
+
+
 class MoneMLP(Qwen3MoeMLP):
     """A dense layer or shared expert, with neuron selection where the settings say so."""
 
     def __init__(self, config: MoneConfig, intermediate_size: int, target: str) -> None:
         super().__init__(config, intermediate_size)
+        self.mone_target = target
         self.neurons = _settings(config, target)
+        watch(self, _mlp_selects)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., h]`` to ``[..., h]``."""
+        note_selected(self)
         if self.neurons is None:
             output: Tensor = super().forward(x)
             return output
         gate, up = self.gate_proj(x), self.up_proj(x)
-        selected: Tensor = self.down_proj(self.neurons.select(gate, up, self.act_fn))
+        neurons = Neurons(f"the {self.mone_target} MLP", self.intermediate_size)
+        if gate.shape[-1] != self.intermediate_size:
+            weight = self.gate_proj.weight
+            neurons = Neurons.of(neurons.owner, neurons.count, weight, neuron_dim=0)
+        selected: Tensor = self.down_proj(self.neurons.select(gate, up, self.act_fn, neurons))
         return selected
 
 
@@ -114,6 +139,7 @@ class MoneExperts(nn.Module):
         self.intermediate_dim = stock.intermediate_dim
         self.gate_up_proj, self.down_proj = stock.gate_up_proj, stock.down_proj
         self.act_fn = stock.act_fn
+        watch_experts(self)
 
     def forward(self, *args: Tensor) -> Tensor:
         """Not computed eagerly."""
@@ -189,6 +215,7 @@ class MoneSparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[B, S, H]`` to ``[B, S, H]``."""
+        refuse_replaced(self.experts, "experts")
         tokens_NH = hidden_states.flatten(0, -2)
         _, weights_NK, index_NK = self.gate(tokens_NH)
         output_NH: Tensor = self.experts(tokens_NH, index_NK, weights_NK)
@@ -263,6 +290,7 @@ class MoneModel(MonePreTrainedModel, Qwen3MoeModel):
             rotary = Qwen3MoeRotaryEmbedding(config=config)
         self.rotary_emb = rotary  # type: ignore[assignment]
         self.gradient_checkpointing = False
+        guard(self)
         self.post_init()
 
 

@@ -35,7 +35,10 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     experts_modules,
     has_own_gate,
+    selects,
+    settings_of,
 )
+from mone_megatron.hf.guard_mone import note_selected
 from mone_megatron.kernels.packed import pack_bits
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -114,10 +117,8 @@ class _Layer:
     def __init__(self, number: int, experts: nn.Module, otherwise: NeuronSettings) -> None:
         self.number = number
         self.experts = cast(ExpertsModule, experts)
-        settings = getattr(self.experts.config, "mone", None)
-        own = NeuronSettings.from_config(settings) if settings else None
-        self.selects = own is not None and "routed" in own.apply_to
-        self.settings = own if own is not None and self.selects else otherwise
+        self.selects = selects(self.experts)
+        self.settings = settings_of(self.experts) if self.selects else otherwise
         self.routing: Routing | None = None
         # Of the last forward pass.
         self.finite = True
@@ -131,6 +132,7 @@ class _Layer:
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the experts and remember what the tokens used."""
+        note_selected(cast(nn.Module, self.experts))
         seen: Any = self.experts
         if self.experts.has_gate:
             seen = _Watched(self.experts, self.settings, self.selects)

@@ -23,7 +23,13 @@ from transformers.integrations.moe import _default_apply_gate, grouped_mm_expert
 
 from mone_megatron.analysis.sparsification.plans import NEED_ACTIVATION, TARGETS
 from mone_megatron.analysis.sparsification.ranking import Choose, Rows
-from mone_megatron.hf.experts_mone import MONE, MONE_BATCHED, NeuronSettings, experts_modules
+from mone_megatron.hf.experts_mone import (
+    NeuronSettings,
+    experts_modules,
+    is_selecting,
+    settings_of,
+)
+from mone_megatron.hf.guard_mone import note_selected
 from mone_megatron.hf.modeling_mone import MoneMLP
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -105,10 +111,9 @@ class ExpertsPlace:
             raise ValueError(f"{type(module).__name__} has no gate projection to rank neurons by")
         self.neurons = int(self.module.down_proj.shape[1 if self.module.is_transposed else 2])
         self.defines_activation = getattr_static(type(module), "_apply_gate") is _default_apply_gate
-        config = self.module.config
         self.own: NeuronSettings | None = None
-        if config._experts_implementation in (MONE, MONE_BATCHED):
-            self.own = NeuronSettings.from_config(config.mone)
+        if is_selecting(self.module):
+            self.own = settings_of(self.module)
         self.own_kept = self.own.kept(self.neurons) if self.own else self.neurons
 
     @contextmanager
@@ -116,6 +121,7 @@ class ExpertsPlace:
         """See :class:`Place`; the experts are computed by grouped matrix products."""
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            note_selected(self.module)
             # As grouped_mm_experts_forward sorts its rows.
             expert_T = torch.sort(top_k_index.reshape(-1)).values
             expert = cast(nn.Module, _Expert(self, expert_T, choose))
