@@ -40,6 +40,18 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def once(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """Returns a ``tell`` that says each message the first time only."""
+    said: set[str] = set()
+
+    def tell_once(message: str) -> None:
+        if message not in said:
+            said.add(message)
+            tell(message)
+
+    return tell_once
+
+
 def check_at_least_1(options: argparse.Namespace, *names: str) -> None:
     """Checks the options of these names that are given.
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mone_megatron.command_line import check_at_least_1, exit_status, say
+from mone_megatron.data.reading_options import add_reading, reading_settings
 from mone_megatron.evaluation.command_line import add_placement
 
 _DESCRIPTION = """\
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "--domain-field", metavar="KEY", help="of JSON lines or Parquet: its values are the domains"
     )
     text.add_argument("--text-key", default="text", help="of JSON lines and Parquet (text)")
+    add_reading(text)
     text.add_argument("--seq-length", type=int, help=_WINDOW)
     text.add_argument("--max-tokens", type=int, default=32768, help="of each domain (32768)")
 
@@ -112,7 +114,15 @@ def _check_used(options: argparse.Namespace, kinds: Collection[str]) -> None:
         raise ValueError("--num-experts: of use with traces of Megatron-LM only; leave it out")
     if "model" in kinds:
         return
-    for name in ("text", "domain_field", "seq_length", "keep_ratio", "score"):
+    for name in (
+        "text",
+        "domain_field",
+        "format",
+        "document_separator",
+        "seq_length",
+        "keep_ratio",
+        "score",
+    ):
         if vars(options)[name]:
             raise ValueError(
                 f"--{name.replace('_', '-')}: traces hold what was read and chosen; leave it out, "
@@ -150,13 +160,13 @@ def _run(options: argparse.Namespace) -> None:
     if "model" in kinds:
         require("hf", "transformers", "safetensors")
         # Longer still, and not needed for traces.
-        from mone_megatron.data.documents import InputSettings
         from mone_megatron.evaluation.models import choose_device, choose_dtype
         from mone_megatron.evaluation.routing import Recorder, Settings
         from mone_megatron.evaluation.routing_text import Text
 
         device = choose_device(options.device)
-        documents = InputSettings(json_key=options.text_key, column=options.text_key)
+        key = options.text_key
+        documents = reading_settings(options, json_key=key, column=key)
         record = Recorder(
             Text(options.text, documents, options.domain_field),
             Settings(

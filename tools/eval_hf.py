@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.command_line import check_at_least_1, exit_status, say
+from mone_megatron.command_line import check_at_least_1, exit_status, once, say
+from mone_megatron.data.reading_options import add_reading, reading_settings
 from mone_megatron.evaluation.command_line import add_placement, labels_of
 
 _DESCRIPTION = """\
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--seq-length", type=int, help="tokens of a window (the models', up to 2048)")
     text.add_argument("--max-tokens", type=int, help="of each corpus (all)")
     text.add_argument("--text-key", default="text", help="of JSON lines and Parquet (text)")
+    add_reading(text)
 
     compute = parser.add_argument_group("computation")
     add_placement(compute)
@@ -97,19 +99,20 @@ def _run(options: argparse.Namespace) -> None:
     require("hf", "transformers", "safetensors", "lm_eval")
     calm_bars()
     # Only now: these take seconds to import.
-    from mone_megatron.data.documents import InputSettings
     from mone_megatron.evaluation import evaluate, output
     from mone_megatron.evaluation.corpora import open_corpus
     from mone_megatron.evaluation.models import choose_device, choose_dtype, look_at
     from mone_megatron.evaluation.tasks import expand, load_tasks
 
     device = choose_device(options.device)
-    settings = InputSettings(json_key=options.text_key, column=options.text_key)
+    key = options.text_key
+    settings = reading_settings(options, json_key=key, column=key)
     corpora = [open_corpus(where, settings) for where in options.perplexity]
     trusted = options.trust_remote_code
     models = [look_at(where, trust_remote_code=trusted) for where in options.models]
     seq_length = options.seq_length or evaluate.common_length(models)
-    texts = [evaluate.read_corpora(facts, corpora, seq_length) for facts in models]
+    tell = once(say)
+    texts = [evaluate.read_corpora(facts, corpora, seq_length, say=tell) for facts in models]
     requests = expand(options.tasks)
     tasks = None
     if requests:

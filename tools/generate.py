@@ -8,6 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mone_megatron.command_line import exit_status, say
+from mone_megatron.data.lines import (
+    BYTE_ORDER_MARK,
+    NotUTF8Error,
+    check_characters,
+    decode,
+    read_lines,
+)
 
 _DESCRIPTION = """\
 Prompt in, text streamed out. The model is a run (its newest checkpoint, converted in memory), a
@@ -60,16 +67,33 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None:
+        try:
+            check_characters(options.prompt)
+        except ValueError:
+            # Python stands in such halves for bytes of an argument that are not UTF-8.
+            raise ValueError("--prompt: is not UTF-8") from None
         return [options.prompt]
     if options.prompts is None:
-        return [sys.stdin.read().rstrip("\n")]
+        return [_standard_input().rstrip("\n")]
     try:
-        lines = options.prompts.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts: {options.prompts} cannot be read ({error})") from None
-    if not any(lines):
+        lines = read_lines(options.prompts)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"--prompts: {options.prompts} cannot be read ({reason})") from None
+    except ValueError as error:
+        raise ValueError(f"--prompts: {error}") from None
+    if not lines:
         raise ValueError(f"--prompts: {options.prompts} holds no prompt")
-    return [line for line in lines if line]
+    return lines
+
+
+def _standard_input() -> str:
+    content = sys.stdin.buffer.read()
+    try:
+        return decode(content.removeprefix(BYTE_ORDER_MARK))
+    except NotUTF8Error as error:
+        line = content.count(b"\n", 0, error.position) + 1
+        raise ValueError(f"standard input:{line}: {error}") from None
 
 
 def _show(text: str) -> None:
@@ -102,10 +126,11 @@ def _generate(options: argparse.Namespace) -> None:
         trust_remote_code=options.trust_remote_code,
         say=say,
     )
-    if loaded.tokenizer is None:
+    if loaded.tokenizer is None or loaded.framing is None:
         raise ValueError(f"{options.model}: holds no tokenizer")
     experts = choose_experts(loaded.model, options.experts)
     say(f"{loaded.source}: {type(loaded.model).__name__}, experts: {experts}")
+    say(loaded.framing.describe(loaded.tokenizer.backend_tokenizer))
     if len(prompts) == 1:
         _show(prompts[0])
         outcome = generate(loaded.model, loaded.tokenizer, prompts, sampling, show=_show)

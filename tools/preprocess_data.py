@@ -1,7 +1,8 @@
 """Turns text into the .bin/.idx files that data.source=indexed reads.
 
 The input is any number of files or quoted globs: JSON lines (.jsonl, .ndjson, .jsonl.gz), plain
-text (.txt, .md, .py, .txt.gz; one document a file, or see --document-separator) and Parquet.
+text (.txt, .md, .py, .txt.gz; one document a file, or see --document-separator) and Parquet. An
+input that is bad is named by its file and line, row or row group.
 
   python tools/preprocess_data.py 'books/*.jsonl' --output corpora/books --tokenizer my-tokenizer
   python tools/preprocess_data.py wiki.txt --output corpora/wiki --train-tokenizer 32000
@@ -13,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.data.documents import InputSettings, expand_inputs
+from mone_megatron.data.documents import expand_inputs
 from mone_megatron.data.preprocess import TokenizerSettings, preprocess_files
+from mone_megatron.data.reading_options import add_reading, reading_settings
 
 
-def _parse() -> argparse.Namespace:
+def _parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,10 +65,13 @@ def _parse() -> argparse.Namespace:
         help="turns special tokens spelled out in the text into their ids (default: plain text)",
     )
     parser.add_argument(
-        "--format",
-        choices=("jsonl", "text", "parquet"),
-        help="the format of every input (default: by extension)",
+        "--bos",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="begins each document with the tokenizer's BOS: as its own template does, always, or "
+        "never (%(default)s); kept, and followed wherever the model reads text",
     )
+    add_reading(parser)
     parser.add_argument(
         "--json-key",
         default="text",
@@ -79,11 +85,6 @@ def _parse() -> argparse.Namespace:
         help="column of the text in Parquet (%(default)s)",
     )
     parser.add_argument(
-        "--document-separator",
-        metavar="TEXT",
-        help=r"splits plain text files into documents; \n and \t are understood",
-    )
-    parser.add_argument(
         "--workers",
         type=int,
         default=1,
@@ -91,15 +92,12 @@ def _parse() -> argparse.Namespace:
         help="tokenizing processes; the output does not depend on it (%(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replaces an existing output")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
-def main() -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Runs the tool; 0 on success, 1 on bad input, 130 when interrupted."""
-    arguments = _parse()
-    separator: str | None = arguments.document_separator
-    if separator is not None:
-        separator = separator.replace(r"\n", "\n").replace(r"\t", "\t")
+    arguments = _parse(given)
     try:
         summary = preprocess_files(
             expand_inputs(arguments.inputs),
@@ -110,12 +108,10 @@ def main() -> int:
                 train_megabytes=arguments.train_megabytes,
                 eod_token=arguments.eod_token,
                 parse_special_tokens=arguments.parse_special_tokens,
+                bos=arguments.bos,
             ),
-            inputs=InputSettings(
-                json_key=arguments.json_key,
-                column=arguments.column,
-                document_separator=separator,
-                format=arguments.format,
+            inputs=reading_settings(
+                arguments, json_key=arguments.json_key, column=arguments.column
             ),
             workers=arguments.workers,
             overwrite=arguments.overwrite,
@@ -126,9 +122,12 @@ def main() -> int:
     except KeyboardInterrupt:
         print("preprocess_data: interrupted; nothing was written", file=sys.stderr)
         return 130
+    for remark in summary.remarks:
+        print(f"preprocess_data: {remark}", file=sys.stderr)
     print(
         f"{summary.prefix}: {summary.tokens} tokens in {summary.documents} documents"
-        f" ({summary.skipped_empty} empty ones skipped), vocabulary {summary.vocab_size}"
+        f" ({summary.skipped_empty} empty ones skipped), vocabulary {summary.vocab_size},"
+        f" {summary.beginning}"
     )
     return 0
 

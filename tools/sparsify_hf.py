@@ -16,7 +16,8 @@ from mone_megatron.analysis.sparsification.plans import (
     check_shares,
     check_tops,
 )
-from mone_megatron.command_line import check_at_least_1, exit_status, say
+from mone_megatron.command_line import check_at_least_1, exit_status, once, say
+from mone_megatron.data.reading_options import add_reading, reading_settings
 from mone_megatron.evaluation.command_line import add_placement, labels_of
 
 _DESCRIPTION = """\
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     text.add_argument("--max-tokens", type=int, help="of the corpus (all)")
     text.add_argument("--text-key", default="text", help="of JSON lines and Parquet (text)")
+    add_reading(text)
 
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="as of eval_hf.py")
@@ -184,7 +186,6 @@ def _run(options: argparse.Namespace) -> None:
     from mone_megatron.analysis.sparsification.engine import Text
     from mone_megatron.analysis.sparsification.findings import BudgetSettings
     from mone_megatron.analysis.sparsification.results import open_results
-    from mone_megatron.data.documents import InputSettings
     from mone_megatron.evaluation import evaluate
     from mone_megatron.evaluation.corpora import open_corpus
     from mone_megatron.evaluation.models import ModelFacts, choose_device, choose_dtype, look_at
@@ -192,7 +193,7 @@ def _run(options: argparse.Namespace) -> None:
     from mone_megatron.evaluation.token_bytes import bytes_of_tokens
 
     device = choose_device(options.device)
-    inputs = InputSettings(json_key=options.text_key, column=options.text_key)
+    inputs = reading_settings(options, json_key=options.text_key, column=options.text_key)
     corpora = [open_corpus(options.perplexity, inputs)]
     if options.calibration is not None:
         corpora.append(open_corpus(options.calibration, inputs))
@@ -206,12 +207,14 @@ def _run(options: argparse.Namespace) -> None:
             requests, include_paths=options.include_path, num_fewshot=options.num_fewshot
         )
 
+    tell = once(say)
+
     def texts(facts: ModelFacts) -> tuple[Text, Text]:
         """To measure on, and to choose shares on."""
         sizes = bytes_of_tokens(facts.tokenizer.backend_tokenizer, facts.vocab_size)
         read = [
             Text(corpus.name, windows, sizes, options.batch_size, options.max_tokens)
-            for corpus, windows in evaluate.read_corpora(facts, corpora, seq_length)
+            for corpus, windows in evaluate.read_corpora(facts, corpora, seq_length, say=tell)
         ]
         if len(read) == 1 and options.calibration_tokens is None:
             return read[0], read[0]

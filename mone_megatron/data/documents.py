@@ -1,21 +1,25 @@
-"""Reads documents out of JSON lines, plain text and Parquet files, one at a time."""
+"""Reads documents out of JSON lines, plain text and Parquet files: every tool's only way to.
+
+A format of its own is a file of its own beside this one. Each yields documents and bad records;
+here it is decided whether a bad record ends the reading or is left out and counted.
+"""
 
 from __future__ import annotations
 
 import glob
 import gzip
-import io
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, get_args
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from mone_megatron.data.json_lines import read_json_lines
+from mone_megatron.data.parquet_rows import read_parquet
+from mone_megatron.data.plain_text import read_plain_text
+from mone_megatron.data.records import BadRecord, Document
 
 Format = Literal["jsonl", "text", "parquet"]
+OnError = Literal["stop", "skip"]
 
 _EXTENSIONS: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -26,13 +30,11 @@ _EXTENSIONS: dict[str, Format] = {
     ".parquet": "parquet",
 }
 _COMPRESSED: tuple[Format, ...] = ("jsonl", "text")
-_READ_CHARACTERS = 1 << 20
-_PARQUET_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class InputSettings:
-    """Where the text is inside the input files."""
+    """Where the text is inside the input files, and what happens with records that are bad."""
 
     # Key of a JSON object that holds its text.
     json_key: str = "text"
@@ -42,14 +44,21 @@ class InputSettings:
     document_separator: str | None = None
     # Reads every file in this format whatever its extension; None goes by the extension.
     format: Format | None = None
+    # A bad record ends the reading, or is left out and counted.
+    on_error: OnError = "stop"
+    # Key or column that names each record's domain; None for none. Plain text has no domains.
+    domain: str | None = None
 
+    def __post_init__(self) -> None:
+        """Checks.
 
-@dataclass(frozen=True)
-class Document:
-    """One document and how many bytes of its file were read to get it (for progress)."""
-
-    text: str
-    bytes_read: int
+        Raises:
+            ValueError: naming the option.
+        """
+        if self.document_separator == "":
+            raise ValueError("--document-separator: is empty; leave it out for a document a file")
+        if self.on_error not in get_args(OnError):
+            raise ValueError(f"--on-error: {self.on_error!r} is not stop or skip")
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -95,89 +104,85 @@ def file_format(path: Path, settings: InputSettings) -> Format:
     return kind
 
 
-def read_documents(path: Path, settings: InputSettings) -> Iterator[Document]:
-    """Documents of one file, in order, empty ones included.
+class DocumentReader:
+    """Reads files one after the other and keeps count of what it met.
 
-    Raises:
-        ValueError: the file cannot be read as its format; file and line (or row) are named.
+    Attributes:
+        documents: how many were read, those without text included.
+        bad: records that were left out.
+        first_bad: what was wrong with the first of them.
     """
-    kind = file_format(path, settings)
-    if kind == "parquet":
-        yield from _read_parquet(path, settings.column)
-        return
-    with path.open("rb") as raw:
-        stream: BinaryIO = raw
-        if path.name.lower().endswith(".gz"):
-            # GzipFile reads like a binary file but is not declared as one.
-            stream = gzip.GzipFile(fileobj=raw)  # type: ignore[assignment]
-        try:
-            if kind == "jsonl":
-                yield from _read_jsonl(path, raw, stream, settings.json_key)
-            else:
-                yield from _read_text(path, raw, stream, settings.document_separator)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file ({error})") from error
 
+    def __init__(self, settings: InputSettings) -> None:
+        self.settings = settings
+        self.documents = 0
+        self.bad = 0
+        self.first_bad = ""
+        self._files = self._text_files = self._separated_files = 0
 
-def _read_jsonl(path: Path, raw: BinaryIO, stream: BinaryIO, key: str) -> Iterator[Document]:
-    position = 0
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: invalid JSON ({error.msg})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: not a JSON object")
-        if key not in record:
-            keys = ", ".join(map(repr, list(record)[:8])) or "none"
-            raise ValueError(f"{path}:{number}: no key {key!r} (keys: {keys}); see --json-key")
-        text = record[key]
-        if not isinstance(text, str):
-            raise ValueError(f"{path}:{number}: {key!r} is not a string")
-        yield Document(text, raw.tell() - position)
-        position = raw.tell()
+    def read(self, path: Path) -> Iterator[Document]:
+        """Yields the documents of one file in order, those without text included.
 
-
-def _read_text(
-    path: Path, raw: BinaryIO, stream: BinaryIO, separator: str | None
-) -> Iterator[Document]:
-    # newline="" keeps the text exactly as it is in the file.
-    reader = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-    position = 0
-    rest = ""
-    try:
-        while piece := reader.read(_READ_CHARACTERS):
-            rest += piece
-            if separator is None:
+        Raises:
+            ValueError: the file cannot be read as its format, or a record is bad and
+                ``on_error`` is ``stop``: one line that names the file and its line, row or row
+                group.
+        """
+        in_file = 0
+        for found in self._found(path):
+            if isinstance(found, BadRecord):
+                if self.settings.on_error == "stop":
+                    raise ValueError(f"{found.message}; --on-error skip leaves such records out")
+                self.first_bad = self.first_bad or found.message
+                self.bad += found.records
                 continue
-            *whole, rest = rest.split(separator)
-            for text in whole:
-                yield Document(text, raw.tell() - position)
-                position = raw.tell()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason})") from error
-    yield Document(rest, raw.tell() - position)
+            in_file += 1
+            self.documents += 1
+            yield found
+        self._files += 1
+        if file_format(path, self.settings) == "text":
+            self._text_files += 1
+            self._separated_files += in_file > 1
 
+    def remarks(self) -> list[str]:
+        """Returns what the user is to be told after everything was read: a line for each thing.
 
-def _read_parquet(path: Path, column: str) -> Iterator[Document]:
-    try:
-        parquet = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file ({error})") from error
-    with parquet:
-        schema = parquet.schema_arrow
-        if column not in schema.names:
-            names = ", ".join(map(repr, schema.names[:8]))
-            raise ValueError(f"{path}: no column {column!r} (columns: {names}); see --column")
-        kind = schema.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise ValueError(f"{path}: column {column!r} holds {kind}, not strings")
-        share = path.stat().st_size // max(1, parquet.metadata.num_rows)
-        for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
-            for text in batch.column(0).to_pylist():
-                # A null is a document without text.
-                yield Document(text or "", share)
+        Raises:
+            ValueError: nothing but bad records was read.
+        """
+        lines = []
+        if self.bad and not self.documents:
+            raise ValueError(f"all {self.bad} records are bad; the first: {self.first_bad}")
+        if self.bad:
+            lines.append(f"{self.bad} bad records skipped; the first: {self.first_bad}")
+        separator = self.settings.document_separator
+        if separator is not None and not self._text_files:
+            lines.append(
+                f"--document-separator {separator!r}: is for plain text, and of "
+                f"{self._files} files none is"
+            )
+        elif separator is not None and not self._separated_files:
+            lines.append(
+                f"--document-separator {separator!r}: is in none of {self._text_files} text files; "
+                "each was read as one document"
+            )
+        return lines
+
+    def _found(self, path: Path) -> Iterator[Document | BadRecord]:
+        settings = self.settings
+        kind = file_format(path, settings)
+        if kind == "parquet":
+            yield from read_parquet(path, settings.column, settings.domain)
+            return
+        if kind == "text" and settings.domain is not None:
+            raise ValueError(f"{path}: plain text has no field {settings.domain!r}")
+        with path.open("rb") as raw:
+            stream: BinaryIO = raw
+            if path.name.lower().endswith(".gz"):
+                # GzipFile reads like a binary file but is not declared as one.
+                stream = gzip.GzipFile(fileobj=raw)  # type: ignore[assignment]
+            if kind == "jsonl":
+                yield from read_json_lines(path, raw, stream, settings.json_key, settings.domain)
+            else:
+                assert kind == "text"
+                yield from read_plain_text(path, raw, stream, settings.document_separator)

@@ -134,6 +134,19 @@ class CorpusIndex:
             begin = end
         return counts
 
+    def first_documents(self, count: int, length: int) -> list[tuple[int, ...]]:
+        """Returns the first ``length`` tokens of each of the first ``count`` documents.
+
+        Documents that are shorter give fewer.
+        """
+        tokens = np.memmap(bin_path(self.prefix), mode="r", dtype=self.dtype)
+        lengths = self.lengths[:count].astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        return [
+            tuple(tokens[start : start + min(length, own)].tolist())
+            for start, own in zip(starts.tolist(), lengths.tolist(), strict=True)
+        ]
+
     def max_token(self) -> int:
         """The largest token id, by reading the whole ``.bin``; -1 if any id is negative."""
         tokens = np.memmap(bin_path(self.prefix), mode="r", dtype=self.dtype)

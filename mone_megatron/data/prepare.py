@@ -11,18 +11,21 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.schema import Config, DataConfig
 from mone_megatron.data.files import quick_digest, sha256_file, write_text_atomically
+from mone_megatron.data.framing import Framing, framing_of, template_opening
 from mone_megatron.data.indexed import CorpusIndex, bin_path, idx_path, read_index
 from mone_megatron.data.sidecar import Sidecar, read_sidecar, sidecar_path, tokenizer_path
 from mone_megatron.data.stdlib import build_stdlib_corpus
 from mone_megatron.data.tokenizer import LoadedTokenizer, end_of_document, load_tokenizer
 from mone_megatron.os_errors import explained
 from mone_megatron.ownership import locked
+
+_DOCUMENTS_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,10 @@ class PreparedData:
     weights: tuple[float, ...] | None
     # Entries of the vocabulary, unpadded: model.vocab_size, or the tokenizer's size if that is 0.
     vocab_size: int
-    # Id of the token that ends each document.
-    eod: int
+    # The special tokens around each document.
+    framing: Framing
+    # How documents begin, in words.
+    beginning: str
     # Folder of the Hugging Face tokenizer.
     tokenizer_dir: str
     # Tokens of all prefixes, all splits.
@@ -44,6 +49,11 @@ class PreparedData:
     # SHA-256 over the contents, their order, the weights and the split. Equal on every machine
     # that holds the same data, wherever it lies.
     fingerprint: str
+
+    @property
+    def eod(self) -> int:
+        """Id of the token that ends each document."""
+        return self.framing.end
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,10 @@ def prepare_data(config: Config) -> PreparedData:
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     for corpus in corpora:
         _check_tokens(config, corpus, vocab_size)
-    eod = _common_eod(corpora, tokenizer)
-    if eod >= vocab_size:
+    framing = _common_framing(corpora, tokenizer)
+    if framing.end >= vocab_size:
         raise ConfigError(
-            f"model.vocab_size={vocab_size}: the end-of-document token is {eod};"
+            f"model.vocab_size={vocab_size}: the end-of-document token is {framing.end};"
             f" set it to 0 or to at least {tokenizer.vocab_size}"
         )
     weights = _weights(data, corpora)
@@ -95,7 +105,8 @@ def prepare_data(config: Config) -> PreparedData:
         prefixes=tuple(str(corpus.index.prefix) for corpus in corpora),
         weights=weights,
         vocab_size=vocab_size,
-        eod=eod,
+        framing=framing,
+        beginning=framing.describe(tokenizer.tokenizer),
         tokenizer_dir=str(tokenizer.folder),
         tokens=sum(corpus.index.tokens for corpus in corpora),
         fingerprint=_fingerprint(corpora, weights, data.split),
@@ -270,6 +281,39 @@ def _common_eod(corpora: Sequence[_Corpus], tokenizer: LoadedTokenizer) -> int:
             " tokenize all paths with one --eod-token"
         )
     return eods.pop()
+
+
+def _common_framing(corpora: Sequence[_Corpus], tokenizer: LoadedTokenizer) -> Framing:
+    eod = _common_eod(corpora, tokenizer)
+    framings = [_framing(corpus, tokenizer, eod) for corpus in corpora]
+    if len({framing.opening for framing in framings}) > 1:
+        how = "; ".join(
+            f"{corpus.key}: {framing.describe(tokenizer.tokenizer)}"
+            for corpus, framing in zip(corpora, framings, strict=True)
+        )
+        raise ConfigError(
+            f"data.paths: documents begin differently ({how}); tokenize all paths with one --bos"
+        )
+    # What is known of one corpus counts for all, which are alike.
+    return min(framings, key=lambda framing: bool(framing.assumed))
+
+
+def _framing(corpus: _Corpus, tokenizer: LoadedTokenizer, eod: int) -> Framing:
+    if corpus.sidecar is not None:
+        where = str(sidecar_path(corpus.index.prefix))
+        try:
+            framing = framing_of(corpus.sidecar.framing, eod=eod, where=where)
+        except ValueError as error:
+            raise ConfigError(f"{corpus.key}: {error}") from error
+        opening = template_opening(tokenizer.tokenizer)
+        # Nobody has to be told what can be no other way.
+        return framing if opening or framing.opening else replace(framing, assumed="")
+    # Another tool's corpus: its first documents show it.
+    opening = template_opening(tokenizer.tokenizer)
+    starts = corpus.index.first_documents(_DOCUMENTS_LOOKED_AT, len(opening))
+    begins = bool(opening) and all(start == opening for start in starts)
+    assumed = f"as its first {len(starts)} documents do" if opening else ""
+    return Framing(opening if begins else (), eod, assumed=assumed)
 
 
 def _weights(data: DataConfig, corpora: Sequence[_Corpus]) -> tuple[float, ...] | None:

@@ -13,21 +13,22 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from mone_megatron.data import sidecar as sidecars
-from mone_megatron.data.documents import Document, InputSettings, file_format, read_documents
+from mone_megatron.data.documents import DocumentReader, InputSettings, file_format
 from mone_megatron.data.files import quick_digest, sha256_file, sync_file
+from mone_megatron.data.framing import BosChoice, DocumentEncoder, Framing, choose_framing
 from mone_megatron.data.indexed import IndexedWriter, bin_path, idx_path, token_dtype
 from mone_megatron.data.progress import ByteProgress
+from mone_megatron.data.records import Document
 from mone_megatron.data.tokenizer import (
     TOKENIZER_FILES,
-    end_of_document,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
@@ -55,12 +56,16 @@ class TokenizerSettings:
     # Turns special tokens spelled out in the text into their ids. Otherwise they are text, so that
     # no document can end itself.
     parse_special_tokens: bool = False
+    # Whether documents begin with a BOS: as the tokenizer's own template does, always, or never.
+    bos: BosChoice = "auto"
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.train_vocab_size is None):
             raise ValueError("give either a tokenizer folder or a vocabulary size to train")
         if self.folder is None and self.eod_token is not None:
             raise ValueError("--eod-token needs --tokenizer: a trained one has its own")
+        if self.folder is None and self.bos == "always":
+            raise ValueError("--bos always needs --tokenizer: a trained one has no BOS")
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,15 @@ class CorpusSummary:
     tokens: int
     skipped_empty: int
     vocab_size: int
+    # How documents begin, in words.
+    beginning: str
+    # What the user is to be told of the reading, a line for each thing.
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _EncodedChunk:
-    # Ids of all documents one after the other, each ended by the end-of-document token.
+    # Ids of all documents one after the other, each with the special tokens around it.
     tokens: npt.NDArray[np.integer]
     lengths: list[int]
     skipped_empty: int
@@ -85,9 +94,8 @@ class _EncodedChunk:
 @dataclass(frozen=True)
 class _Encoding:
     folder: Path
-    eod: int
+    framing: Framing
     dtype: type[np.integer]
-    parse_special_tokens: bool
 
 
 def preprocess_files(
@@ -117,11 +125,15 @@ def preprocess_files(
     for path in files:
         file_format(path, inputs)
     total = sum(path.stat().st_size for path in files)
+    remarks: list[str] = []
 
     def documents() -> Iterator[Document]:
-        return (document for path in files for document in read_documents(path, inputs))
+        reader = DocumentReader(inputs)
+        for path in files:
+            yield from reader.read(path)
+        remarks[:] = reader.remarks()
 
-    return write_corpus(
+    summary = write_corpus(
         documents,
         prefix,
         tokenizer,
@@ -129,6 +141,7 @@ def preprocess_files(
         workers=workers,
         overwrite=overwrite,
     )
+    return replace(summary, remarks=tuple(remarks))
 
 
 def write_corpus(
@@ -179,12 +192,13 @@ def _build(
     folder = sidecars.tokenizer_path(draft)
     _provide_tokenizer(documents, settings, folder)
     loaded = load_tokenizer(folder)
-    encoding = _Encoding(
-        folder=folder,
-        eod=end_of_document(loaded, settings.eod_token),
-        dtype=token_dtype(loaded.vocab_size),
+    framing = choose_framing(
+        loaded,
+        bos=settings.bos,
+        eod_token=settings.eod_token,
         parse_special_tokens=settings.parse_special_tokens,
     )
+    encoding = _Encoding(folder, framing, dtype=token_dtype(loaded.vocab_size))
     skipped = 0
     with (
         IndexedWriter(bin_path(draft), encoding.dtype) as writer,
@@ -200,7 +214,7 @@ def _build(
     sidecar = sidecars.Sidecar(
         format=sidecars.FORMAT,
         vocab_size=loaded.vocab_size,
-        eod=encoding.eod,
+        eod=framing.end,
         max_token=writer.max_token,
         tokens=writer.tokens,
         documents=writer.documents,
@@ -211,6 +225,7 @@ def _build(
         idx_sha256=sha256_file(idx_path(draft)),
         tokenizer=sidecars.tokenizer_path(prefix).name,
         tokenizer_sha256=loaded.sha256,
+        framing=framing.as_facts(),
     )
     sidecars.sidecar_path(draft).write_text(sidecars.dump_sidecar(sidecar), encoding="utf-8")
     _publish(draft, prefix)
@@ -220,6 +235,7 @@ def _build(
         tokens=writer.tokens,
         skipped_empty=skipped,
         vocab_size=loaded.vocab_size,
+        beginning=framing.describe(loaded.tokenizer),
     )
 
 
@@ -248,7 +264,8 @@ def _provide_tokenizer(
         save_tokenizer(train_tokenizer(texts, settings.train_vocab_size), folder)
         return
     assert settings.folder is not None
-    end_of_document(load_tokenizer(settings.folder), settings.eod_token)
+    # Whether its special tokens will do, before anything is copied or read.
+    choose_framing(load_tokenizer(settings.folder), bos=settings.bos, eod_token=settings.eod_token)
     folder.mkdir()
     for name in TOKENIZER_FILES:
         if (settings.folder / name).is_file():
@@ -288,6 +305,10 @@ def _encode(
             while pending:
                 future, done = pending.popleft()
                 yield future.result(), done
+        except BrokenProcessPool:
+            raise ValueError(
+                f"--workers {workers}: one of them was killed (out of memory?); use fewer"
+            ) from None
         finally:
             for future, _ in pending:
                 future.cancel()
@@ -308,23 +329,19 @@ def _chunks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
 
 
 @functools.lru_cache(maxsize=1)
-def _worker_tokenizer(folder: Path, parse_special_tokens: bool) -> Tokenizer:
-    """The tokenizer of this process, loaded once."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = not parse_special_tokens
-    return tokenizer
+def _worker_encoder(folder: Path, framing: Framing) -> DocumentEncoder:
+    """The encoder of this process, loaded once."""
+    return DocumentEncoder(load_tokenizer(folder).tokenizer, framing)
 
 
 def _encode_chunk(encoding: _Encoding, texts: list[str]) -> _EncodedChunk:
-    tokenizer = _worker_tokenizer(encoding.folder, encoding.parse_special_tokens)
+    encoder = _worker_encoder(encoding.folder, encoding.framing)
     parts: list[npt.NDArray[np.integer]] = []
     skipped = 0
     for text in texts:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids if text.strip() else []
+        ids = encoder.encode(text)
         if ids:
-            parts.append(np.array([*ids, encoding.eod], dtype=encoding.dtype))
+            parts.append(np.array(ids, dtype=encoding.dtype))
         else:
             skipped += 1
     tokens = np.concatenate([np.zeros(0, dtype=encoding.dtype), *parts])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 FORMAT = 1
 
@@ -30,6 +31,9 @@ class Sidecar:
     tokenizer: str
     # SHA-256 of its tokenizer.json.
     tokenizer_sha256: str
+    # How documents became tokens, as `framing.Framing.as_facts` gives it; None in a sidecar that
+    # was written before this was kept.
+    framing: dict[str, Any] | None = None
 
 
 def sidecar_path(prefix: Path) -> Path:
@@ -63,7 +67,10 @@ def read_sidecar(prefix: Path) -> Sidecar | None:
         raise ValueError(f"{path} is damaged ({error})") from error
     for name, value in asdict(sidecar).items():
         expected = Sidecar.__annotations__[name]
-        if type(value).__name__ != expected:
+        if name == "framing":
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{path} is damaged ({name} is no object)")
+        elif type(value).__name__ != expected:
             raise ValueError(f"{path} is damaged ({name} is not of type {expected})")
     if sidecar.format != FORMAT:
         raise ValueError(f"{path} has format {sidecar.format}, this version reads {FORMAT}")

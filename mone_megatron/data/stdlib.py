@@ -18,9 +18,9 @@ from pathlib import Path
 
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.schema import DataConfig
-from mone_megatron.data.documents import Document
 from mone_megatron.data.files import sha256_file, sync_file
 from mone_megatron.data.preprocess import TokenizerSettings, write_corpus
+from mone_megatron.data.records import Document
 from mone_megatron.ownership import locked
 
 # Folders that are not the library, or its tests: repetitive, partly not valid source, and absent

@@ -66,7 +66,7 @@ def end_of_document(loaded: LoadedTokenizer, eod_token: str | None = None) -> in
     Raises:
         ValueError: the tokenizer names none, or lacks the one named.
     """
-    name = eod_token or _eos_token(loaded.folder)
+    name = eod_token or special_token(loaded.folder, "eos_token")
     if name is None:
         vocabulary = loaded.tokenizer.get_vocab(with_added_tokens=True)
         known = [token for token in (END_OF_TEXT, "</s>") if token in vocabulary]
@@ -117,7 +117,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-def _eos_token(folder: Path) -> str | None:
+def special_token(folder: Path, kind: str) -> str | None:
+    """Returns the text of a special token (``eos_token``, ...) that a tokenizer's settings name.
+
+    Raises:
+        ValueError: a settings file is damaged, naming it.
+    """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
         if not path.is_file():
@@ -126,7 +131,7 @@ def _eos_token(folder: Path) -> str | None:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid JSON ({error})") from error
-        token = settings.get("eos_token") if isinstance(settings, dict) else None
+        token = settings.get(kind) if isinstance(settings, dict) else None
         # A token is written as text or, with its options, as an object.
         if isinstance(token, dict):
             token = token.get("content")

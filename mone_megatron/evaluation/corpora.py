@@ -1,15 +1,17 @@
 """Text to measure a perplexity on: a run's validation split, a ``.bin``/``.idx`` pair, or a file.
 
 Each becomes windows of tokens, int64 ``[L + 1]``: the model reads the first L and predicts the last
-L. Documents are packed as the trainer packs them, an end-of-text token after each.
+L. Documents become tokens and are packed as for training (:mod:`mone_megatron.data.framing`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +21,13 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mone_megatron.config.load import from_yaml
-from mone_megatron.data.documents import InputSettings, file_format, read_documents
+from mone_megatron.data.documents import DocumentReader, InputSettings, file_format
+from mone_megatron.data.framing import (
+    DocumentEncoder,
+    Framing,
+    framing_of,
+    template_opening,
+)
 from mone_megatron.data.indexed import bin_path, idx_path, read_index
 from mone_megatron.data.loader import SampleDataset
 from mone_megatron.data.prepare import PreparedData, prepare_data
@@ -28,6 +36,7 @@ from mone_megatron.data.tokenizer import load_tokenizer
 from mone_megatron.parallel.megatron_cpu import import_megatron
 
 Window = npt.NDArray[np.int64]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,25 @@ class Reader:
     vocab_size: int
     # Tokens of one window.
     seq_length: int
+    # The special tokens around a document; None follows the tokenizer's own template.
+    given_framing: Framing | None = None
+
+    @cached_property
+    def framing(self) -> Framing:
+        """The special tokens that the model saw around a document."""
+        if self.given_framing is not None:
+            return self.given_framing
+        backend: Tokenizer = self.tokenizer.backend_tokenizer
+        return Framing(template_opening(backend), self.tokenizer.eos_token_id)
+
+    @cached_property
+    def encoder(self) -> DocumentEncoder:
+        """What turns documents into tokens.
+
+        Raises:
+            ValueError: the tokenizer names no token that ends a document.
+        """
+        return DocumentEncoder(self.tokenizer.backend_tokenizer, self.framing)
 
     @property
     def end_of_text(self) -> int:
@@ -47,9 +75,7 @@ class Reader:
         Raises:
             ValueError: the tokenizer names none.
         """
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError("its tokenizer names no eos_token; add it to tokenizer_config.json")
-        return int(self.tokenizer.eos_token_id)
+        return self.framing.end
 
 
 class Corpus(Protocol):
@@ -59,8 +85,12 @@ class Corpus(Protocol):
     def name(self) -> str:
         """What the user called it."""
 
-    def windows(self, reader: Reader) -> Sequence[Window]:
+    def windows(self, reader: Reader, say: Say = print) -> Sequence[Window]:
         """All of it, in order.
+
+        Args:
+            reader: the model.
+            say: is told what the user should know of the reading.
 
         Raises:
             ValueError: the model cannot read it: one line.
@@ -86,7 +116,7 @@ class RunValidation:
         """The run."""
         return str(self.folder)
 
-    def windows(self, reader: Reader) -> Sequence[Window]:
+    def windows(self, reader: Reader, say: Say = print) -> Sequence[Window]:
         """The samples of one evaluation, in the trainer's order; ``reader.seq_length`` is ignored.
 
         Raises:
@@ -163,8 +193,8 @@ class IndexedCorpus:
         """Its prefix."""
         return str(self.prefix)
 
-    def windows(self, reader: Reader) -> Sequence[Window]:
-        """Consecutive windows; every token but the first is predicted once.
+    def windows(self, reader: Reader, say: Say = print) -> Sequence[Window]:
+        """Every token is predicted once, in windows as of :func:`windows_of`.
 
         Raises:
             ValueError: a file is missing or damaged, or the tokens are another tokenizer's.
@@ -178,7 +208,15 @@ class IndexedCorpus:
         largest = sidecar.max_token if sidecar is not None else index.max_token()
         _check_vocabulary(self.name, largest, reader)
         tokens = np.memmap(bin_path(self.prefix), mode="r", dtype=index.dtype)
-        return _cut(self.name, tokens, reader.seq_length)
+        if sidecar is not None:
+            made = framing_of(sidecar.framing, eod=sidecar.eod, where=self.name)
+            if made.opening != reader.framing.opening:
+                backend = reader.tokenizer.backend_tokenizer
+                say(
+                    f"{self.name}: {made.describe(backend)} in these tokens, and for the model "
+                    f"{reader.framing.describe(backend)}"
+                )
+        return windows_of(tokens, reader)
 
 
 @dataclass(frozen=True)
@@ -193,24 +231,24 @@ class TextFile:
         """The file."""
         return str(self.path)
 
-    def windows(self, reader: Reader) -> Sequence[Window]:
-        """Tokenized by the model's tokenizer, after one end-of-text (or begin-of-text) token.
+    def windows(self, reader: Reader, say: Say = print) -> Sequence[Window]:
+        """Tokenized by the model's tokenizer, in windows as of :func:`windows_of`.
 
         Raises:
             ValueError: the file cannot be read or holds no text.
         """
-        end = reader.end_of_text
-        begin = reader.tokenizer.bos_token_id
-        tokens = [end if begin is None else int(begin)]
-        for document in read_documents(self.path, self.settings):
-            if document.text:
-                tokens += reader.tokenizer.encode(document.text, add_special_tokens=False)
-                tokens.append(end)
-        if len(tokens) == 1:
+        documents = DocumentReader(self.settings)
+        parts = [
+            np.asarray(reader.encoder.encode(document.text), dtype=np.int64)
+            for document in documents.read(self.path)
+        ]
+        for remark in documents.remarks():
+            say(f"{self.path}: {remark}")
+        stream = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+        if not stream.size:
             raise ValueError(f"{self.path}: holds no text")
-        stream = np.asarray(tokens, dtype=np.int64)
         _check_vocabulary(self.name, int(stream.max()), reader)
-        return _cut(self.name, stream, reader.seq_length)
+        return windows_of(stream, reader)
 
 
 def open_corpus(where: str, settings: InputSettings | None = None) -> Corpus:
@@ -243,26 +281,79 @@ def open_corpus(where: str, settings: InputSettings | None = None) -> Corpus:
     return TextFile(path, settings)
 
 
-class _Cut(Sequence[Window]):
-    """Consecutive windows of a token stream, each sharing one token with the next."""
+class _Packed(Sequence[Window]):
+    """Windows of which each but the first begins with the last token of the one before."""
 
-    def __init__(self, tokens: npt.NDArray[np.integer], length: int) -> None:
-        self.tokens, self.length = tokens, length
+    def __init__(self, tokens: npt.NDArray[np.integer], length: int, context: int) -> None:
+        self.tokens, self.length, self.context = tokens, length, context
 
     def __len__(self) -> int:
-        return -(-(len(self.tokens) - 1) // self.length)
+        return -(-len(self.tokens) // self.length)
 
     def __getitem__(self, index: int) -> Window:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
         first = index * self.length
-        return np.asarray(self.tokens[first : first + self.length + 1], dtype=np.int64)
+        before = self.tokens[first - 1] if index else self.context
+        return np.append(np.int64(before), self.tokens[first : first + self.length])
 
 
-def _cut(name: str, tokens: npt.NDArray[np.integer], length: int) -> Sequence[Window]:
-    if len(tokens) < 2:
-        raise ValueError(f"{name}: {len(tokens)} tokens; a loss needs at least 2")
-    return _Cut(tokens, length)
+class _Opened(Sequence[Window]):
+    """Windows that all begin with the opening of a text."""
+
+    def __init__(
+        self, tokens: npt.NDArray[np.integer], length: int, opening: tuple[int, ...]
+    ) -> None:
+        self.tokens, self.length = tokens, length
+        self.opening = np.asarray(opening, dtype=np.int64)
+        # Where in the stream each window goes on. A document there brings the opening itself.
+        self.starts = array("q")
+        position = 0
+        while position < len(tokens):
+            self.starts.append(position)
+            own = 0 if self._opens(position) else len(self.opening)
+            position += length + 1 - own
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Window:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first = self.starts[index]
+        last = self.starts[index + 1] if index + 1 < len(self) else len(self.tokens)
+        own = self.opening[: 0 if self._opens(first) else None]
+        return np.append(own, self.tokens[first:last])
+
+    def _opens(self, position: int) -> bool:
+        part = self.tokens[position : position + len(self.opening)]
+        return bool(np.array_equal(part, self.opening))
+
+
+def windows_of(tokens: npt.NDArray[np.integer], reader: Reader) -> Sequence[Window]:
+    """A stream of packed documents as windows that begin as a text did in the model's training.
+
+    Where texts begin with a BOS each window does, for models that cannot do without; where they do
+    not, the first window begins with the end of a document, and every other one with the last token
+    of the one before. Every token of the stream is predicted once, but for the BOS of a document
+    that begins a window.
+
+    Args:
+        tokens: integers ``[N]``, at least one.
+        reader: the model.
+
+    Returns:
+        Windows of ``[L + 1]`` int64; the last may be shorter.
+
+    Raises:
+        ValueError: the windows are too short to hold the BOS and a token after it.
+    """
+    length, framing = reader.seq_length, reader.framing
+    if not framing.opening:
+        return _Packed(tokens, length, framing.end)
+    if length < len(framing.opening):
+        raise ValueError(f"--seq-length: {length} has no room for a token after the BOS")
+    return _Opened(tokens, length, framing.opening)
 
 
 def _check_vocabulary(name: str, largest: int, reader: Reader) -> None:

@@ -15,9 +15,11 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from mone_megatron.data.framing import Framing
 from mone_megatron.evaluation.corpora import Corpus, Reader, Recorded, RunValidation, Window
 from mone_megatron.evaluation.estimates import Difference, difference
 from mone_megatron.evaluation.harness import Score, run_tasks
+from mone_megatron.evaluation.harness_tokens import fitted, rolling_windows
 from mone_megatron.evaluation.models import ModelFacts, load
 from mone_megatron.evaluation.perplexity import Perplexity, measure_perplexity
 from mone_megatron.evaluation.tasks import LoadedTasks
@@ -86,9 +88,19 @@ class Compared:
 
 
 def read_corpora(
-    facts: ModelFacts, corpora: Sequence[Corpus], seq_length: int
+    facts: ModelFacts,
+    corpora: Sequence[Corpus],
+    seq_length: int,
+    *,
+    say: Callable[[str], None],
 ) -> list[tuple[Corpus, Sequence[Window]]]:
     """The corpora as a model reads them, before its weights are.
+
+    Args:
+        facts: of the model.
+        corpora: to read.
+        seq_length: tokens of a window.
+        say: is told what the user should know of the reading.
 
     Raises:
         ValueError: it cannot read one of them: one line that names both.
@@ -98,9 +110,9 @@ def read_corpora(
             f"--seq-length: {seq_length} is more than the {facts.max_length} tokens that "
             f"{facts.where} is made for; use {facts.max_length} or less"
         )
-    reader = Reader(facts.tokenizer, facts.vocab_size, seq_length)
+    reader = Reader(facts.tokenizer, facts.vocab_size, seq_length, facts.framing)
     try:
-        return [(corpus, corpus.windows(reader)) for corpus in corpora]
+        return [(corpus, corpus.windows(reader, say)) for corpus in corpora]
     except ValueError as error:
         raise ValueError(f"{facts.where}: {error}") from error
 
@@ -185,7 +197,46 @@ def compare(results: Sequence[ModelResult]) -> list[Compared]:
     return compared
 
 
-class _QuietLM(HFLM):
+class _FramedLM(HFLM):
+    """The harness's own class, with texts that begin as in the model's training."""
+
+    def __init__(self, *, framing: Framing, **settings: Any) -> None:
+        known = framing.opening or framing.eod is not None
+        super().__init__(prefix_token_id=framing.context[-1] if known else None, **settings)
+        self._framing = framing
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole texts; where they begin with a BOS, each window does."""
+        if not self._framing.opening:
+            totals: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+            return totals
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            pairs = rolling_windows(ids, self._framing.opening, self.max_length)
+            windows += [(None, context, wanted) for context, wanted in pairs]
+            owners += [owner] * len(pairs)
+        totals = [0.0] * len(requests)
+        answers = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for owner, (value, _) in zip(owners, answers, strict=True):
+            totals[owner] += value
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> Answers:
+        fit = [
+            (key, *fitted(context, wanted, self._framing, self.max_length))
+            for key, context, wanted in requests
+        ]
+        answers: Answers = super()._loglikelihood_tokens(fit, disable_tqdm, override_bs)
+        return answers
+
+
+class _QuietLM(_FramedLM):
     """Without bars of its own, for those who show how far they are themselves."""
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> Answers:
@@ -212,13 +263,17 @@ class _QuietLM(HFLM):
 def harness_model(
     model: PreTrainedModel, facts: ModelFacts, *, batch_size: int, quiet: bool = False
 ) -> HFLM:
-    """The harness's own class for models of transformers; ``quiet`` leaves its bars out."""
+    """The harness's class for models of transformers, with texts that begin as in training.
+
+    ``quiet`` leaves its bars out.
+    """
     logger = logging.getLogger("lm_eval.models.huggingface")
     before = logger.level
     # It warns that a loaded model ignores arguments which are not given.
     logger.setLevel(logging.ERROR)
     try:
-        return (_QuietLM if quiet else HFLM)(
+        return (_QuietLM if quiet else _FramedLM)(
+            framing=facts.framing,
             pretrained=model,
             tokenizer=facts.tokenizer,
             backend="causal",

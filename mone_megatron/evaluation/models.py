@@ -10,8 +10,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import mone_megatron.hf  # noqa: F401  # registers our exports with transformers
+from mone_megatron.data.framing import Framing, begin_texts_with
 from mone_megatron.hf.loading import LoadedModel, load_model
 from mone_megatron.hf.source import is_ours, open_source
+from mone_megatron.hf.text_format import framing_of_folder
 
 # Evaluated in float32 where that costs no more than any other: on CPUs.
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,10 +25,11 @@ class ModelFacts:
 
     Attributes:
         where: as the user gave it.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, which begins texts as in the model's training.
         vocab_size: token ids that it knows.
         max_length: the longest sequence it is made for, in tokens.
         step: how far it was trained, of a checkpoint of ours; None otherwise.
+        framing: the special tokens around the documents that it was trained on.
     """
 
     where: str
@@ -34,6 +37,12 @@ class ModelFacts:
     vocab_size: int
     max_length: int
     step: int | None
+    framing: Framing
+
+    @property
+    def beginning(self) -> str:
+        """How texts begin for it, in words."""
+        return self.framing.describe(self.tokenizer.backend_tokenizer)
 
 
 def look_at(where: str, *, trust_remote_code: bool = False) -> ModelFacts:
@@ -52,7 +61,8 @@ def look_at(where: str, *, trust_remote_code: bool = False) -> ModelFacts:
         source = open_source(path, say=lambda message: None)
         tokenizer = _tokenizer(where, str(source.tokenizer_dir), trust_remote_code)
         length = source.config.train.seq_length
-        facts = ModelFacts(where, tokenizer, source.vocab_size, length, source.checkpoint.step)
+        step, framing = source.checkpoint.step, source.framing
+        facts = ModelFacts(where, tokenizer, source.vocab_size, length, step, framing)
     else:
         if path.exists() and not (path / "config.json").is_file():
             raise ValueError(
@@ -69,13 +79,15 @@ def look_at(where: str, *, trust_remote_code: bool = False) -> ModelFacts:
         text = config.get_text_config()
         tokenizer = _tokenizer(where, where, trust_remote_code)
         length = text.max_position_embeddings
-        facts = ModelFacts(where, tokenizer, text.vocab_size, length, None)
+        framing = framing_of_folder(path, tokenizer.backend_tokenizer, tokenizer.eos_token_id)
+        facts = ModelFacts(where, tokenizer, text.vocab_size, length, None, framing)
     largest = max(facts.tokenizer.get_vocab().values())
     if largest >= facts.vocab_size:
         raise ValueError(
             f"{where}: its tokenizer has token {largest} and the model knows {facts.vocab_size}; "
             "give the tokenizer that belongs to it"
         )
+    begin_texts_with(facts.tokenizer.backend_tokenizer, facts.framing.opening)
     return facts
 
 

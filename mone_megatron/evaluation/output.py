@@ -62,6 +62,7 @@ def notes(results: Sequence[ModelResult]) -> list[str]:
             f"{result.label}: {result.source}, {format_count(result.parameters)} parameters, "
             f"{result.dtype}, {result.seconds:.0f} s"
         )
+        lines.append(f"  {result.facts.beginning}")
         for measured in result.measured:
             lines.append(f"  {_corpus_line(measured)}")
             if measured.recorded is not None:
@@ -122,6 +123,8 @@ def _model(result: ModelResult) -> dict[str, Any]:
         "dtype": result.dtype,
         "parameters": result.parameters,
         "max_length": result.facts.max_length,
+        "texts": result.facts.beginning,
+        "opening": list(result.facts.framing.opening),
         "seconds": result.seconds,
         "scores": [_score(score) for score in result.scores],
         "corpora": [_corpus(measured) for measured in result.measured],

@@ -90,8 +90,9 @@ class Recorder:
                 "--trace"
             )
         length = settings.seq_length or min(facts.max_length, 2048)
-        reader = Reader(facts.tokenizer, facts.vocab_size, length)
-        domains = self.text.domains(reader, settings.max_tokens)
+        reader = Reader(facts.tokenizer, facts.vocab_size, length, facts.framing)
+        self.say(f"{subject.label}: {facts.beginning}")
+        domains = self.text.domains(reader, settings.max_tokens, self.say)
         batches = list(
             batches_of(
                 list(domains.values()),

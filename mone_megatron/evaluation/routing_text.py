@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from mone_megatron.analysis.routing.record import Batch
-from mone_megatron.data.documents import InputSettings, read_documents
-from mone_megatron.evaluation.corpora import Reader, TextFile, Window, open_corpus
+from mone_megatron.data.documents import DocumentReader, InputSettings
+from mone_megatron.evaluation.corpora import (
+    Reader,
+    Say,
+    TextFile,
+    Window,
+    open_corpus,
+    windows_of,
+)
 
 # Beyond these the figures cannot be told apart.
 MAX_DOMAINS = 64
@@ -22,7 +29,7 @@ class Text:
 
     Attributes:
         places: runs, prefixes of ``.bin``/``.idx`` pairs and files, each a domain of its own.
-        documents: where the text lies in JSON lines and Parquet files.
+        documents: where the text lies in the files, and how they are read.
         domain_field: key or column whose values are the domains instead; None for none.
     """
 
@@ -44,51 +51,52 @@ class Text:
                     "fields; leave the option out"
                 )
 
-    def domains(self, reader: Reader, max_tokens: int) -> dict[str, Sequence[Window]]:
+    def domains(
+        self, reader: Reader, max_tokens: int, say: Say = print
+    ) -> dict[str, Sequence[Window]]:
         """Windows of each domain, each ``[L + 1]`` as :mod:`.corpora` gives them.
+
+        Args:
+            reader: the model.
+            max_tokens: of each domain, at least.
+            say: is told what the user should know of the reading.
 
         Raises:
             ValueError: something cannot be read, or holds no text.
         """
         if self.domain_field is not None:
-            return _by_field(self, self.domain_field, reader, max_tokens)
+            return _by_field(self, self.domain_field, reader, max_tokens, say)
         names = [Path(place).stem for place in self.places]
         if len(set(names)) < len(names):
             names = list(self.places)
         return {
-            name: open_corpus(place, self.documents).windows(reader)
+            name: open_corpus(place, self.documents).windows(reader, say)
             for name, place in zip(names, self.places, strict=True)
         }
 
 
 def _by_field(
-    text: Text, field: str, reader: Reader, max_tokens: int
+    text: Text, field: str, reader: Reader, max_tokens: int, say: Say
 ) -> dict[str, Sequence[Window]]:
-    values = InputSettings(json_key=field, column=field)
-    begin = reader.tokenizer.bos_token_id
-    first = reader.end_of_text if begin is None else int(begin)
     streams: dict[str, list[int]] = {}
+    documents = DocumentReader(replace(text.documents, domain=field))
     for place in text.places:
-        path = Path(place)
-        pairs = zip(read_documents(path, text.documents), read_documents(path, values), strict=True)
-        for document, domain in pairs:
-            stream = streams.setdefault(domain.text, [first])
+        for document in documents.read(Path(place)):
+            assert document.domain is not None
+            stream = streams.setdefault(document.domain, [])
             if len(streams) > MAX_DOMAINS:
                 raise ValueError(
                     f"--domain-field: {field!r} has more than {MAX_DOMAINS} values in {place}; "
                     "give a field with few"
                 )
-            if document.text and len(stream) <= max_tokens:
-                stream += reader.tokenizer.encode(document.text, add_special_tokens=False)
-                stream.append(reader.end_of_text)
-    full = {name: np.asarray(ids, np.int64) for name, ids in streams.items() if len(ids) > 1}
+            if len(stream) <= max_tokens:
+                stream += reader.encoder.encode(document.text)
+    for remark in documents.remarks():
+        say(remark)
+    full = {name: np.asarray(ids, np.int64) for name, ids in streams.items() if ids}
     if not full:
         raise ValueError(f"{', '.join(text.places)}: hold no text")
-    length = reader.seq_length
-    return {
-        name: [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
-        for name, ids in sorted(full.items())
-    }
+    return {name: windows_of(ids, reader) for name, ids in sorted(full.items())}
 
 
 def batches_of(

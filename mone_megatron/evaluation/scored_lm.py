@@ -1,6 +1,6 @@
 """A model of lm-evaluation-harness on top of anything that can score tokens.
 
-Text becomes tokens as in the harness's own class for models of transformers, so that the same
+Text becomes tokens as in :func:`mone_megatron.evaluation.evaluate.harness_model`, so that the same
 weights get the same scores, whoever computes them.
 """
 
@@ -16,7 +16,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix
 from transformers import AutoTokenizer
 
+from mone_megatron.data.framing import Framing, begin_texts_with
+from mone_megatron.evaluation.harness_tokens import fitted, rolling_windows
 from mone_megatron.evaluation.requests import ScoreRequest
+from mone_megatron.hf.text_format import framing_of_folder
 
 Scores = list[tuple[float, bool]]
 
@@ -30,6 +33,7 @@ class ScoredLM(TemplateLM):
         *,
         max_length: int,
         score: Callable[[Sequence[ScoreRequest]], Scores],
+        framing: Framing | None = None,
     ) -> None:
         """Score through ``score``.
 
@@ -37,30 +41,35 @@ class ScoredLM(TemplateLM):
             tokenizer_dir: folder of the model's tokenizer.
             max_length: tokens that the model reads at most.
             score: log-likelihood of each request's continuation, and whether it is the greedy one.
+            framing: the special tokens around documents; None follows the tokenizer's own template.
 
         Raises:
-            ValueError: the tokenizer names no token to begin with.
+            ValueError: the tokenizer names no token that ends a document.
         """
         super().__init__()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_dir)
         self.max_length = max_length
         self._score = score
-        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if begin is None and end is None:
+        if framing is None:
+            framing = framing_of_folder(
+                tokenizer_dir, self.tokenizer.backend_tokenizer, self.tokenizer.eos_token_id
+            )
+        if framing.eod is None:
             raise ValueError(
                 f"{tokenizer_dir}: names no eos_token; add it to tokenizer_config.json"
             )
-        self._begin, self._end = (end if begin is None else begin), end
+        begin_texts_with(self.tokenizer.backend_tokenizer, framing.opening)
+        self._framing = framing
 
     @property
     def eot_token_id(self) -> int:
         """Ends a text."""
-        return int(self._end)
+        return self._framing.end
 
     @property
     def prefix_token_id(self) -> int:
         """What a text without context follows."""
-        return int(self._begin)
+        return self._framing.context[-1]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -75,12 +84,12 @@ class ScoredLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> Scores:
+        fit = [
+            fitted(context, wanted, self._framing, self.max_length)
+            for _, context, wanted in requests
+        ]
         return self._score(
-            [
-                # What is too long loses its beginning.
-                ScoreRequest((context + wanted)[-self.max_length - 1 :], len(wanted))
-                for _, context, wanted in requests
-            ]
+            [ScoreRequest([*context, *wanted], len(wanted)) for context, wanted in fit]
         )
 
     def loglikelihood(
@@ -93,17 +102,24 @@ class ScoredLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in windows that share one token."""
+        """Log-likelihood of whole texts, in windows that share one token or begin with a BOS."""
         windows: list[ScoreRequest] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
-            for pair in utils.get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            ):
-                context, wanted = utils.make_disjoint_window(pair)
+            ids = self.tok_encode(request.args[0])
+            if self._framing.opening:
+                pairs = rolling_windows(ids, self._framing.opening, self.max_length)
+            else:
+                pairs = [
+                    utils.make_disjoint_window(pair)
+                    for pair in utils.get_rolling_token_windows(
+                        token_list=ids,
+                        prefix_token=self.prefix_token_id,
+                        max_seq_len=self.max_length,
+                        context_len=1,
+                    )
+                ]
+            for context, wanted in pairs:
                 windows.append(ScoreRequest([*context, *wanted], len(wanted)))
                 owners.append(owner)
         totals = [0.0] * len(requests)

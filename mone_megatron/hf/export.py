@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mone_megatron.data.tokenizer import TOKENIZER_FILES
 from mone_megatron.hf.architectures import BY_TYPE, MONE, Architecture, choose
 from mone_megatron.hf.card import model_card
 from mone_megatron.hf.dtypes import dtype_name, written_dtype
 from mone_megatron.hf.mapping import Rule, rules
 from mone_megatron.hf.settings import to_hf_config
 from mone_megatron.hf.source import Source
+from mone_megatron.hf.text_format import RECIPE_KEY, RECIPE_NAME, write_tokenizer
 
 INDEX_NAME = "model.safetensors.index.json"
 # What a model with code of ours needs beside it: file in the export -> module it is made from.
@@ -101,6 +101,7 @@ def hf_config(
         vocab_size=source.vocab_size,
         max_positions=source.config.train.seq_length,
         dtype=dtype_name(dtype or source.dtype),
+        bos_token_id=(source.framing.opening or (None,))[-1],
         eos_token_id=source.eos_token_id,
     )
 
@@ -249,13 +250,13 @@ def export(
             write_code(partial)
         config.save_pretrained(partial)
         generation = GenerationConfig(
-            eos_token_id=source.eos_token_id, pad_token_id=source.eos_token_id
+            bos_token_id=config.bos_token_id,
+            eos_token_id=source.eos_token_id,
+            pad_token_id=source.eos_token_id,
         )
         generation.save_pretrained(partial)
-        for name in TOKENIZER_FILES:
-            if (source.tokenizer_dir / name).is_file():
-                shutil.copyfile(source.tokenizer_dir / name, partial / name)
-        _write_recipe(source, partial / "training_config.yaml")
+        write_tokenizer(source.tokenizer_dir, partial, source.framing)
+        _write_recipe(source, partial / RECIPE_NAME)
         tensors, size = _write_weights(source, table, partial, dtype, shard_bytes, progress)
         verified = check(partial)
         card = model_card(source, architecture, dtype or source.dtype, verified)
@@ -264,9 +265,10 @@ def export(
 
 
 def _write_recipe(source: Source, path: Path) -> None:
-    """The run's configuration, without what names places on its machine."""
+    """The run's configuration, without what names places on its machine, and the framing."""
     whole = yaml.safe_load((source.checkpoint.path / "config.yaml").read_text(encoding="utf-8"))
     kept = {name: whole[name] for name in ("model", "mone", "optim", "parallel", "train")}
+    kept[RECIPE_KEY] = source.framing.as_facts()
     path.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
 
 

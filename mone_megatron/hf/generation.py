@@ -176,7 +176,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, or one with more tokens than the model was made for.
     """
-    rows = [tokenizer(prompt, add_special_tokens=True)["input_ids"] for prompt in prompts]
+    rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     limit = model.config.get_text_config().max_position_embeddings
     for number, row in enumerate(rows, start=1):
         if not row:
@@ -218,6 +218,14 @@ def generate(
         prompt_seconds=first - started,
         decode_seconds=max(ended - first, 1e-9),
     )
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt's tokens as a text begins; one that spells the opening out has it once."""
+    whole: list[int] = tokenizer(prompt, add_special_tokens=True)["input_ids"]
+    own: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    opening = whole[: len(whole) - len(own)]
+    return own if opening and own[: len(opening)] == opening else whole
 
 
 @torch.no_grad()

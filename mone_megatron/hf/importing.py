@@ -20,7 +20,8 @@ from mone_megatron.checkpoint import CheckpointStore
 from mone_megatron.checkpoint.tensors import TensorWriter
 from mone_megatron.config.load import to_yaml
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig, RouterConfig, RunConfig
-from mone_megatron.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from mone_megatron.data.framing import Framing
+from mone_megatron.data.tokenizer import TOKENIZER_FILES, end_of_document, load_tokenizer
 from mone_megatron.hf.architectures import COPIES, FUSED, ExpertNames
 from mone_megatron.hf.dtypes import (
     describe_dtypes,
@@ -31,6 +32,7 @@ from mone_megatron.hf.dtypes import (
 from mone_megatron.hf.export import check_values, new_folder
 from mone_megatron.hf.mapping import Rule, rules
 from mone_megatron.hf.settings import ImportedSettings, from_hf_config
+from mone_megatron.hf.text_format import framing_of_folder
 from mone_megatron.hf.weights import HFWeights
 
 # Recomputed from the configuration by every program; old checkpoints hold it all the same.
@@ -55,6 +57,7 @@ class Import:
     model: ModelConfig
     table: tuple[Rule, ...]
     upcycling: Upcycling | None
+    framing: Framing
 
     def dtypes(self, weights: HFWeights, wanted: torch.dtype | None) -> dict[str, torch.dtype]:
         """The dtype of each of our tensors: ``wanted``, or one that holds what it is made of."""
@@ -111,7 +114,7 @@ def plan_import(folder: Path, weights: HFWeights, *, upcycling: Upcycling | None
     table = tuple(rules(model, settings.vocab_size, settings.architecture, experts))
     _check_tensors(folder, weights, table, model)
     _check_tokenizer(folder, settings.vocab_size)
-    return Import(folder, settings, model, table, upcycling)
+    return Import(folder, settings, model, table, upcycling, _framing(folder))
 
 
 def _expert_names(settings: ImportedSettings, weights: HFWeights) -> ExpertNames:
@@ -173,6 +176,16 @@ def _check_tokenizer(folder: Path, vocab_size: int) -> None:
         raise ValueError(
             f"{folder}: its tokenizer has {size} entries, more than vocab_size={vocab_size}"
         )
+
+
+def _framing(folder: Path) -> Framing:
+    """The special tokens around documents, as of whatever reads the model's texts."""
+    tokenizer = load_tokenizer(folder)
+    try:
+        eod: int | None = end_of_document(tokenizer)
+    except ValueError:
+        eod = None
+    return framing_of_folder(folder, tokenizer.tokenizer, eod)
 
 
 def run_import(
@@ -275,6 +288,7 @@ def _facts(planned: Import, config: Config, dtype: torch.dtype) -> dict[str, Any
         "tokens": 0,
         "identity": identity,
         "layout": {},
+        "framing": planned.framing.as_facts(),
         "imported_from": planned.settings.architecture.class_name,
     }
 

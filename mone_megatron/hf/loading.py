@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from mone_megatron.data.framing import Framing, begin_texts_with
 from mone_megatron.hf.architectures import FUSED, MONE, choose
 from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.export import check_complete, hf_config, hf_tensors
 from mone_megatron.hf.mapping import rules
 from mone_megatron.hf.modeling_mone import MoneForCausalLM
 from mone_megatron.hf.source import Source, is_ours, open_source
+from mone_megatron.hf.text_format import framing_of_folder
 
 
 @dataclass(frozen=True)
@@ -24,10 +32,13 @@ class LoadedModel:
 
     # In evaluation mode.
     model: PreTrainedModel
-    # A transformers tokenizer; None when the folder has none.
+    # A transformers tokenizer that begins texts as in the model's training; None when the folder
+    # has none.
     tokenizer: Any
     # Where it came from, for people.
     source: str
+    # The special tokens around the documents that it was trained on; None without a tokenizer.
+    framing: Framing | None = None
 
 
 def _silent(message: str) -> None:
@@ -62,8 +73,10 @@ def load_model(
         tokenizer = None
         if (source.tokenizer_dir / "tokenizer.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_dir)
+            begin_texts_with(tokenizer.backend_tokenizer, source.framing.opening)
         name = f"{source.config.run.name} after step {source.checkpoint.step}"
-        return LoadedModel(_ready(model, device), tokenizer, name)
+        framing = None if tokenizer is None else source.framing
+        return LoadedModel(_ready(model, device), tokenizer, name, framing)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{where}: is neither a run, a checkpoint nor a model (no config.json)")
     try:
@@ -80,7 +93,11 @@ def load_model(
     except (OSError, ValueError, KeyError):
         tokenizer = None
     assert isinstance(loaded, PreTrainedModel)
-    return LoadedModel(_ready(loaded, device), tokenizer, where)
+    framing = None
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        framing = framing_of_folder(folder, tokenizer.backend_tokenizer, tokenizer.eos_token_id)
+        begin_texts_with(tokenizer.backend_tokenizer, framing.opening)
+    return LoadedModel(_ready(loaded, device), tokenizer, where, framing)
 
 
 def _ready(model: PreTrainedModel, device: str) -> PreTrainedModel:

@@ -52,6 +52,7 @@ def to_hf_config(
     vocab_size: int,
     max_positions: int,
     dtype: str,
+    bos_token_id: int | None,
     eos_token_id: int | None,
 ) -> PreTrainedConfig:
     """The configuration of an exported model.
@@ -63,6 +64,7 @@ def to_hf_config(
         vocab_size: true size.
         max_positions: the longest sequence it was trained on.
         dtype: of the weights, as torch names it.
+        bos_token_id: begins a document; None when documents begin without.
         eos_token_id: ends a document; None when the tokenizer names none.
     """
     settings: dict[str, Any] = {
@@ -80,7 +82,7 @@ def to_hf_config(
         "rms_norm_eps": model.norm_eps,
         "rope_parameters": _rope_parameters(model),
         "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": None,
+        "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": eos_token_id,
         "attention_dropout": model.attention_dropout,

@@ -13,6 +13,7 @@ from mone_megatron.checkpoint import Checkpoint, CheckpointStore, open_checkpoin
 from mone_megatron.checkpoint.tensors import TensorInfo, TensorReader
 from mone_megatron.config.load import from_yaml
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
+from mone_megatron.data.framing import Framing, framing_of
 from mone_megatron.data.tokenizer import end_of_document, load_tokenizer
 from mone_megatron.hf.dtypes import main_dtype, written_dtype
 
@@ -46,8 +47,22 @@ class Source:
         return self.checkpoint.path / "tokenizer"
 
     @property
+    def framing(self) -> Framing:
+        """The special tokens around the documents that it was trained on.
+
+        Raises:
+            ValueError: what the checkpoint says of them is damaged.
+        """
+        facts = self.checkpoint.facts.get("framing")
+        eod = None if facts is not None else self._named_eod()
+        return framing_of(facts, eod=eod, where=f"checkpoint {self.checkpoint.path}")
+
+    @property
     def eos_token_id(self) -> int | None:
         """What ends a document; None when there is no tokenizer or it names none."""
+        return self.framing.eod
+
+    def _named_eod(self) -> int | None:
         try:
             return end_of_document(load_tokenizer(self.tokenizer_dir))
         except ValueError:

@@ -33,6 +33,7 @@ from mone_megatron.checkpoint import (
 )
 from mone_megatron.config.load import to_yaml
 from mone_megatron.config.schema import Config
+from mone_megatron.data.framing import Framing
 from mone_megatron.data.tokenizer import TOKENIZER_FILES
 from mone_megatron.train.checkpoint_reading import (
     Check,
@@ -96,6 +97,7 @@ class Checkpointer:
         identity: dict[str, Any],
         state: TrainingState,
         tokenizer_dir: Path | None,
+        framing: Framing | None = None,
         say: Callable[[str], None],
     ) -> None:
         """Touch nothing yet.
@@ -105,12 +107,14 @@ class Checkpointer:
             identity: from :func:`~mone_megatron.train.run_identity.run_identity`.
             state: what is saved and restored.
             tokenizer_dir: goes into each checkpoint; None for none.
+            framing: of the data's documents, goes into each checkpoint; None for none.
             say: tells the user, once.
         """
         self.config = config
         self.identity = identity
         self.state = state
         self.tokenizer_dir = tokenizer_dir
+        self.framing = framing
         self.say = say
         self.store = CheckpointStore(Path(config.run.dir) / "checkpoints", log=say)
         # Random streams belong to a rank of a layout.
@@ -244,6 +248,8 @@ class Checkpointer:
             "identity": self.identity,
             "layout": self.layout,
         }
+        if self.framing is not None:
+            facts["framing"] = self.framing.as_facts()
         self._on_rank_0(lambda: self._commit(partial, facts, files))
 
     def _commit(self, partial: Path, facts: dict[str, Any], files: dict[str, FileDigest]) -> None:
@@ -345,7 +351,13 @@ class Checkpointer:
 
     def _begin(self) -> Position:
         if path := self.config.checkpoint.initialize:
-            initialize(self.state, Path(path), identity=self.identity, say=self.say)
+            initialize(
+                self.state,
+                Path(path),
+                identity=self.identity,
+                framing=self.framing,
+                say=self.say,
+            )
         return Position()
 
     def _position(self, folder: Path, loaded: dict[str, Any]) -> Position:

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch import Tensor
 
 from mone_megatron.checkpoint import restricted_pickle
+from mone_megatron.data.framing import Framing, framing_of
 from mone_megatron.train.checkpoint_reading import (
     Shapes,
     fill_chunk,
@@ -42,7 +43,12 @@ _NEEDED_FOR = "the model cannot begin with it: use another checkpoint with check
 
 
 def initialize(
-    state: TrainingState, path: Path, *, identity: dict[str, Any], say: Callable[[str], None]
+    state: TrainingState,
+    path: Path,
+    *,
+    identity: dict[str, Any],
+    framing: Framing | None,
+    say: Callable[[str], None],
 ) -> None:
     """Fill the weights, and the masters of a model that is not fp32. Collective over all ranks.
 
@@ -53,6 +59,8 @@ def initialize(
         state: this rank's part of the model and the optimizer.
         path: a checkpoint of a run, of any layout, dtype and step, or one that holds weights only.
         identity: this run's, from :func:`~mone_megatron.train.run_identity.run_identity`.
+        framing: of this run's documents, which may be another than the weights have seen; None if
+            it is not known.
         say: tells the user, once.
 
     Raises:
@@ -74,6 +82,15 @@ def initialize(
         fill_chunk(chunk, loaded[f"chunk_{number}"])
     _fill_masters(state, model, loaded)
     say(f"begins with the weights of {folder}")
+    known = facts.get("framing")
+    if framing is not None and known is not None:
+        seen = framing_of(known, eod=None, where=f"checkpoint {folder}")
+        if seen.opening != framing.opening:
+            say(
+                f"WARNING: the weights saw documents that begin with tokens {list(seen.opening)}, "
+                f"and these data's begin with {list(framing.opening)}; make the data again with "
+                "tools/preprocess_data.py --bos to go on as before"
+            )
 
 
 def _target(

@@ -129,7 +129,7 @@ def _introduce(
         f"ETP{parallel.expert_tensor} DP{layout.data}, "
         f"{layout.num_microbatches} microbatches a step"
     )
-    say(f"data: {data.tokens:,} tokens, vocabulary {data.vocab_size:,}")
+    say(f"data: {data.tokens:,} tokens, vocabulary {data.vocab_size:,}, {data.beginning}")
 
 
 def run(
@@ -219,6 +219,7 @@ def _run(
         ),
         state=state,
         tokenizer_dir=Path(data.tokenizer_dir),
+        framing=data.framing,
         say=say,
     )
     hooks: list[Hook] = []
@@ -258,7 +259,7 @@ def _run(
     tasks = None
     if config.train.eval_tasks:
         scorer = Scorer(config, layout, device, state, data.vocab_size, watchdog.beat)
-        tasks = TaskEvaluation(config.train, Path(data.tokenizer_dir), scorer)
+        tasks = TaskEvaluation(config.train, Path(data.tokenizer_dir), scorer, data.framing)
 
     # So that there is always a state to roll back to.
     fresh = start.step == 0 or config.checkpoint.resume != "auto"

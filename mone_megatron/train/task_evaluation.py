@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from mone_megatron.config.schema import TrainConfig
+from mone_megatron.data.framing import Framing
 from mone_megatron.evaluation.requests import ScoreRequest
 from mone_megatron.train.random_state import random_state, set_random_state
 from mone_megatron.train.scoring import Scorer
@@ -32,13 +33,20 @@ class TaskEvaluation:
     Global random streams are as before after each of them: tasks are code, and may draw or seed.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer_dir: Path, scorer: Scorer) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer_dir: Path,
+        scorer: Scorer,
+        framing: Framing | None = None,
+    ) -> None:
         """Load the tasks, on rank 0.
 
         Args:
             config: ``eval_tasks`` and what belongs to it.
             tokenizer_dir: of the model's tokenizer.
             scorer: scores on all ranks.
+            framing: the special tokens around documents; None follows the tokenizer's own template.
 
         Raises:
             ValueError: on every rank: a task is unknown, cannot be loaded, or writes text.
@@ -52,7 +60,7 @@ class TaskEvaluation:
         if dist.get_rank() == 0:
             with _same_random_state():
                 try:
-                    self._load(config, tokenizer_dir)
+                    self._load(config, tokenizer_dir, framing)
                 except (ValueError, OSError) as error:
                     problem = [f"train.eval_tasks: {error}"]
         dist.broadcast_object_list(problem, src=0)
@@ -67,7 +75,7 @@ class TaskEvaluation:
                 return {}
             return self._ask()
 
-    def _load(self, config: TrainConfig, tokenizer_dir: Path) -> None:
+    def _load(self, config: TrainConfig, tokenizer_dir: Path, framing: Framing | None) -> None:
         # An optional package, and slow to import.
         from mone_megatron.evaluation.scored_lm import ScoredLM
         from mone_megatron.evaluation.tasks import expand, load_tasks
@@ -77,7 +85,9 @@ class TaskEvaluation:
             if task.OUTPUT_TYPE == "generate_until":
                 raise ValueError(f"{name}: has the model write text; use tools/eval_hf.py for it")
         self._tasks = tasks
-        self._lm = ScoredLM(tokenizer_dir, max_length=config.seq_length, score=self._score)
+        self._lm = ScoredLM(
+            tokenizer_dir, max_length=config.seq_length, score=self._score, framing=framing
+        )
 
     def _ask(self) -> dict[str, float]:
         from mone_megatron.evaluation.harness import run_tasks

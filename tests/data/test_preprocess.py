@@ -196,7 +196,7 @@ GZIP = gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)
         ("a.jsonl", b'{"text": "\xff"}\n', {}, "a.jsonl:1: not UTF-8"),
         ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', {}, "empty: 2 documents read"),
         ("a.jsonl", b"", {}, "empty: 0 documents read"),
-        ("a.txt", b"\xff\xfe", {}, "a.txt: not UTF-8"),
+        ("a.txt", b"\xff\xfe", {}, "a.txt:1: not UTF-8"),
         ("a.csv", b"x", {}, "a.csv: unknown extension"),
         ("a.parquet", b"x", {}, "a.parquet is not a Parquet file"),
         ("a.jsonl.gz", b"x", {}, "a.jsonl.gz is not a whole gzip file"),

@@ -118,9 +118,11 @@ def test_an_indexed_corpus_reads_as_its_text(
     preprocess_files([text_file], prefix, TokenizerSettings(folder=models[0]))
     indexed = list(open_corpus(str(prefix)).windows(reader))
     assert np.concatenate([window[1:] for window in indexed]).tolist() == [
-        *reader.tokenizer.encode(TEXT[:3000])[1:],
+        *reader.tokenizer.encode(TEXT[:3000]),
         reader.end_of_text,
     ]
+    of_text = open_corpus(str(text_file)).windows(reader)
+    assert [window.tolist() for window in indexed] == [window.tolist() for window in of_text]
     # Also by the name of either file.
     assert len(open_corpus(f"{prefix}.bin").windows(reader)) == len(indexed)
 

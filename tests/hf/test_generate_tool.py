@@ -66,7 +66,8 @@ def test_sampling_is_a_function_of_the_seed(
 def test_standard_input(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPTS[1] + "\n"))
+    given = io.TextIOWrapper(io.BytesIO(f"{PROMPTS[1]}\n".encode()))
+    monkeypatch.setattr("sys.stdin", given)
     assert generate(folder, "--max-new-tokens", 3) == 0
     assert capsys.readouterr().out.startswith(PROMPTS[1])
 

@@ -167,7 +167,10 @@ class StreamedEngine:
 
     def _run_tasks(self, questions: Questions, score: Listener | Replay) -> list[Score]:
         lm = ScoredLM(
-            self._layered.tokenizer_dir, max_length=questions.facts.max_length, score=score
+            self._layered.tokenizer_dir,
+            max_length=questions.facts.max_length,
+            score=score,
+            framing=questions.facts.framing,
         )
         return run_tasks(lm, questions.tasks, limit=questions.limit)
 

@@ -1,0 +1,66 @@
+"""Documents out of plain text: a whole file, or its parts between separators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from mone_megatron.data.lines import BYTE_ORDER_MARK, NotUTF8Error, decode
+from mone_megatron.data.records import GZIP_ERRORS, BadRecord, Document
+
+_READ_BYTES = 1 << 20
+
+
+def read_plain_text(
+    path: Path, raw: BinaryIO, stream: BinaryIO, separator: str | None
+) -> Iterator[Document | BadRecord]:
+    """Yields the documents of a file exactly as they stand in it, line ends included.
+
+    A byte order mark at the beginning of the file is left out.
+
+    Args:
+        path: for messages.
+        raw: the open file, for progress.
+        stream: ``raw``, or what decompresses it.
+        separator: stands between documents; None for one document.
+
+    Raises:
+        ValueError: the file is not gzip.
+    """
+    # Bytes are split rather than text: what is not UTF-8 is then one document's fault. No character
+    # begins inside another one, so the places are the same.
+    mark = None if separator is None else separator.encode("utf-8")
+    rest = bytearray()
+    line, position, began = 1, 0, False
+    try:
+        while piece := stream.read(_READ_BYTES):
+            # What was searched before is not searched again, but where the pieces meet.
+            seek = max(0, len(rest) - len(mark) + 1) if mark else 0
+            rest += piece.removeprefix(BYTE_ORDER_MARK) if not began else piece
+            began = True
+            if mark is None:
+                continue
+            begin = 0
+            while (end := rest.find(mark, seek)) >= 0:
+                content = bytes(rest[begin:end])
+                yield _document(path, content, line, raw.tell() - position)
+                position = raw.tell()
+                line += content.count(b"\n") + mark.count(b"\n")
+                begin = seek = end + len(mark)
+            del rest[:begin]
+    except GZIP_ERRORS as error:
+        if not began:
+            raise ValueError(f"{path} is not a whole gzip file ({error})") from error
+        where = line + rest.count(b"\n")
+        yield BadRecord(f"{path}:{where}: not a whole gzip file ({error})")
+        return
+    yield _document(path, bytes(rest), line, raw.tell() - position)
+
+
+def _document(path: Path, content: bytes, line: int, bytes_read: int) -> Document | BadRecord:
+    try:
+        return Document(decode(content), bytes_read)
+    except NotUTF8Error as error:
+        line += content.count(b"\n", 0, error.position)
+        return BadRecord(f"{path}:{line}: {error}")

@@ -1,0 +1,65 @@
+"""The options of command lines that read documents. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from mone_megatron.data.escapes import unescape
+
+if TYPE_CHECKING:
+    from mone_megatron.data.documents import InputSettings
+
+
+def add_reading(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Adds those that all of them share; each names the text's key and column in its own way."""
+    group.add_argument(
+        "--format",
+        choices=("jsonl", "text", "parquet"),
+        help="the format of every file of text (default: by extension)",
+    )
+    group.add_argument(
+        "--document-separator",
+        metavar="TEXT",
+        help=r"splits plain text files into documents; \n, \t, \r, \\, \0, \xHH, \uXXXX and their "
+        "like are understood",
+    )
+    group.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a bad record ends the reading, or is left out and counted (%(default)s)",
+    )
+
+
+def reading_settings(
+    options: argparse.Namespace, *, json_key: str, column: str, domain: str | None = None
+) -> InputSettings:
+    """Returns the settings that the options of :func:`add_reading` ask for.
+
+    Args:
+        options: parsed.
+        json_key: of the text in JSON lines.
+        column: of the text in Parquet.
+        domain: key or column of each record's domain; None for none.
+
+    Raises:
+        ValueError: the separator is empty, or holds an escape that is none.
+    """
+    # pyarrow, which readers need, takes a moment.
+    from mone_megatron.data.documents import InputSettings
+
+    separator: str | None = options.document_separator
+    if separator is not None:
+        try:
+            separator = unescape(separator)
+        except ValueError as error:
+            raise ValueError(f"--document-separator: {error}") from None
+    return InputSettings(
+        json_key=json_key,
+        column=column,
+        document_separator=separator,
+        format=options.format,
+        on_error=options.on_error,
+        domain=domain,
+    )
