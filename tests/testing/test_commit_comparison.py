@@ -137,14 +137,16 @@ def test_what_is_chosen_comes_with_what_it_needs() -> None:
 
 def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tool = load_tool("compare_commits")
-    cases = {
+    cases: dict[tuple[str, ...], tuple[str, ...]] = {
         ("no-such-commit",): ("no-such-commit", "hash, branch or tag"),
         ("HEAD", "no-such-head"): ("no-such-head", "hash, branch or tag"),
         ("HEAD", "--only", "everything"): ("--only", "everything", "one_process"),
         ("HEAD", "--output", str(tmp_path / "none" / "x.json")): ("--output", "none"),
     }
+    (tmp_path / "file").write_text("")
+    cases[("HEAD", "--cache", str(tmp_path / "file"))] = ("--cache", "Not a directory")
     for arguments, named in cases.items():
-        assert tool([*arguments, "--cache", str(tmp_path / "cache")]) == 2
+        assert tool(["--cache", str(tmp_path / "cache"), *arguments]) == 2
         error = capfd.readouterr().err
         assert len(error.splitlines()) == 1
         assert all(part in error for part in named), error

@@ -130,14 +130,19 @@ def compare_commits(
         say: tells how far it is.
 
     Raises:
-        ValueError: there is no such revision.
+        ValueError: there is no such revision, or the cache cannot be written.
     """
     started = time.monotonic()
     of_base, of_head = find_revision(repository, base), find_revision(repository, head)
     machine = this_machine()
     place = cache.resolve() / f"{of_base.commit[:12]}-{_short_digest(machine)}"
-    place.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(place / "machine.json", json.dumps(machine, indent=1) + "\n")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(place / "machine.json", json.dumps(machine, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(
+            f"--cache: {cache} cannot be used ({error.strerror}); give a folder that can be written"
+        ) from None
     with ExitStack() as stack:
         stack.enter_context(_ended_like_ctrl_c())
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compare-")))
@@ -196,7 +201,7 @@ def _measure_base(
     results.mkdir(exist_ok=True)
     sources_digest = _sources_digest()
     recipes = {one.name: f"{sources_digest} {one.settings}" for one in chosen}
-    known = {one.name: _kept(results, one, recipes[one.name]) for one in chosen}
+    known = {one.name: _kept(place, one, recipes[one.name]) for one in chosen}
     lacking = [name for name, rows in known.items() if rows is None]
     if lacking:
         with sources(repository, revision, temporary / "base") as tree:
@@ -227,10 +232,11 @@ def _measure_base(
     return measured
 
 
-def _kept(results: Path, one: Measurement, recipe: str) -> Rows | None:
+def _kept(place: Path, one: Measurement, recipe: str) -> Rows | None:
     """A measurement from the cache; None when it is not there or was made another way."""
-    path = results / f"{one.name}.json"
-    if not path.exists():
+    path = place / "results" / f"{one.name}.json"
+    # Others read the files that it wrote.
+    if not path.exists() or not (place / "work" / one.name).is_dir():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
     if content["recipe"] != recipe:
