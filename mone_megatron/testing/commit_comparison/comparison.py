@@ -146,19 +146,17 @@ def compare_commits(
     with ExitStack() as stack:
         stack.enter_context(_ended_like_ctrl_c())
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compare-")))
-        given = temporary / GIVEN
-        say(f"BASE {of_base.describe()}")
-        with locked(place / "lock"):
-            measured_base = _measure_base(repository, of_base, place, temporary, chosen, say)
-            if any(one.reads_base for one in chosen):
-                shutil.copytree(place / "work" / GIVEN_BY, given)
-        say(f"HEAD {of_head.describe()}")
+        # First, so that the working tree is compared as it is now.
         tree = stack.enter_context(sources(repository, of_head, temporary / "head"))
         head_version = Version(tree, temporary / "head_work")
         head_version.work.mkdir()
         head_version.check()
-        if given.is_dir():
-            given.rename(head_version.work / GIVEN)
+        say(f"BASE {of_base.describe()}")
+        with locked(place / "lock"):
+            measured_base = _measure_base(repository, of_base, place, temporary, chosen, say)
+            if any(one.reads_base for one in chosen):
+                shutil.copytree(place / "work" / GIVEN_BY, head_version.work / GIVEN)
+        say(f"HEAD {of_head.describe()}")
         measured_head: Rows = {}
         for number, one in enumerate(chosen, start=1):
             measured_head |= _measure(head_version, one, f"HEAD {number}/{len(chosen)}", say)
