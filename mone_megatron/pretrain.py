@@ -23,6 +23,7 @@ from mone_megatron.config.load import (
     check_overrides,
     compose,
     from_dictconfig,
+    hydra_override,
 )
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
@@ -152,7 +153,7 @@ def _main(arguments: list[str]) -> int:
             if problems := check_overrides(overrides, multirun=multirun):
                 raise ConfigError(problems)
             # What it reads; overrides on both sides of a flag it would refuse.
-            sys.argv[1:] = [*for_hydra, *overrides]
+            sys.argv[1:] = [*for_hydra, *map(hydra_override, overrides)]
             _hydra_main()
             return 0
         return pretrain(compose(arguments))

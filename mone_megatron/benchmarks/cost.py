@@ -145,10 +145,15 @@ def _parts(
     session: Session, inputs: _GateInputs, reading: Spread, step_seconds: float, repeats: int
 ) -> list[Part]:
     settings = session.config.mone
-    selection = NeuronSelection(settings.keep_ratio, settings.score)
+    selection = NeuronSelection(
+        settings.keep_ratio, settings.score, settings.rule, settings.rule_options
+    )
     silent = NeuronBalance(coeff=0.0)
     balance = NeuronBalance(
-        settings.balance.coeff or 0.01, settings.balance.weights, settings.balance.normalize
+        settings.balance.coeff or 0.01,
+        settings.balance.kind,
+        settings.balance.weights,
+        settings.balance.normalize,
     )
     gates = {
         "plain": _gate(session, None),
@@ -160,10 +165,10 @@ def _parts(
     actions: dict[str, Callable[[], object]] = {
         name: _forward_backward(gate, inputs) for name, gate in gates.items()
     }
-    topk = gates["selected"].topk
-    assert topk is not None
+    selector = gates["selected"].selector
+    assert selector is not None
     gate_TF, up_TF = inputs.gate_up_TF.chunk(2, dim=-1)
-    actions["topk"] = lambda: topk(gate_TF, up_TF)
+    actions["selection"] = lambda: selector(gate_TF, up_TF)
     seconds = interleave(actions, repeats=repeats, warmup=10).clock
     calls = len(_experts(session)) * session.layout.num_microbatches
 
@@ -173,7 +178,7 @@ def _parts(
 
     return [
         part("SwiGLU without selection", Spread.of(seconds["plain"])),
-        part("selection: scores and mask", Spread.of(seconds["topk"])),
+        part("selection: scores and mask", Spread.of(seconds["selection"])),
         part(
             "selection, with SwiGLU at the kept neurons", difference(seconds, "selected", "plain")
         ),

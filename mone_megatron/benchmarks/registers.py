@@ -19,8 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mone_megatron.kernels import fused_decode, triton_decode, triton_glu, triton_select
+from mone_megatron.kernels import (
+    fused_decode,
+    triton_decode,
+    triton_glu,
+    triton_scores,
+    triton_select,
+)
 from mone_megatron.kernels.fused import launch_shape
+from mone_megatron.kernels.triton_activations import RELU, RELU2, SIGMOID, SILU
 
 _REGISTERS_OF_A_MULTIPROCESSOR = 65536
 _WARPS_OF_A_MULTIPROCESSOR = 64
@@ -128,9 +135,9 @@ def forward(
         pointers |= {"weight_slots": "fp32", "count_slots": "i32"}
     constants = {
         "ROWS": 16 if sums else 1,
-        "ACTIVATION": "silu",
+        "ACTIVATION": SILU.value,
         "KEEP": "top",
-        "SCORE": "given" if given else "abs_activation",
+        "SCORE": None if given else triton_scores.weight_score,
         "SIGNED": False,
         "NARROW": dtype == "bf16",
         "WEIGHTS": "selected",
@@ -149,10 +156,16 @@ def forward(
 
 # Scores, activations and modes beside the default: extra pointers and constants.
 _VARIANTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-    "forward, |a u|": ({}, {"SCORE": "abs_product"}),
-    "forward, sigmoid": ({}, {"ACTIVATION": "sigmoid"}),
-    "forward, |g|, ReLU": ({}, {"SCORE": "abs_gate", "ACTIVATION": "relu"}),
-    "forward, g, ReLU^2": ({}, {"SCORE": "signed_gate", "SIGNED": True, "ACTIVATION": "relu2"}),
+    "forward, |a u|": ({}, {"SCORE": triton_scores.product_score}),
+    "forward, sigmoid": ({}, {"ACTIVATION": SIGMOID.value}),
+    "forward, |g|, ReLU": (
+        {},
+        {"SCORE": triton_scores.gate_score, "ACTIVATION": RELU.value},
+    ),
+    "forward, g, ReLU^2": (
+        {},
+        {"SCORE": triton_scores.gate_score, "SIGNED": True, "ACTIVATION": RELU2.value},
+    ),
     "forward, a given mask": ({"mask": "i8"}, {"KEEP": "mask"}),
     "forward, all kept": ({}, {"KEEP": "all"}),
     "forward, weights of all, any order": ({"order": "i64"}, {"WEIGHTS": "all"}),
@@ -183,7 +196,7 @@ def backward(neurons: int, dtype: str, *, sums: bool, packed: bool, architecture
     if sums:
         pointers |= {"grad_sum": "fp32", "segment": "i64", "share": "fp32"}
     constants = {
-        "ACTIVATION": "silu",
+        "SLOPE": SILU.value_and_slope,
         "PACKED": packed,
         "WEIGHTS": "selected",
         "NORMALIZE": sums,
@@ -218,7 +231,9 @@ def others(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
             {"NARROW": dtype == "bf16"},
             **common,
         ),
-        _compile("rebuild", triton_glu.rebuild_kernel, rebuilt, {"ACTIVATION": "silu"}, **common),
+        _compile(
+            "rebuild", triton_glu.rebuild_kernel, rebuilt, {"ACTIVATION": SILU.value}, **common
+        ),
         _compile(
             "addition of sums",
             triton_glu.segment_sums,
@@ -242,8 +257,8 @@ def decoding(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
     kept = {"chosen": "i32", "weights": "fp32"}
     given = {"scores": dtype} if dtype == "fp32" else {}
     rule = {
-        "ACTIVATION": "silu",
-        "SCORE": "given" if given else "abs_activation",
+        "ACTIVATION": SILU.value,
+        "SCORE": None if given else triton_scores.weight_score,
         "SIGNED": False,
         "NARROW": dtype == "bf16",
     }

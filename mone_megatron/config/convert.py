@@ -6,14 +6,16 @@ where an integer is wanted. Problems are collected, not raised one by one.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.names import NameIn
 
 T = TypeVar("T")
 Scalar = str | int | float | bool
@@ -22,20 +24,25 @@ _SECRET = re.compile(r"(^|_)(api_?key|token|password|passwd|secret|credentials?)
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted leaf key of the dataclass ``cls``, in order of declaration."""
+    """Yields every dotted leaf key of the dataclass ``cls``, in order of declaration.
+
+    The keys within an open section (:func:`open_sections`) are not the schema's, and left out.
+    """
     for name, kind in get_type_hints(cls).items():
         if _is_section(kind):
             yield from keys(kind, f"{prefix}{name}.")
-        else:
+        elif not _is_open(kind):
             yield f"{prefix}{name}"
 
 
 def sections(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of ``cls`` that holds other keys, such as ``model.router``."""
+    """Yields every dotted key of ``cls`` that holds other keys, such as ``model.router``."""
     for name, kind in get_type_hints(cls).items():
         if _is_section(kind):
             yield f"{prefix}{name}"
             yield from sections(kind, f"{prefix}{name}.")
+        elif _is_open(kind):
+            yield f"{prefix}{name}"
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], hints: Sequence[str] = ()) -> T:
@@ -63,6 +70,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
             flat.update(flatten(value, f"{prefix}{field.name}."))
         elif isinstance(value, tuple):
             flat[prefix + field.name] = ",".join(str(item) for item in value)
+        elif isinstance(value, Mapping):
+            flat |= {f"{prefix}{field.name}.{name}": held for name, held in value.items()}
         else:
             flat[prefix + field.name] = value
     return flat
@@ -105,8 +114,27 @@ def suggest(name: str, known: Sequence[str]) -> str:
     return "did you mean " + " or ".join(near) + "?"
 
 
+def open_sections(cls: type, prefix: str = "") -> Iterator[str]:
+    """Yields every dotted key of ``cls`` whose own keys are not fixed: ``mone.rule_options``."""
+    for name, kind in get_type_hints(cls).items():
+        if _is_section(kind):
+            yield from open_sections(kind, f"{prefix}{name}.")
+        elif _is_open(kind):
+            yield f"{prefix}{name}"
+
+
+def is_known(key: str, known: Sequence[str], cls: type) -> bool:
+    """Whether ``key`` is among ``known``, or within an open section of ``cls``."""
+    section, _, name = key.rpartition(".")
+    return key in known or (bool(name) and section in open_sections(cls))
+
+
 def _is_section(kind: type) -> bool:
     return dataclasses.is_dataclass(kind)
+
+
+def _is_open(kind: type) -> bool:
+    return get_origin(kind) is collections.abc.Mapping
 
 
 def _build(cls: type[T], data: Any, prefix: str, problems: list[str], known: Sequence[str]) -> T:
@@ -116,7 +144,7 @@ def _build(cls: type[T], data: Any, prefix: str, problems: list[str], known: Seq
             f"{where}: expected a section with keys, got {_shown(data)}; write {where}.KEY"
         )
         return cls()
-    types = get_type_hints(cls)
+    types = get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
     for name, value in data.items():
         key = f"{prefix}{name}"
@@ -136,6 +164,14 @@ def _convert(value: Any, kind: Any) -> Any:
     """``value`` as ``kind``; ValueError says what is wrong and the fix, without the key."""
     if get_origin(kind) is Literal:
         return _convert_literal(value, get_args(kind))
+    if get_origin(kind) is Annotated:
+        plain, *marks = get_args(kind)
+        for mark in marks:
+            assert isinstance(mark, NameIn), f"the schema has a mark that cannot be read: {mark}"
+            value = _convert_literal(value, tuple(mark.registry.names))
+        return _convert(value, plain)
+    if _is_open(kind):
+        return _convert_mapping(value)
     if get_origin(kind) is tuple:
         return _convert_tuple(value, get_args(kind))
     if kind is bool:
@@ -165,6 +201,15 @@ def _convert_literal(value: Any, options: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(str(value), options, n=1)
     hint = f"did you mean {near[0]}?" if near else "choose one of them"
     raise ValueError(f"{_shown(value)} is not one of {', '.join(options)}; {hint}")
+
+
+def _convert_mapping(value: Any) -> dict[str, Scalar]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected names with values, got {_shown(value)}; write {{name: value}}")
+    for name, held in value.items():
+        if not isinstance(held, Scalar):
+            raise ValueError(f"{name} is {_shown(held)}; give a text, a number, true or false")
+    return {str(name): held for name, held in value.items()}
 
 
 def _convert_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -47,7 +47,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         raise ConfigError(problems)
     try:
         with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-            composed = hydra.compose(CONFIG_NAME, list(overrides))
+            composed = hydra.compose(CONFIG_NAME, [hydra_override(text) for text in overrides])
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explain(error)) from None
     return from_dictconfig(composed)
@@ -98,9 +98,20 @@ def check_overrides(
             problems.append(f"{key}: {value_text} is not a list of values; write {key}=a,b")
         elif key in groups and not isinstance(override.value(), dict):
             problems.extend(_option_problems(override, groups[key]))
-        elif key not in known:
+        elif not convert.is_known(key, known, Config):
             problems.append(convert.unknown_key(key, known))
     return problems
+
+
+def hydra_override(text: str) -> str:
+    """Returns an override as Hydra takes it: with ``++`` for a key of an open section.
+
+    What such a section may hold (``mone.rule_options``) is not in the YAML files, and Hydra refuses
+    keys that are not there unless they are added by force.
+    """
+    name = text.split("=", 1)[0]
+    section, _, key = name.rpartition(".")
+    return f"++{text}" if key and section in convert.open_sections(Config) else text
 
 
 def from_dictconfig(config: DictConfig) -> Config:

@@ -9,12 +9,19 @@ read from YAML in :mod:`mone_megatron.config.load` and cross-checked in
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-Score = Literal["abs_activation", "abs_gate", "signed_gate", "abs_product"]
+from mone_megatron.config.names import NameIn
+from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.losses import LOSSES
+from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.scores import SCORES
+
+# A value of the configuration that stands for itself.
+Scalar = str | int | float | bool
 MoNETarget = Literal["routed", "shared", "dense"]
-Activation = Literal["silu", "sigmoid", "relu", "relu2"]
 QKNormScope = Literal["head", "all_heads"]
 RouterBalance = Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"]
 
@@ -122,8 +129,8 @@ class ModelConfig:
     # the loss does not see the padding.
     vocab_padding_multiple: int = 128
     tie_embeddings: bool = False
-    # Of the gate projection in every MLP: "silu" is SwiGLU; "relu2" is the square of ReLU.
-    activation: Activation = "silu"
+    # Of the gate projection in every MLP (methods/activations): "silu" is SwiGLU.
+    activation: Annotated[str, NameIn(ACTIVATIONS)] = "silu"
     # RMSNorm on queries and keys, before RoPE.
     qk_norm: bool = True
     # Over each head by itself (Qwen3), or over all query heads and all key heads together (OLMoE).
@@ -152,6 +159,8 @@ class NeuronBalanceConfig:
 
     # 0 turns the loss off; its value is logged all the same.
     coeff: float = 0.0
+    # Which loss (methods/losses).
+    kind: Annotated[str, NameIn(LOSSES)] = "switch"
     # P_k: the mean weight of neuron k over the neurons a token keeps, or over all of them.
     weights: Literal["selected", "all"] = "selected"
     # Weights of a token divided by their sum (True), or raw |a| (False), which can be "balanced"
@@ -164,10 +173,14 @@ class MoNEConfig:
     """Neuron selection inside the experts."""
 
     enabled: bool = False
-    # K = round(keep_ratio * f) neurons are kept for each token in each expert.
+    # The target density of every rule; "topk" keeps K = round(keep_ratio * f) neurons for each
+    # token in each expert.
     keep_ratio: float = 0.25
-    # What ranks the neurons of a token.
-    score: Score = "abs_activation"
+    # What ranks the neurons of a token (methods/scores).
+    score: Annotated[str, NameIn(SCORES)] = "abs_activation"
+    # Which of them are kept (methods/rules), and the rule's own options by name.
+    rule: Annotated[str, NameIn(RULES)] = "topk"
+    rule_options: Mapping[str, Scalar] = field(default_factory=dict)
     # Which MLPs select: routed experts, the shared expert, dense layers.
     apply_to: tuple[MoNETarget, ...] = ("routed",)
     # What the experts save for the backward pass: every neuron's values, or only those of the

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mone_megatron.config.convert import from_dict, keys
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.schema import (
     CheckpointConfig,
@@ -21,6 +22,8 @@ from mone_megatron.config.schema import (
     MoNEConfig,
     ParallelConfig,
 )
+from mone_megatron.methods.rule import Budget, count_kept
+from mone_megatron.methods.rules import RULES
 
 # Tokens 0-255 of a byte-level BPE are the bytes; the rest is learnt, plus end-of-text.
 _SMALLEST_BPE = 257
@@ -119,11 +122,6 @@ def expert_parallel_size(parallel: ParallelConfig) -> int:
 def smallest_world_size(parallel: ParallelConfig) -> int:
     """The fewest processes that the layout can run on; others are multiples of it."""
     return math.lcm(model_parallel_size(parallel), expert_parallel_size(parallel))
-
-
-def neurons_kept(keep_ratio: float, width: int) -> int:
-    """K: how many of the ``width`` neurons of an MLP a token keeps."""
-    return round(keep_ratio * width)
 
 
 def _ranges(config: Config) -> Iterator[str]:
@@ -506,14 +504,56 @@ def _mone(config: Config) -> Iterator[str]:
             yield f"mone.apply_to: {target} has nothing to select in, {missing[target]}"
             continue
         key, width = widths[target]
-        if width > 0 and 0 < mone.keep_ratio <= 1 and neurons_kept(mone.keep_ratio, width) < 1:
-            yield (
-                f"mone.keep_ratio: {mone.keep_ratio:g} of {key}={width} rounds to K=0 neurons; "
-                f"use {1 / width:.3g} or more"
-            )
+        if width > 0 and 0 < mone.keep_ratio <= 1:
+            if count_kept(mone.keep_ratio, width) < 1:
+                yield (
+                    f"mone.keep_ratio: {mone.keep_ratio:g} of {key}={width} rounds to K=0 neurons; "
+                    f"use {1 / width:.3g} or more"
+                )
+            else:
+                yield from _rule_budget(mone, key, width)
+    yield from _rule_options(mone)
+    yield from _rule_layout(mone, config.parallel)
     yield from _keep_ratio_schedule(config)
     yield from _neuron_balance_layout(mone, config.parallel)
     yield from _packed_memory(mone, config.parallel)
+
+
+def _rule_options(mone: MoNEConfig) -> Iterator[str]:
+    """Options that the rule does not have, or of another type."""
+    rule = RULES[mone.rule]
+    try:
+        from_dict(rule.options, mone.rule_options)
+    except ConfigError as error:
+        names = ", ".join(keys(rule.options)) or "none"
+        for problem in error.problems:
+            yield f"mone.rule_options.{problem} (options of mone.rule={mone.rule}: {names})"
+
+
+def _rule_budget(mone: MoNEConfig, key: str, width: int) -> Iterator[str]:
+    """What the rule refuses of an MLP of ``width`` neurons."""
+    rule = RULES[mone.rule]
+    try:
+        options: object = from_dict(rule.options, mone.rule_options)
+        rule.check(Budget(mone.keep_ratio, width, options))
+    except ConfigError:
+        return  # told by itself
+    except ValueError as error:
+        yield f"{error} ({key}={width})"
+
+
+def _rule_layout(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Layouts that spread neurons over ranks which the rule cannot select over."""
+    if RULES[mone.rule].exchange != "refused":
+        return
+    for target in mone.apply_to:
+        key = "expert_tensor" if target == "routed" else "tensor"
+        size = parallel.expert_tensor if target == "routed" else parallel.tensor
+        if size > 1:
+            yield (
+                f"parallel.{key}: {size} spreads the neurons of the {target} MLPs over ranks, and "
+                f"mone.rule={mone.rule} cannot select over ranks; use parallel.{key}=1"
+            )
 
 
 def _packed_memory(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:

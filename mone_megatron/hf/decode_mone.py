@@ -62,7 +62,7 @@ def mone_sparse_experts_forward(
         top_k_index,
         top_k_weights,
         _weights(experts),
-        TopK(settings.kept(experts.intermediate_dim), settings.score),  # type: ignore[arg-type]
+        TopK(settings.kept(experts.intermediate_dim), settings.score),
         experts.act_fn,
     )
 

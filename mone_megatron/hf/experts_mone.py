@@ -139,7 +139,7 @@ class NeuronSettings:
             ValueError: some are elsewhere, and it is not known where.
         """
         neurons = neurons or Neurons("MLP", gate_TF.shape[-1])
-        scores_TF = neuron_scores(gate_TF, up_TF, self.score, activate)  # type: ignore[arg-type]
+        scores_TF = neuron_scores(gate_TF, up_TF, self.score, activate)
         return neurons.topk_mask(scores_TF.detach(), self.kept(neurons.count))
 
     def select(

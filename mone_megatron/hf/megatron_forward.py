@@ -65,8 +65,8 @@ class MegatronForward:
         for module in self._model.modules():
             if isinstance(module, TopKRouter):
                 handles.append(module.register_forward_hook(saw_router))
-            elif isinstance(module, GroupedExperts) and module.neuron_gate.topk is not None:
-                handles.append(module.neuron_gate.topk.register_forward_hook(saw_mask))
+            elif isinstance(module, GroupedExperts) and module.neuron_gate.selector is not None:
+                handles.append(module.neuron_gate.selector.register_forward_hook(saw_mask))
         try:
             return self.logits(tokens_BS), found
         finally:

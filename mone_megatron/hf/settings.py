@@ -213,7 +213,7 @@ def from_hf_config(config: PreTrainedConfig, where: str) -> ImportedSettings:
         mone = MoNEConfig(
             enabled=True,
             keep_ratio=chosen.keep_ratio,
-            score=chosen.score,  # type: ignore[arg-type]
+            score=chosen.score,
             apply_to=chosen.apply_to,  # type: ignore[arg-type]
         )
     return ImportedSettings(

@@ -22,6 +22,8 @@ from torch import Tensor
 from mone_megatron.kernels import reference
 from mone_megatron.kernels.reference import TINY, Activate, Keep, TopK, WeightSums
 
+# The score that the function below ranks by itself; torch computes every other one for it.
+_FUSED_SCORE = "abs_activation"
 # Elements a thread works on at a time: few enough for a core's share of the cache, enough for the
 # calls not to count.
 _BLOCK_ELEMENTS = 262144
@@ -101,7 +103,7 @@ def selected_swiglu(
     sums: WeightSums | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Hidden values, and with ``sums`` the sums of weights and the counts (see :mod:`.ops`)."""
-    if isinstance(keep, TopK) and keep.score != "abs_activation":
+    if isinstance(keep, TopK) and keep.score != _FUSED_SCORE:
         with torch.no_grad():
             keep = topk_mask(reference.neuron_scores(gate_TF, up_TF, keep.score), keep.k)
     mask_TF = k = None

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mone_megatron.kernels import cpu, ops
 from mone_megatron.kernels.reference import Activate, TopK, neuron_scores
+from mone_megatron.methods.scores import SCORES
 
 # Into how many blocks a matrix is cut: enough for a few threads. One thread loses nothing by it.
 _BLOCKS = 8
@@ -130,10 +131,10 @@ def sparse_experts(
         expert_S, order_S = expert_S.sort(stable=True)
         tokens_SH, prob_S = tokens_NH[order_S // chosen], prob_S[order_S]
     gate_SF = _project(tokens_SH, expert_S, weights.gate_EFH)
-    by_product = keep.score == "abs_product"
-    up_SF = _project(tokens_SH, expert_S, weights.up_EFH) if by_product else gate_SF
+    reads_up = SCORES[keep.score].reads_up
+    up_SF = _project(tokens_SH, expert_S, weights.up_EFH) if reads_up else gate_SF
     kept = _Kept.of(neuron_scores(gate_SF, up_SF, keep.score, activate), keep.k)
-    if by_product:
+    if reads_up:
         up_M = up_SF.take(kept.place_M)
     else:
         rows_RH, row_M = _rows(weights.up_EFH, expert_S, kept.neuron_SP)

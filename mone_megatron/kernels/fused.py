@@ -14,21 +14,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import triton
 from torch import Tensor
 
 from mone_megatron.kernels.reference import (
-    ACTIVATIONS,
     Activate,
     Packed,
-    Score,
     TopK,
     WeightSums,
     neuron_scores,
 )
+from mone_megatron.kernels.triton_activations import FusedActivation
 from mone_megatron.kernels.triton_glu import (
     backward_kernel,
     forward_kernel,
@@ -36,11 +35,13 @@ from mone_megatron.kernels.triton_glu import (
     segment_sums,
 )
 from mone_megatron.kernels.triton_select import activation_kernel, topk_mask_kernel
+from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.registry import imported
+from mone_megatron.methods.scores import SCORES
 
 # Widest row that one program holds.
 MAX_NEURONS = 16384
 _DTYPES = (torch.bfloat16, torch.float32)
-ACTIVATION_NAMES = {activate: name for name, activate in ACTIVATIONS.items()}
 # Programs that add up the balance sums: enough to fill a GPU, few enough that their partial sums
 # are small beside the rows.
 _SUMMING_PROGRAMS = 1024
@@ -60,18 +61,34 @@ def launch_shape(neurons: int) -> LaunchShape:
     return LaunchShape(block, min(16, max(1, block // 256)))
 
 
+@cache
+def fused_activation(activate: Activate) -> FusedActivation | None:
+    """Returns the kernels' forms of a function; None when no registered activation is it."""
+    for activation in ACTIVATIONS:
+        if activation.function is activate and activation.fused is not None:
+            return cast(FusedActivation, imported(activation.fused))
+    return None
+
+
+@cache
+def fused_score(name: str) -> triton.JITFunction | None:
+    """Returns the kernels' form of a score; None when torch has to compute it."""
+    fused = SCORES[name].fused
+    return None if fused is None else imported(fused)
+
+
 def supports(gate_TF: Tensor, up_TF: Tensor, activate: Activate) -> bool:
     """Whether the kernels know these dtypes, this width and this activation."""
     return (
         gate_TF.dtype in _DTYPES
         and up_TF.dtype is gate_TF.dtype
         and gate_TF.shape[-1] <= MAX_NEURONS
-        and activate in ACTIVATION_NAMES
+        and fused_activation(activate) is not None
     )
 
 
 @cache
-def scores_equal_torch(activation: str, device: torch.device) -> bool:
+def scores_equal_torch(activate: Activate, device: torch.device) -> bool:
     """Whether the kernels' bf16 activation is torch's for every bf16 number on this device.
 
     NaN counts as equal to NaN. Subnormal numbers are left out: an activation that small is never
@@ -80,21 +97,28 @@ def scores_equal_torch(activation: str, device: torch.device) -> bool:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device).to(torch.int16)
     gate = bits.view(torch.bfloat16)
     ours = torch.empty_like(bits)
-    activation_kernel[(64,)](gate, ours, BLOCK=1024, ACTIVATION=activation)
-    expected = ACTIVATIONS[activation](gate)
+    fused = fused_activation(activate)
+    assert fused is not None
+    activation_kernel[(64,)](gate, ours, BLOCK=1024, ACTIVATION=fused.value)
+    expected = activate(gate)
     same = (ours == expected.view(torch.int16)) | expected.isnan()
     subnormal = gate.float().abs() < torch.finfo(torch.float32).tiny
     return bool((same | subnormal).all())
 
 
-def given_scores(gate_TF: Tensor, up_TF: Tensor, score: Score, activation: str) -> Tensor | None:
-    """Torch's scores, where the kernel's own could differ in the last bit; else None."""
-    exact = score in ("abs_gate", "signed_gate") or activation in ("relu", "relu2")
-    if exact or (
-        gate_TF.dtype is torch.bfloat16 and scores_equal_torch(activation, gate_TF.device)
+def given_scores(gate_TF: Tensor, up_TF: Tensor, score: str, activate: Activate) -> Tensor | None:
+    """Returns torch's scores where the kernel has none that is torch's in every bit; else None.
+
+    A kernel's own score differs when it takes an activation that torch computes otherwise.
+    """
+    fused = fused_activation(activate)
+    assert fused is not None
+    exact = fused.exact or not SCORES[score].reads_activation
+    if fused_score(score) is not None and (
+        exact or (gate_TF.dtype is torch.bfloat16 and scores_equal_torch(activate, gate_TF.device))
     ):
         return None
-    return neuron_scores(gate_TF, up_TF, score, ACTIVATIONS[activation])
+    return neuron_scores(gate_TF, up_TF, score, activate)
 
 
 def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
@@ -128,7 +152,7 @@ def _rows(tensor: Tensor) -> Tensor:
 class _Settings:
     """Of one call, without tensors that autograd should see."""
 
-    activation: str
+    activate: Activate
     keep: Tensor | TopK | None
     sums: WeightSums | None
 
@@ -146,6 +170,8 @@ class _FusedGLU(torch.autograd.Function):
         gate_TF, up_TF = _rows(gate_TF), _rows(up_TF)
         rows, neurons = gate_TF.shape
         keep, sums = settings.keep, settings.sums
+        fused = fused_activation(settings.activate)
+        assert fused is not None, "asked of supports()"
         saving = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
         new = gate_TF.new_empty
         hidden_TF = new(rows, neurons)
@@ -155,7 +181,7 @@ class _FusedGLU(torch.autograd.Function):
             if packed is not None:
                 packed_gate, packed_up = new(2, rows, packed.width)
         if isinstance(keep, TopK):
-            scores_TF = given_scores(gate_TF, up_TF, keep.score, settings.activation)
+            scores_TF = given_scores(gate_TF, up_TF, keep.score, settings.activate)
         elif keep is not None:
             mask_TF = keep.contiguous().view(torch.int8)
         share_T = weight_sum_SF = kept_SF = None
@@ -189,11 +215,11 @@ class _FusedGLU(torch.autograd.Function):
                 scores_TF.stride(0) if scores_TF is not None else 0,
                 ROWS=rows_each,
                 BLOCK=block,
-                ACTIVATION=settings.activation,
+                ACTIVATION=fused.value,
                 KEEP="top" if isinstance(keep, TopK) else "all" if keep is None else "mask",
                 SCORE=_score(keep, given=scores_TF is not None),
-                SIGNED=isinstance(keep, TopK) and keep.score == "signed_gate",
-                NARROW=gate_TF.dtype is torch.bfloat16,
+                SIGNED=isinstance(keep, TopK) and SCORES[keep.score].signed,
+                NARROW=(gate_TF if scores_TF is None else scores_TF).dtype is torch.bfloat16,
                 WEIGHTS=sums.weights if sums is not None else "selected",
                 NORMALIZE=sums is not None and sums.normalize,
                 num_warps=warps,
@@ -205,7 +231,7 @@ class _FusedGLU(torch.autograd.Function):
             assert packed is not None
             gate_TF, up_TF = packed_gate, packed_up
             packed.rebuild = partial(
-                _rebuild, packed_gate, packed_up, scale_T, bits, neurons, settings.activation
+                _rebuild, packed_gate, packed_up, scale_T, bits, neurons, fused
             )
         ctx.save_for_backward(
             gate_TF,
@@ -229,6 +255,8 @@ class _FusedGLU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         gate, up, scale_T, bits, segment_T, share_T = ctx.saved_tensors  # type: ignore[attr-defined]
         settings: _Settings = ctx.settings  # type: ignore[attr-defined]
+        fused = fused_activation(settings.activate)
+        assert fused is not None, "asked of supports()"
         rows, neurons = gate.shape[0], ctx.neurons  # type: ignore[attr-defined]
         # Halves of one matrix, as gate and up are.
         grad_gate_TF, grad_up_TF = gate.new_empty(rows, 2 * neurons).chunk(2, dim=-1)
@@ -255,7 +283,7 @@ class _FusedGLU(torch.autograd.Function):
                 grad_hidden_TF.stride(0) if grad_hidden_TF is not None else 0,
                 grad_gate_TF.stride(0),
                 BLOCK=block,
-                ACTIVATION=settings.activation,
+                SLOPE=fused.value_and_slope,
                 PACKED=ctx.packed,  # type: ignore[attr-defined]
                 WEIGHTS=settings.sums.weights if settings.sums is not None else "selected",
                 NORMALIZE=share_T is not None,
@@ -270,7 +298,7 @@ def _rebuild(
     scale_T: Tensor | None,
     bits: Tensor,
     neurons: int,
-    activation: str,
+    fused: FusedActivation,
 ) -> Tensor:
     """The hidden values of a packed call, as its forward pass computed them."""
     rows, width = packed_gate.shape
@@ -286,14 +314,15 @@ def _rebuild(
             neurons,
             width,
             BLOCK=block,
-            ACTIVATION=activation,
+            ACTIVATION=fused.value,
             num_warps=warps,
         )
     return hidden_TF
 
 
-def _score(keep: Tensor | TopK | None, *, given: bool) -> str:
-    return keep.score if isinstance(keep, TopK) and not given else "given"
+def _score(keep: Tensor | TopK | None, *, given: bool) -> triton.JITFunction | None:
+    """Returns the device function that ranks; None where nothing does, or torch has."""
+    return fused_score(keep.score) if isinstance(keep, TopK) and not given else None
 
 
 class _Slots:
@@ -350,7 +379,7 @@ def fused_glu(
     """
     if isinstance(keep, TopK) and keep.k >= gate_TF.shape[-1]:
         keep = None
-    settings = _Settings(ACTIVATION_NAMES[activate], keep, sums)
+    settings = _Settings(activate, keep, sums)
     outputs: tuple[Tensor, Tensor | None, Tensor | None] = _FusedGLU.apply(
         gate_TF, up_TF, scale_T, settings, packed
     )

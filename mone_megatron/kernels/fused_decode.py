@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from mone_megatron.kernels.fused import (
-    ACTIVATION_NAMES,
+    fused_activation,
+    fused_score,
     given_scores,
     launch_shape,
     supports,
@@ -26,6 +27,7 @@ from mone_megatron.kernels.triton_decode import (
     project_kernel,
     up_kernel,
 )
+from mone_megatron.methods.scores import SCORES
 
 # Rows and lanes of a program that multiplies rows by a token: 16 bytes a thread and row in bf16.
 DOT_ROWS, DOT_BLOCK, DOT_WARPS = 4, 512, 2
@@ -73,9 +75,10 @@ def sparse_experts(
         return values_SF
 
     gate_SF = project(gate_EFH)
-    up_SF = project(up_EFH) if keep.score == "abs_product" else None
-    activation = ACTIVATION_NAMES[activate]
-    scores_SF = given_scores(gate_SF, gate_SF if up_SF is None else up_SF, keep.score, activation)
+    fused, score = fused_activation(activate), SCORES[keep.score]
+    assert fused is not None, "asked of supports()"
+    up_SF = project(up_EFH) if score.reads_up else None
+    scores_SF = given_scores(gate_SF, gate_SF if up_SF is None else up_SF, keep.score, activate)
     chosen_SK = new(slots, kept, dtype=torch.int32)
     weight_SK = new(slots, kept, dtype=torch.float32)
     block, warps = launch_shape(neurons)
@@ -89,10 +92,10 @@ def sparse_experts(
         neurons,
         kept,
         BLOCK=block,
-        ACTIVATION=activation,
-        SCORE=keep.score if scores_SF is None else "given",
-        SIGNED=keep.score == "signed_gate",
-        NARROW=gate_SF.dtype is torch.bfloat16,
+        ACTIVATION=fused.value,
+        SCORE=fused_score(keep.score) if scores_SF is None else None,
+        SIGNED=score.signed,
+        NARROW=(gate_SF if scores_SF is None else scores_SF).dtype is torch.bfloat16,
         num_warps=warps,
     )
     if up_SF is None:

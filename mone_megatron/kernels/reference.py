@@ -14,33 +14,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Score = Literal["abs_activation", "abs_gate", "signed_gate", "abs_product"]
+from mone_megatron.methods.scores import SCORES
+
 Activate = Callable[[Tensor], Tensor]
 
 # Divisors are not smaller: the smallest normal number of fp32.
 TINY = torch.finfo(torch.float32).tiny
 
 
-def squared_relu(gate: Tensor) -> Tensor:
-    """``max(g, 0)^2`` (Primer)."""
-    return F.relu(gate).square()
-
-
-# model.activation -> the function of the gate projection.
-ACTIVATIONS: dict[str, Activate] = {
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "relu": F.relu,
-    "relu2": squared_relu,
-}
-
-
 @dataclass(frozen=True)
 class TopK:
-    """Keep the k neurons of each row whose score is largest, ties to the lowest index."""
+    """Keep the k neurons of each row whose score is largest, ties to the lowest index.
+
+    Attributes:
+        k: how many, 1 to F.
+        score: a name in :data:`mone_megatron.methods.scores.SCORES`, of a score that reads nothing
+            but gate and up projections.
+    """
 
     k: int
-    score: Score
+    score: str
+
+    def __post_init__(self) -> None:
+        """Asserts that a kernel has all that the score reads."""
+        reads = SCORES[self.score].reads
+        assert "down_norm" not in reads, f"no kernel has what the score {self.score} reads"
 
 
 # Which neurons each row keeps: [T, F] bool, a rule to choose them by, or None for all.
@@ -81,34 +79,31 @@ class WeightSums:
 
 
 def neuron_scores(
-    gate_TF: Tensor, up_TF: Tensor, score: Score, activate: Activate = F.silu
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    score: str,
+    activate: Activate = F.silu,
+    *,
+    down_norm_TF: Tensor | None = None,
 ) -> Tensor:
-    """What ranks the neurons of a token; larger is kept first.
+    """Returns what ranks the neurons of a token; larger is kept first.
 
     Args:
         gate_TF: gate projections ``g = x Wg``.
-        up_TF: up projections ``u = x Wu``; read by ``abs_product`` only.
-        score: ``abs_activation`` is |a| with a = SiLU(g) (the paper's), ``abs_gate`` |g|,
-            ``signed_gate`` g (Mixture-of-Channels), ``abs_product`` |a u|.
+        up_TF: up projections ``u = x Wu``, for scores that read them.
+        score: a name in :data:`mone_megatron.methods.scores.SCORES`.
         activate: a as a function of g.
+        down_norm_TF: the norm of each neuron's row of the down projection, broadcasting to
+            ``[T, F]``, for scores that read it.
 
     Returns:
-        Scores of the shape and dtype of ``gate_TF``.
+        Scores of the shape of ``gate_TF``, in its dtype or in fp32.
 
     Raises:
         ValueError: for an unknown score.
     """
-    if score == "abs_activation":
-        return activate(gate_TF).abs()
-    if score == "abs_gate":
-        return gate_TF.abs()
-    if score == "signed_gate":
-        return gate_TF
-    if score == "abs_product":
-        return (activate(gate_TF) * up_TF).abs()
-    raise ValueError(
-        f"mone.score: {score!r} is unknown; "
-        "use abs_activation, abs_gate, signed_gate or abs_product"
+    return SCORES[score].of(
+        gate_TF=gate_TF, up_TF=up_TF, activate=activate, down_norm_TF=down_norm_TF
     )
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mone_megatron.kernels.triton_select import activation, largest, neuron_score
+from mone_megatron.kernels.triton_select import largest, neuron_score
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def choose_kernel(
     lane_N = tl.arange(0, BLOCK)
     inside_N = lane_N < neurons
     gate_N = tl.load(gate + slot * neurons + lane_N, mask=inside_N, other=0.0).to(tl.float32)
-    weight_N = activation(gate_N, ACTIVATION)
+    weight_N = ACTIVATION(gate_N)
     up_N = gate_N
     if up is not None:
         up_N = tl.load(up + slot * neurons + lane_N, mask=inside_N, other=0.0).to(tl.float32)

@@ -36,26 +36,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mone_megatron.kernels.triton_select import activation, exponential, largest, neuron_score
+from mone_megatron.kernels.triton_select import largest, neuron_score
 
 # Divisors are not smaller: the smallest normal number of fp32.
 _TINY = tl.constexpr(1.1754943508222875e-38)
-
-
-@triton.jit
-def activation_and_slope(gate: tl.tensor, ACTIVATION: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """a and da/dg, in fp32."""
-    if ACTIVATION == "silu":
-        share = tl.div_rn(1.0, 1.0 + exponential(-gate))
-        return gate * share, share * (1.0 + gate * (1.0 - share))
-    elif ACTIVATION == "sigmoid":  # noqa: RET505
-        share = tl.div_rn(1.0, 1.0 + exponential(-gate))
-        return share, share * (1.0 - share)
-    elif ACTIVATION == "relu2":
-        positive = tl.where(gate < 0, 0.0, gate)
-        return positive * positive, 2.0 * positive
-    else:
-        return tl.where(gate < 0, 0.0, gate), tl.where(gate <= 0, 0.0, 1.0)
 
 
 @triton.jit
@@ -126,7 +110,7 @@ def forward_kernel(
         gate_N = gate_in_N.to(tl.float32)
         up_N = up_in_N.to(tl.float32)
         if KEEP == "top":
-            if SCORE == "given":
+            if SCORE is None:
                 score_at = scores + row * scores_stride
                 score_N = tl.load(score_at + lane_N, mask=inside_N, other=0.0).to(tl.float32)
             else:
@@ -136,7 +120,7 @@ def forward_kernel(
             kept_N = tl.load(mask + row * neurons + lane_N, mask=inside_N, other=0) != 0
         else:
             kept_N = inside_N
-        weight_N = activation(gate_N, ACTIVATION)
+        weight_N = ACTIVATION(gate_N)
         value_N = weight_N * up_N
         if KEEP != "all":
             value_N = value_N * kept_N.to(tl.float32)
@@ -205,7 +189,7 @@ def rebuild_kernel(
     place_N = row * packed_width + tl.cumsum(kept_N, axis=0) - kept_N
     gate_N = tl.load(packed_gate + place_N, mask=kept_N != 0, other=0.0).to(tl.float32)
     up_N = tl.load(packed_up + place_N, mask=kept_N != 0, other=0.0).to(tl.float32)
-    value_N = activation(gate_N, ACTIVATION) * up_N * kept_N.to(tl.float32)
+    value_N = ACTIVATION(gate_N) * up_N * kept_N.to(tl.float32)
     if scale is not None:
         value_N = value_N * tl.load(scale + row).to(tl.float32)
     at = hidden + row * neurons
@@ -271,7 +255,7 @@ def backward_kernel(
     grad_hidden_stride: tl.tensor,
     grad_stride: tl.tensor,
     BLOCK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     PACKED: tl.constexpr,
     WEIGHTS: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -295,7 +279,7 @@ def backward_kernel(
     else:
         gate_N = tl.load(gate_at + lane_N, mask=inside_N, other=0.0).to(tl.float32)
         up_N = tl.load(up_at + lane_N, mask=inside_N, other=0.0).to(tl.float32)
-    weight_N, slope_N = activation_and_slope(gate_N, ACTIVATION)
+    weight_N, slope_N = SLOPE(gate_N)
     share_of_N = kept_N.to(tl.float32)
     grad_weight_N = tl.zeros([BLOCK], dtype=tl.float32)
     grad_up_N = tl.zeros([BLOCK], dtype=tl.float32)

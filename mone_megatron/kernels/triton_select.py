@@ -25,42 +25,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
-# The interpreter has no device library; there exp is numpy's.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from mone_megatron.kernels.triton_scores import narrow_bits
 
 # No score's key: below that of minus infinity.
 _OUTSIDE = tl.constexpr(-(2**31))
-
-
-@triton.jit
-def exponential(value: tl.tensor) -> tl.tensor:
-    """exp in fp32, as torch's CUDA kernels compute it; ``tl.exp`` is several ulps off."""
-    if INTERPRETED:
-        return tl.exp(value)
-    else:  # noqa: RET505  Triton compiles the branch that is taken only if there is an else
-        return libdevice.exp(value)
-
-
-@triton.jit
-def activation(gate: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """a as a function of g, in fp32: torch's order of operations."""
-    if ACTIVATION == "silu":
-        return tl.div_rn(gate, 1.0 + exponential(-gate))
-    elif ACTIVATION == "sigmoid":  # noqa: RET505
-        return tl.div_rn(1.0, 1.0 + exponential(-gate))
-    else:
-        # NaN is not below 0: it stays.
-        positive = tl.where(gate < 0, 0.0, gate)
-        return positive * positive if ACTIVATION == "relu2" else positive
-
-
-@triton.jit
-def narrow_bits(value: tl.tensor) -> tl.tensor:
-    """The fp32 bits of the nearest bf16, ties to even; of NaN, its own."""
-    bits = value.to(tl.int32, bitcast=True)
-    return tl.where(value != value, bits, (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536)
 
 
 @triton.jit
@@ -72,16 +41,7 @@ def neuron_score(
     NARROW: tl.constexpr,
 ) -> tl.tensor:
     """The score in fp32, up to its sign and its last rounding; ``NARROW`` for bf16 inputs."""
-    if SCORE == "abs_gate" or SCORE == "signed_gate":
-        return gate
-    else:  # noqa: RET505
-        weight = activation(gate, ACTIVATION)
-        if SCORE == "abs_product":
-            # In bf16 the reference rounds the activation before the product.
-            if NARROW:
-                weight = narrow_bits(weight).to(tl.float32, bitcast=True)
-            weight = weight * up
-        return weight
+    return SCORE(gate, up, ACTIVATION(gate), NARROW)
 
 
 @triton.jit
@@ -151,5 +111,5 @@ def activation_kernel(
 ) -> None:
     """The bits (int16) of bf16 activations as the scores have them, to compare with torch's."""
     lane_N = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    weight_N = activation(tl.load(gate + lane_N).to(tl.float32), ACTIVATION)
+    weight_N = ACTIVATION(tl.load(gate + lane_N).to(tl.float32))
     tl.store(out + lane_N, (narrow_bits(weight_N) >> 16).to(tl.int16))

@@ -98,8 +98,10 @@ def neuron_settings(mone: MoNEConfig, target: str) -> NeuronSettings | None:
     if not mone.enabled or target not in mone.apply_to:
         return None
     return NeuronSettings(
-        NeuronSelection(mone.keep_ratio, mone.score),
-        NeuronBalance(mone.balance.coeff, mone.balance.weights, mone.balance.normalize),
+        NeuronSelection(mone.keep_ratio, mone.score, mone.rule, mone.rule_options),
+        NeuronBalance(
+            mone.balance.coeff, mone.balance.kind, mone.balance.weights, mone.balance.normalize
+        ),
         mone.memory,
     )
 

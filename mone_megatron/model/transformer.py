@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from mone_megatron.config.schema import Config, ModelConfig, RouterConfig
-from mone_megatron.mone.activations import ACTIVATIONS
+from mone_megatron.methods.activations import ACTIVATIONS
 
 
 def _leave(tensor: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         gated_linear_unit=True,
-        activation_func=ACTIVATIONS[model.activation],
+        activation_func=ACTIVATIONS[model.activation].function,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         attention_softmax_in_fp32=True,

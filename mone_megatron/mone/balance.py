@@ -1,19 +1,12 @@
-"""The neuron balance loss: keeps all neurons of an expert in use.
+"""What the neuron balance loss, which keeps all neurons of an expert in use, is made of.
 
-For expert i with T_i tokens: ``f_k`` is the share of its tokens that keep neuron k, divided by
-K/f, so that 1 is perfectly even; ``P_k`` is the mean weight of neuron k. The loss is
-
-    L = mean over experts of  sum_k f_k * P_k
-
-with ``f_k`` taken as a constant. With normalised weights L is 1 when every neuron is kept equally
-often, and that is its minimum among selections with equal weights (Cauchy-Schwarz: then
-``P_k = f_k / f`` and ``sum_k f_k = f``). An expert without tokens counts 0.
+The loss itself is a method (:mod:`mone_megatron.methods.losses`): a function of sums of the
+weights of neurons over the tokens of an expert.
 
 "The tokens" are those of one microbatch, like megatron-core's ``aux_loss``, whatever the layout:
 the callers sum over the ranks that share a microbatch (see :mod:`.layer`).
 
-Shape suffixes: T tokens (rows), F neurons of one expert on this rank, S segments (one expert's
-tokens of one microbatch).
+Shape suffixes: T tokens (rows), F neurons of one expert on this rank.
 """
 
 from __future__ import annotations
@@ -33,6 +26,7 @@ class NeuronBalance:
     """The loss's settings: ``mone.balance`` in the configuration."""
 
     coeff: float = 0.0
+    kind: str = "switch"
     weights: Literal["selected", "all"] = "selected"
     normalize: bool = True
 
@@ -85,45 +79,3 @@ def neuron_weights(
     if neuron_group is not None:
         total_T1 = _AllReduceSum.apply(total_T1, neuron_group)
     return weights_TF / total_T1.clamp_min(TINY)
-
-
-def neuron_balance_loss(
-    *,
-    weights_TF: Tensor,
-    segment_ST: Tensor,
-    kept_SF: Tensor,
-    tokens_S: Tensor,
-    kept_share: float,
-    num_experts: int,
-) -> Tensor:
-    """This rank's part of the loss, summed over microbatches; without the coefficient.
-
-    Args:
-        weights_TF: from :func:`neuron_weights`; carries the gradient.
-        segment_ST: from :func:`mone_megatron.kernels.reference.segment_matrix`.
-        kept_SF: how many tokens of a segment keep each neuron, over all ranks that hold tokens of
-            the segment.
-        tokens_S: tokens of a segment, over the same ranks.
-        kept_share: K/f.
-        num_experts: experts of the layer over all ranks, the denominator of the mean.
-
-    Returns:
-        fp32 scalar. Summed over the ranks of a pipeline stage and divided by the number of
-        microbatches it is the mean of L over microbatches.
-    """
-    return balance_of_sums(
-        weight_sum_SF=segment_ST @ weights_TF,
-        kept_SF=kept_SF,
-        tokens_S=tokens_S,
-        kept_share=kept_share,
-        num_experts=num_experts,
-    )
-
-
-def balance_of_sums(
-    *, weight_sum_SF: Tensor, kept_SF: Tensor, tokens_S: Tensor, kept_share: float, num_experts: int
-) -> Tensor:
-    """:func:`neuron_balance_loss` when the weights of each segment are summed already."""
-    tokens_S1 = tokens_S.clamp_min(1).unsqueeze(-1).float()
-    load_SF = kept_SF.float() / tokens_S1 / kept_share
-    return (load_SF.detach() * weight_sum_SF / tokens_S1).sum() / num_experts

@@ -109,7 +109,10 @@ class GroupedExperts(MegatronModule):
             # grouped_mm takes no empty matrix, but ranks must call the same collectives.
             gate_up_TF = tokens_TH @ self.gate_up_weight[0].flatten(0, 1).T
             gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-            return self.neuron_gate(gate_TF, up_TF, probs_T, segments) @ self.down_weight[0], None
+            hidden_TF = self.neuron_gate(
+                gate_TF, up_TF, probs_T, segments, down_norm=self._down_norm
+            )
+            return hidden_TF @ self.down_weight[0], None
 
         def project_down(hidden_TF: Tensor) -> Tensor:
             return ops.grouped_mm(hidden_TF, self.down_weight, groups)
@@ -118,7 +121,14 @@ class GroupedExperts(MegatronModule):
         gate_up_EHF = self.gate_up_weight.flatten(1, 2).transpose(1, 2)
         gate_up_TF = ops.grouped_mm(tokens_TH, gate_up_EHF, groups)
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        return self.neuron_gate(gate_TF, up_TF, probs_T, segments, project_down), None
+        output_TH = self.neuron_gate(
+            gate_TF, up_TF, probs_T, segments, project_down, self._down_norm
+        )
+        return output_TH, None
+
+    def _down_norm(self) -> Tensor:
+        """The norm of each neuron's row of the down projection, fp32 ``[E, F]``."""
+        return torch.linalg.vector_norm(self.down_weight, dim=-1, dtype=torch.float32)
 
     def sharded_state_dict(
         self,

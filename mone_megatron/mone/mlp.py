@@ -41,8 +41,13 @@ def _forward(mlp: MLP, gate: NeuronGate, hidden_states: Tensor) -> tuple[Tensor,
         output: Tensor = mlp.linear_fc2(hidden_TF.view(*gate_up.shape[:-1], -1))[0]
         return output
 
+    def down_norm() -> Tensor:
+        # One expert, whose down projection is stored with the neurons last.
+        weight_HF = mlp.linear_fc2.weight
+        return torch.linalg.vector_norm(weight_HF, dim=0, keepdim=True, dtype=torch.float32)
+
     segments = Segments(index_T, 1, _context_group(), in_order=True)
-    return gate(gate_TF, up_TF, None, segments, project_down), None
+    return gate(gate_TF, up_TF, None, segments, project_down, down_norm), None
 
 
 def _context_group() -> dist.ProcessGroup | None:

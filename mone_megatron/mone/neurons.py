@@ -30,13 +30,14 @@ from mone_megatron.kernels.reference import (
     WeightSums,
     segment_matrix,
 )
+from mone_megatron.methods.loss import SelectionSums
+from mone_megatron.methods.losses import LOSSES
 from mone_megatron.mone.balance import (
     NeuronBalance,
-    balance_of_sums,
     neuron_weights,
 )
 from mone_megatron.mone.metrics import Usage
-from mone_megatron.mone.selection import NeuronSelection, NeuronTopK
+from mone_megatron.mone.selection import NeuronSelection, NeuronSelector
 
 # The balance loss's name in megatron-core's tracker of auxiliary losses.
 NEURON_BALANCE_LOSS = "neuron_balance_loss"
@@ -112,10 +113,18 @@ class NeuronGate(MegatronModule):
         )
         self.activate: Activate = config.activation_func
         self.balance = settings.balance if settings else NeuronBalance()
-        self.topk: NeuronTopK | None = None
+        self.loss = LOSSES[self.balance.kind]
+        self.selector: NeuronSelector | None = None
         self.memory = settings.memory if settings else "full"
-        if settings is not None and settings.selection.kept(neurons) < neurons:
-            self.topk = NeuronTopK(settings.selection, neurons, neuron_group, self.activate)
+        if settings is not None and settings.selection.budget(neurons).kept < neurons:
+            self.selector = NeuronSelector(
+                settings.selection,
+                neurons,
+                neuron_group,
+                self.activate,
+                num_local_experts=num_local_experts,
+                replica_group=self.usage.replica_group,
+            )
 
     def forward(
         self,
@@ -124,8 +133,9 @@ class NeuronGate(MegatronModule):
         scale_T: Tensor | None,
         segments: Segments,
         project: Callable[[Tensor], Tensor] = lambda hidden_TF: hidden_TF,
+        down_norm: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """The down projection of the unit's hidden values.
+        """Returns the down projection of the unit's hidden values.
 
         Args:
             gate_TF: gate projections, this rank's neurons.
@@ -134,9 +144,17 @@ class NeuronGate(MegatronModule):
             segments: which rows belong together for the balance loss.
             project: the down projection of ``[T, F]`` hidden values; by default they are returned.
                 In packed memory mode what it saves of them is rebuilt in the backward pass.
+            down_norm: gives the norm of each neuron's row of the down projection, fp32 ``[E, F]``;
+                needed by scores that read it.
         """
         packed = self._packed(gate_TF)
-        hidden_TF = self._hidden(gate_TF, up_TF, scale_T, segments, packed)
+        # Under activation recomputation the first forward runs without gradients: observe once.
+        observing = self.training and torch.is_grad_enabled()
+
+        def mask() -> Tensor:
+            return self._mask(gate_TF, up_TF, segments, down_norm, observing=observing)
+
+        hidden_TF = self._hidden(gate_TF, up_TF, scale_T, segments, packed, mask, observing)
         if packed is None:
             return project(hidden_TF)
         with ops.rebuilt_when_needed(hidden_TF, packed):
@@ -149,9 +167,9 @@ class NeuronGate(MegatronModule):
         scale_T: Tensor | None,
         segments: Segments,
         packed: Packed | None,
+        mask: Callable[[], Tensor],
+        observing: bool,
     ) -> Tensor:
-        # Under activation recomputation the first forward runs without gradients: observe once.
-        observing = self.training and torch.is_grad_enabled()
         collecting = observing and self.usage.collecting
         segment_ST = None
         if collecting:
@@ -160,11 +178,11 @@ class NeuronGate(MegatronModule):
                 segment_ST = segment_matrix(segments.index_T, num_segments)
                 tokens_ME = segment_ST.sum(dim=-1).view(-1, self.num_local_experts)
                 self.usage.add_tokens(tokens_ME.sum(dim=0))
-        keep = self._keep(gate_TF, up_TF, look=collecting)
+        keep = self._keep(mask, look=collecting)
         if keep is None or not observing or not (collecting or self._balancing):
             return ops.selected_glu(gate_TF, up_TF, keep, scale_T, self.activate, packed=packed)
         hidden_TF, weight_sum_SF, kept_SF = self._with_sums(
-            gate_TF, up_TF, keep, scale_T, segments, packed
+            gate_TF, up_TF, keep, scale_T, segments, packed, mask
         )
         if segment_ST is not None:
             assert isinstance(keep, Tensor)
@@ -172,24 +190,45 @@ class NeuronGate(MegatronModule):
                 self._count(gate_TF, keep, kept_SF, segment_ST, segments.num_microbatches)
         return self._attach_balance(hidden_TF, weight_sum_SF, kept_SF, segments)
 
-    def _keep(self, gate_TF: Tensor, up_TF: Tensor, *, look: bool) -> Keep:
-        """Which neurons are kept: None for all, a mask, or a rule.
+    def _keep(self, mask: Callable[[], Tensor], *, look: bool) -> Keep:
+        """Which neurons are kept: None for all, a mask, or a selection for a kernel to apply.
 
-        By a rule the kernel that multiplies selects, too; but then nobody sees the mask.
+        A kernel selects while it multiplies; but then nobody sees the mask.
         """
-        if self.topk is None or not self._selecting:
+        if self.selector is None or not self._selecting:
             return None
-        if look or self.topk.rule is None or self.topk.watched:
-            mask_TF: Tensor = self.topk(gate_TF, up_TF)
-            return mask_TF
-        return self.topk.rule
+        for_kernels = self.selector.for_kernels
+        if look or for_kernels is None or self.selector.watched:
+            return mask()
+        return for_kernels
+
+    def _mask(
+        self,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        segments: Segments,
+        down_norm: Callable[[], Tensor] | None,
+        *,
+        observing: bool,
+    ) -> Tensor:
+        """The mask that the selector gives for these rows, ``[T, F]`` bool."""
+        assert self.selector is not None
+        # Segment m * E + e holds the rows of expert e.
+        expert_T = segments.index_T % self.num_local_experts
+        norm_TF = None
+        if "down_norm" in self.selector.score.reads:
+            assert down_norm is not None, "whoever calls has the down projection"
+            with torch.no_grad():
+                norm_TF = down_norm()[expert_T]
+        mask_TF: Tensor = self.selector(gate_TF, up_TF, expert_T, norm_TF, observing=observing)
+        return mask_TF
 
     def _packed(self, gate_TF: Tensor) -> Packed | None:
         """The memory mode of one call."""
-        if self.topk is None or not self._selecting or self.memory == "full":
+        if self.selector is None or not self._selecting or self.memory == "full":
             return None
         # Of a row that is spread over ranks, each may keep all that the row keeps.
-        return Packed(min(self.topk.kept, gate_TF.shape[-1]))
+        return Packed(min(self.selector.most_kept, gate_TF.shape[-1]))
 
     def _with_sums(
         self,
@@ -199,6 +238,7 @@ class NeuronGate(MegatronModule):
         scale_T: Tensor | None,
         segments: Segments,
         packed: Packed | None,
+        mask: Callable[[], Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden values, and sums of weights and counts of kept neurons over each segment."""
         num_segments = segments.num_microbatches * self.num_local_experts
@@ -215,8 +255,7 @@ class NeuronGate(MegatronModule):
                 gate_TF, up_TF, keep, scale_T, sums, self.activate, packed=packed
             )
         # A row's sum runs over ranks, or over neurons that packed mode forgets.
-        mask_TF = keep if isinstance(keep, Tensor) else self._keep(gate_TF, up_TF, look=True)
-        assert isinstance(mask_TF, Tensor)
+        mask_TF = keep if isinstance(keep, Tensor) else mask()
         hidden_TF = ops.selected_glu(gate_TF, up_TF, mask_TF, scale_T, self.activate, packed=packed)
         segment_ST = segment_matrix(segments.index_T, num_segments)
         with torch.set_grad_enabled(balance.coeff > 0):
@@ -235,7 +274,7 @@ class NeuronGate(MegatronModule):
 
         Keeping all neurons is the plain expert: the same code, bit for bit, and nothing to balance.
         """
-        return self.topk is not None and self.topk.kept < self.topk.neurons
+        return self.selector is not None and self.selector.kept < self.selector.neurons
 
     @property
     def _balancing(self) -> bool:
@@ -265,19 +304,21 @@ class NeuronGate(MegatronModule):
         segments: Segments,
     ) -> Tensor:
         """Log the balance loss and let it backpropagate with ``hidden_TF``."""
-        assert self.topk is not None
+        assert self.selector is not None
         ones_T = torch.ones_like(segments.index_T, dtype=torch.float32)
         tokens_S = kept_SF.new_zeros(len(kept_SF)).scatter_add_(0, segments.index_T, ones_T)
         if segments.shared_group is not None:
             counts = torch.cat([kept_SF, tokens_S.unsqueeze(-1)], dim=-1)
             dist.all_reduce(counts, group=segments.shared_group)
             kept_SF, tokens_S = counts[:, :-1], counts[:, -1]
-        loss = balance_of_sums(
-            weight_sum_SF=weight_sum_SF,
-            kept_SF=kept_SF,
-            tokens_S=tokens_S,
-            kept_share=self.topk.kept / self.topk.neurons,
-            num_experts=self.num_experts,
+        loss = self.loss.function(
+            SelectionSums(
+                weight_sum_SF=weight_sum_SF,
+                kept_SF=kept_SF,
+                tokens_S=tokens_S,
+                kept_share=self.selector.kept / self.selector.neurons,
+                num_experts=self.num_experts,
+            )
         )
         save_to_aux_losses_tracker(NEURON_BALANCE_LOSS, loss, self.layer_number, self.num_layers)
         if self.balance.coeff > 0:

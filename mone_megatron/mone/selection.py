@@ -1,11 +1,17 @@
-"""Which neurons a token keeps: exactly K of an expert's f, also when f is spread over ranks.
+"""Which neurons a token keeps, also when an expert's neurons are spread over ranks.
 
-Shape suffixes: T tokens (rows), F neurons of one expert on this rank, C candidates of a rank.
+A rule (:mod:`mone_megatron.methods.rules`) chooses by scores (:mod:`mone_megatron.methods.scores`).
+This file gives it what it chooses among, and keeps its state.
+
+Shape suffixes: T tokens (rows), F neurons of one expert on this rank, E experts on this rank,
+C candidates of a rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mone_megatron.kernels import ops
-from mone_megatron.kernels.reference import Activate, Score, TopK, neuron_scores
+from mone_megatron.kernels.reference import Activate, TopK, neuron_scores
+from mone_megatron.methods.rule import Budget, Rows
+from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.scores import SCORES
 
 
 @dataclass(frozen=True)
@@ -21,23 +30,18 @@ class NeuronSelection:
     """How neurons are chosen (design: "The method")."""
 
     keep_ratio: float
-    score: Score = "abs_activation"
+    score: str = "abs_activation"
+    rule: str = "topk"
+    rule_options: Mapping[str, Any] = field(default_factory=dict)
 
-    def kept(self, neurons: int) -> int:
-        """K = round(keep_ratio * f), with f = ``neurons``.
+    def budget(self, neurons: int) -> Budget:
+        """Returns how many of ``neurons`` (f of the whole expert) are kept.
 
         Raises:
-            ValueError: when the ratio keeps no neuron, or is above 1.
+            ValueError: the rule is unknown, the ratio keeps no neuron or is above 1, or the rule
+                refuses it.
         """
-        if not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"mone.keep_ratio: {self.keep_ratio} is not in (0, 1]")
-        kept = round(self.keep_ratio * neurons)
-        if kept < 1:
-            raise ValueError(
-                f"mone.keep_ratio: {self.keep_ratio} of {neurons} neurons keeps none; "
-                f"use at least {1 / neurons:.3g}"
-            )
-        return kept
+        return RULES[self.rule].budget(self.keep_ratio, neurons, self.rule_options)
 
 
 def sharded_topk_mask(scores_TF: Tensor, k: int, group: dist.ProcessGroup) -> Tensor:
@@ -64,8 +68,36 @@ def sharded_topk_mask(scores_TF: Tensor, k: int, group: dist.ProcessGroup) -> Te
     return (scores_TF > kth_T1) | (tied_TF & (tied_TF.cumsum(dim=-1) <= room_T1))
 
 
-class NeuronTopK(nn.Module):
-    """Chooses the kept neurons of each row. A module so that forward hooks can read the mask."""
+@dataclass(frozen=True)
+class GroupShards:
+    """The ranks of a process group as :class:`mone_megatron.methods.rule.Shards`."""
+
+    group: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among those that share the neurons."""
+        return dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """How many ranks share the neurons."""
+        return dist.get_world_size(self.group)
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Returns the sum over the ranks. Collective."""
+        total = part.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+
+class NeuronSelector(nn.Module):
+    """Chooses the kept neurons of each row. A module so that forward hooks can read the mask.
+
+    The state of a rule that has one is a buffer ``rule_NAME`` of shape ``[E]`` each. What a step's
+    rows say of it is added up until :meth:`advance` moves it, once a step and over all ranks, so
+    that it is the same in every layout.
+    """
 
     def __init__(
         self,
@@ -73,46 +105,146 @@ class NeuronTopK(nn.Module):
         neurons: int,
         group: dist.ProcessGroup | None = None,
         activate: Activate = F.silu,
+        *,
+        num_local_experts: int = 1,
+        replica_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Prepare to select among ``neurons`` (f of the whole expert, over all of ``group``).
+        """Prepares to select among ``neurons`` (f of the whole expert, over all of ``group``).
 
         Args:
-            selection: keep ratio and score.
+            selection: the rule, its options, keep ratio and score.
             neurons: f.
             group: the ranks that share the neurons of one expert, in neuron order; None or a
                 group of one when this rank holds them all.
             activate: the activation of the gate projection.
+            num_local_experts: E.
+            replica_group: ranks that hold these same neurons for other tokens; None for none.
+
+        Raises:
+            ValueError: for an unknown rule or score, a budget that the rule refuses, or neurons
+                spread over ranks by a rule that cannot select over them.
         """
         super().__init__()
         self.selection = selection
         self.neurons = neurons
         self.activate = activate
-        self.kept = selection.kept(neurons)
+        self.rule = RULES[selection.rule]
+        self.score = SCORES[selection.score]
+        self.budget = selection.budget(neurons)
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
-
-    def set_keep_ratio(self, keep_ratio: float) -> None:
-        """Keep another share of the neurons from now on (``mone.keep_ratio_schedule``)."""
-        self.selection = replace(self.selection, keep_ratio=keep_ratio)
-        self.kept = self.selection.kept(self.neurons)
+        if self.group is not None and self.rule.exchange == "refused":
+            raise ValueError(
+                f"mone.rule: {self.rule.name} does not select over neurons that are spread over "
+                "ranks; use parallel.expert_tensor=1 (routed) and parallel.tensor=1 (shared, dense)"
+            )
+        self.replica_group = replica_group
+        self.num_local_experts = num_local_experts
+        for name, initial in self.rule.state.items():
+            self.register_buffer(f"rule_{name}", torch.full((num_local_experts,), initial))
+        self._observed: dict[str, Tensor] = {}
 
     @property
-    def rule(self) -> TopK | None:
-        """The selection as a rule for a kernel to apply; None when it needs other ranks."""
-        return None if self.group is not None else TopK(self.kept, self.selection.score)
+    def kept(self) -> int:
+        """K: how many neurons of a row the keep ratio stands for."""
+        return self.budget.kept
+
+    @property
+    def most_kept(self) -> int:
+        """The largest number of neurons that a row keeps."""
+        return self.rule.most_kept(self.budget)
+
+    def set_keep_ratio(self, keep_ratio: float) -> None:
+        """Keeps another share of the neurons from now on (``mone.keep_ratio_schedule``)."""
+        self.selection = replace(self.selection, keep_ratio=keep_ratio)
+        self.budget = self.selection.budget(self.neurons)
+
+    @property
+    def for_kernels(self) -> TopK | None:
+        """The selection as a kernel applies it; None when only this module can.
+
+        A kernel knows the largest K of a row that it sees whole, by a score of gate and up alone.
+        """
+        if not self.rule.top_k or self.group is not None or "down_norm" in self.score.reads:
+            return None
+        return TopK(self.kept, self.score.name)
 
     @property
     def watched(self) -> bool:
         """Whether a forward hook wants to see the mask."""
         return bool(self._forward_hooks)
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The rule's state by name, fp32 ``[E]`` each."""
+        return {name: self.get_buffer(f"rule_{name}") for name in self.rule.state}
+
     @torch.no_grad()
-    def forward(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-        """The mask of kept neurons, ``[T, F]`` bool; over ``group`` exactly K True a row."""
-        scores_TF = neuron_scores(gate_TF, up_TF, self.selection.score, self.activate)
+    def forward(
+        self,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        expert_T: Tensor | None = None,
+        down_norm_TF: Tensor | None = None,
+        *,
+        observing: bool = False,
+    ) -> Tensor:
+        """Returns the mask of kept neurons, ``[T, F]`` bool.
+
+        Args:
+            gate_TF: gate projections, this rank's neurons.
+            up_TF: up projections.
+            expert_T: int64, the expert on this rank that each row belongs to; None for one expert.
+            down_norm_TF: the norm of each neuron's row of the down projection, broadcasting to
+                ``[T, F]``, for scores that read it.
+            observing: whether the rows count for the state of the rule.
+        """
+        scores_TF = neuron_scores(
+            gate_TF, up_TF, self.score.name, self.activate, down_norm_TF=down_norm_TF
+        )
+        if expert_T is None:
+            expert_T = torch.zeros(len(gate_TF), dtype=torch.int64, device=gate_TF.device)
+        rows = Rows(
+            scores_TF=scores_TF,
+            budget=self.budget,
+            largest=lambda k: self._largest(scores_TF, k),
+            expert_T=expert_T,
+            num_experts=self.num_local_experts,
+            shards=None if self.group is None else GroupShards(self.group),
+            state=self.state,
+            training=self.training,
+        )
+        mask_TF = self.rule.mask(rows)
+        if observing and self.rule.observe is not None:
+            for name, sum_E in self.rule.observe(rows, mask_TF).items():
+                before_E = self._observed.get(name)
+                self._observed[name] = sum_E if before_E is None else before_E + sum_E
+        return mask_TF
+
+    def _largest(self, scores_TF: Tensor, k: int) -> Tensor:
         if self.group is None:
-            return ops.topk_mask(scores_TF, self.kept)
-        return sharded_topk_mask(scores_TF, self.kept, self.group)
+            return ops.topk_mask(scores_TF, k)
+        return sharded_topk_mask(scores_TF, k, self.group)
+
+    @torch.no_grad()
+    def advance(self, *, applied: bool) -> None:
+        """Moves the state by what the rows of a step said of it; nothing for rules without state.
+
+        Collective over the ranks that hold the same experts.
+
+        Args:
+            applied: whether the step was; what a step that is thrown away said is forgotten.
+        """
+        if self.rule.observe is None or self.rule.advance is None:
+            return
+        observed, self._observed = self._observed, {}
+        if not applied:
+            return
+        if self.replica_group is not None:
+            for name in sorted(observed):
+                dist.all_reduce(observed[name], group=self.replica_group)
+        for name, value_E in self.rule.advance(self.state, observed, self.budget).items():
+            self.get_buffer(f"rule_{name}").copy_(value_E)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        return f"keep {self.kept} of {self.neurons} by {self.selection.score}"
+        return f"{self.rule.name}: keep {self.kept} of {self.neurons} by {self.score.name}"

@@ -16,8 +16,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import neurons_kept
+from mone_megatron.config.schema import Config, MoNEConfig
+from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.rule import count_kept
+from mone_megatron.methods.rules import RULES
 from mone_megatron.planning.attention import head_dim_of, value_dim_of
 from mone_megatron.planning.shards import expert_width, local_experts
 
@@ -97,8 +99,10 @@ def split_tokens(config: Config) -> int:
 
 def _one_function(config: Config, numerics: Numerics) -> bool:
     """Whether the gated unit with selection is one autograd function (``kernels.ops``)."""
-    silu = config.model.activation == "silu"
-    return numerics.kernels == "cuda" or (silu and numerics.bytes == 4)
+    activation = ACTIVATIONS[config.model.activation]
+    if numerics.kernels == "cuda":
+        return activation.fused is not None
+    return activation.fused_on_cpu and numerics.bytes == 4
 
 
 def _mask(config: Config, numerics: Numerics, width: int) -> int:
@@ -193,8 +197,9 @@ def _gated_mlp(
     if selecting:
         return tokens * _selected_glu(config, numerics, width) * numerics.bytes
     # The activation, a copy of the up part and the input of the last projection; and gate and up,
-    # of which SiLU keeps the gate.
-    kept = (5 if config.model.activation == "silu" else 3) + _squares(config)
+    # where the activation keeps the gate.
+    keeps_gate = ACTIVATIONS[config.model.activation].keeps_input
+    kept = (5 if keeps_gate else 3) + _intermediates(config)
     return tokens * kept * width * numerics.bytes
 
 
@@ -208,13 +213,20 @@ def _selected_glu(
     """
     if selecting and config.mone.memory == "packed":
         # Of each rank of several that share the neurons, its part of what is kept.
-        return 2 * neurons_kept(config.mone.keep_ratio, width)
-    return width * (3 if _one_function(config, numerics) else 4 + _squares(config) + scaled)
+        return 2 * most_kept(config.mone, width)
+    one = _one_function(config, numerics)
+    return width * (3 if one else 4 + _intermediates(config) + scaled)
 
 
-def _squares(config: Config) -> int:
-    """ReLU^2 keeps ReLU beside its square."""
-    return 1 if config.model.activation == "relu2" else 0
+def most_kept(mone: MoNEConfig, width: int) -> int:
+    """The largest number of neurons that a row of ``width`` keeps."""
+    rule = RULES[mone.rule]
+    return rule.most_kept(rule.budget(mone.keep_ratio, width, mone.rule_options))
+
+
+def _intermediates(config: Config) -> int:
+    """What the activation keeps beside its input and its result, in values a neuron."""
+    return ACTIVATIONS[config.model.activation].intermediates
 
 
 def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
@@ -301,8 +313,9 @@ def _balance(
     # |a|, and with normalisation after it, too, and two sums of a row.
     neurons = 8 if balance.normalize else 4
     sums = 8 if balance.normalize else 0
-    # The activation is computed again; but for SiLU its backward pass keeps a result of its own.
-    if config.model.activation != "silu" and (numerics.bytes < 4 or _squares(config)):
+    # The activation is computed again; one that keeps its result keeps this one, too.
+    keeps_gate = ACTIVATIONS[config.model.activation].keeps_input
+    if not keeps_gate and (numerics.bytes < 4 or _intermediates(config)):
         neurons += numerics.bytes
     return {"neuron balance": rows * (neurons * width + sums + 4 * segments)}
 
@@ -310,7 +323,7 @@ def _balance(
 def selects_neurons(config: Config, target: str, width: int) -> bool:
     """Whether MLPs of a kind ("routed", "shared" or "dense"), ``width`` wide, select neurons."""
     mone = config.mone
-    return mone.enabled and target in mone.apply_to and neurons_kept(mone.keep_ratio, width) < width
+    return mone.enabled and target in mone.apply_to and count_kept(mone.keep_ratio, width) < width
 
 
 def embedding(config: Config, numerics: Numerics) -> Saved:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout, neurons_kept
+from mone_megatron.config.validate import Layout
+from mone_megatron.methods.rule import count_kept
 from mone_megatron.planning import activations
 from mone_megatron.planning.activations import Numerics
 from mone_megatron.planning.attention import head_dim_of, projections
@@ -168,7 +169,7 @@ def _moe(config: Config, layout: Layout, numerics: Numerics) -> Iterator[Traffic
         # The exact top-k over neurons that lie on several ranks asks for each rank's best.
         inner = named["expert_tensor"]
         best = min(
-            neurons_kept(config.mone.keep_ratio, model.expert_ffn_hidden_size),
+            count_kept(config.mone.keep_ratio, model.expert_ffn_hidden_size),
             expert_width(config),
         )
         sent = activations.expert_rows(config) * best * e * (inner.size - 1)

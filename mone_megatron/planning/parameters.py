@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mone_megatron.config.schema import ModelConfig, MoNEConfig
-from mone_megatron.config.validate import neurons_kept
+from mone_megatron.methods.rule import count_kept
 from mone_megatron.planning import attention as attention_of
 
 
@@ -149,7 +149,7 @@ def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
         kind: GatedMLP(
             hidden_size=model.hidden_size,
             width=width,
-            kept=neurons_kept(mone.keep_ratio, width)
+            kept=count_kept(mone.keep_ratio, width)
             if mone.enabled and kind in mone.apply_to
             else width,
             count=count,

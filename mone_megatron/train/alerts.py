@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import neurons_kept
+from mone_megatron.methods.rule import count_kept
 from mone_megatron.train.panel import LayerUse, Mlp, Panel
 
 Kind: TypeAlias = Literal["dead_expert", "dead_neurons", "load_collapse", "shrinking_weights"]
@@ -175,7 +175,7 @@ class AlertMonitor:
 
     def _neurons(self, step: int, use: LayerUse) -> Iterator[_Finding]:
         neurons = _neurons(self.config, use.mlp)
-        kept = neurons_kept(self.config.mone.keep_ratio_at(step), neurons)
+        kept = count_kept(self.config.mone.keep_ratio_at(step), neurons)
         most, least = self.settings.dead_neurons, self.settings.load_collapse
         name = "mone" if use.mlp == "routed" else f"mone/{use.mlp}"
         for expert, (tokens, dead, entropy) in enumerate(

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from mone_megatron.config.schema import MoNEConfig
-from mone_megatron.mone.selection import NeuronTopK
+from mone_megatron.mone.selection import NeuronSelector
 
 
 class KeepRatio:
@@ -25,7 +25,7 @@ class KeepRatio:
             module
             for chunk in chunks
             for module in chunk.modules()
-            if isinstance(module, NeuronTopK)
+            if isinstance(module, NeuronSelector)
         ]
 
     def set_for(self, step: int) -> float | None:

@@ -26,6 +26,8 @@ _OF_TRAINING = (
     "model.router.expert_bias_rate",
 )
 _ROUTES = "sinkhorn"
+# Keys that older checkpoints do not name, with what every run did before there was a choice.
+_BEFORE_THE_KEY = {"mone.rule": "topk", "mone.balance.kind": "switch"}
 # What to look at when a value that nobody configured differs.
 _MADE_OF = {
     "data_fingerprint": " (made of data.split, data.weights, the order of data.paths and the bytes "
@@ -79,6 +81,7 @@ def check_same_run(
         ValueError: naming every key that differs.
     """
     problems = []
+    saved = _BEFORE_THE_KEY | saved
     for key in sorted(saved.keys() | current.keys()):
         old, new = saved.get(key), current.get(key)
         if old == new and key in saved and key in current:

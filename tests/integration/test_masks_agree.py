@@ -48,9 +48,9 @@ def kept_masks(overrides: tuple[str, ...]) -> Masks:
                     packed = [row.tobytes() for row in np.packbits(rows, axis=-1)]
                     found[gate.layer_number, expert] += packed
 
-        assert gate.topk is not None
+        assert gate.selector is not None
         experts.register_forward_pre_hook(before)
-        gate.topk.register_forward_hook(after)
+        gate.selector.register_forward_hook(after)
 
     for chunk in trainer.chunks:
         for module in chunk.modules():

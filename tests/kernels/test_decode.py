@@ -18,9 +18,12 @@ from mone_megatron.kernels.decode import (
     sparse_experts,
     speed_limit,
 )
-from mone_megatron.kernels.reference import Activate, Score, TopK
+from mone_megatron.kernels.reference import Activate, TopK
+from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.scores import SCORES as REGISTERED
 
-SCORES: tuple[Score, ...] = ("abs_activation", "abs_gate", "signed_gate", "abs_product")
+# Those that a kernel can be asked for: they read nothing but gate and up.
+SCORES = [score.name for score in REGISTERED if "down_norm" not in score.reads]
 
 
 def dense_experts(
@@ -84,7 +87,7 @@ def routed(tokens: int, chosen: int, weights: ExpertWeights, seed: int) -> tuple
 )
 @settings(max_examples=60, deadline=None)
 def test_it_is_the_reference(
-    tokens: int, experts: int, neurons: int, hidden: int, layout: str, score: Score, seed: int
+    tokens: int, experts: int, neurons: int, hidden: int, layout: str, score: str, seed: int
 ) -> None:
     chooser = random.Random(seed)
     weights = layer(experts=experts, neurons=neurons, hidden=hidden, layout=layout)
@@ -101,7 +104,7 @@ def test_other_activations(activation: str) -> None:
     # Of ReLU's scores many are zero: ties go to the lowest index.
     weights = layer(experts=4, neurons=32, hidden=16, layout="ours")
     inputs = routed(3, 2, weights, seed=3)
-    keep, activate = TopK(24, "abs_activation"), reference.ACTIVATIONS[activation]
+    keep, activate = TopK(24, "abs_activation"), ACTIVATIONS[activation].function
     expected = dense_experts(*inputs, weights, keep, activate)
     ours = sparse_experts(*inputs, weights, keep, activate)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
@@ -194,7 +197,7 @@ def test_speed_limit_by_counting() -> None:
     ],
 )
 def test_triton(
-    tokens: int, score: Score, activation: str, layout: str, kept: int, dtype: torch.dtype
+    tokens: int, score: str, activation: str, layout: str, kept: int, dtype: torch.dtype
 ) -> None:
     fused_decode = pytest.importorskip(
         "mone_megatron.kernels.fused_decode", reason="Triton is not installed"
@@ -203,7 +206,7 @@ def test_triton(
     # 37 neurons and 150 values fill no block.
     weights = layer(experts=4, neurons=37, hidden=150, layout=layout, dtype=dtype)
     inputs = routed(tokens, 2, weights, seed=kept)
-    keep, activate = TopK(kept, score), reference.ACTIVATIONS[activation]
+    keep, activate = TopK(kept, score), ACTIVATIONS[activation].function
     on_device = [tensor.to(device) for tensor in (*inputs, *vars(weights).values())]
     ours = fused_decode.sparse_experts(*on_device, keep, activate).cpu()
     assert ours.dtype is dtype

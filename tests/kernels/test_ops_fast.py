@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mone_megatron.kernels import cpu, ops, reference
-from mone_megatron.kernels.reference import Keep, Score, TopK, WeightSums
+from mone_megatron.kernels.reference import Keep, TopK, WeightSums
 
 # Rows in which several blocks meet and the last is not full; one block; fewer rows than a block.
 SHAPES = [(1100, 192), (341, 192), (3, 7), (5, 70000)]
@@ -171,7 +171,7 @@ def test_nan_reaches_values_and_gradients_of_its_row(where: str) -> None:
 
 @pytest.mark.parametrize("score", ["abs_activation", "abs_gate", "signed_gate", "abs_product"])
 @pytest.mark.parametrize("spoilt", [False, True])
-def test_a_rule_is_the_mask_that_it_stands_for(score: Score, spoilt: bool) -> None:
+def test_a_rule_is_the_mask_that_it_stands_for(score: str, spoilt: bool) -> None:
     """Also where scores tie or are NaN, in the middle of a piece."""
     gate, up, _, scale = _inputs(1100, 192)
     if spoilt:

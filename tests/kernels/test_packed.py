@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mone_megatron.kernels import ops
 from mone_megatron.kernels.packed import pack_bits, unpack_bits
-from mone_megatron.kernels.reference import ACTIVATIONS, Activate, Packed, TopK, WeightSums
+from mone_megatron.kernels.reference import Activate, Packed, TopK, WeightSums
+from mone_megatron.methods.activations import ACTIVATIONS
 
 ROWS, NEURONS, KEPT = 40, 64, 16
 
@@ -47,12 +48,12 @@ def _values_and_gradients(
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS.names)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_and_gradients_are_those_of_the_full_mode(
     dtype: torch.dtype, activation: str, normalize: bool
 ) -> None:
-    activate = ACTIVATIONS[activation]
+    activate = ACTIVATIONS[activation].function
     full = _values_and_gradients(dtype, activate, None, normalize=normalize)
     packed = _values_and_gradients(dtype, activate, Packed(KEPT), normalize=normalize)
     for ours, wanted in zip(packed, full, strict=True):

@@ -19,12 +19,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mone_megatron.kernels import reference
-from mone_megatron.kernels.reference import ACTIVATIONS, Packed, Score, TopK, WeightSums
+from mone_megatron.kernels.reference import Packed, TopK, WeightSums
+from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.scores import SCORES as REGISTERED
 
 fused = pytest.importorskip("mone_megatron.kernels.fused", reason="Triton is not installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-SCORES: tuple[Score, ...] = ("abs_activation", "abs_gate", "signed_gate", "abs_product")
+# Those that a kernel can be asked for: they read nothing but gate and up.
+SCORES = [score.name for score in REGISTERED if "down_norm" not in score.reads]
 BF16_TOLERANCE = 2.0**-7
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -66,7 +69,7 @@ class Case:
     neurons: int = 37
     k: int = 9
     dtype: torch.dtype = torch.float32
-    score: Score = "abs_activation"
+    score: str = "abs_activation"
     activation: str = "silu"
     keep: Literal["rule", "mask", "all"] = "rule"
     packed: bool = False
@@ -107,7 +110,9 @@ class Case:
     def mask(self) -> Tensor:
         """By the reference, in the inputs' own dtype."""
         gate, up, _ = self.inputs()
-        mask = reference.kept_mask(gate, up, TopK(self.k, self.score), ACTIVATIONS[self.activation])
+        mask = reference.kept_mask(
+            gate, up, TopK(self.k, self.score), ACTIVATIONS[self.activation].function
+        )
         return torch.ones_like(gate, dtype=torch.bool) if self.keep == "all" else mask
 
 
@@ -138,7 +143,7 @@ def run(case: Case) -> Results:
         up,
         leaves[2] if len(leaves) > 2 else None,
         keep,
-        activate=ACTIVATIONS[case.activation],
+        activate=ACTIVATIONS[case.activation].function,
         packed=Packed(case.k) if case.packed else None,
         sums=case.sums(),
     )
@@ -153,7 +158,7 @@ def run(case: Case) -> Results:
 def expected(case: Case) -> Results:
     """The reference in fp32."""
     leaves = [t.float().detach().requires_grad_() for t in case.inputs() if t is not None]
-    activate, mask, sums = ACTIVATIONS[case.activation], case.mask(), case.sums()
+    activate, mask, sums = ACTIVATIONS[case.activation].function, case.mask(), case.sums()
     scale = leaves[2] if len(leaves) > 2 else None
     hidden = reference.selected_glu(leaves[0], leaves[1], mask, scale, activate)
     outputs: list[Tensor | None] = [hidden]
@@ -195,23 +200,23 @@ def masks(case: Case) -> Tensor:
         up,
         None,
         TopK(case.k, case.score),
-        activate=ACTIVATIONS[case.activation],
+        activate=ACTIVATIONS[case.activation].function,
         packed=None,
         sums=sums,
     )
     return kept.bool()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS.names)
 def test_bf16_activations_are_those_of_torch_for_every_number(activation: str) -> None:
-    assert fused.scores_equal_torch(activation, torch.device(DEVICE))
+    assert fused.scores_equal_torch(ACTIVATIONS[activation].function, torch.device(DEVICE))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS.names)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_masks_equal_the_reference_bit_for_bit(
-    dtype: torch.dtype, score: Score, activation: str
+    dtype: torch.dtype, score: str, activation: str
 ) -> None:
     # In bf16 many scores tie without help.
     case = Case(2, 45, 11, dtype, score, activation, step=0.125 * (dtype is torch.float32))
@@ -232,7 +237,7 @@ def test_torch_scores_are_taken_where_the_kernels_differ(monkeypatch: pytest.Mon
     assert torch.equal(masks(case), case.mask())
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS.names)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_values_and_gradients_of_every_activation(dtype: torch.dtype, activation: str) -> None:
     check(Case(dtype=dtype, activation=activation))
@@ -309,7 +314,7 @@ def test_each_output_backpropagates_alone(which: int) -> None:
                 up,
                 scale,
                 keep,
-                activate=ACTIVATIONS["silu"],
+                activate=ACTIVATIONS["silu"].function,
                 packed=None,
                 sums=sums,
             )
@@ -348,7 +353,7 @@ def test_packed_mode_saves_a_third_or_less(dtype: torch.dtype) -> None:
                 up,
                 None,
                 TopK(16, "abs_activation"),
-                activate=ACTIVATIONS["silu"],
+                activate=ACTIVATIONS["silu"].function,
                 packed=Packed(16) if packed else None,
                 sums=None,
             )
@@ -386,7 +391,7 @@ def test_topk_mask_of_awkward_scores(
     neurons=st.integers(1, 40),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     score=st.sampled_from(SCORES),
-    activation=st.sampled_from(list(ACTIVATIONS)),
+    activation=st.sampled_from(ACTIVATIONS.names),
     weights=st.sampled_from(["selected", "all", None]),
     flags=st.tuples(st.booleans(), st.booleans()),
     data=st.data(),
@@ -395,7 +400,7 @@ def test_any_shape_and_setting(
     rows: int,
     neurons: int,
     dtype: torch.dtype,
-    score: Score,
+    score: str,
     activation: str,
     weights: Literal["selected", "all"] | None,
     flags: tuple[bool, bool],

@@ -32,7 +32,7 @@ from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.layer import MicrobatchSources, MoNELayer
 from mone_megatron.mone.mlp import NeuronMLP, NeuronSharedExpert
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
-from mone_megatron.mone.selection import NeuronTopK
+from mone_megatron.mone.selection import NeuronSelector
 from mone_megatron.parallel.groups import open_expert_sources, open_groups
 from mone_megatron.planning.parameters import count_parameters
 from mone_megatron.testing.processes import Processes
@@ -298,15 +298,15 @@ def test_modules_stand_where_the_config_puts_them() -> None:
     gates = [dense.neuron_gate, *(mlp.experts.neuron_gate for mlp in moe)]
     assert [gate.layer_number for gate in gates] == [1, 2, 3, 4]
     assert [mlp.shared_experts.neuron_gate.layer_number for mlp in moe] == [2, 3, 4]
-    kept = [topk.kept for topk in model.modules() if isinstance(topk, NeuronTopK)]
+    kept = [topk.kept for topk in model.modules() if isinstance(topk, NeuronSelector)]
     assert sorted(kept) == sorted([16] + [8] * 3 + [12] * 3)
 
     plain = build(tiny(**FULL))
     assert type(plain.decoder.layers[0].mlp) is MLP
     assert type(plain.decoder.layers[1].mlp.shared_experts) is SharedExpertMLP
-    assert not any(isinstance(module, NeuronTopK) for module in plain.modules())
+    assert not any(isinstance(module, NeuronSelector) for module in plain.modules())
     routed_only = build(tiny(replace(MONE, apply_to=("routed",)), **FULL))
-    assert sum(isinstance(module, NeuronTopK) for module in routed_only.modules()) == 3
+    assert sum(isinstance(module, NeuronSelector) for module in routed_only.modules()) == 3
 
 
 # Training --------
@@ -327,7 +327,7 @@ def run(model: GPTModel) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
         module.register_forward_hook(lambda *call: masks.__setitem__(name, call[2]))
 
     for name, module in model.named_modules():
-        if isinstance(module, NeuronTopK):
+        if isinstance(module, NeuronSelector):
             remember(name, module)
     tokens, positions, labels = batch()
     loss = model(tokens, positions, None, labels=labels).mean()
@@ -376,7 +376,7 @@ def test_selection_trains_wherever_it_is_applied(
     for name, mask in masks.items():
         if "mlp.experts" in name:
             continue  # rows of several experts
-        owner = name.removesuffix(".neuron_gate.topk")
+        owner = name.removesuffix(".neuron_gate.selector")
         down = gradients[f"{owner}.linear_fc2.weight"]
         assert torch.equal(down.abs().amax(0) > 0, mask.any(0)), name
     values = get_moe_layer_wise_logging_tracker()[NEURON_BALANCE_LOSS]["values"]

@@ -16,9 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mone_megatron.kernels.reference import segment_matrix, selected_glu, topk_mask
+from mone_megatron.methods.loss import SelectionSums
+from mone_megatron.methods.losses import LOSSES
 from mone_megatron.mone.balance import (
     NeuronBalance,
-    neuron_balance_loss,
     neuron_weights,
 )
 from mone_megatron.mone.neurons import (
@@ -49,16 +50,17 @@ def balance_loss(
     ``load`` overrides how many tokens keep each neuron, to hold f_k constant.
     """
     segment_ST = segment_matrix(index, experts)
-    return neuron_balance_loss(
-        weights_TF=neuron_weights(
-            activation_TF=activation, mask_TF=mask, weights=weights, normalize=normalize
-        ),
-        segment_ST=segment_ST,
+    weights_TF = neuron_weights(
+        activation_TF=activation, mask_TF=mask, weights=weights, normalize=normalize
+    )
+    sums = SelectionSums(
+        weight_sum_SF=segment_ST @ weights_TF,
         kept_SF=segment_ST @ mask.float() if load is None else load,
         tokens_S=segment_ST.sum(-1),
         kept_share=mask[0].sum().item() / mask.shape[-1],
         num_experts=experts,
     )
+    return LOSSES["switch"].function(sums)
 
 
 def loop_over_tokens(
@@ -250,7 +252,9 @@ def _gate(
     )
     gate = NeuronGate(
         config=config,
-        settings=NeuronSettings(NeuronSelection(0.25), NeuronBalance(coeff, weights, normalize)),
+        settings=NeuronSettings(
+            NeuronSelection(0.25), NeuronBalance(coeff, "switch", weights, normalize)
+        ),
         neurons=neurons,
         num_experts=experts,
         num_local_experts=experts,

@@ -12,8 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
-from mone_megatron.kernels.reference import Score
-from mone_megatron.mone.activations import ACTIVATIONS
+from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.scores import SCORES as REGISTERED
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.neurons import NeuronSettings, Segments
 from mone_megatron.mone.selection import NeuronSelection
@@ -21,7 +21,8 @@ from mone_megatron.parallel.groups import open_groups
 from mone_megatron.testing.processes import Processes
 
 HIDDEN = 8
-SCORES: tuple[Score, ...] = ("abs_activation", "abs_gate", "signed_gate", "abs_product")
+# Those that a kernel can be asked for: they read nothing but gate and up.
+SCORES = [score.name for score in REGISTERED if "down_norm" not in score.reads]
 # (neurons, rows of each expert)
 SHAPES = {
     "several": (16, (5, 3, 4)),
@@ -97,7 +98,7 @@ PLAIN_ACTIVATIONS: dict[str, Callable[[float], float]] = {
 
 
 def kept_neurons(
-    gate: list[float], up: list[float], score: Score, k: int, activation_name: str
+    gate: list[float], up: list[float], score: str, k: int, activation_name: str
 ) -> list[int]:
     def rank(neuron: int) -> float:
         g = gate[neuron]
@@ -118,7 +119,7 @@ def loop_over_tokens_and_neurons(
     gate_up_weight: Tensor,
     down_weight: Tensor,
     counts: tuple[int, ...],
-    score: Score,
+    score: str,
     k: int,
     activation_name: str = "silu",
 ) -> Tensor:
@@ -154,7 +155,7 @@ def loop_over_tokens_and_neurons(
 @pytest.mark.parametrize("keep_ratio", [1 / 8, 1 / 4, 1 / 2, 1.0])
 @pytest.mark.parametrize("score", SCORES)
 def test_experts_match_a_loop_over_tokens_and_neurons(
-    score: Score, keep_ratio: float, shape: str
+    score: str, keep_ratio: float, shape: str
 ) -> None:
     compare_with_a_loop(score, keep_ratio, shape, "silu")
 
@@ -163,19 +164,19 @@ def test_experts_match_a_loop_over_tokens_and_neurons(
 @pytest.mark.parametrize("keep_ratio", [1 / 4, 3 / 4, 1.0])
 @pytest.mark.parametrize("score", ["abs_activation", "abs_product"])
 @pytest.mark.parametrize("activation", ["sigmoid", "relu", "relu2"])
-def test_other_activations_match_a_loop(activation: str, score: Score, keep_ratio: float) -> None:
+def test_other_activations_match_a_loop(activation: str, score: str, keep_ratio: float) -> None:
     """ReLU leaves many weights at 0: above a half, ties at 0 decide who is kept."""
     compare_with_a_loop(score, keep_ratio, "several", activation)
 
 
-def compare_with_a_loop(score: Score, keep_ratio: float, shape: str, activation: str) -> None:
+def compare_with_a_loop(score: str, keep_ratio: float, shape: str, activation: str) -> None:
     neurons, counts = SHAPES[shape]
     selection = NeuronSelection(keep_ratio, score)
     experts = make_experts(
         neurons,
         len(counts),
         NeuronSettings(selection),
-        activation_func=ACTIVATIONS[activation],
+        activation_func=ACTIVATIONS[activation].function,
     )
     results = run_experts(experts, counts)
 
@@ -220,8 +221,8 @@ def test_selection_changes_the_result_and_keeps_exactly_k_in_bf16() -> None:
     settings = NeuronSettings(NeuronSelection(0.25))
     experts = make_experts(16, 2, settings, params_dtype=torch.bfloat16)
     masks: list[Tensor] = []
-    assert experts.neuron_gate.topk is not None
-    experts.neuron_gate.topk.register_forward_hook(lambda *call: masks.append(call[2]))
+    assert experts.neuron_gate.selector is not None
+    experts.neuron_gate.selector.register_forward_hook(lambda *call: masks.append(call[2]))
     tokens, probs, _, segments = make_rows(counts)
     output, _ = experts(tokens.bfloat16(), torch.tensor(counts), probs, segments)
     assert output.dtype is torch.bfloat16

@@ -69,7 +69,7 @@ def run_layer(layer: MoNELayer, hidden_states: Tensor) -> LayerResult:
     """Forward, and backward of the neuron balance loss alone."""
     clear_aux_losses_tracker()
     masks: list[Tensor] = []
-    topk = layer.experts.neuron_gate.topk
+    topk = layer.experts.neuron_gate.selector
     assert topk is not None
     handle = topk.register_forward_hook(lambda *call: masks.append(call[2]))
     output, _ = layer(hidden_states.clone().requires_grad_())
@@ -184,7 +184,7 @@ def test_the_balance_of_a_microbatch_differs_from_that_of_the_union() -> None:
 def test_layer_is_megatron_cores_with_its_number_passed_on() -> None:
     layer = build_layer(layer_config(ParallelConfig(), MoNEConfig()), MicrobatchSources((0,)))
     assert isinstance(layer, MoELayer)
-    assert layer.experts.neuron_gate.topk is None
+    assert layer.experts.neuron_gate.selector is None
     assert layer.experts.neuron_gate.layer_number == 1
     layer.set_layer_number(5)
     assert layer.experts.neuron_gate.layer_number == 5

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mone_megatron.kernels.reference import Score, topk_mask
-from mone_megatron.mone.selection import NeuronSelection, NeuronTopK, sharded_topk_mask
+from mone_megatron.kernels.reference import topk_mask
+from mone_megatron.mone.selection import NeuronSelection, NeuronSelector, sharded_topk_mask
 from mone_megatron.testing.processes import Processes
 
 
@@ -18,31 +18,31 @@ from mone_megatron.testing.processes import Processes
     [(0.25, 64, 16), (0.125, 12, 2), (0.5, 20, 10), (1.0, 7, 7), (1 / 3, 100, 33), (0.01, 128, 1)],
 )
 def test_kept_neurons(keep_ratio: float, neurons: int, kept: int) -> None:
-    assert NeuronSelection(keep_ratio).kept(neurons) == kept
+    assert NeuronSelection(keep_ratio).budget(neurons).kept == kept
 
 
 @pytest.mark.parametrize("keep_ratio", [0.0, -0.25, 1.01, math.nan])
 def test_keep_ratio_outside_its_range_is_refused(keep_ratio: float) -> None:
     with pytest.raises(ValueError, match=re.escape(f"mone.keep_ratio: {keep_ratio} is not in")):
-        NeuronSelection(keep_ratio).kept(64)
+        NeuronSelection(keep_ratio).budget(64)
 
 
 def test_keeping_no_neuron_is_refused_with_the_fix() -> None:
     with pytest.raises(ValueError, match=r"mone.keep_ratio: 0.01 of 8 .* use at least 0.125"):
-        NeuronSelection(0.01).kept(8)
+        NeuronSelection(0.01).budget(8)
     # The fix that the message gives works.
-    assert NeuronSelection(0.125).kept(8) == 1
+    assert NeuronSelection(0.125).budget(8).kept == 1
 
 
 def test_neuron_topk_is_a_hook_point_without_gradients() -> None:
-    selects = NeuronTopK(NeuronSelection(0.25, "abs_gate"), 8)
+    selects = NeuronSelector(NeuronSelection(0.25, "abs_gate"), 8)
     seen: list[Tensor] = []
     selects.register_forward_hook(lambda module, inputs, mask: seen.append(mask))
     gate = torch.arange(8.0).sub(5).unsqueeze(0).requires_grad_()
     mask = selects(gate, gate)
     assert mask.tolist() == [[True, True, False, False, False, False, False, False]]
     assert seen[0] is mask
-    assert repr(selects) == "NeuronTopK(keep 2 of 8 by abs_gate)"
+    assert repr(selects) == "NeuronSelector(topk: keep 2 of 8 by abs_gate)"
 
 
 def _rows(neurons: int) -> Tensor:
@@ -103,18 +103,18 @@ def test_sharded_mask_equals_one_ranks_mask(ranks: int, request: pytest.FixtureR
     assert all(masks[-1].shape == (0, 4) for masks in by_rank)
 
 
-def _masks_of_module(gate: Tensor, up: Tensor, score: Score) -> tuple[Tensor, bool]:
+def _masks_of_module(gate: Tensor, up: Tensor, score: str) -> tuple[Tensor, bool]:
     rank, size = dist.get_rank(), dist.get_world_size()
-    selects = NeuronTopK(NeuronSelection(0.25, score), gate.shape[-1], dist.group.WORLD)
+    selects = NeuronSelector(NeuronSelection(0.25, score), gate.shape[-1], dist.group.WORLD)
     shards = (tensor.chunk(size, dim=-1)[rank].clone().requires_grad_() for tensor in (gate, up))
     mask = selects(*shards)
     return mask, mask.requires_grad
 
 
 @pytest.mark.parametrize("score", ["abs_activation", "abs_gate", "signed_gate", "abs_product"])
-def test_module_selects_over_its_group(two_processes: Processes, score: Score) -> None:
+def test_module_selects_over_its_group(two_processes: Processes, score: str) -> None:
     gate, up = torch.randn(2, 30, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = NeuronTopK(NeuronSelection(0.25, score), 20)(gate, up)
+    expected = NeuronSelector(NeuronSelection(0.25, score), 20)(gate, up)
     by_rank = two_processes.run(_masks_of_module, gate, up, score)
     assert torch.equal(torch.cat([mask for mask, _ in by_rank], dim=-1), expected)
     assert not any(needs_grad for _, needs_grad in by_rank)

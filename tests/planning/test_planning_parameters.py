@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import ModelConfig, MoNEConfig
-from mone_megatron.config.validate import neurons_kept
+from mone_megatron.methods.rule import count_kept
 from mone_megatron.planning import ParameterCount, count_parameters
 
 MOE = MoNEConfig()
@@ -174,5 +174,5 @@ def test_padding() -> None:
     assert count_parameters(model, MOE, 1000).output == 0
 
 
-def test_neurons_kept_rounds() -> None:
-    assert [neurons_kept(ratio, 10) for ratio in (0.01, 0.06, 0.25, 0.26, 1.0)] == [0, 1, 2, 3, 10]
+def test_kept_neurons_round() -> None:
+    assert [count_kept(ratio, 10) for ratio in (0.01, 0.06, 0.25, 0.26, 1.0)] == [0, 1, 2, 3, 10]

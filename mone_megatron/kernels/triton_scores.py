@@ -1,0 +1,46 @@
+"""Triton: scores of neurons, as device functions of (gate, up, weight, NARROW).
+
+The kernels are given one of these as a constant (``SCORE``), or None, which means that torch has
+computed the scores; the entry of a score in :mod:`mone_megatron.methods.scores` names it. Values
+are fp32; ``weight`` is the activation, and ``NARROW`` says that the inputs were bf16, where torch
+rounds after each operation. The result is the score before its last rounding, and before its
+absolute value if the score is not signed: :func:`.triton_select.order_keys` takes both.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def narrow_bits(value: tl.tensor) -> tl.tensor:
+    """The fp32 bits of the nearest bf16, ties to even; of NaN, its own."""
+    bits = value.to(tl.int32, bitcast=True)
+    return tl.where(value != value, bits, (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536)
+
+
+@triton.jit
+def gate_score(
+    gate: tl.tensor, up: tl.tensor, weight: tl.tensor, NARROW: tl.constexpr
+) -> tl.tensor:
+    """g."""
+    return gate
+
+
+@triton.jit
+def weight_score(
+    gate: tl.tensor, up: tl.tensor, weight: tl.tensor, NARROW: tl.constexpr
+) -> tl.tensor:
+    """a."""
+    return weight
+
+
+@triton.jit
+def product_score(
+    gate: tl.tensor, up: tl.tensor, weight: tl.tensor, NARROW: tl.constexpr
+) -> tl.tensor:
+    """a * u; in bf16 the reference rounds the activation before the product."""
+    if NARROW:
+        weight = narrow_bits(weight).to(tl.float32, bitcast=True)
+    return weight * up

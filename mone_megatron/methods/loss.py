@@ -1,0 +1,57 @@
+"""What a neuron loss is: a function of sums over the tokens of a microbatch.
+
+It imports no torch, so that names can be checked without.
+
+Shape suffixes: S segments (one expert's tokens of one microbatch), F neurons of one expert on this
+rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SelectionSums:
+    """What a loss is made of.
+
+    Attributes:
+        weight_sum_SF: fp32, the sum of each neuron's weights over this rank's tokens of a segment;
+            carries the gradient. Which weights, and whether they are normalised, are
+            ``mone.balance.weights`` and ``mone.balance.normalize``.
+        kept_SF: how many tokens of a segment keep each neuron, over all ranks that hold tokens of
+            the segment.
+        tokens_S: tokens of a segment, over the same ranks.
+        kept_share: K/f, the target density.
+        num_experts: experts of the layer over all ranks, the denominator of the mean.
+    """
+
+    weight_sum_SF: Tensor
+    kept_SF: Tensor
+    tokens_S: Tensor
+    kept_share: float
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class NeuronLoss:
+    """One loss over the use of neurons: ``mone.balance.kind`` names it.
+
+    Attributes:
+        name: as in the configuration.
+        formula: what it computes, for tables.
+        source: the paper or place that it comes from.
+        function: this rank's part of the loss, an fp32 scalar without the coefficient: a sum over
+            segments and neurons, so that the parts of all ranks of a pipeline stage, added up and
+            divided by the number of microbatches, are the mean over microbatches.
+    """
+
+    name: str
+    formula: str
+    source: str
+    function: Callable[[SelectionSums], Tensor]

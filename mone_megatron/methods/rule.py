@@ -1,0 +1,183 @@
+"""What a selection rule is: the function that says which neurons each token keeps.
+
+It imports no torch, so that names and options can be checked without.
+
+Shape suffixes: T tokens (rows), F neurons of one expert on this rank, E experts on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What expert tensor parallelism has to exchange, since the neurons of a row lie on several ranks:
+# nothing, what :meth:`Rows.largest` exchanges, or something that nobody has written.
+Exchange = Literal["nothing", "largest", "refused"]
+
+
+def count_kept(keep_ratio: float, neurons: int) -> int:
+    """Returns K = round(keep_ratio * f): how many of f neurons a keep ratio stands for."""
+    return round(keep_ratio * neurons)
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a rule that has none."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many neurons a rule is to keep, and its options.
+
+    Attributes:
+        keep_ratio: the target density, ``mone.keep_ratio``: a rule with a fixed count keeps exactly
+            ``kept`` neurons of each row, and others come near to it on average.
+        neurons: f, of the whole expert.
+        options: an instance of the rule's own options.
+    """
+
+    keep_ratio: float
+    neurons: int
+    options: Any = field(default_factory=NoOptions)
+
+    @property
+    def kept(self) -> int:
+        """K: how many neurons of a row the keep ratio stands for."""
+        return count_kept(self.keep_ratio, self.neurons)
+
+
+class Shards(Protocol):
+    """The ranks that share the neurons of each row, in the order of the neurons."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among them."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Returns the sum over the ranks, of tensors of one shape. Collective."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows whose neurons a rule chooses among.
+
+    Attributes:
+        scores_TF: the score of each neuron on this rank.
+        budget: how many to keep, of the whole expert.
+        largest: gives the exact mask ``[T, F]`` of the k largest scores of every row, ties to the
+            lowest index: as fast as the device allows, and over all ranks that share the row.
+        expert_T: int64, the expert on this rank that each row belongs to.
+        num_experts: E.
+        shards: the other ranks that hold neurons of these rows; None when there are none.
+        state: the rule's state, one tensor a name, of shape ``[E]``.
+        training: whether the rows are of a training step. A rule that looks at other rows than a
+            token's own must not do so otherwise.
+    """
+
+    scores_TF: Tensor
+    budget: Budget
+    largest: Callable[[int], Tensor]
+    expert_T: Tensor
+    num_experts: int = 1
+    shards: Shards | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    training: bool = False
+
+
+def _all_neurons(budget: Budget) -> int:
+    return budget.neurons
+
+
+def _nothing_wrong(budget: Budget) -> None:
+    """Takes every budget."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One selection rule: ``mone.rule`` names it.
+
+    Attributes:
+        name: as in the configuration.
+        formula: what it keeps, for tables and figures.
+        source: the paper or place that it comes from.
+        mask: the mask of kept neurons of some rows, bool ``[T, F]``, True at kept ones; called
+            without gradients. A row that holds a NaN keeps nothing, so that the NaN spreads.
+        options: a frozen dataclass of plain fields with defaults: ``mone.rule_options``.
+        check: raises ``ValueError``, naming ``mone.keep_ratio`` or ``mone.rule_options.NAME``, for
+            a budget that the rule cannot keep.
+        fixed_count: whether each row keeps exactly ``budget.kept`` neurons.
+        causal: whether a token's mask depends on no other token outside training.
+        exchange: what expert tensor parallelism has to exchange.
+        most_kept: the largest number of neurons that a row can keep: what packed memory, the
+            planner and decoding make room for.
+        state: the initial value of each tensor of its state, by name. Each is fp32 ``[E]``, in the
+            checkpoints, and the same in every layout.
+        observe: sums of a training step's rows that the state is made of, each fp32 ``[E]``; they
+            are added over microbatches and ranks. Needed with a state.
+        advance: the new state of the old one and those sums, once at the end of each step that is
+            applied. Needed with a state.
+        top_k: whether the mask is ``rows.largest(budget.kept)`` and nothing else. Kernels that
+            select while they multiply know this rule; any other gives them its mask.
+    """
+
+    name: str
+    formula: str
+    source: str
+    mask: Callable[[Rows], Tensor]
+    options: type = NoOptions
+    check: Callable[[Budget], None] = _nothing_wrong
+    fixed_count: bool = True
+    causal: bool = True
+    exchange: Exchange = "refused"
+    most_kept: Callable[[Budget], int] = _all_neurons
+    state: Mapping[str, float] = field(default_factory=dict)
+    observe: Callable[[Rows, Tensor], Mapping[str, Tensor]] | None = None
+    advance: (
+        Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Budget], Mapping[str, Tensor]] | None
+    ) = None
+    top_k: bool = False
+
+    def __post_init__(self) -> None:
+        """Asserts that a rule with a state says how it moves."""
+        assert bool(self.state) == (self.observe is not None) == (self.advance is not None), (
+            f"rule {self.name}: state, observe and advance come together"
+        )
+
+    def budget(
+        self, keep_ratio: float, neurons: int, options: Mapping[str, Any] | None = None
+    ) -> Budget:
+        """Returns the budget of an expert of ``neurons`` neurons.
+
+        Args:
+            keep_ratio: the target density, above 0 and at most 1.
+            neurons: f.
+            options: the rule's options by name, as the configuration has them; those left out take
+                their defaults.
+
+        Raises:
+            ValueError: the ratio is out of range or keeps no neuron, or the rule refuses it.
+        """
+        if not 0 < keep_ratio <= 1:
+            raise ValueError(f"mone.keep_ratio: {keep_ratio} is not in (0, 1]")
+        if count_kept(keep_ratio, neurons) < 1:
+            raise ValueError(
+                f"mone.keep_ratio: {keep_ratio} of {neurons} neurons keeps none; "
+                f"use at least {1 / neurons:.3g}"
+            )
+        budget = Budget(keep_ratio, neurons, self.options(**(options or {})))
+        self.check(budget)
+        return budget
+
+    def at(self, budget: Budget, keep_ratio: float) -> Budget:
+        """Returns ``budget`` with another keep ratio, checked anew."""
+        changed = replace(budget, keep_ratio=keep_ratio)
+        self.check(changed)
+        return changed
