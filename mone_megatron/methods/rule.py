@@ -147,9 +147,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         """Asserts that a rule with a state says how it moves."""
-        assert bool(self.state) == (self.observe is not None) == (self.advance is not None), (
-            f"rule {self.name}: state, observe and advance come together"
-        )
+        stateful = {bool(self.state), self.observe is not None, self.advance is not None}
+        assert len(stateful) == 1, f"rule {self.name}: state, observe and advance come together"
+        assert not (self.state and self.top_k), f"rule {self.name}: kernels see no state"
 
     def budget(
         self, keep_ratio: float, neurons: int, options: Mapping[str, Any] | None = None

@@ -153,6 +153,10 @@ class GroupedExperts(MegatronModule):
                 replica_id=(0, 0, self.replica_group.rank()),
                 prepend_axis_num=axes,
             )
+        if self.neuron_gate.selector is not None:
+            tensors |= self.neuron_gate.selector.sharded_state_dict(
+                f"{prefix}neuron_gate.selector.", sharded_offsets, metadata
+            )
         return tensors
 
     def backward_dw(self) -> None:

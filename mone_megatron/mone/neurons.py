@@ -123,6 +123,8 @@ class NeuronGate(MegatronModule):
                 neuron_group,
                 self.activate,
                 num_local_experts=num_local_experts,
+                first_expert=first_expert,
+                num_experts=num_experts,
                 replica_group=self.usage.replica_group,
             )
 

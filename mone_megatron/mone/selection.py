@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from torch import Tensor, nn
 
 from mone_megatron.kernels import ops
@@ -107,6 +108,8 @@ class NeuronSelector(nn.Module):
         activate: Activate = F.silu,
         *,
         num_local_experts: int = 1,
+        first_expert: int = 0,
+        num_experts: int = 1,
         replica_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Prepares to select among ``neurons`` (f of the whole expert, over all of ``group``).
@@ -118,6 +121,8 @@ class NeuronSelector(nn.Module):
                 group of one when this rank holds them all.
             activate: the activation of the gate projection.
             num_local_experts: E.
+            first_expert: global index of the first of them.
+            num_experts: experts of the layer over all ranks.
             replica_group: ranks that hold these same neurons for other tokens; None for none.
 
         Raises:
@@ -139,6 +144,8 @@ class NeuronSelector(nn.Module):
             )
         self.replica_group = replica_group
         self.num_local_experts = num_local_experts
+        self.first_expert = first_expert
+        self.num_experts = num_experts
         for name, initial in self.rule.state.items():
             self.register_buffer(f"rule_{name}", torch.full((num_local_experts,), initial))
         self._observed: dict[str, Tensor] = {}
@@ -244,6 +251,33 @@ class NeuronSelector(nn.Module):
                 dist.all_reduce(observed[name], group=self.replica_group)
         for name, value_E in self.rule.advance(self.state, observed, self.budget).items():
             self.get_buffer(f"rule_{name}").copy_(value_E)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ) -> ShardedStateDict:
+        """Returns the rule's state as global tensors ``[num_experts]``, for any layout."""
+        axes = len(sharded_offsets)
+        ranks = self.num_experts // self.num_local_experts
+        replica = (0, *(0 if g is None else dist.get_rank(g) for g in self._copies))
+        return {
+            f"{prefix}rule_{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}rule_{name}",
+                value_E,
+                *sharded_offsets,
+                (axes, self.first_expert // self.num_local_experts, ranks),
+                replica_id=replica,
+                prepend_axis_num=axes,
+            )
+            for name, value_E in self.state.items()
+        }
+
+    @property
+    def _copies(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """The groups whose ranks hold the same state: those of the neurons and the replicas."""
+        return self.group, self.replica_group
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

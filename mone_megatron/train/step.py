@@ -22,6 +22,7 @@ from torch.profiler import record_function
 
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout
+from mone_megatron.mone.selection import NeuronSelector
 from mone_megatron.parallel.device import Device
 from mone_megatron.train.checkpoint_state import parameter_states
 from mone_megatron.train.state import TrainingState
@@ -101,6 +102,12 @@ class Stepper:
             for module in chunk.modules()
             if isinstance(module, TopKRouter) and module.expert_bias is not None
         ]
+        self._selectors = [
+            module
+            for chunk in chunks
+            for module in chunk.modules()
+            if isinstance(module, NeuronSelector)
+        ]
 
     def train(
         self, batches: Sequence[Batch], extra: Callable[[], Tensor] = lambda: torch.zeros(0)
@@ -124,8 +131,9 @@ class Stepper:
     ) -> StepResult:
         """One optimizer step, applied only when nothing is wrong with it.
 
-        A step that is not applied leaves parameters, masters, moments and expert biases bitwise as
-        they were; the learning-rate schedule and random streams move on all the same.
+        A step that is not applied leaves parameters, masters, moments, expert biases and the state
+        of selection rules bitwise as they were; the learning-rate schedule and random streams move
+        on all the same.
 
         Args:
             batches: this rank's microbatches of the step, on the CPU.
@@ -153,6 +161,8 @@ class Stepper:
         if fault is not None:
             for bias, before in zip(self._expert_biases, biases, strict=True):
                 bias.copy_(before)
+        for selector in self._selectors:
+            selector.advance(applied=fault is None)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, extra=sums[1:], fault=fault)
 

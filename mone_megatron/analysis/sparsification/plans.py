@@ -6,19 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Name -> how neurons are ranked; the lowest are pruned.
-SCORES: dict[str, str] = {
-    "abs_activation": "|a|, the method's own",
-    "abs_gate": "|g|",
-    "signed_gate": "g (Mixture-of-Channels)",
-    "abs_product": "|a u|",
-    "wina": "|a u| times the norm of the neuron's down-projection column (WINA)",
-    "wina_activation": "|a| times that norm",
-    "random": "at random, from --seed",
-    "bottom_k": "-|a|: prunes the largest, a control",
+from mone_megatron.methods.scores import SCORES as TRAINING_SCORES
+
+RANDOM, BOTTOM_K = "random", "bottom_k"
+# Name -> how neurons are ranked; the lowest are pruned. Training's scores, and two controls.
+SCORES: dict[str, str] = {score.name: score.formula for score in TRAINING_SCORES} | {
+    RANDOM: "at random, from --seed",
+    BOTTOM_K: "-|a|: prunes the largest, a control",
 }
 # They need |a| itself, which experts with a gate of their own (gpt-oss) do not define.
-NEED_ACTIVATION = frozenset({"abs_activation", "wina_activation", "bottom_k"})
+NEED_ACTIVATION = frozenset(
+    {BOTTOM_K} | {score.name for score in TRAINING_SCORES if "activation" in score.reads}
+)
 DEFAULT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 TARGETS = ("routed", "shared", "dense")
 _NOTHING = "none"

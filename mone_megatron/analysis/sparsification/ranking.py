@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mone_megatron.analysis.sparsification.plans import Choice, kept_neurons
+from mone_megatron.analysis.sparsification.plans import BOTTOM_K, RANDOM, Choice, kept_neurons
 from mone_megatron.kernels.reference import topk_mask
+from mone_megatron.methods.scores import SCORES
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,19 @@ def score_rows(score: str, rows: Rows, generator: torch.Generator | None = None)
     Raises:
         ValueError: an unknown score.
     """
-    if score == "abs_activation":
-        return rows.magnitude_TF
-    if score == "abs_gate":
-        return rows.gate_TF.abs()
-    if score == "signed_gate":
-        return rows.gate_TF
-    if score == "abs_product":
-        return rows.hidden_TF.abs()
-    if score == "wina":
-        return rows.hidden_TF.abs() * rows.column_norms()
-    if score == "wina_activation":
-        return rows.magnitude_TF * rows.column_norms()
-    if score == "random":
+    if score == RANDOM:
         gate_TF = rows.gate_TF
         return torch.rand(gate_TF.shape, generator=generator, device=gate_TF.device)
-    if score == "bottom_k":
+    if score == BOTTOM_K:
         return -rows.magnitude_TF
-    raise ValueError(f"score: {score!r} is unknown")
+    named = SCORES[score]
+    return named.of(
+        gate_TF=rows.gate_TF,
+        up_TF=rows.up_TF,
+        activate=rows.activate,
+        product_TF=rows.hidden_TF,
+        down_norm_TF=rows.column_norms() if "down_norm" in named.reads else None,
+    )
 
 
 class Pruner:
