@@ -1,0 +1,90 @@
+"""Every method of the registries trains: the same in every layout, and exactly on after a save.
+
+The reference of each is its own run on one process.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.losses import LOSSES
+from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.scores import SCORES
+from mone_megatron.testing.launch import run_layouts
+
+QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
+RUN = (
+    "experiment=tiny_mone", *QUIET, "device=cpu", "data.max_megabytes=0.2", "train.steps=4",
+    "checkpoint.interval=2",
+)  # fmt: skip
+# Each registry with its key and the method that every other test trains with.
+REGISTRIES = (
+    (SCORES, "mone.score", "abs_activation"),
+    (ACTIVATIONS, "model.activation", "silu"),
+    (RULES, "mone.rule", "topk"),
+    (LOSSES, "mone.balance.kind", "switch"),
+)
+METHODS = {
+    f"{key}-{name}": f"{key}={name}"
+    for registry, key, usual in REGISTRIES
+    for name in registry.names
+    if name != usual
+}
+
+
+def sharded(override: str) -> bool:
+    key, _, name = override.partition("=")
+    return key != "mone.rule" or RULES[name].exchange != "refused"
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    one: dict[str, tuple[str, ...]] = {}
+    two: dict[str, tuple[str, ...]] = {}
+    for name, override in METHODS.items():
+        one[f"{name}-one"] = (*RUN, override)
+        saved = folder / f"{name}-one" / "checkpoints" / "step_00000002"
+        one[f"{name}-resumed"] = (*RUN, override, f"checkpoint.resume={saved}")
+        two[f"{name}-ep2"] = (*RUN, override, "parallel.expert=2")
+        if sharded(override):
+            two[f"{name}-etp2"] = (*RUN, override, "parallel.tensor=2", "parallel.expert_tensor=2")
+    run_layouts(one, processes=1, folder=folder)
+    run_layouts(two, processes=2, folder=folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_resumes_bitwise(runs: Path, method: str) -> None:
+    whole, resumed = records(runs / f"{method}-one"), records(runs / f"{method}-resumed")
+    assert [record["step"] for record in whole] == [1, 2, 3, 4]
+    for key in ("loss", "grad_norm"):
+        assert [record[key] for record in resumed] == [record[key] for record in whole[2:]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", ["ep2", "etp2"])
+def test_layouts_agree(runs: Path, method: str, layout: str) -> None:
+    if layout == "etp2" and not sharded(METHODS[method]):
+        pytest.skip("the rule refuses neurons that are spread over ranks; tested by itself")
+    for expected, record in zip(
+        records(runs / f"{method}-one"), records(runs / f"{method}-{layout}"), strict=True
+    ):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_changes_what_is_trained(runs: Path, method: str) -> None:
+    losses = {
+        name: [record["loss"] for record in records(runs / f"{name}-one")] for name in METHODS
+    }
+    assert all(losses[method] != losses[other] for other in METHODS if other != method)
