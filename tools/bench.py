@@ -1,4 +1,4 @@
-"""Benchmarks as ratios within one run: layers, selection, steps, decoding, trainer, saves."""
+"""Benchmarks as ratios within one run: layers, selection, ties, steps, decoding, trainer, saves."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ median (smallest..largest).
 
   layer     experts forward and backward: MoNE in its modes and usual selections beside MoE
   select    the exact top-k mask against torch.topk + scatter and torch.kthvalue
+  ties      what the tie rule does to the load of neurons and to the loss, in training or of a model
   train     training steps of MoNE in its modes beside MoE
   cost      step time of MoNE over MoE, and what each part of the difference takes
   decode    one decoding step of the experts: rows of kept neurons beside all rows
@@ -34,6 +35,8 @@ examples:
   python tools/bench.py layer --hidden 512 --neurons 256 --experts 8 --chosen 2 --tokens 1024
   python tools/bench.py layer --device cuda --dtype bf16 --tokens 32768 --output layer.json
   python tools/bench.py select --rows 2048 --neurons 256 1024
+  python tools/bench.py ties --seeds 1 2 --steps 200 model.expert_ffn_hidden_size=512
+  python tools/bench.py ties --model runs/a --text corpus.txt --output ties.json
   python tools/bench.py train --processes 2 parallel.expert=2
   python tools/bench.py cost mone.keep_ratio=0.5 model.expert_ffn_hidden_size=512
   python tools/bench.py decode --batch 1 4 16 --keep-ratio 0.125 0.25 --experts 64
@@ -100,6 +103,33 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--neurons", type=_positive, nargs="+", default=[64, 256, 1024, 4096])
     select.add_argument("--keep-ratio", type=float, default=0.25)
     select.add_argument("--repeats", type=_positive, default=15, help="of each (default 15)")
+
+    ties = commands.add_parser("ties", parents=[shared], help="what the tie rule does")
+    ties.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+    ties.add_argument(
+        "--orders",
+        nargs="+",
+        choices=("lowest", "highest", "random"),
+        default=["lowest", "highest", "random"],
+        help="which of equal neurons is kept, in bf16 (default all)",
+    )
+    ties.add_argument("--no-fp32", action="store_true", help="leave the fp32 model out")
+    training = ties.add_argument_group("training, the default")
+    training.add_argument("--experiment", metavar="NAME", help="default quickstart_mone")
+    training.add_argument("--seeds", type=_not_negative, nargs="+", help="default 1")
+    training.add_argument("--steps", type=_positive, help="of each model (default 200)")
+    training.add_argument(
+        "--counted-steps", type=_positive, help="the last of them, counted over (default 50)"
+    )
+    weights = ties.add_argument_group("a trained model in place of training")
+    weights.add_argument(
+        "--model", metavar="WHERE", help="a run, an export or a transformers model"
+    )
+    weights.add_argument("--text", metavar="CORPUS", help="a run, a .bin/.idx prefix or a file")
+    weights.add_argument("--keep-ratio", type=float, help="default 0.25")
+    weights.add_argument("--score", help="default abs_activation")
+    weights.add_argument("--max-tokens", type=_positive, help="of the text (default 4096)")
+    weights.add_argument("--seq-length", type=_positive, help="default 256")
 
     train = commands.add_parser("train", parents=[shared, steps, pair], help="training steps")
     train.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
@@ -181,6 +211,90 @@ def _select(options: argparse.Namespace) -> _Outcome:
         dtype=_dtype(options),
     )
     return _Outcome(hardware, output.select_lines(cells), cells, lambda: plots.select_figure(cells))
+
+
+# Options of `ties` with their defaults: those of the training, and those of a model's weights.
+_TIES_TRAINING: dict[str, Any] = {
+    "experiment": "quickstart_mone", "seeds": [1], "steps": 200, "counted_steps": 50,
+}  # fmt: skip
+_TIES_MODEL: dict[str, Any] = {
+    "text": None, "keep_ratio": 0.25, "score": "abs_activation", "max_tokens": 4096,
+    "seq_length": 256,
+}  # fmt: skip
+
+
+def _ties(options: argparse.Namespace) -> _Outcome:
+    unused = _TIES_MODEL if options.model is None else _TIES_TRAINING
+    for name in unused:
+        if getattr(options, name) is not None:
+            needed = "needs" if options.model is None else "is of no use with"
+            raise ValueError(f"--{name.replace('_', '-')}: {needed} --model")
+    if options.model is not None and options.overrides:
+        raise ValueError(f"{options.overrides[0]}: is of no use with --model")
+    for name, default in (_TIES_TRAINING if options.model is None else _TIES_MODEL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    return _ties_in_training(options) if options.model is None else _ties_of_model(options)
+
+
+def _ties_in_training(options: argparse.Namespace) -> _Outcome:
+    from mone_megatron.benchmarks import output, plots, ranks
+    from mone_megatron.benchmarks.ties import TieWay
+
+    if not options.counted_steps <= options.steps:
+        raise ValueError(
+            f"--counted-steps: {options.counted_steps} is more than --steps={options.steps}"
+        )
+    config = ranks.prepare([f"experiment={options.experiment}", "parallel=data",
+                            *options.overrides], 1)  # fmt: skip
+    if not config.mone.enabled:
+        raise ValueError(
+            f"--experiment: {options.experiment} selects no neurons, so it has no ties to count; "
+            "give one of MoNE, or mone.enabled=true"
+        )
+    result = ranks.run_ties(
+        config,
+        ways=TieWay.all_of(options.orders, fp32=not options.no_fp32),
+        seeds=options.seeds,
+        steps=options.steps,
+        counted_steps=options.counted_steps,
+    )
+    return _Outcome(
+        result.hardware,
+        output.training_ties_lines(result),
+        result,
+        lambda: plots.ties_figure(
+            {f"{one.way}, seed {one.seed}": one.ties for one in result.trained}
+        ),
+    )
+
+
+def _ties_of_model(options: argparse.Namespace) -> _Outcome:
+    from mone_megatron.benchmarks import output, plots, ranks
+    from mone_megatron.benchmarks.ties import TieWay
+    from mone_megatron.extras import require
+
+    if options.text is None:
+        raise ValueError("--text: give a corpus for --model to read")
+    require("hf", "transformers")
+    _, hardware = ranks.use_device("cpu", 1)
+    from mone_megatron.benchmarks.ties_model import measure_model
+
+    result = measure_model(
+        options.model,
+        options.text,
+        ways=TieWay.all_of(options.orders, fp32=not options.no_fp32),
+        keep_ratio=options.keep_ratio,
+        score=options.score,
+        max_tokens=options.max_tokens,
+        seq_length=options.seq_length,
+    )
+    return _Outcome(
+        hardware,
+        output.model_ties_lines(result),
+        result,
+        lambda: plots.ties_figure({one.way: one.ties for one in result.measured}),
+    )
 
 
 def _train(options: argparse.Namespace) -> _Outcome:
@@ -291,6 +405,7 @@ def _dtype(options: argparse.Namespace) -> torch.dtype:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], _Outcome]] = {
     "layer": _layer,
     "select": _select,
+    "ties": _ties,
     "train": _train,
     "cost": _cost,
     "decode": _decode,

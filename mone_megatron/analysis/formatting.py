@@ -49,6 +49,17 @@ def format_number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
+def plus_minus(value: str, error: float, spec: str = ".4f") -> str:
+    """Returns ``value ± error``; ``value (error unknown)`` when one sample or none tells it.
+
+    Args:
+        value: formatted.
+        error: a standard error or the half-width of an interval; NaN when unknown.
+        spec: how to format it.
+    """
+    return f"{value} (error unknown)" if math.isnan(error) else f"{value} ± {error:{spec}}"
+
+
 def format_duration(seconds: float | None) -> str:
     """3725 -> ``1 h 2 min``; seconds below two minutes; ``-`` when unknown."""
     if seconds is None or not math.isfinite(seconds):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mone_megatron.analysis.formatting import plus_minus
 
 if TYPE_CHECKING:  # only their fields are read: no megatron-core here
     from mone_megatron.benchmarks.cost import Cost
@@ -19,6 +22,9 @@ if TYPE_CHECKING:  # only their fields are read: no megatron-core here
     from mone_megatron.benchmarks.save import SaveCost
     from mone_megatron.benchmarks.select import SelectCost
     from mone_megatron.benchmarks.spine import SpineCost
+    from mone_megatron.benchmarks.ties import TieStatistics
+    from mone_megatron.benchmarks.ties_model import ModelTies
+    from mone_megatron.benchmarks.ties_training import TrainingTies
     from mone_megatron.benchmarks.train import TrainResult
 
 
@@ -162,6 +168,60 @@ def generate_lines(cost: GenerateCost) -> list[str]:
     return lines + [
         f"  {name:<12} {speed} tokens/s" for name, speed in cost.tokens_per_second.items()
     ]
+
+
+_TIES_HEADER = (
+    f"{'':<24} loss; rows decided by ties; neurons that tie at the threshold (of them dropped); "
+    "load the tie rule adds to the first and last indices; correlation of load and index; dead; "
+    "load entropy"
+)
+
+
+def _ties_cells(name: str, loss: str, ties: TieStatistics) -> str:
+    correlation = "-" if ties.correlation is None else f"{ties.correlation:+.3f}"
+    return (
+        f"{name:<24} {loss}; {ties.rows_decided_by_ties:.2%}; {ties.tied:.2f} "
+        f"({ties.dropped:.2f}); "
+        f"{ties.bias_over_parts[0]:+.2%}, {ties.bias_over_parts[-1]:+.2%}; {correlation}; "
+        f"{ties.dead_share:.2%}; {ties.entropy:.4f}"
+    )
+
+
+def training_ties_lines(result: TrainingTies) -> list[str]:
+    """One line a model, then what its router does."""
+    one = result.trained[0].ties
+    lines = [
+        f"K={one.kept} of f={one.neurons}; {result.steps} steps of {result.tokens_per_step:,} "
+        f"tokens, counted over the last {result.counted_steps}",
+        _TIES_HEADER,
+    ]
+    lines += [
+        _ties_cells(f"{model.way}, seed {model.seed}", f"{model.loss:.4f}", model.ties)
+        for model in result.trained
+    ]
+    lines += [
+        f"router of {model.way}, seed {model.seed}: equal logits at the edge of the choice in "
+        f"{model.router.tied:.3%} of the tokens ({model.router.dtype}), were they rounded to bf16 "
+        f"in {model.router.tied_in_bf16:.3%}"
+        for model in result.trained
+        if model.router is not None
+    ]
+    return lines
+
+
+def model_ties_lines(result: ModelTies) -> list[str]:
+    """One line a dtype and tie order."""
+    one = result.measured[0].ties
+    lines = [
+        f"{result.model}: K={one.kept} of f={one.neurons} by {result.score}; {result.tokens:,} "
+        "tokens",
+        _TIES_HEADER,
+    ]
+    for measured in result.measured:
+        error = math.nan if measured.loss_error is None else measured.loss_error
+        loss = plus_minus(f"{measured.loss:.4f}", error)
+        lines.append(_ties_cells(measured.way, loss, measured.ties))
+    return lines
 
 
 def write_json(path: Path, benchmark: str, facts: dict[str, Any], result: Any) -> None:

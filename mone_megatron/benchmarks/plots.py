@@ -16,6 +16,7 @@ from mone_megatron.benchmarks.measure import Spread
 if TYPE_CHECKING:
     from mone_megatron.benchmarks.decode import DecodeResult
     from mone_megatron.benchmarks.select import SelectCost
+    from mone_megatron.benchmarks.ties import TieStatistics
 
 _SIZE = (8.0, 4.6)
 
@@ -95,6 +96,23 @@ def select_figure(cells: Sequence[SelectCost]) -> Figure:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set(xlabel="neurons", ylabel="times faster")
     axes.legend(frameon=False)
+    return figure
+
+
+def ties_figure(models: Mapping[str, TieStatistics]) -> Figure:
+    """Load over the index of a neuron, and what the tie rule adds to it, a colour a model."""
+    figure, axes = _new("Load of the neurons by their index; dashed: what the tie rule adds")
+    for index, (name, ties) in enumerate(models.items()):
+        color = COLORS[index % len(COLORS)]
+        parts = len(ties.load_over_parts)
+        places = [100 * (part + 0.5) / parts for part in range(parts)]
+        loads = [100 * (load - 1) for load in ties.load_over_parts]
+        biases = [100 * bias for bias in ties.bias_over_parts]
+        axes.plot(places, loads, color=color, linewidth=1.2, label=name)
+        axes.plot(places, biases, color=color, linewidth=1.8, linestyle="--")
+    axes.axhline(0.0, color="#5c6673", linewidth=0.8)
+    axes.set(xlabel="index of the neuron (percent of f)", ylabel="percent of the mean load")
+    axes.legend(frameon=False, fontsize=7)
     return figure
 
 

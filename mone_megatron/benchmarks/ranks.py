@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from mone_megatron.benchmarks.cost import Cost
     from mone_megatron.benchmarks.save import SaveCost
     from mone_megatron.benchmarks.spine import SpineCost
+    from mone_megatron.benchmarks.ties import TieWay
+    from mone_megatron.benchmarks.ties_training import TrainingTies
     from mone_megatron.benchmarks.train import TrainResult
 
 _TIMEOUT_SECONDS = 3600.0
+# Of benchmarks that train several models to some end.
+_LONG_TIMEOUT_SECONDS = 24 * 3600.0
 
 
 def prepare(overrides: Sequence[str], processes: int, *, device: str = "cpu") -> Config:
@@ -81,6 +85,25 @@ def run_cost(moe: Config, mone: Config, processes: int, *, repeats: int, part_re
 
     with Processes(processes, timeout_seconds=_TIMEOUT_SECONDS) as ranks:
         return ranks.run(measure_cost, moe, mone, repeats=repeats, part_repeats=part_repeats)[0]
+
+
+def run_ties(
+    config: Config, *, ways: Sequence[TieWay], seeds: Sequence[int], steps: int, counted_steps: int
+) -> TrainingTies:
+    """:func:`mone_megatron.benchmarks.ties_training.measure_training` in a process of its own."""
+    open_device(config.device, World())
+    from mone_megatron.benchmarks.ties_training import measure_training
+    from mone_megatron.testing.processes import Processes
+
+    with Processes(1, timeout_seconds=_LONG_TIMEOUT_SECONDS) as ranks:
+        return ranks.run(
+            measure_training,
+            config,
+            ways=ways,
+            seeds=seeds,
+            steps=steps,
+            counted_steps=counted_steps,
+        )[0]
 
 
 def run_train(

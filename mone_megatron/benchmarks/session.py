@@ -55,9 +55,13 @@ def open_sessions(configs: Sequence[Config], *, steps_in_memory: int) -> list[Se
     """
     assert all(config.parallel == configs[0].parallel for config in configs)
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
-    device = open_device(configs[0].device, world)
+    # Each with its own dtype; opening a device again changes nothing.
+    devices = [open_device(config.device, world) for config in configs]
     open_groups(configs[0].parallel, configs[0].train, timeout_seconds=600)
-    return [_open(config, device, world, steps_in_memory) for config in configs]
+    return [
+        _open(config, device, world, steps_in_memory)
+        for config, device in zip(configs, devices, strict=True)
+    ]
 
 
 def _open(config: Config, device: Device, world: World, steps: int) -> Session:

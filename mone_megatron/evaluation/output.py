@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mone_megatron.analysis.files import write_whole
-from mone_megatron.analysis.formatting import ABSENT, format_count
+from mone_megatron.analysis.formatting import ABSENT, format_count, plus_minus
 from mone_megatron.evaluation.estimates import Estimate
 from mone_megatron.evaluation.evaluate import Compared, Measured, ModelResult, Settings
 from mone_megatron.evaluation.harness import Score
@@ -49,7 +49,7 @@ def table(results: Sequence[ModelResult], compared: Sequence[Compared]) -> str:
                 row.append(ABSENT)
             else:
                 star = "*" if change.paired else ""
-                row.append(f"{_number(change.value, sign=True)} ± {_number(change.stderr)}{star}")
+                row.append(_with_error(_number(change.value, sign=True), change.stderr) + star)
         rows.append(row)
     return f"{_columns(header, rows)}\n\n{_LEGEND}"
 
@@ -166,7 +166,11 @@ def _direction(score: Score) -> str:
 
 
 def _plus_minus(estimate: Estimate) -> str:
-    return f"{_number(estimate.value)} ± {_number(estimate.stderr)}"
+    return _with_error(_number(estimate.value), estimate.stderr)
+
+
+def _with_error(value: str, error: float) -> str:
+    return plus_minus(value, error, ".4f" if error < 1e5 else ".4g")
 
 
 def _number(value: float, *, sign: bool = False) -> str:

@@ -8,12 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mone_megatron.analysis.compare import finite_or_none
+from mone_megatron.analysis.identified import Doubt, few_samples
 from mone_megatron.analysis.runs import Run, load_run
 from mone_megatron.analysis.stats import Interval, mean_interval
 from mone_megatron.studies.runner import places
 from mone_megatron.studies.study import Study
 
 METRIC = "val_loss"
+# Of two seeds the interval rests on one difference between them.
+_ENOUGH_SEEDS = 3
+
+
+def _interval_json(interval: Interval) -> dict[str, Any]:
+    return {name: finite_or_none(value) for name, value in asdict(interval).items()}
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Variant:
         """In words, by whether the interval of the difference holds 0."""
         if self.difference is None:
             return "reference"
+        if not math.isfinite(self.difference.mean):
+            return "a loss is not finite"
         if not math.isfinite(self.difference.half_width):
             return "one seed says nothing"
         if self.difference.high < 0:
@@ -42,6 +52,26 @@ class Variant:
         if self.difference.low > 0:
             return "higher"
         return "no difference seen"
+
+    @property
+    def doubts(self) -> list[Doubt]:
+        """Why the difference is not identified; nothing for the reference, and where it is."""
+        if self.difference is None:
+            return []
+        found = few_samples(self.difference.count, _ENOUGH_SEEDS, "seed", "seeds")
+        if not math.isfinite(self.difference.mean):
+            found.append(Doubt("missing", "a loss is not finite"))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """For files; numbers that are not finite are null."""
+        return {
+            **asdict(self),
+            "losses": [finite_or_none(loss) for loss in self.losses],
+            "mean": _interval_json(self.mean),
+            "difference": None if self.difference is None else _interval_json(self.difference),
+            "not_identified": [doubt.reason for doubt in self.doubts],
+        }
 
 
 @dataclass(frozen=True)
@@ -63,6 +93,7 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         """For files."""
         return asdict(self) | {
+            "variants": [variant.to_json() for variant in self.variants],
             "metric": METRIC,
             "verdicts": {variant.name: variant.verdict for variant in self.variants},
         }

@@ -9,14 +9,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from mone_megatron.analysis.files import write_whole
-from mone_megatron.analysis.formatting import format_count
+from mone_megatron.analysis.formatting import format_count, plus_minus
+from mone_megatron.analysis.identified import NOT_IDENTIFIED, reasons
 from mone_megatron.analysis.plots import COLORS, new_figure, png_bytes, style_axes, title_axes
 from mone_megatron.analysis.stats import Interval
 from mone_megatron.studies.outcome import Outcome
 
 
 def _pm(interval: Interval, spec: str) -> str:
-    return f"{interval.mean:{spec}} ± {interval.half_width:.4f}"
+    return plus_minus(f"{interval.mean:{spec}}", interval.half_width)
 
 
 def table_rows(outcome: Outcome) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -48,8 +49,15 @@ def markdown(outcome: Outcome) -> str:
             titles,
             "|---" * len(header) + "|",
             *lines,
+            *_unknown(outcome),
         ]
     )
+
+
+def _unknown(outcome: Outcome) -> list[str]:
+    """The variants whose difference is not known, with the reasons."""
+    told = [f"{one.name}: {reasons(one.doubts)}" for one in outcome.variants if one.doubts]
+    return ["", f"{NOT_IDENTIFIED}: {'; '.join(told)}"] if told else []
 
 
 def figure(outcome: Outcome) -> Figure:
@@ -86,14 +94,15 @@ def figure(outcome: Outcome) -> Figure:
     title_axes(
         axes,
         textwrap.fill(outcome.question, 62),
-        f"{len(reference.seeds)} seeds (dots), mean and 95% interval; {outcome.tokens:,} tokens",
+        f"{len(reference.seeds)} seeds (dots), mean and 95% interval; {outcome.tokens:,} tokens"
+        + (f"; {NOT_IDENTIFIED}" if any(one.doubts for one in drawn) else ""),
     )
     return chart
 
 
 def write(outcome: Outcome, folder: Path) -> list[Path]:
     """``study.json``, ``study.md`` and ``study.png``."""
-    content = json.dumps(outcome.to_json(), indent=2) + "\n"
+    content = json.dumps(outcome.to_json(), indent=2, allow_nan=False) + "\n"
     return [
         write_whole(folder / "study.json", content),
         write_whole(folder / "study.md", markdown(outcome) + "\n"),

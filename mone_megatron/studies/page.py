@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mone_megatron.analysis.identified import NOT_IDENTIFIED, reasons
 from mone_megatron.analysis.page import Page, escape
 from mone_megatron.analysis.plots import png_data_uri
 from mone_megatron.studies.outcome import Outcome
@@ -30,6 +31,9 @@ def studies_page(outcomes: Sequence[Outcome]) -> str:
         page.heading(outcome.question, f"{outcome.name}: {outcome.size}; {outcome.hardware}")
         header, rows = table_rows(outcome)
         page.table(header, rows)
+        for variant in outcome.variants:
+            if variant.doubts:
+                page.note(f"{variant.name} is {NOT_IDENTIFIED}: {reasons(variant.doubts)}")
         described = f"Each seed's difference to {outcome.reference}, means and intervals"
         page.raw(
             f'<img alt="{escape(described)}" style="max-width:100%;height:auto" '
@@ -40,5 +44,8 @@ def studies_page(outcomes: Sequence[Outcome]) -> str:
 
 def _answer(outcome: Outcome) -> str:
     compared = [variant for variant in outcome.variants if variant.difference is not None]
-    told = "; ".join(f"{variant.name}: {variant.verdict}" for variant in compared)
+    told = "; ".join(
+        f"{variant.name}: {variant.verdict}{f' ({NOT_IDENTIFIED})' if variant.doubts else ''}"
+        for variant in compared
+    )
     return f"Loss against {outcome.reference}: {told}"

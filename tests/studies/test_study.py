@@ -16,6 +16,7 @@ import yaml
 from mone_megatron.analysis.stats import mean_interval
 from mone_megatron.studies.outcome import Outcome, Variant
 from mone_megatron.studies.output import figure, markdown
+from mone_megatron.studies.output import write as write_outcome
 from mone_megatron.studies.page import studies_page
 from mone_megatron.studies.study import CLAIMS_DIR, load_study
 from mone_megatron.testing.launch import REPOSITORY
@@ -182,7 +183,12 @@ def test_verdicts_follow_from_intervals() -> None:
     assert variant("b", (1.0, 1.0), (-0.2, -0.2)).verdict == "lower"
     assert variant("c", (1.0, 1.0), (0.2, 0.21)).verdict == "higher"
     assert variant("d", (1.0,), (0.2,)).verdict == "one seed says nothing"
-    assert variant("e", (1.0, math.nan), (0.2, math.nan)).verdict == "one seed says nothing"
+    diverged = variant("e", (1.0, math.nan), (0.2, math.nan))
+    assert diverged.verdict == "a loss is not finite"
+    assert [doubt.kind for doubt in diverged.doubts] == ["few", "missing"]
+    assert unclear.doubts == []
+    assert [d.kind for d in variant("b", (1.0, 1.0), (-0.2, -0.2)).doubts] == ["few"]
+    assert variant("r", (1.0,), None).doubts == []
 
 
 def test_table_and_picture() -> None:
@@ -209,3 +215,35 @@ def test_table_and_picture() -> None:
     assert page.count("<img ") == 2
     labels = [text.get_text() for text in figure(outcome).axes[0].get_yticklabels()]
     assert labels == ["v"]
+    why = "v: 2 seeds, at least 3 are needed to know its error"
+    assert table.endswith(f"\nnot identified: {why}")
+    assert "(not identified)" in page
+
+
+def test_one_seed_and_a_diverged_one_are_told_and_written(tmp_path: Path) -> None:
+    for losses, differences, cell in (
+        ((1.9,), (-0.1,), "1.9000 (error unknown) | -0.1000 (error unknown)"),
+        ((1.9, 1.8, math.nan), (-0.1, -0.2, math.nan), "a loss is not finite"),
+        ((1.9, 1.8, 1.7), (-0.1, -0.2, -0.15), "lower |"),
+    ):
+        outcome = Outcome(
+            name="x",
+            question="Which?",
+            reference="r",
+            tokens=4096,
+            hardware="a machine",
+            variants=(variant("r", (2.0,) * len(losses), None), variant("v", losses, differences)),
+        )
+        table = markdown(outcome)
+        assert cell in table
+        assert "nan ±" not in table.replace("nan (error", "")
+        assert ("not identified" in table) == (cell != "lower |")
+        write_outcome(outcome, tmp_path)
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(constant)
+
+        text = (tmp_path / "study.json").read_text(encoding="utf-8")
+        read = json.loads(text, parse_constant=refuse)["variants"]
+        assert bool(read[1]["not_identified"]) == (cell != "lower |")
+        assert read[0]["not_identified"] == []

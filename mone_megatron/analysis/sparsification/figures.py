@@ -14,6 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, MaxNLocator, PercentFormatter
 
+from mone_megatron.analysis.formatting import plus_minus
 from mone_megatron.analysis.plots import (
     color_of,
     line_style_of,
@@ -248,7 +249,8 @@ def budget_figure(study: Study, budget: BudgetResult) -> Figure:
         axes,
         f"shares of {study.label} within {budget.settings.rise:g} nats",
         f"rise of the loss: predicted {best.predicted:.4f}, measured "
-        f"{budget.best_change.value:.4f} ± {budget.best_change.stderr:.4f}; one share for all "
+        f"{plus_minus(f'{budget.best_change.value:.4f}', budget.best_change.stderr)}; one share "
+        "for all "
         f"layers {budget.uniform_change.value:.4f}",
     )
     return figure

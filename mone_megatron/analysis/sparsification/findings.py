@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mone_megatron.analysis.identified import Doubt
 from mone_megatron.analysis.sparsification.budget import Probe
 from mone_megatron.analysis.sparsification.statistics import LayerStatistics
 from mone_megatron.evaluation.estimates import Difference
@@ -105,6 +106,28 @@ class BudgetResult:
     probes: tuple[Probe, ...]
     uniform_change: Difference
     elsewhere: Difference | None
+
+    @property
+    def doubts(self) -> tuple[Doubt, ...]:
+        """Why the shares are not those of the budget: they end at the edge of what was tried."""
+        best, most = self.best.allotment, max(self.settings.shares)
+        found = []
+        if not best.pruned:
+            found.append(
+                Doubt("bound", "nothing is pruned: no allotment that was measured keeps the budget")
+            )
+        at_most = sum(share >= most for share in best.shares)
+        if at_most == len(best.shares):
+            found.append(
+                Doubt("bound", f"every layer is at {most:g}, the largest share that was tried: "
+                      "more may fit in the budget")
+            )  # fmt: skip
+        elif at_most:
+            found.append(
+                Doubt("bound", f"{at_most} of {len(best.shares)} layers are at {most:g}, the "
+                      "largest share that was tried")
+            )  # fmt: skip
+        return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mone_megatron.analysis.files import write_whole
-from mone_megatron.analysis.formatting import format_number
+from mone_megatron.analysis.formatting import format_number, plus_minus
+from mone_megatron.analysis.identified import NOT_IDENTIFIED, reasons
 from mone_megatron.analysis.plots import png_bytes
 from mone_megatron.analysis.sparsification.figures import figures
 from mone_megatron.analysis.sparsification.findings import BudgetResult, Point, Study
@@ -25,7 +26,9 @@ _CURVE_HEADER = (
     "model", "score", "share", "pruned", "task", "metric", "value", "stderr", "samples",
     "difference", "difference_stderr", "paired",
 )  # fmt: skip
-_THRESHOLD_HEADER = ("model", "layer", "target", "neurons", "top", "pooled", "per_token")
+_THRESHOLD_HEADER = (
+    "model", "layer", "target", "neurons", "top", "pooled", "per_token", "not_identified",
+)  # fmt: skip
 _BUDGET_HEADER = ("model", "layer", "share")
 
 
@@ -75,7 +78,7 @@ def _curve_table(study: Study) -> str:
         row = [point.score, f"{point.share:g}", f"{point.pruned:.3f}"]
         for at, name in named:
             estimate, change = point.scores[at].estimate, point.changes[at]
-            text = f"{_number(estimate.value)} ± {_number(estimate.stderr)}"
+            text = plus_minus(_number(estimate.value), estimate.stderr, _spec(estimate.stderr))
             # One difference for each thing that was measured.
             if point is not study.dense and name != "perplexity":
                 text += f" ({_signed(change)})"
@@ -99,7 +102,14 @@ def _threshold_table(study: Study) -> str:
         for entry in study.statistics
     ]
     title = f"{study.label}: the |a| above which the largest activations of a layer lie"
-    return f"{title}\n{columns(header, rows)}"
+    unknown = [
+        f"{NOT_IDENTIFIED}: layer {entry.layer} {entry.target}, top {one.top:g}: "
+        f"{reasons(one.doubts)}"
+        for entry in study.statistics
+        for one in entry.thresholds
+        if one.doubts
+    ]
+    return "\n".join([title, columns(header, rows), *unknown])
 
 
 def _budget_lines(label: str, budget: BudgetResult) -> str:
@@ -117,6 +127,8 @@ def _budget_lines(label: str, budget: BudgetResult) -> str:
     ]
     if budget.elsewhere is not None:
         lines.append(f"  on the text of the study: {_signed(budget.elsewhere)}")
+    if budget.doubts:
+        lines.append(f"  {NOT_IDENTIFIED}: {reasons(budget.doubts)}")
     return "\n".join(lines)
 
 
@@ -151,7 +163,7 @@ def _threshold_rows(studies: Sequence[Study]) -> Iterator[tuple[Any, ...]]:
             for one in entry.thresholds:
                 yield (
                     study.label, entry.layer, entry.target, entry.neurons,
-                    one.top, one.pooled, one.per_token,
+                    one.top, one.pooled, one.per_token, reasons(one.doubts),
                 )  # fmt: skip
 
 
@@ -194,7 +206,7 @@ def _study(study: Study) -> dict[str, Any]:
         "dense": _point(study.dense),
         "points": [_point(point) for point in study.points],
         "statistics": [entry.to_json() for entry in study.statistics],
-        "budget": None if study.budget is None else _budget(study.budget),
+        "budget": None if study.budget is None else budget_json(study.budget),
     }
 
 
@@ -218,7 +230,8 @@ def _point(point: Point) -> dict[str, Any]:
     }
 
 
-def _budget(budget: BudgetResult) -> dict[str, Any]:
+def budget_json(budget: BudgetResult) -> dict[str, Any]:
+    """Returns a budget's shares and probes for machines; numbers that are not finite are null."""
     best = budget.best.allotment
     return {
         "rise": budget.settings.rise,
@@ -228,6 +241,7 @@ def _budget(budget: BudgetResult) -> dict[str, Any]:
         "loss": _finite(budget.loss),
         "sensitivity": [list(map(_finite, row)) for row in budget.sensitivity],
         "shares": list(best.shares),
+        "not_identified": [doubt.reason for doubt in budget.doubts],
         "pruned": best.pruned,
         "predicted": _finite(best.predicted),
         "measured": _change(budget.best_change),
@@ -256,10 +270,14 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e4 else format_number(value)
 
 
+def _spec(error: float) -> str:
+    return ".4f" if error < 1e4 else ".4g"
+
+
 def _signed(change: Difference) -> str:
     if abs(change.value) < 1e4:
-        return f"{change.value:+.4f} ± {change.stderr:.4f}"
-    return f"{change.value:+.3g} ± {change.stderr:.2g}"
+        return plus_minus(f"{change.value:+.4f}", change.stderr)
+    return plus_minus(f"{change.value:+.3g}", change.stderr, ".2g")
 
 
 def _finite(value: float) -> float | None:

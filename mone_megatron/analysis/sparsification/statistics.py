@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mone_megatron.analysis.identified import Doubt
 from mone_megatron.analysis.sparsification.plans import kept_neurons
 from mone_megatron.analysis.sparsification.ranking import Rows
 
@@ -45,6 +46,18 @@ class Threshold:
     top: float
     pooled: float
     per_token: float
+
+    @property
+    def doubts(self) -> tuple[Doubt, ...]:
+        """Why it is not that of the activations: it lies at the edge of what is counted."""
+        found = []
+        if self.pooled <= _edge(0):
+            found.append(Doubt("bound", f"fewer than {self.top:.3g} of the activations are above "
+                               f"{_edge(0):.1g}, the least that is counted"))  # fmt: skip
+        elif self.pooled >= _edge(_BUCKETS - 1):
+            found.append(Doubt("bound", f"more than {self.top:.3g} of the activations are above "
+                               f"{_edge(_BUCKETS - 1):.3g}, the most that is counted"))  # fmt: skip
+        return tuple(found)
 
 
 @dataclass(frozen=True)
