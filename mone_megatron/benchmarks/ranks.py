@@ -6,6 +6,7 @@ Imports no megatron-core at module level: that must follow ``install_cpu_backend
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -90,20 +91,26 @@ def run_cost(moe: Config, mone: Config, processes: int, *, repeats: int, part_re
 def run_ties(
     config: Config, *, ways: Sequence[TieWay], seeds: Sequence[int], steps: int, counted_steps: int
 ) -> TrainingTies:
-    """:func:`mone_megatron.benchmarks.ties_training.measure_training` in a process of its own."""
+    """:func:`mone_megatron.benchmarks.ties_training.measure_training` with each ``train.seed``.
+
+    In one process of its own, one seed after the other.
+    """
     open_device(config.device, World())
     from mone_megatron.benchmarks.ties_training import measure_training
     from mone_megatron.testing.processes import Processes
 
     with Processes(1, timeout_seconds=_LONG_TIMEOUT_SECONDS) as ranks:
-        return ranks.run(
-            measure_training,
-            config,
-            ways=ways,
-            seeds=seeds,
-            steps=steps,
-            counted_steps=counted_steps,
-        )[0]
+        found = [
+            ranks.run(
+                measure_training,
+                replace(config, train=replace(config.train, seed=seed)),
+                ways=ways,
+                steps=steps,
+                counted_steps=counted_steps,
+            )[0]
+            for seed in seeds
+        ]
+    return replace(found[0], trained=[model for result in found for model in result.trained])
 
 
 def run_train(

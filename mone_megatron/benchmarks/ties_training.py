@@ -86,45 +86,33 @@ class TrainingTies:
 
 
 def measure_training(
-    config: Config,
-    *,
-    ways: Sequence[TieWay],
-    seeds: Sequence[int],
-    steps: int,
-    counted_steps: int,
+    config: Config, *, ways: Sequence[TieWay], steps: int, counted_steps: int
 ) -> TrainingTies:
-    """Train one model for each way and seed, and count ties in its last steps.
+    """Train one model for each way, and count ties in its last steps.
 
-    Collective over the default process group, of one rank: loads of neurons are counted here.
+    Collective over the default process group, of one rank, which it closes: loads of neurons are
+    counted here.
 
     Args:
         config: from :func:`mone_megatron.benchmarks.ranks.prepare`, with neuron selection.
         ways: dtypes and tie orders.
-        seeds: values of ``train.seed``.
         steps: of each training.
         counted_steps: how many of the last to count over.
 
     """
     assert config.mone.enabled
     assert 1 <= counted_steps <= steps
-    trained = []
-    hardware = ""
-    for seed in seeds:
-        configs = [
-            replace(
-                config,
-                device=replace(config.device, dtype=way.dtype),
-                train=replace(config.train, seed=seed),
-            )
-            for way in ways
-        ]
-        sessions = open_sessions(configs, steps_in_memory=steps)
-        hardware = sessions[0].device.hardware
-        for session, way in zip(sessions, ways, strict=True):
-            trained.append(_train(session, way, seed, steps, counted_steps))
-        close_groups()
+    sessions = open_sessions(
+        [replace(config, device=replace(config.device, dtype=way.dtype)) for way in ways],
+        steps_in_memory=steps,
+    )
+    trained = [
+        _train(session, way, config.train.seed, steps, counted_steps)
+        for session, way in zip(sessions, ways, strict=True)
+    ]
+    close_groups()
     tokens = config.train.global_batch_size * config.train.seq_length
-    return TrainingTies(hardware, steps, counted_steps, tokens, trained)
+    return TrainingTies(sessions[0].device.hardware, steps, counted_steps, tokens, trained)
 
 
 def _train(session: Session, way: TieWay, seed: int, steps: int, counted_steps: int) -> TrainedTies:

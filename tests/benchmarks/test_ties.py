@@ -104,17 +104,20 @@ def test_the_bias_of_the_orders_mirrors() -> None:
 
 def test_training_with_every_order(main: Main, tmp_path: Path) -> None:
     output = tmp_path / "ties.json"
-    arguments = ["ties", "--experiment", "tiny_mone", "--steps", "3", "--counted-steps", "2"]
+    arguments = ["ties", "--experiment", "tiny_mone", "--steps", "2", "--counted-steps", "1"]
     sizes = ["model.num_layers=1", "train.seq_length=64", "train.global_batch_size=2"]
     data = f"data.cache_dir={tmp_path / 'cache'}"
-    assert main([*arguments, "--output", str(output), *sizes, data]) == 0
-    trained = json.loads(output.read_text())["result"]["trained"]
+    assert main([*arguments, "--seeds", "1", "2", "--output", str(output), *sizes, data]) == 0
+    both = json.loads(output.read_text())["result"]["trained"]
+    trained = both[:4]
+    assert [one["seed"] for one in both] == [1] * 4 + [2] * 4
+    assert both[0]["loss"] != both[4]["loss"]
     assert [one["way"] for one in trained] == [
         "bf16, lowest", "bf16, highest", "bf16, random", "fp32, lowest",
     ]  # fmt: skip
     for one in trained:
-        assert one["ties"]["rows"] == 2 * 2 * 64 * 2  # steps, samples, tokens, experts of a token
-        assert one["router"]["tokens"] == 2 * 2 * 64
+        assert one["ties"]["rows"] == 2 * 64 * 2  # samples, tokens, experts of a token
+        assert one["router"]["tokens"] == 2 * 64
         assert one["router"]["dtype"] == "float32"
         assert one["loss"] > 0
     lowest, highest, _, whole = (one["ties"] for one in trained)
