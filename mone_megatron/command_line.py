@@ -6,6 +6,7 @@ Imports nothing that takes time.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ def exit_status(
     Returns:
         0; 2 for what cannot be done, with a line on standard error for each reason; 130 for Ctrl-C.
     """
+    print_anything()
     try:
         run(options)
     except (ValueError, OSError) as error:
@@ -33,6 +35,16 @@ def exit_status(
         print(f"{tool}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def print_anything() -> None:
+    """Makes results that standard output cannot spell be printed with escapes.
+
+    A path that is not UTF-8, or a sign such as ± where the locale is C, would otherwise end a tool
+    after all its work, when it prints.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def say(message: str) -> None:

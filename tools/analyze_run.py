@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mone_megatron.command_line import check_at_least_1, exit_status, say
-from mone_megatron.data.reading_options import add_reading, reading_settings
+from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
 from mone_megatron.evaluation.command_line import add_placement
 
 _DESCRIPTION = """\
@@ -160,6 +160,7 @@ def _run(options: argparse.Namespace) -> None:
     if "model" in kinds:
         require("hf", "transformers", "safetensors")
         # Longer still, and not needed for traces.
+        from mone_megatron.evaluation.corpora import open_corpus, reads_files
         from mone_megatron.evaluation.models import choose_device, choose_dtype
         from mone_megatron.evaluation.routing import Recorder, Settings
         from mone_megatron.evaluation.routing_text import Text
@@ -167,6 +168,8 @@ def _run(options: argparse.Namespace) -> None:
         device = choose_device(options.device)
         key = options.text_key
         documents = reading_settings(options, json_key=key, column=key)
+        opened = [open_corpus(place, documents) for place in options.text]
+        check_reading_used(options, reads_files=reads_files(opened))
         record = Recorder(
             Text(options.text, documents, options.domain_field),
             Settings(

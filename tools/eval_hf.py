@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mone_megatron.command_line import check_at_least_1, exit_status, once, say
-from mone_megatron.data.reading_options import add_reading, reading_settings
+from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
 from mone_megatron.evaluation.command_line import add_placement, labels_of
 
 _DESCRIPTION = """\
@@ -100,7 +100,7 @@ def _run(options: argparse.Namespace) -> None:
     calm_bars()
     # Only now: these take seconds to import.
     from mone_megatron.evaluation import evaluate, output
-    from mone_megatron.evaluation.corpora import open_corpus
+    from mone_megatron.evaluation.corpora import open_corpus, reads_files
     from mone_megatron.evaluation.models import choose_device, choose_dtype, look_at
     from mone_megatron.evaluation.tasks import expand, load_tasks
 
@@ -108,6 +108,7 @@ def _run(options: argparse.Namespace) -> None:
     key = options.text_key
     settings = reading_settings(options, json_key=key, column=key)
     corpora = [open_corpus(where, settings) for where in options.perplexity]
+    check_reading_used(options, reads_files=reads_files(corpora))
     trusted = options.trust_remote_code
     models = [look_at(where, trust_remote_code=trusted) for where in options.models]
     seq_length = options.seq_length or evaluate.common_length(models)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mone_megatron.command_line import print_anything
 from mone_megatron.data.documents import expand_inputs
 from mone_megatron.data.preprocess import TokenizerSettings, preprocess_files
 from mone_megatron.data.reading_options import add_reading, reading_settings
@@ -98,6 +99,7 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> int:
     """Runs the tool; 0 on success, 1 on bad input, 130 when interrupted."""
     arguments = _parse(given)
+    print_anything()
     try:
         summary = preprocess_files(
             expand_inputs(arguments.inputs),

@@ -17,7 +17,7 @@ from mone_megatron.analysis.sparsification.plans import (
     check_tops,
 )
 from mone_megatron.command_line import check_at_least_1, exit_status, once, say
-from mone_megatron.data.reading_options import add_reading, reading_settings
+from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
 from mone_megatron.evaluation.command_line import add_placement, labels_of
 
 _DESCRIPTION = """\
@@ -187,7 +187,7 @@ def _run(options: argparse.Namespace) -> None:
     from mone_megatron.analysis.sparsification.findings import BudgetSettings
     from mone_megatron.analysis.sparsification.results import open_results
     from mone_megatron.evaluation import evaluate
-    from mone_megatron.evaluation.corpora import open_corpus
+    from mone_megatron.evaluation.corpora import open_corpus, reads_files
     from mone_megatron.evaluation.models import ModelFacts, choose_device, choose_dtype, look_at
     from mone_megatron.evaluation.tasks import expand, load_tasks
     from mone_megatron.evaluation.token_bytes import bytes_of_tokens
@@ -197,6 +197,7 @@ def _run(options: argparse.Namespace) -> None:
     corpora = [open_corpus(options.perplexity, inputs)]
     if options.calibration is not None:
         corpora.append(open_corpus(options.calibration, inputs))
+    check_reading_used(options, reads_files=reads_files(corpora))
     trusted = options.trust_remote_code
     models = [look_at(where, trust_remote_code=trusted) for where in options.models]
     seq_length = options.seq_length or evaluate.common_length(models)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from tokenizers import Tokenizer, processors
@@ -65,6 +65,11 @@ class Framing:
         else:
             how = "texts begin without BOS"
         return f"{how} ({self.assumed})" if self.assumed else how
+
+    def known_by(self, tokenizer: Tokenizer) -> Framing:
+        """Returns it as known where nothing else could be: no BOS, and a tokenizer without one."""
+        certain = not self.opening and not template_opening(tokenizer)
+        return replace(self, assumed="") if certain else self
 
     def as_facts(self) -> dict[str, Any]:
         """Returns what is kept of it in JSON or YAML; :func:`framing_of` reads it."""

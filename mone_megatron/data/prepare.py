@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mone_megatron.config.errors import ConfigError
@@ -305,9 +305,7 @@ def _framing(corpus: _Corpus, tokenizer: LoadedTokenizer, eod: int) -> Framing:
             framing = framing_of(corpus.sidecar.framing, eod=eod, where=where)
         except ValueError as error:
             raise ConfigError(f"{corpus.key}: {error}") from error
-        opening = template_opening(tokenizer.tokenizer)
-        # Nobody has to be told what can be no other way.
-        return framing if opening or framing.opening else replace(framing, assumed="")
+        return framing.known_by(tokenizer.tokenizer)
     # Another tool's corpus: its first documents show it.
     opening = template_opening(tokenizer.tokenizer)
     starts = corpus.index.first_documents(_DOCUMENTS_LOOKED_AT, len(opening))

@@ -32,6 +32,28 @@ def add_reading(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> Non
     )
 
 
+def check_reading_used(options: argparse.Namespace, *, reads_files: bool) -> None:
+    """Checks that the options of :func:`add_reading` that are given have something to act on.
+
+    Args:
+        options: parsed.
+        reads_files: whether one of the corpora is a file of text.
+
+    Raises:
+        ValueError: naming the first that does nothing.
+    """
+    if reads_files:
+        return
+    given = {
+        "--format": options.format is not None,
+        "--document-separator": options.document_separator is not None,
+        "--on-error": options.on_error != "stop",
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(f"{name}: says how files of text are read, and none is; leave it out")
+
+
 def reading_settings(
     options: argparse.Namespace, *, json_key: str, column: str, domain: str | None = None
 ) -> InputSettings:

@@ -39,8 +39,13 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no tokenizer.json")
+    # Read and written here: the tokenizers package takes no path that is not UTF-8.
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the tokenizers package raises plain Exception
         raise ValueError(f"{path} is not a tokenizer ({error})") from error
     tokenizer.no_truncation()
@@ -107,7 +112,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes ``folder`` so that ``transformers.AutoTokenizer`` loads it too."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    content = tokenizer.to_str(pretty=True)
+    (folder / "tokenizer.json").write_bytes(content.encode("utf-8"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,

@@ -281,6 +281,11 @@ def open_corpus(where: str, settings: InputSettings | None = None) -> Corpus:
     return TextFile(path, settings)
 
 
+def reads_files(corpora: Sequence[Corpus]) -> bool:
+    """Whether one of the corpora is a file of text."""
+    return any(isinstance(corpus, TextFile) for corpus in corpora)
+
+
 class _Packed(Sequence[Window]):
     """Windows of which each but the first begins with the last token of the one before."""
 

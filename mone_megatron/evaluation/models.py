@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import mone_megatron.hf  # noqa: F401  # registers our exports with transformers
-from mone_megatron.data.framing import Framing, begin_texts_with
+from mone_megatron.data.framing import Framing
 from mone_megatron.hf.loading import LoadedModel, load_model
 from mone_megatron.hf.source import is_ours, open_source
-from mone_megatron.hf.text_format import framing_of_folder
+from mone_megatron.hf.text_format import follow, framing_of_folder
 
 # Evaluated in float32 where that costs no more than any other: on CPUs.
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +87,7 @@ def look_at(where: str, *, trust_remote_code: bool = False) -> ModelFacts:
             f"{where}: its tokenizer has token {largest} and the model knows {facts.vocab_size}; "
             "give the tokenizer that belongs to it"
         )
-    begin_texts_with(facts.tokenizer.backend_tokenizer, facts.framing.opening)
+    follow(facts.tokenizer, facts.framing)
     return facts
 
 

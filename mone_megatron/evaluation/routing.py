@@ -171,6 +171,7 @@ class Recorder:
                 domains=domains,
                 selection=selection,
                 texts={int(token): str(facts.tokenizer.decode([int(token)])) for token in seen},
+                beginning=facts.beginning,
             )
         )
 

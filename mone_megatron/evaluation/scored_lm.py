@@ -16,10 +16,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix
 from transformers import AutoTokenizer
 
-from mone_megatron.data.framing import Framing, begin_texts_with
+from mone_megatron.data.framing import Framing
 from mone_megatron.evaluation.harness_tokens import fitted, rolling_windows
 from mone_megatron.evaluation.requests import ScoreRequest
-from mone_megatron.hf.text_format import framing_of_folder
+from mone_megatron.hf.text_format import follow, framing_of_folder
 
 Scores = list[tuple[float, bool]]
 
@@ -58,7 +58,7 @@ class ScoredLM(TemplateLM):
             raise ValueError(
                 f"{tokenizer_dir}: names no eos_token; add it to tokenizer_config.json"
             )
-        begin_texts_with(self.tokenizer.backend_tokenizer, framing.opening)
+        follow(self.tokenizer, framing)
         self._framing = framing
 
     @property

@@ -16,14 +16,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mone_megatron.data.framing import Framing, begin_texts_with
+from mone_megatron.data.framing import Framing
 from mone_megatron.hf.architectures import FUSED, MONE, choose
 from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.export import check_complete, hf_config, hf_tensors
 from mone_megatron.hf.mapping import rules
 from mone_megatron.hf.modeling_mone import MoneForCausalLM
 from mone_megatron.hf.source import Source, is_ours, open_source
-from mone_megatron.hf.text_format import framing_of_folder
+from mone_megatron.hf.text_format import follow, framing_of_folder
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def load_model(
         tokenizer = None
         if (source.tokenizer_dir / "tokenizer.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_dir)
-            begin_texts_with(tokenizer.backend_tokenizer, source.framing.opening)
+            follow(tokenizer, source.framing)
         name = f"{source.config.run.name} after step {source.checkpoint.step}"
         framing = None if tokenizer is None else source.framing
         return LoadedModel(_ready(model, device), tokenizer, name, framing)
@@ -96,7 +96,7 @@ def load_model(
     framing = None
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         framing = framing_of_folder(folder, tokenizer.backend_tokenizer, tokenizer.eos_token_id)
-        begin_texts_with(tokenizer.backend_tokenizer, framing.opening)
+        follow(tokenizer, framing)
     return LoadedModel(_ready(loaded, device), tokenizer, where, framing)
 
 

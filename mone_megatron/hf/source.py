@@ -14,7 +14,7 @@ from mone_megatron.checkpoint.tensors import TensorInfo, TensorReader
 from mone_megatron.config.load import from_yaml
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
 from mone_megatron.data.framing import Framing, framing_of
-from mone_megatron.data.tokenizer import end_of_document, load_tokenizer
+from mone_megatron.data.tokenizer import LoadedTokenizer, end_of_document, load_tokenizer
 from mone_megatron.hf.dtypes import main_dtype, written_dtype
 
 OPTIMIZER = "optimizer."
@@ -54,19 +54,21 @@ class Source:
             ValueError: what the checkpoint says of them is damaged.
         """
         facts = self.checkpoint.facts.get("framing")
-        eod = None if facts is not None else self._named_eod()
-        return framing_of(facts, eod=eod, where=f"checkpoint {self.checkpoint.path}")
+        where = f"checkpoint {self.checkpoint.path}"
+        if facts is not None:
+            return framing_of(facts, eod=None, where=where)
+        # An old checkpoint: its tokenizer names what ended documents.
+        try:
+            tokenizer = load_tokenizer(self.tokenizer_dir)
+        except ValueError:
+            return framing_of(None, eod=None, where=where)
+        framing = framing_of(None, eod=_named_eod(tokenizer), where=where)
+        return framing.known_by(tokenizer.tokenizer)
 
     @property
     def eos_token_id(self) -> int | None:
         """What ends a document; None when there is no tokenizer or it names none."""
         return self.framing.eod
-
-    def _named_eod(self) -> int | None:
-        try:
-            return end_of_document(load_tokenizer(self.tokenizer_dir))
-        except ValueError:
-            return None
 
     @property
     def weights(self) -> dict[str, TensorInfo]:
@@ -99,6 +101,13 @@ class Source:
         exact = dtype is torch.float32 and master in self.reader.tensors
         stored = self.reader.read(master if exact else name, row)
         return stored.to(written_dtype(name, stored.dtype, dtype))
+
+
+def _named_eod(tokenizer: LoadedTokenizer) -> int | None:
+    try:
+        return end_of_document(tokenizer)
+    except ValueError:
+        return None
 
 
 def is_ours(where: Path) -> bool:

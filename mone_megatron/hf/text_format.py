@@ -40,7 +40,15 @@ def framing_of_folder(folder: Path, tokenizer: Tokenizer, eod: int | None) -> Fr
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ValueError(f"{recipe} is damaged; export the model again") from None
     facts = content.get(RECIPE_KEY) if isinstance(content, dict) else None
-    return framing_of(facts, eod=eod, where=str(recipe))
+    return framing_of(facts, eod=eod, where=str(recipe)).known_by(tokenizer)
+
+
+def follow(tokenizer: Any, framing: Framing) -> None:
+    """Makes a fast tokenizer of transformers begin texts, and name their end, as in training."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    begin_texts_with(backend, framing.opening)
+    if framing.eod is not None and tokenizer.eos_token_id != framing.eod:
+        tokenizer.eos_token = backend.id_to_token(framing.eod)
 
 
 def write_tokenizer(source: Path, folder: Path, framing: Framing) -> None:

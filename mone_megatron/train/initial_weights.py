@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch import Tensor
 
 from mone_megatron.checkpoint import restricted_pickle
-from mone_megatron.data.framing import Framing, framing_of
+from mone_megatron.data.framing import Framing
 from mone_megatron.train.checkpoint_reading import (
     Shapes,
     fill_chunk,
@@ -36,7 +36,7 @@ from mone_megatron.train.checkpoint_state import (
     model_state,
     parameter_states,
 )
-from mone_megatron.train.run_identity import check_same_model
+from mone_megatron.train.run_identity import check_same_model, other_framing
 from mone_megatron.train.state import TrainingState
 
 _NEEDED_FOR = "the model cannot begin with it: use another checkpoint with checkpoint.initialize"
@@ -82,15 +82,8 @@ def initialize(
         fill_chunk(chunk, loaded[f"chunk_{number}"])
     _fill_masters(state, model, loaded)
     say(f"begins with the weights of {folder}")
-    known = facts.get("framing")
-    if framing is not None and known is not None:
-        seen = framing_of(known, eod=None, where=f"checkpoint {folder}")
-        if seen.opening != framing.opening:
-            say(
-                f"WARNING: the weights saw documents that begin with tokens {list(seen.opening)}, "
-                f"and these data's begin with {list(framing.opening)}; make the data again with "
-                "tools/preprocess_data.py --bos to go on as before"
-            )
+    if warning := other_framing(facts, framing, folder):
+        say(warning)
 
 
 def _target(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mone_megatron.config.schema import Config
+from mone_megatron.data.framing import Framing, framing_of
 
 # What may be changed by someone who names a checkpoint to start from; a run that goes on by
 # itself (checkpoint.resume=auto) must be as it was.
@@ -144,6 +145,29 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], where
         )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def other_framing(facts: Mapping[str, Any], framing: Framing | None, where: Path) -> str | None:
+    """Tells of data whose documents begin otherwise than those that the weights have seen.
+
+    Args:
+        facts: what the checkpoint of the weights tells.
+        framing: of this run's documents; None if it is not known.
+        where: the checkpoint, for messages.
+
+    Returns:
+        One line; None where both are alike, or one is not known.
+    """
+    if framing is None or facts.get("framing") is None:
+        return None
+    seen = framing_of(facts["framing"], eod=None, where=f"checkpoint {where}")
+    if seen.opening == framing.opening:
+        return None
+    return (
+        f"WARNING: the weights of {where} have seen documents that begin with the tokens "
+        f"{list(seen.opening)}, and these data's begin with {list(framing.opening)}; to go on as "
+        "before, make the data again with another --bos of tools/preprocess_data.py"
+    )
 
 
 def _is_free(key: str, old: Any, new: Any) -> bool:

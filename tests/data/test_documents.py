@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
+import io
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mone_megatron.command_line import exit_status
 from mone_megatron.data.documents import DocumentReader, InputSettings
 from mone_megatron.data.framing import DocumentEncoder, template_opening
 from mone_megatron.data.indexed import bin_path, read_index
@@ -236,6 +240,29 @@ def test_paths_need_not_be_utf8(tmp_path: Path) -> None:
     (place / "a.jsonl").write_text('{"text": "a"}\n')
     for kind in ("parquet", "txt", "jsonl"):
         assert read(place / f"a.{kind}") == ["a"]
+
+
+def test_no_path_of_the_tool_need_be_utf8(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    place.mkdir()
+    (place / "a.txt").write_text("one two three")
+    tool = load_tool("preprocess_data")
+    trained = [place / "a.txt", "--output", place / "one", "--train-tokenizer", 260]
+    used = [place / "a.txt", "--output", place / "two", "--tokenizer", place / "one.tokenizer"]
+    for arguments in (trained, used):
+        assert tool([str(each) for each in arguments]) == 0, capsys.readouterr().err
+        assert "in 1 documents" in capsys.readouterr().out
+    assert (place / "one.bin").read_bytes() == (place / "two.bin").read_bytes()
+
+
+def test_results_that_cannot_be_spelled_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding="ascii"))
+    status = exit_status("tool", lambda options: print("1 ± 2", "\udce9"), argparse.Namespace())
+    sys.stdout.flush()
+    assert (status, out.getvalue()) == (0, b"1 \\xb1 2 \\udce9\n")
 
 
 def run_tool(tmp_path: Path, tokenizer: Path, *arguments: object) -> int:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from hf_models import save_model
 from test_export import export_run, open_run
 from test_import import import_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mone_megatron.data.framing import Framing
 from mone_megatron.data.preprocess import TokenizerSettings, preprocess_files
+from mone_megatron.evaluation.evaluate import Settings, evaluate_model
 from mone_megatron.evaluation.models import look_at
+from mone_megatron.evaluation.tasks import TaskRequest, load_tasks
 from mone_megatron.hf.loading import load_model
 from mone_megatron.testing.launch import run_layouts
 from mone_megatron.testing.tokenizers import with_bos
 from mone_megatron.testing.tools import load_tool
+from mone_megatron.train.run_identity import other_framing
 
 EOS = 0
 
@@ -36,9 +43,42 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
             "experiment=tiny_moe", "device=cpu", "data=indexed", f"data.paths=[{folder / choice}]",
             f"data.cache_dir={folder / 'cache'}", "data.split=[1,0,0]", "train.steps=1",
             "train.eval_interval=0", "checkpoint.interval=1", "logging=quiet",
+            f"train.eval_tasks=[{tasks_on(folder)}]", "train.eval_tasks_interval=1",
         ]  # fmt: skip
     run_layouts(jobs, processes=1, folder=folder)
     return folder
+
+
+def tasks_on(folder: Path) -> Path:
+    """A task of whole texts, one of them longer than the model reads at once."""
+    texts = ["one two three", "four five six\n" * 40]
+    (folder / "rolling.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in texts))
+    metric = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+    settings = {
+        "task": "rolling", "dataset_path": "json", "test_split": "test", "doc_to_text": "",
+        "dataset_kwargs": {"data_files": {"test": "rolling.jsonl"}}, "doc_to_target": "text",
+        "output_type": "loglikelihood_rolling", "metric_list": [metric],
+    }  # fmt: skip
+    path = folder / "rolling.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_tasks_during_training_begin_as_tasks_after_it(runs: Path) -> None:
+    found = {}
+    for choice in ("auto", "never"):
+        run = runs / f"run_{choice}"
+        records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        during = records[-1]["eval/rolling/bits_per_byte"]
+        tasks = load_tasks([TaskRequest(str(runs / "rolling.yaml"))])
+        how = Settings(4, None, 64, None, torch.float32, "cpu")
+        result = evaluate_model(
+            look_at(str(run)), label="run", tasks=tasks, corpora=[], settings=how, say=print
+        )
+        (after,) = [score.estimate.value for score in result.scores]
+        assert during == pytest.approx(after, rel=1e-4)
+        found[choice] = during
+    assert found["auto"] != pytest.approx(found["never"], rel=1e-4)
 
 
 def bos_of(folder: Path) -> int:
@@ -101,6 +141,17 @@ def test_a_checkpoint_made_before_it_was_kept(
     assert source.framing.opening == ()
     assert source.framing.eod == EOS
     assert "made before this was recorded" in source.framing.assumed
+
+
+def test_weights_that_begin_with_other_data_are_told(runs: Path) -> None:
+    facts = open_run(runs / "run_auto").checkpoint.facts
+    bos = bos_of(runs)
+    told = other_framing(facts, Framing((), EOS), Path("there"))
+    assert told is not None
+    assert f"weights of there have seen documents that begin with the tokens [{bos}]" in told
+    for framing in (Framing((bos,), EOS), None):
+        assert other_framing(facts, framing, Path("there")) is None
+    assert other_framing({}, Framing((), EOS), Path("there")) is None
 
 
 def test_an_imported_model_follows_its_tokenizer(tmp_path: Path, tokenizer_dir: Path) -> None:

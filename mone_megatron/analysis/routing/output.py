@@ -146,6 +146,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
         "how": dict(analysis.how),
         "limits": dataclasses.asdict(analysis.limits),
         "domains": list(header.domains),
+        "beginning": header.beginning,
         "selection": None if selection is None else dataclasses.asdict(selection),
         "checkpoints": [
             {
@@ -362,7 +363,10 @@ def text_report(analysis: Analysis) -> str:
         [str(layer.shape.layer), *(_cell(getattr(summary, key)) for key in keys)]
         for layer, summary in zip(final.layers, summaries, strict=True)
     ]
-    return f"{final.name}, {final.vocabulary.tokens:,} tokens\n\n{text_table(header, rows)}"
+    title = f"{final.name}, {final.vocabulary.tokens:,} tokens"
+    if analysis.header.beginning:
+        title += f"; {analysis.header.beginning}"
+    return f"{title}\n\n{text_table(header, rows)}"
 
 
 def _cell(value: float) -> str:

@@ -82,6 +82,7 @@ class TraceHeader:
         ordered: the experts of a token stand in the order of their weights, largest first.
         weighted: the shards hold the router's weights.
         texts: what the tokens spell, by id, where that is known.
+        beginning: how texts began for the model, in words, where that is known.
     """
 
     name: str
@@ -93,6 +94,7 @@ class TraceHeader:
     ordered: bool = True
     weighted: bool = True
     texts: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    beginning: str = ""
 
     def shape(self, layer: int) -> LayerShape:
         """The layer of that number."""
@@ -343,4 +345,6 @@ def _header(document: Mapping[str, Any]) -> TraceHeader:
         ordered=bool(document["ordered"]),
         weighted=bool(document["weighted"]),
         texts={int(token): str(text) for token, text in document["texts"].items()},
+        # Traces of before have none.
+        beginning=str(document.get("beginning", "")),
     )

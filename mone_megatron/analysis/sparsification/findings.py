@@ -143,3 +143,5 @@ class Study:
     points: tuple[Point, ...]
     statistics: tuple[LayerStatistics, ...]
     budget: BudgetResult | None
+    # How texts begin for it, in words.
+    beginning: str = ""

@@ -85,6 +85,8 @@ def _curve_table(study: Study) -> str:
             row.append(text)
         rows.append(row)
     title = f"{study.label}: {', '.join(study.targets)} neurons, {study.tokens:,} tokens"
+    if study.beginning:
+        title += f"; {study.beginning}"
     return f"{title}\n{columns(header, rows)}"
 
 
@@ -199,6 +201,7 @@ def _study(study: Study) -> dict[str, Any]:
         "where": study.where,
         "targets": list(study.targets),
         "tokens": study.tokens,
+        "texts": study.beginning,
         "layers": [
             {"layer": layer.number, "kinds": [vars(kind) for kind in layer.kinds]}
             for layer in study.layers

@@ -207,6 +207,7 @@ class ModelStudy:
             points=tuple(points),
             statistics=statistics,
             budget=budget,
+            beginning=subject.facts.beginning,
         )
 
     @contextmanager
