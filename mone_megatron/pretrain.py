@@ -29,6 +29,7 @@ from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
 from mone_megatron.data.prepare import check_cache, prepare_data
 from mone_megatron.display import harmless_output
+from mone_megatron.helpers import HelperError
 from mone_megatron.os_errors import explained
 from mone_megatron.ownership import await_owner, owned_folder
 from mone_megatron.parallel.world import World
@@ -82,6 +83,11 @@ def _pretrain(config: Config) -> int:
             return run(
                 config, layout=layout, data=data, device=device, world=world, started=started
             )
+        except HelperError as error:
+            # Of this rank's alone, unlike the others.
+            where = f"rank {world.rank}: " if world.size > 1 else ""
+            print(f"error: {where}{error}", file=sys.stderr)
+            return FAILED_EXIT_CODE
         except OSError as error:
             # One that names no file is no refusal of the file system's.
             if error.filename is None:

@@ -16,6 +16,7 @@ from typing import NoReturn
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
+from mone_megatron.helpers import HelperError, ending, starting
 from mone_megatron.planning import output
 from mone_megatron.planning.hardware import GPUS, Assumptions, find_gpu
 from mone_megatron.planning.match import COUNTS, DIMENSIONS, SIDES, TOLERANCE, Pair, match
@@ -261,15 +262,16 @@ def _render(plan: Plan, arguments: Sequence[str], options: argparse.Namespace) -
     if sys.prefix != sys.base_prefix:
         # Overrides are checked by the python that runs this.
         environment["VIRTUAL_ENV"] = sys.prefix
-    done = subprocess.run(
-        [str(_LAUNCHER), "--dry-run", *site, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with starting(str(_LAUNCHER)):
+        done = subprocess.run(
+            [str(_LAUNCHER), "--dry-run", *site, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if done.returncode != 0:
-        raise ValueError(done.stderr.strip() or f"--render: {_LAUNCHER} ended with an error")
+        raise ValueError(done.stderr.strip() or f"--render: {_LAUNCHER} {ending(done.returncode)}")
     options.render.parent.mkdir(parents=True, exist_ok=True)
     options.render.write_text(done.stdout, encoding="utf-8")
     # SLURM makes no folders: without the one of its log a job ends without a word.
@@ -312,6 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         return _run(options)
+    except HelperError as error:
+        problems = [str(error)]
     except OSError as error:
         problems = [f"{error.filename}: cannot be written ({error.strerror}); name another file"]
     except ValueError as error:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mone_megatron.command_line import say
+from mone_megatron.helpers import HelperError
 
 _DESCRIPTION = """\
 Train every variant of a study with the same seeds, and compare the last validation losses seed by
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, HelperError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -5,7 +5,8 @@ Imports no megatron-core at module level: that must follow ``install_cpu_backend
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +17,7 @@ from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config, DeviceConfig
 from mone_megatron.config.validate import validate
 from mone_megatron.data.prepare import prepare_data
+from mone_megatron.helpers import HelperError, unwinding_on_sigterm
 from mone_megatron.parallel.device import open_device, open_process_group
 from mone_megatron.parallel.world import World
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from mone_megatron.benchmarks.ties import TieWay
     from mone_megatron.benchmarks.ties_training import TrainingTies
     from mone_megatron.benchmarks.train import TrainResult
+    from mone_megatron.testing.processes import Processes
 
 _TIMEOUT_SECONDS = 3600.0
 # Of benchmarks that train several models to some end.
@@ -58,13 +61,30 @@ def use_device(kind: Literal["cpu", "cuda"], threads: int) -> tuple[torch.device
     return device.torch_device, device.hardware
 
 
+@contextmanager
+def _ranks(count: int, timeout_seconds: float = _TIMEOUT_SECONDS) -> Iterator[Processes]:
+    """So many processes to measure in; they end with what is inside, on SIGTERM, too.
+
+    Raises:
+        HelperError: one of them cannot be started, fails or is killed, in one line.
+    """
+    from mone_megatron.testing.processes import Processes, RankFailedError
+
+    with unwinding_on_sigterm(), Processes(count, timeout_seconds=timeout_seconds) as ranks:
+        try:
+            yield ranks
+        except RankFailedError as error:
+            lines = str(error).splitlines()
+            why = lines[0] if len(lines) == 1 else f"{lines[0].split(': ')[0]}: {lines[-1]}"
+            raise HelperError(why) from error
+
+
 def run_spine(config: Config, processes: int, *, repeats: int, steps: int) -> SpineCost:
     """:func:`mone_megatron.benchmarks.spine.measure_spine` on ``processes`` ranks; rank 0's."""
     open_device(config.device, World())
     from mone_megatron.benchmarks.spine import measure_spine
-    from mone_megatron.testing.processes import Processes
 
-    with Processes(processes, timeout_seconds=_TIMEOUT_SECONDS) as ranks:
+    with _ranks(processes) as ranks:
         return ranks.run(measure_spine, config, repeats=repeats, steps=steps)[0]
 
 
@@ -72,9 +92,8 @@ def run_save(config: Config, processes: int, *, repeats: int) -> SaveCost:
     """:func:`mone_megatron.benchmarks.save.measure_save` on ``processes`` ranks; rank 0's."""
     open_device(config.device, World())
     from mone_megatron.benchmarks.save import measure_save
-    from mone_megatron.testing.processes import Processes
 
-    with Processes(processes, timeout_seconds=_TIMEOUT_SECONDS) as ranks:
+    with _ranks(processes) as ranks:
         return ranks.run(measure_save, config, repeats=repeats)[0]
 
 
@@ -82,9 +101,8 @@ def run_cost(moe: Config, mone: Config, processes: int, *, repeats: int, part_re
     """:func:`mone_megatron.benchmarks.cost.measure_cost` on ``processes`` ranks; rank 0's."""
     open_device(moe.device, World())
     from mone_megatron.benchmarks.cost import measure_cost
-    from mone_megatron.testing.processes import Processes
 
-    with Processes(processes, timeout_seconds=_TIMEOUT_SECONDS) as ranks:
+    with _ranks(processes) as ranks:
         return ranks.run(measure_cost, moe, mone, repeats=repeats, part_repeats=part_repeats)[0]
 
 
@@ -97,9 +115,8 @@ def run_ties(
     """
     open_device(config.device, World())
     from mone_megatron.benchmarks.ties_training import measure_training
-    from mone_megatron.testing.processes import Processes
 
-    with Processes(1, timeout_seconds=_LONG_TIMEOUT_SECONDS) as ranks:
+    with _ranks(1, _LONG_TIMEOUT_SECONDS) as ranks:
         found = [
             ranks.run(
                 measure_training,
@@ -131,7 +148,6 @@ def run_train(
         return result
     open_device(moe.device, World())
     from mone_megatron.benchmarks.train import measure_train
-    from mone_megatron.testing.processes import Processes
 
-    with Processes(processes, timeout_seconds=_TIMEOUT_SECONDS) as ranks:
+    with _ranks(processes) as ranks:
         return ranks.run(measure_train, moe, mone, repeats=repeats, steps=steps)[0]

@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mone_megatron.helpers import HelperError, ending, starting
 from mone_megatron.kernels import (
     fused_decode,
     triton_decode,
@@ -103,12 +104,17 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        with starting("Triton's cuobjdump"):
+            done = subprocess.run(
+                [cuobjdump, "--dump-resource-usage", file.name],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+    if done.returncode:
+        why = " ".join(done.stderr.split())
+        raise HelperError(f"{cuobjdump} {ending(done.returncode)}: {why}")
+    told = done.stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", told)
     assert found is not None, told
     return int(found[1]), int(found[2])

@@ -8,18 +8,27 @@ holds, and a run may resume at another data-parallel size without skipping or re
 
 from __future__ import annotations
 
+import multiprocessing.queues
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader
 
+from mone_megatron.helpers import HelperError, HelperThread, ending, one_line, starting
+
 Batch = dict[str, torch.Tensor]
+# As loader processes send it.
+_Arrays = dict[str, npt.NDArray[Any]]
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -114,21 +123,121 @@ def build_loader(
         )
     if num_workers == 0:
         return _load_here(dataset, sampler, pin)
-    loader: DataLoader[Batch] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # a Protocol, not a subclass of Dataset
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=pin,
-        worker_init_fn=_outlive_group_signals,
-        # Without a generator of its own the loader draws from torch's global stream, and training
-        # would depend on how many loaders were built.
-        generator=torch.Generator(),
-    )
-    return _start(loader)
+    return _FromProcesses(dataset, sampler, num_workers, pin)
 
 
-def _start(loader: DataLoader[Batch]) -> Iterator[Batch]:
+class _FromProcesses(Iterator[Batch]):
+    """Microbatches that processes load, by torch's DataLoader.
+
+    Batches come as NumPy arrays through the pipe of the DataLoader's queue. As tensors they would
+    come through shared memory, for which each process needs room in /dev/shm, a socket in TMPDIR
+    (whose path has a limit of some 100 characters), and a thread, in which an error is lost.
+    """
+
+    def __init__(
+        self, dataset: SampleDataset, sampler: MicrobatchSampler, num_workers: int, pin: bool
+    ) -> None:
+        """Starts the processes.
+
+        Raises:
+            HelperError: they cannot be started.
+        """
+        loader: DataLoader[_Arrays] = DataLoader(
+            dataset,  # type: ignore[arg-type]  # a Protocol, not a subclass of Dataset
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_collate_arrays,
+            worker_init_fn=_outlive_group_signals,
+            # Without a generator of its own the loader draws from torch's global stream, and
+            # training would depend on how many loaders were built.
+            generator=torch.Generator(),
+        )
+        self._pin = pin
+        others = set(multiprocessing.active_children())
+        try:
+            with starting(
+                f"{num_workers} data loader processes (data.num_workers)",
+                "data.num_workers=0 loads in the training process",
+            ):
+                self._batches = _start(loader)
+        except BaseException:
+            _kill(set(multiprocessing.active_children()) - others)
+            raise
+        self._workers = sorted(
+            set(multiprocessing.active_children()) - others, key=lambda worker: worker.name
+        )
+        _Deaths.be_told_while_waiting()
+
+    def __next__(self) -> Batch:
+        try:
+            with _Deaths():
+                # One that died meanwhile may have left batches that come first.
+                if not all(worker.is_alive() for worker in self._workers):
+                    raise RuntimeError("a data loader process has ended")
+                arrays = next(self._batches)
+        except StopIteration:
+            raise
+        # torch raises what its handler of SIGCHLD found, and what a process sent, as it was.
+        except Exception as error:
+            raise HelperError(
+                f"a data loader process (data.num_workers={len(self._workers)}) {self._why(error)}"
+            ) from error
+        batch = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        return {key: value.pin_memory() for key, value in batch.items()} if self._pin else batch
+
+    def _why(self, error: Exception) -> str:
+        """One line. The other processes are ended: nothing is asked of them any more."""
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        sent = "Original Traceback" in str(error)
+        codes = [worker.exitcode for worker in self._workers]
+        _kill(self._workers)
+        if sent:
+            return f"failed: {' '.join(lines[-1].split())}"
+        if dead := [code for code in codes if code is not None]:
+            return ending(dead[0])
+        return f"failed: {one_line(error)}"
+
+
+def _kill(processes: Iterable[BaseProcess]) -> None:
+    """Ends loader processes, which may be in no state to take a SIGTERM."""
+    for process in processes:
+        process.kill()
+
+
+class _Deaths:
+    """Whether the main thread waits for loader processes, and so wants to hear of their deaths.
+
+    torch's handler of SIGCHLD raises when a loader process has died, wherever the main thread is:
+    within a step or a save, which that has nothing to do with. While it waits for a batch it has
+    to be told, since what a process had begun to send never ends; otherwise the next wait says so.
+    """
+
+    waiting = False
+
+    def __enter__(self) -> None:
+        _Deaths.waiting = True
+
+    def __exit__(self, *exception: object) -> None:
+        _Deaths.waiting = False
+
+    @classmethod
+    def be_told_while_waiting(cls) -> None:
+        """Puts a handler before torch's; once, as torch sets its own once."""
+        torch_handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(torch_handler, "__qualname__", "").startswith(cls.__name__):
+            return
+        in_main = threading.current_thread() is threading.main_thread()
+        if not callable(torch_handler) or not in_main:
+            return
+
+        def tell(number: int, frame: FrameType | None) -> None:
+            if cls.waiting:
+                torch_handler(number, frame)
+
+        signal.signal(signal.SIGCHLD, tell)
+
+
+def _start(loader: DataLoader[_Arrays]) -> Iterator[_Arrays]:
     """Starts the loader processes with SIGTERM blocked in every thread that they will have.
 
     Libraries start threads right after a fork, before :func:`_outlive_group_signals` runs, and a
@@ -137,9 +246,16 @@ def _start(loader: DataLoader[Batch]) -> Iterator[Batch]:
     if sys.platform != "linux":
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    hook = sys.unraisablehook
     try:
         return iter(loader)
+    except Exception as error:
+        # What torch has half made prints a traceback of its own when it is deleted: here.
+        sys.unraisablehook = lambda unraisable: None
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
+        sys.unraisablehook = hook
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -153,6 +269,10 @@ def _collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> Batch:
     return {key: torch.stack([sample[key] for sample in samples]) for key in _KEYS}
 
 
+def _collate_arrays(samples: Sequence[Mapping[str, torch.Tensor]]) -> _Arrays:
+    return {key: value.numpy() for key, value in _collate(samples).items()}
+
+
 def _outlive_group_signals(worker: int) -> None:
     """Leaves the end of a loader process to its parent.
 
@@ -160,14 +280,28 @@ def _outlive_group_signals(worker: int) -> None:
     needs its loaders to finish the step and save. So only a SIGTERM sent by it counts; ignoring all
     of them would hang its exit.
     """
+    # A batch that cannot be sent is reported by a line on stderr only, and waited for for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_die)  # type: ignore
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # sigwaitinfo, which names the sender, is missing on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         parent = os.getppid()
-        threading.Thread(target=_exit_on_sigterm_from, args=(parent,), daemon=True).start()
+        HelperThread(
+            lambda: _exit_on_sigterm_from(parent), name="SIGTERM", on_failure=_die_saying
+        ).start()
 
 
 def _exit_on_sigterm_from(sender: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
         pass
     os._exit(128 + signal.SIGTERM)
+
+
+def _die(error: Exception, unsent: object) -> None:
+    _die_saying(f"a batch cannot be sent: {one_line(error)}")
+
+
+def _die_saying(why: str) -> None:
+    """Ends a loader process, which its parent then hears of."""
+    print(f"error: data loader process {os.getpid()}: {why}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import shutil
+import signal
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,14 @@ from mone_megatron.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
+)
+from mone_megatron.helpers import (
+    HelperError,
+    end_with_parent,
+    ending,
+    one_line,
+    starting,
+    unwinding_on_sigterm,
 )
 
 # A chunk goes to a worker when it holds this many characters or documents. Where chunks end does
@@ -133,14 +144,16 @@ def preprocess_files(
             yield from reader.read(path)
         remarks[:] = reader.remarks()
 
-    summary = write_corpus(
-        documents,
-        prefix,
-        tokenizer,
-        total_bytes=total,
-        workers=workers,
-        overwrite=overwrite,
-    )
+    # Stopped, the tool ends its processes and leaves nothing half made.
+    with unwinding_on_sigterm():
+        summary = write_corpus(
+            documents,
+            prefix,
+            tokenizer,
+            total_bytes=total,
+            workers=workers,
+            overwrite=overwrite,
+        )
     return replace(summary, remarks=tuple(remarks))
 
 
@@ -293,25 +306,55 @@ def _encode(
         return
     # Spawned rather than forked: the tokenizers package has threads once it has trained.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
-        pending: deque[tuple[Future[_EncodedChunk], int]] = deque()
+    name = f"{workers} tokenizing processes (--workers)"
+    with starting(name, _ALONE):
+        pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+    others = set(multiprocessing.active_children())
+    processes: set[BaseProcess] = set()
+    pending: deque[tuple[Future[_EncodedChunk], int]] = deque()
+    with pool:
         try:
             for texts, bytes_read in chunks:
-                pending.append((pool.submit(_encode_chunk, encoding, texts), bytes_read))
+                with _one_line_of(processes), starting(name, _ALONE):
+                    pending.append((pool.submit(_encode_chunk, encoding, texts), bytes_read))
+                processes |= set(multiprocessing.active_children()) - others
                 # Bounds memory: the input is read no faster than it is tokenized.
                 if len(pending) >= workers * _CHUNKS_IN_FLIGHT_PER_WORKER:
-                    future, done = pending.popleft()
-                    yield future.result(), done
+                    yield _next_of(pending, processes)
             while pending:
-                future, done = pending.popleft()
-                yield future.result(), done
-        except BrokenProcessPool:
-            raise ValueError(
-                f"--workers {workers}: one of them was killed (out of memory?); use fewer"
-            ) from None
+                yield _next_of(pending, processes)
         finally:
             for future, _ in pending:
                 future.cancel()
+
+
+_ALONE = "--workers 1 tokenizes in one process"
+
+
+def _next_of(
+    pending: deque[tuple[Future[_EncodedChunk], int]], processes: set[BaseProcess]
+) -> tuple[_EncodedChunk, int]:
+    future, bytes_read = pending.popleft()
+    with _one_line_of(processes):
+        return future.result(), bytes_read
+
+
+@contextmanager
+def _one_line_of(processes: set[BaseProcess]) -> Iterator[None]:
+    """Tells in one line that one of the pool's processes was killed, or failed."""
+    try:
+        yield
+    except (HelperError, ValueError):
+        raise
+    except BrokenProcessPool as error:
+        for process in processes:
+            process.join(1)
+        # The pool ends the others with SIGTERM.
+        codes = sorted(process.exitcode for process in processes if process.exitcode)
+        first = next((code for code in codes if code != -signal.SIGTERM), -signal.SIGTERM)
+        raise HelperError(f"a tokenizing process (--workers) {ending(first)}; {_ALONE}") from error
+    except Exception as error:
+        raise HelperError(f"a tokenizing process (--workers) failed: {one_line(error)}") from error
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:

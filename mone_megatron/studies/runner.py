@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from mone_megatron.analysis.formatting import format_duration
 from mone_megatron.config.load import from_yaml
 from mone_megatron.config.schema import Config
+from mone_megatron.helpers import ending, starting, unwinding_on_sigterm
 from mone_megatron.studies.study import Study, folder_of
 
 _POLL_SECONDS = 0.5
@@ -144,6 +146,7 @@ def train(
         ValueError: for runs of other settings (see :func:`check_settings`).
         RuntimeError: when a process fails, with the end of its output. The others are stopped, and
             what is done stays.
+        HelperError: when a process cannot be started.
     """
     runs = places(study, output, seeds)
     check_settings(study, runs)
@@ -162,7 +165,7 @@ def train(
     started = time.monotonic()
     waiting, running = list(todo), dict[str, subprocess.Popen[bytes]]()
     finished = 0
-    try:
+    with unwinding_on_sigterm(), _ending_all(running):
         while waiting or running:
             while waiting and len(running) < jobs:
                 variant = waiting.pop(0)
@@ -180,6 +183,13 @@ def train(
                 del running[variant]
                 if code != 0 or not all(run.done for run in todo[variant]):
                     raise RuntimeError(_failure(study, output, variant, code))
+
+
+@contextmanager
+def _ending_all(running: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Ends the processes that still run at the end of what is inside."""
+    try:
+        yield
     finally:
         for process in running.values():
             process.kill()
@@ -202,7 +212,7 @@ def _start(study: Study, output: Path, missing: Sequence[Place]) -> subprocess.P
     ]
     log = _log_of(output, variant)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as file:
+    with log.open("wb") as file, starting(f"the runs of {variant} (--jobs)"):
         return subprocess.Popen(
             command,
             stdout=file,
@@ -215,4 +225,4 @@ def _start(study: Study, output: Path, missing: Sequence[Place]) -> subprocess.P
 def _failure(study: Study, output: Path, variant: str, code: int) -> str:
     log = _log_of(output, variant)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN_LINES:]
-    return "\n".join([f"{study.name}: {variant}: ended with code {code}; {log} ends:", *lines])
+    return "\n".join([f"{study.name}: {variant}: {ending(code)}; {log} ends:", *lines])

@@ -27,6 +27,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
+from mone_megatron.helpers import end_with_parent, ending, starting
 from mone_megatron.parallel.groups import close_groups
 from mone_megatron.parallel.megatron_cpu import install_cpu_backend
 
@@ -47,6 +48,7 @@ class RankFailedError(RuntimeError):
 
 def _serve(rank: int, size: int, pipe: Connection) -> None:
     """What each process does: run what comes through ``pipe`` until it is closed or killed."""
+    end_with_parent()
     torch.set_num_threads(1)
     # Before unpickling a function imports its module, which may import megatron-core.
     install_cpu_backend()
@@ -128,12 +130,13 @@ class Processes:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            # Not a daemon: those may have no children, and saving a checkpoint starts one.
-            process = context.Process(
-                target=_serve, args=(rank, self.size, theirs), name=f"rank{rank}", daemon=False
-            )
-            process.start()
+            with starting(f"rank {rank} of {self.size}"):
+                ours, theirs = context.Pipe()
+                # Not a daemon: those may have no children, and saving a checkpoint starts one.
+                process = context.Process(
+                    target=_serve, args=(rank, self.size, theirs), name=f"rank{rank}", daemon=False
+                )
+                process.start()
             # Only the child may hold its end, or its death would not close the pipe.
             theirs.close()
             self._workers.append((process, ours))
@@ -161,7 +164,7 @@ class Processes:
                 except (EOFError, ConnectionResetError):
                     self._workers[rank][0].join(1.0)
                     code = self._workers[rank][0].exitcode
-                    succeeded, result = False, f"it died with exit code {code}"
+                    succeeded, result = False, f"it {ending(code or 0)}"
                 (results if succeeded else failures)[rank] = result
             if failures:
                 # The others may say why, or may hang for want of this one.

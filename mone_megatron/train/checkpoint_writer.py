@@ -15,8 +15,8 @@ import errno
 import multiprocessing
 import queue
 import signal
-import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from mone_megatron.checkpoint import CheckpointWriteError, FileDigest, digest_file, write_error
+from mone_megatron.helpers import HelperError, HelperThread, ending, one_line, starting
 from mone_megatron.train.signals import REQUESTS
 
 _FORK = multiprocessing.get_context("fork")
@@ -64,9 +65,13 @@ def _write(transforms: list[Any], buckets: list[_Bucket], parent: Connection) ->
     try:
         with ThreadPoolExecutor(len(buckets)) as pool:
             files = list(pool.map(partial(_write_file, transforms), buckets))
-        parent.send({bucket[1]: file for bucket, file in zip(buckets, files, strict=True)})
-    except CheckpointWriteError as error:
-        parent.send(error)
+        answer: _Written | CheckpointWriteError
+        answer = {bucket[1]: file for bucket, file in zip(buckets, files, strict=True)}
+    # Also no memory and no threads: all that the parent hears of otherwise is an exit code.
+    except Exception as error:
+        answer = write_error(error, Path(buckets[0][0]))
+    with suppress(BrokenPipeError):  # nobody waits for it any more
+        parent.send(answer)
 
 
 class BackgroundSave:
@@ -87,14 +92,29 @@ class BackgroundSave:
             return
         buckets = request.preload_fn() if request.preload_fn else request.async_fn_args[1]
         self._paths = [bucket[0] for bucket in buckets]
-        self._receive, send = _FORK.Pipe(duplex=False)
-        arguments = (request.async_fn.args[0], buckets, send)
-        self._process = _FORK.Process(target=_write, args=arguments, daemon=True)
-        self._process.start()
-        # Only the child may hold its end, or its death would not close the pipe.
-        send.close()
-        self._thread = threading.Thread(target=self._listen, name="checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            with starting("the process that writes a checkpoint"):
+                self._start(request.async_fn.args[0], buckets)
+        except HelperError as error:
+            # Every rank hears of it where all of them ask for the outcome.
+            self._outcome = self._failure(str(error))
+
+    def _start(self, transforms: list[Any], buckets: list[_Bucket]) -> None:
+        receive, send = _FORK.Pipe(duplex=False)
+        process = _FORK.Process(target=_write, args=(transforms, buckets, send), daemon=True)
+        try:
+            process.start()
+            # Only the child may hold its end, or its death would not close the pipe.
+            send.close()
+            thread = HelperThread(partial(self._listen, process, receive), name="checkpoint")
+            thread.start()
+        except BaseException:
+            send.close()
+            receive.close()
+            if process.pid is not None:
+                process.kill()
+            raise
+        self._process, self._thread = process, thread
 
     @property
     def pid(self) -> int | None:
@@ -135,20 +155,21 @@ class BackgroundSave:
             self._process.kill()
             self.wait()
 
-    def _listen(self) -> None:
-        assert self._process is not None
+    def _listen(self, process: ForkProcess, receive: Connection) -> None:
+        """Sets the outcome, whatever comes, or does not come, through the pipe."""
+        outcome: _Written | CheckpointWriteError
         try:
-            outcome = self._receive.recv()
-            self._process.join()
-        except EOFError:
-            self._process.join()
-            code = self._process.exitcode or 0
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"lost (exit {code})"
-            outcome = CheckpointWriteError(
-                Path(self._paths[0]),
-                f"the process writing it was {how}",
-                number=errno.EIO,
-                needed_bytes=None,
-            )
-        self._receive.close()
+            outcome = receive.recv()
+            process.join()
+        except (EOFError, OSError):  # nothing, or the beginning of an answer
+            process.join()
+            outcome = self._failure(f"the process writing it {ending(process.exitcode or 0)}")
+        except Exception as error:
+            outcome = self._failure(f"its writer's answer cannot be read: {one_line(error)}")
+        receive.close()
         self._outcome = outcome
+
+    def _failure(self, reason: str) -> CheckpointWriteError:
+        return CheckpointWriteError(
+            Path(self._paths[0]), reason, number=errno.EIO, needed_bytes=None
+        )

@@ -6,7 +6,6 @@ import math
 import os
 import queue
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from mone_megatron.analysis.report import write_report
 from mone_megatron.config.load import flatten
 from mone_megatron.config.schema import Config
 from mone_megatron.display import lost
+from mone_megatron.helpers import HelperError, HelperThread
 from mone_megatron.os_errors import naming
 from mone_megatron.train.alerts import Alert
 from mone_megatron.train.loop import Hook, Record
@@ -219,7 +219,7 @@ class WandbHook(Hook):
         self.stream = sys.stderr if stream is None else stream
         # Records and alerts, then the exit code.
         self.queue: queue.SimpleQueue[Record | tuple[Alert, ...] | int] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self.thread = HelperThread(self._work, name="wandb", on_failure=self._warn)
         self.warned = False
 
     def on_start(self) -> None:
@@ -230,7 +230,10 @@ class WandbHook(Hook):
         # The service of a process that started this one (a notebook, a sweep) would outlive a run
         # that fails to start, and take the offline one, of the same id, for it: all of it is lost.
         os.environ.pop("WANDB_SERVICE", None)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except HelperError as error:
+            self._warn(str(error))
 
     def on_step(self, record: Record) -> None:
         """Send the record, in the background."""
@@ -247,7 +250,8 @@ class WandbHook(Hook):
         """Close the W&B run; anything but completion is marked as failed."""
         self.queue.put(0 if status == "completed" else 1)
         # The start, possibly twice, and the end; each has its own limit.
-        self.thread.join(3 * self.config.logging.wandb.timeout_seconds)
+        if self.thread.ident is not None:
+            self.thread.join(3 * self.config.logging.wandb.timeout_seconds)
         if self.thread.is_alive():
             self._warn("it does not end")
 

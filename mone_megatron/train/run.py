@@ -166,7 +166,10 @@ def run(
             backstop = patience + BACKSTOP_SECONDS
             open_process_group(device, world, backstop)
             with Watchdog(
-                Path(config.run.dir), patience, computes_on_cpu=device.kind == "cpu"
+                Path(config.run.dir),
+                patience,
+                computes_on_cpu=device.kind == "cpu",
+                on_failure=stop.helper_failed,
             ) as watchdog:
                 open_groups(config.parallel, config.train, timeout_seconds=backstop)
                 return _run(config, layout, data, device, stop, watchdog)

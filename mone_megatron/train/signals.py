@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
+import sys
 import time
 from types import FrameType
 
 import torch
+
+from mone_megatron.helpers import HelperThread
 
 # Exit code of a run that was asked to stop (128 + SIGINT), its files complete up to that step.
 INTERRUPTED_EXIT_CODE = 130
@@ -73,6 +75,7 @@ class StopRequest:
         self._stop = (*_STOP, signal.SIGHUP) if launched else _STOP
         self.signal_name: str | None = None
         self._number: int | None = None
+        self._failure: str | None = None
         began = time.monotonic() if started is None else started
         self._deadline = began + 60.0 * exit_after_minutes if exit_after_minutes else None
 
@@ -88,7 +91,7 @@ class StopRequest:
         if signal.SIGHUP not in self._stop or self._previous[signal.SIGHUP] == signal.SIG_IGN:
             self._previous.setdefault(signal.SIGHUP, signal.getsignal(signal.SIGHUP))
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._watcher = HelperThread(self._watch, name="signals", on_failure=self.helper_failed)
         self._watcher.start()
         return self
 
@@ -105,15 +108,21 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """What asked this process to stop: a signal's name, the time limit, or nothing."""
+        """What asked this process to stop: a signal's name, a thread, the time limit, or None."""
         if self.signal_name is not None:
             return self.signal_name
-        return TIME_LIMIT if self._time_is_up() else None
+        return self._failure or (TIME_LIMIT if self._time_is_up() else None)
+
+    def helper_failed(self, why: str) -> None:
+        """Ask to stop and go on later: a thread that the run needs has ended before its time."""
+        self._failure = why
+        print(f"error: {why}; the run stops and saves after this step", file=sys.stderr, flush=True)
 
     def read(self, device: torch.device) -> torch.Tensor:
         """``[2]``, for a sum over ranks: whether to stop, and whether to stop and go on later."""
         stop = self._number in self._stop
-        requeue = not stop and (self._number in _REQUEUE or self._time_is_up())
+        later = self._number in _REQUEUE or self._failure is not None or self._time_is_up()
+        requeue = not stop and later
         return torch.tensor([float(stop), float(requeue)], device=device)
 
     def _time_is_up(self) -> bool:

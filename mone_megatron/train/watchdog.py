@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from mone_megatron.helpers import HelperError, HelperThread, one_line
 from mone_megatron.train.heartbeats import (
     Culprit,
     Heartbeat,
@@ -100,7 +101,14 @@ class _Peers:
 class Watchdog:
     """Watches the thread that enters it, from there on to its end."""
 
-    def __init__(self, folder: Path, timeout_seconds: float, *, computes_on_cpu: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        timeout_seconds: float,
+        *,
+        computes_on_cpu: bool,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
         """For a run whose process group is open.
 
         Args:
@@ -108,7 +116,9 @@ class Watchdog:
             timeout_seconds: how long there may be no progress.
             computes_on_cpu: whether a thread that uses a core is at work. Waiting for a GPU
                 does, too.
+            on_failure: is told why a thread of the watchdog ended before its time; None prints it.
         """
+        self._on_failure = on_failure
         self.folder = folder
         self.timeout_seconds = timeout_seconds
         self.computes_on_cpu = computes_on_cpu
@@ -130,12 +140,15 @@ class Watchdog:
         self._main = threading.get_ident()
         self._main_clock = time.pthread_getcpuclockid(self._main)
         self._peers = _Peers(self.rank, self.size) if self.size > 1 else None
-        self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
+        self._threads = [self._thread(self._watch, "watchdog")]
         if self._peers is not None:
-            self._threads.append(threading.Thread(target=self._talk, name="heartbeat", daemon=True))
+            self._threads.append(self._thread(self._talk, "heartbeat"))
         for thread in self._threads:
             thread.start()
         return self
+
+    def _thread(self, target: Callable[[], None], name: str) -> HelperThread:
+        return HelperThread(target, name=name, on_failure=self._on_failure)
 
     def __exit__(
         self,
@@ -148,7 +161,7 @@ class Watchdog:
             # It waits for the others, to end this process. Theirs may have made this one fail.
             self._threads[0].join()
         self._bereft = error is not None and any(map(_in_a_collective, _chain(error)))
-        self._ended = "it came to its end" if error is None else _one_line(error)
+        self._ended = "it came to its end" if error is None else one_line(error)[:200]
         self._failed = error is not None
         self._wake.set()
         if error is not None and self._bereft and self.size > 1:
@@ -222,7 +235,7 @@ class Watchdog:
         except RuntimeError as error:
             # The store has ended, with rank 0 or its launcher: at the end of a run, or too early,
             # which the next collective finds out.
-            self._store_ended = _one_line(error)
+            self._store_ended = one_line(error)[:200]
 
     def _obey(self, notice: Notice) -> None:
         """Another rank has found that the run is over: leave as well."""
@@ -230,23 +243,33 @@ class Watchdog:
             return
         if not notice.hang and self._stop.wait(_END_SECONDS):
             return
-        where = self._keep_stacks(notice.text)
-        if self.rank in notice.culprits:
-            self._say_own_stack(f"rank {self.rank} ends at the word of rank {notice.by}", where)
-        self._mark(notice.text)
-        self._leave()
+        with self._leaving():
+            where = self._keep_stacks(notice.text)
+            if self.rank in notice.culprits:
+                self._say_own_stack(f"rank {self.rank} ends at the word of rank {notice.by}", where)
+            self._mark(notice.text)
 
     def _hang(self) -> None:
         self._hanging.set()
-        beat = self._heartbeat()
-        waited = f"{beat}, without progress for {self._stalled:.0f} s; it is {beat.doing}"
-        where = self._keep_stacks(waited)
-        self._conclude(waited, where, hang=True)
-        self._leave()
+        with self._leaving():
+            beat = self._heartbeat()
+            waited = f"{beat}, without progress for {self._stalled:.0f} s; it is {beat.doing}"
+            where = self._keep_stacks(waited)
+            self._conclude(waited, where, hang=True)
+
+    @contextmanager
+    def _leaving(self) -> Iterator[None]:
+        """Ends the process after what is inside, and also when that fails: nobody else would."""
+        try:
+            yield
+        except BaseException as error:
+            print(f"error: the watchdog failed: {one_line(error)}", file=sys.stderr, flush=True)
+        finally:
+            self._leave()
 
     def _lost(self, error: BaseException) -> None:
         """A collective failed: when another rank is to blame, end here."""
-        told = f"{self._heartbeat()} {self._phase}: {_one_line(error)}"
+        told = f"{self._heartbeat()} {self._phase}: {one_line(error)[:200]}"
         where = self._keep("".join(traceback.format_exception(error)))
         if self._conclude(told, where, hang=False):
             self._leave()
@@ -258,14 +281,22 @@ class Watchdog:
             return True
         answer: list[bool] = []
         peers = self._peers
-        inquiry = threading.Thread(
-            target=lambda: answer.append(self._inquire(peers, told, where, hang=hang)),
-            daemon=True,
+        problems: list[str] = []
+        inquiry = HelperThread(
+            lambda: answer.append(self._inquire(peers, told, where, hang=hang)),
+            name="inquiry",
+            on_failure=problems.append,
         )
-        inquiry.start()
-        inquiry.join(_ANSWER_SECONDS + _LOOK_SECONDS)
+        try:
+            inquiry.start()
+            inquiry.join(_ANSWER_SECONDS + _LOOK_SECONDS)
+        except HelperError as error:
+            problems.append(str(error))
         if answer:
             return answer[0]
+        if problems:
+            self._say(f"{told}; who is at fault is not known: {problems[0]}", [], where, hang=hang)
+            return True
         why = "rank 0 does not answer: it, or its launcher, holds the run's store"
         self._say(told, [Culprit(0, why)], where, hang=hang)
         return True
@@ -341,14 +372,16 @@ class Watchdog:
 
     def _leave(self) -> NoReturn:
         """End now: nothing that waits for another rank is waited for."""
-        if self.rank == 0:
-            # It may hold the store that the others are still asking.
-            time.sleep(3 * self.interval)
-        for child in multiprocessing.active_children():
-            child.kill()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(HANG_EXIT_CODE)
+        try:
+            if self.rank == 0:
+                # It may hold the store that the others are still asking.
+                time.sleep(3 * self.interval)
+            for child in multiprocessing.active_children():
+                child.kill()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(HANG_EXIT_CODE)
 
     def _mark(self, why: str) -> None:
         """run.json of a run that cannot write it itself any more."""
@@ -397,7 +430,3 @@ def _in_a_collective(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and place_of(trace.tb_frame, trace.tb_lineno).call is not None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -52,7 +52,7 @@ def test_failures_are_told_at_once_and_the_processes_start_again(two_processes: 
     with pytest.raises(RankFailedError, match=r"(?s)rank 1 of 2 failed.*KeyError.*a missing"):
         two_processes.run(_fail_on_rank_1)
     assert two_processes.run(_sum_of_ranks, 0)[0][2] == 1.0
-    with pytest.raises(RankFailedError, match="rank 1 of 2 failed: it died with exit code 7"):
+    with pytest.raises(RankFailedError, match="rank 1 of 2 failed: it ended with code 7"):
         two_processes.run(_die_on_rank_1)
     assert time.monotonic() - start < two_processes.timeout_seconds
 
