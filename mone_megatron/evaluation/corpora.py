@@ -20,6 +20,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from mone_megatron import command_line
 from mone_megatron.config.load import from_yaml
 from mone_megatron.data.documents import DocumentReader, InputSettings, file_format
 from mone_megatron.data.framing import (
@@ -85,7 +86,7 @@ class Corpus(Protocol):
     def name(self) -> str:
         """What the user called it."""
 
-    def windows(self, reader: Reader, say: Say = print) -> Sequence[Window]:
+    def windows(self, reader: Reader, say: Say = command_line.say) -> Sequence[Window]:
         """All of it, in order.
 
         Args:
@@ -116,7 +117,7 @@ class RunValidation:
         """The run."""
         return str(self.folder)
 
-    def windows(self, reader: Reader, say: Say = print) -> Sequence[Window]:
+    def windows(self, reader: Reader, say: Say = command_line.say) -> Sequence[Window]:
         """The samples of one evaluation, in the trainer's order; ``reader.seq_length`` is ignored.
 
         Raises:
@@ -193,7 +194,7 @@ class IndexedCorpus:
         """Its prefix."""
         return str(self.prefix)
 
-    def windows(self, reader: Reader, say: Say = print) -> Sequence[Window]:
+    def windows(self, reader: Reader, say: Say = command_line.say) -> Sequence[Window]:
         """Every token is predicted once, in windows as of :func:`windows_of`.
 
         Raises:
@@ -231,7 +232,7 @@ class TextFile:
         """The file."""
         return str(self.path)
 
-    def windows(self, reader: Reader, say: Say = print) -> Sequence[Window]:
+    def windows(self, reader: Reader, say: Say = command_line.say) -> Sequence[Window]:
         """Tokenized by the model's tokenizer, in windows as of :func:`windows_of`.
 
         Raises:

@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from mone_megatron import command_line
 from mone_megatron.data.framing import Framing
 from mone_megatron.evaluation.corpora import Corpus, Reader, Recorded, RunValidation, Window
 from mone_megatron.evaluation.estimates import Difference, difference
@@ -92,7 +93,7 @@ def read_corpora(
     corpora: Sequence[Corpus],
     seq_length: int,
     *,
-    say: Callable[[str], None],
+    say: Callable[[str], None] = command_line.say,
 ) -> list[tuple[Corpus, Sequence[Window]]]:
     """The corpora as a model reads them, before its weights are.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mone_megatron import command_line
 from mone_megatron.analysis.routing.record import Batch
 from mone_megatron.data.documents import DocumentReader, InputSettings
 from mone_megatron.evaluation.corpora import (
@@ -52,7 +53,7 @@ class Text:
                 )
 
     def domains(
-        self, reader: Reader, max_tokens: int, say: Say = print
+        self, reader: Reader, max_tokens: int, say: Say = command_line.say
     ) -> dict[str, Sequence[Window]]:
         """Windows of each domain, each ``[L + 1]`` as :mod:`.corpora` gives them.
 
