@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mone_megatron.command_line import exit_status
+from mone_megatron.command_line import exit_status, say
 
 if TYPE_CHECKING:
     import torch
@@ -288,6 +288,7 @@ def _ties_of_model(options: argparse.Namespace) -> _Outcome:
         score=options.score,
         max_tokens=options.max_tokens,
         seq_length=options.seq_length,
+        say=say,
     )
     return _Outcome(
         hardware,

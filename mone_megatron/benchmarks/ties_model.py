@@ -6,7 +6,7 @@ Shape suffixes: T tokens (rows).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -71,6 +71,7 @@ def measure_model(
     score: str,
     max_tokens: int,
     seq_length: int,
+    say: Callable[[str], None],
 ) -> ModelTies:
     """Select neurons in every layer of a model with each dtype and tie order.
 
@@ -82,6 +83,7 @@ def measure_model(
         score: what ranks them.
         max_tokens: stop after the window with which so many are predicted.
         seq_length: tokens of a window.
+        say: is told what the user should know of the reading.
 
     Raises:
         ValueError: no model or text there, the model has no neurons to select, or its layers are
@@ -91,7 +93,7 @@ def measure_model(
         raise ValueError(f"--keep-ratio: {keep_ratio:g} is not between 0 and 1")
     check_scores([score])
     facts = look_at(where)
-    ((_, windows),) = read_corpora(facts, [open_corpus(text)], seq_length)
+    ((_, windows),) = read_corpora(facts, [open_corpus(text)], seq_length, say=say)
     measured, tokens = [], 0
     for way in ways:
         model = load_model(where, dtype=_DTYPES[way.dtype]).model

@@ -121,7 +121,7 @@ def _train(session: Session, way: TieWay, seed: int, steps: int, counted_steps: 
     counters = [
         watch_gate(gate, way.order, seed * 1000 + number)
         for number, gate in enumerate(gates)
-        if gate.topk is not None
+        if gate.selector is not None
     ]
     routers = [RouterCounter(module) for module in modules if isinstance(module, TopKRouter)]
     stepper = session.stepper()
@@ -148,29 +148,24 @@ def watch_gate(gate: NeuronGate, order: TieOrder, seed: int) -> TieCounter:
     """Let a tie order choose the neurons of a gate from now on, and count what it decides.
 
     Args:
-        gate: one that selects neurons, all of whose neurons are on this rank.
+        gate: one that keeps the K largest, all of whose neurons are on this rank.
         order: which of equal neurons is kept.
         seed: of the random order.
     """
-    topk = gate.topk
-    assert topk is not None
-    assert topk.group is None
-    counter = TieCounter(order, topk.neurons, topk.kept, gate.num_local_experts, seed)
-    experts: list[Tensor] = []
+    selector = gate.selector
+    assert selector is not None
+    assert selector.rule.top_k
+    assert selector.group is None
+    counter = TieCounter(order, selector.neurons, selector.kept, gate.num_local_experts, seed)
 
-    def remember_experts(
-        module: NeuronGate, arguments: tuple[Any, ...], named: dict[str, Any]
-    ) -> None:
-        segments = named["segments"] if "segments" in named else arguments[3]
-        experts[:] = [segments.index_T % gate.num_local_experts]
+    def choose(module: Any, inputs: tuple[Any, ...], mask_TF: Tensor) -> Tensor:
+        gate_TF, up_TF, expert_T, down_norm_TF = inputs
+        scores_TF = neuron_scores(
+            gate_TF, up_TF, selector.score.name, selector.activate, down_norm_TF=down_norm_TF
+        )
+        return counter.choose(scores_TF, expert_T)
 
-    def choose(module: Any, inputs: tuple[Tensor, Tensor], mask_TF: Tensor) -> Tensor:
-        gate_TF, up_TF = inputs
-        scores_TF = neuron_scores(gate_TF, up_TF, topk.selection.score, topk.activate)
-        return counter.choose(scores_TF, experts[0])
-
-    gate.register_forward_pre_hook(remember_experts, with_kwargs=True)
-    topk.register_forward_hook(choose)
+    selector.register_forward_hook(choose)
     return counter
 
 

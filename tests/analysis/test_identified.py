@@ -20,6 +20,7 @@ from mone_megatron.analysis.sparsification.findings import (
 from mone_megatron.analysis.sparsification.output import budget_json, report
 from mone_megatron.analysis.sparsification.ranking import Rows
 from mone_megatron.analysis.sparsification.statistics import LayerStatistics, Observer
+from mone_megatron.data.framing import Framing
 from mone_megatron.evaluation.estimates import Difference, ratio
 from mone_megatron.evaluation.evaluate import ModelResult
 from mone_megatron.evaluation.harness import Score
@@ -106,6 +107,6 @@ def test_errors_of_one_sample_are_unknown_and_not_nan() -> None:
     assert "3.0000 (error unknown)" in text
     assert "+0.0100 (error unknown)" in text
     score = Score("text", "loss", ratio([3.0], [1]), False, None, "")
-    facts = ModelFacts("nowhere", None, 10, 16, None)  # type: ignore[arg-type]
+    facts = ModelFacts("nowhere", None, 10, 16, None, Framing((), 0))  # type: ignore[arg-type]
     result = ModelResult("a", facts, "nowhere", "float32", 1, 0.0, [score], [])
     assert "3.0000 (error unknown)" in table([result], [])
