@@ -13,7 +13,7 @@ ARGS       ?=
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart claims ablation test test-slow faults slurm-test lint bench clean
+.PHONY: quickstart claims ablation test test-slow test-transformers faults slurm-test lint bench clean
 
 quickstart: $(VENV)/installed
 	$(TRAIN) experiment=quickstart_moe run.dir=$(RUNS)/moe
@@ -39,6 +39,12 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# transformers' own tests of any model class, on ours (tests/transformers_suite); pip fetches them.
+test-transformers: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet --editable '.[dev,transformers-suite]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/transformers_suite -m transformers_suite \
+		-o addopts=-q -W default -W ignore::pytest.PytestUnknownMarkWarning -rxX
 
 test-slow: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -5,7 +5,7 @@
 loads an export. It needs the ``hf`` extra (``pip install -e '.[hf]'``) and no megatron-core.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.decode_mone import register_decoding
@@ -14,6 +14,7 @@ from mone_megatron.hf.modeling_mone import MoneForCausalLM, MoneModel
 
 register_decoding()
 AutoConfig.register(MoneConfig.model_type, MoneConfig, exist_ok=True)
+AutoModel.register(MoneConfig, MoneModel, exist_ok=True)
 AutoModelForCausalLM.register(MoneConfig, MoneForCausalLM, exist_ok=True)
 
 __all__ = ["MoneConfig", "MoneForCausalLM", "MoneModel", "NeuronSettings", "enable_mone"]

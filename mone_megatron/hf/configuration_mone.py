@@ -62,6 +62,9 @@ class MoneConfig(Qwen3MoeConfig):
         assert theirs is not None
         plan = {name: style for name, style in own.items() if ".mlp." in name}
         plan |= {name: style for name, style in theirs.items() if ".self_attn." in name}
+        if self.attention_type == "mla":
+            # One of them is there.
+            plan.pop(f"layers.*.self_attn.q_{'proj' if self.q_lora_rank else 'b_proj'}", None)
         shared = {
             name.replace("mlp.", "mlp.shared_expert."): style
             for name, style in plan.items()

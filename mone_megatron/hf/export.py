@@ -245,6 +245,7 @@ def export(
         if architecture is MONE:
             config.auto_map = {
                 "AutoConfig": "configuration_mone.MoneConfig",
+                "AutoModel": "modeling_mone.MoneModel",
                 "AutoModelForCausalLM": "modeling_mone.MoneForCausalLM",
             }
             write_code(partial)
