@@ -164,10 +164,15 @@ def selects(experts: ExpertsModule) -> bool:
     return "routed" in NeuronSettings.from_config(settings).apply_to
 
 
+def _can_select(experts: ExpertsModule) -> bool:
+    """Whether their implementation is one that selects."""
+    function = ALL_EXPERTS_FUNCTIONS.get(experts.config._experts_implementation, None)
+    return getattr(function, "selects_neurons", False)
+
+
 def is_selecting(experts: ExpertsModule) -> bool:
     """Whether these experts select now: their settings and their implementation do."""
-    function = ALL_EXPERTS_FUNCTIONS.get(experts.config._experts_implementation, None)
-    return getattr(function, "selects_neurons", False) and selects(experts)
+    return _can_select(experts) and selects(experts)
 
 
 def settings_of(experts: ExpertsModule) -> NeuronSettings:
@@ -211,7 +216,9 @@ def _see_neurons(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         cast(Any, module)._neurons = Neurons.of(
             type(module).__name__, _width(experts), weight, axis
         )
-    if selects(experts) and not is_selecting(experts) and not torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or _can_select(experts):
+        return
+    if selects(experts):
         _warn(
             f"config.mone is set, but experts_implementation "
             f"{experts.config._experts_implementation!r} computes all neurons of the routed "
@@ -293,8 +300,9 @@ def _through(forward: ExpertsForward) -> ExpertsForward:
         experts = cast(ExpertsModule, self)
         settings = settings_of(experts)
         if not torch.compiler.is_dynamo_compiling():
-            # As it was loaded it is saved, which transformers leaves out.
-            experts.config.experts_implementation = experts.config._experts_implementation
+            # A model that selects is saved as one, which transformers leaves out; as mone, which
+            # every program with the model's code knows.
+            experts.config.experts_implementation = MONE
         seen: Any = _Selecting(experts) if "routed" in settings.apply_to else experts
         return forward(seen, hidden_states, top_k_index, top_k_weights)
 
