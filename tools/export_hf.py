@@ -72,12 +72,13 @@ def _export(options: argparse.Namespace) -> None:
     require("hf", "transformers", "safetensors")
     calm_bars()
     # Only now: transformers takes seconds to import.
-    from mone_megatron.hf import checks, export
+    from mone_megatron.hf import checks, export, text_format
     from mone_megatron.hf.source import Source, open_source
 
     source: Source = open_source(options.source, say=say)
     architecture = export.choose_architecture(source, options.architecture)
     dtype = export.export_dtype(options.dtype)
+    say(text_format.describe(source.framing, source.tokenizer_dir))
     say(f"{source.checkpoint.path} as {architecture.class_name} in {dtype or 'its own dtypes'}")
     outcome: list[str] = []
 

@@ -85,7 +85,7 @@ def _import(options: argparse.Namespace) -> None:
     # Only now: transformers takes seconds to import.
     import torch
 
-    from mone_megatron.hf import importing
+    from mone_megatron.hf import importing, text_format
     from mone_megatron.hf.weights import open_weights
 
     dtype = {"saved": None, "fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
@@ -97,6 +97,7 @@ def _import(options: argparse.Namespace) -> None:
         planned = importing.plan_import(options.source, weights, upcycling=upcycling)
         say(f"{options.source}: {planned.settings.architecture.class_name}")
         stored = planned.describe_dtypes(weights)
+        say(text_format.describe(planned.framing, options.source))
         say(f"stored in {stored}; {'kept so' if dtype is None else f'converted to {dtype}'}")
         checkpoint = importing.run_import(
             planned,

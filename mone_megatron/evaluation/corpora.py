@@ -131,6 +131,7 @@ class RunValidation:
         _check_fingerprint(self.folder, prepared)
         _check_same_tokenizer(self.name, Path(prepared.tokenizer_dir), reader)
         _check_vocabulary(self.name, prepared.vocab_size - 1, reader)
+        _tell_other_framing(self.name, prepared.framing, reader, say)
         # megatron-core is only to read data here, so it is imported for no device.
         import_megatron(compile_fused=False)
         from mone_megatron.data.datasets import build_datasets
@@ -211,12 +212,7 @@ class IndexedCorpus:
         tokens = np.memmap(bin_path(self.prefix), mode="r", dtype=index.dtype)
         if sidecar is not None:
             made = framing_of(sidecar.framing, eod=sidecar.eod, where=self.name)
-            if made.opening != reader.framing.opening:
-                backend = reader.tokenizer.backend_tokenizer
-                say(
-                    f"{self.name}: {made.describe(backend)} in these tokens, and for the model "
-                    f"{reader.framing.describe(backend)}"
-                )
+            _tell_other_framing(self.name, made, reader, say)
         return windows_of(tokens, reader)
 
 
@@ -360,6 +356,16 @@ def windows_of(tokens: npt.NDArray[np.integer], reader: Reader) -> Sequence[Wind
     if length < len(framing.opening):
         raise ValueError(f"--seq-length: {length} has no room for a token after the BOS")
     return _Opened(tokens, length, framing.opening)
+
+
+def _tell_other_framing(name: str, made: Framing, reader: Reader, say: Say) -> None:
+    """Say that tokens were made with another beginning of documents than the model has seen."""
+    if made.opening != reader.framing.opening:
+        backend = reader.tokenizer.backend_tokenizer
+        say(
+            f"{name}: in these tokens {made.describe(backend)}, and for the model "
+            f"{reader.framing.describe(backend)}"
+        )
 
 
 def _check_vocabulary(name: str, largest: int, reader: Reader) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -235,6 +236,25 @@ class _FramedLM(HFLM):
         ]
         answers: Answers = super()._loglikelihood_tokens(fit, disable_tqdm, override_bs)
         return answers
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts to continue; what is too long loses its beginning, but not the opening."""
+        ids: Tensor
+        ids, mask = super().tok_batch_encode(
+            strings, padding_side, left_truncate_len=left_truncate_len, truncation=truncation
+        )
+        opening = torch.tensor(self._framing.opening, dtype=ids.dtype, device=ids.device)
+        size = opening.numel()
+        if left_truncate_len and size and size < ids.shape[1]:
+            # Rows without padding: those that were cut, and the longest, which begins with it.
+            ids[mask[:, 0].bool(), :size] = opening
+        return ids, mask
 
 
 class _QuietLM(_FramedLM):

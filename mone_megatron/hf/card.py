@@ -7,9 +7,9 @@ import json
 import torch
 
 from mone_megatron import __version__
-from mone_megatron.data.tokenizer import load_tokenizer
 from mone_megatron.hf.architectures import MONE, Architecture
 from mone_megatron.hf.source import Source
+from mone_megatron.hf.text_format import describe
 from mone_megatron.planning.parameters import count_parameters
 
 _LOAD_STOCK = """\
@@ -52,7 +52,7 @@ def model_card(
         "layers, hidden size": f"{model.num_layers}, {model.hidden_size}",
         "experts, a token": f"{model.num_experts}, {model.experts_per_token}",
         "vocabulary": f"{source.vocab_size:,}",
-        "documents": _documents(source),
+        "documents": describe(source.framing, source.tokenizer_dir),
         "steps trained": f"{source.checkpoint.step:,}",
         "batch, sequence length": f"{config.train.global_batch_size}, {config.train.seq_length}",
         "seed": f"{config.train.seed}",
@@ -92,13 +92,6 @@ Checked at export: {verified}.
 
 The recipe is in `training_config.yaml`.
 """
-
-
-def _documents(source: Source) -> str:
-    """How the documents that it was trained on begin."""
-    framing = source.framing
-    known = bool(framing.opening)
-    return framing.describe(load_tokenizer(source.tokenizer_dir).tokenizer if known else None)
 
 
 def _metrics(source: Source) -> dict[str, str]:

@@ -13,7 +13,7 @@ from mone_megatron.checkpoint import Checkpoint, CheckpointStore, open_checkpoin
 from mone_megatron.checkpoint.tensors import TensorInfo, TensorReader
 from mone_megatron.config.load import from_yaml
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
-from mone_megatron.data.framing import Framing, framing_of
+from mone_megatron.data.framing import Framing, framing_of, template_opening
 from mone_megatron.data.tokenizer import LoadedTokenizer, end_of_document, load_tokenizer
 from mone_megatron.hf.dtypes import main_dtype, written_dtype
 
@@ -62,7 +62,11 @@ class Source:
             tokenizer = load_tokenizer(self.tokenizer_dir)
         except ValueError:
             return framing_of(None, eod=None, where=where)
-        framing = framing_of(None, eod=_named_eod(tokenizer), where=where)
+        eod = _named_eod(tokenizer)
+        if "imported_from" in self.checkpoint.facts:
+            # Another's model, which follows its tokenizer whenever it was imported.
+            return Framing(template_opening(tokenizer.tokenizer), eod)
+        framing = framing_of(None, eod=eod, where=where)
         return framing.known_by(tokenizer.tokenizer)
 
     @property

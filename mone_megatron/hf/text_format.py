@@ -11,7 +11,7 @@ import yaml
 from tokenizers import Tokenizer
 
 from mone_megatron.data.framing import Framing, begin_texts_with, framing_of, template_opening
-from mone_megatron.data.tokenizer import TOKENIZER_FILES
+from mone_megatron.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 # Lies in every export of ours; other models have none.
 RECIPE_NAME = "training_config.yaml"
@@ -41,6 +41,15 @@ def framing_of_folder(folder: Path, tokenizer: Tokenizer, eod: int | None) -> Fr
         raise ValueError(f"{recipe} is damaged; export the model again") from None
     facts = content.get(RECIPE_KEY) if isinstance(content, dict) else None
     return framing_of(facts, eod=eod, where=str(recipe)).known_by(tokenizer)
+
+
+def describe(framing: Framing, tokenizer_dir: Path) -> str:
+    """Returns in words how documents began, for tools and the model card."""
+    try:
+        tokenizer: Tokenizer | None = load_tokenizer(tokenizer_dir).tokenizer
+    except ValueError:
+        tokenizer = None
+    return framing.describe(tokenizer)
 
 
 def follow(tokenizer: Any, framing: Framing) -> None:

@@ -158,6 +158,39 @@ def test_tasks_begin_with_it_whoever_computes(folder: Path, model: PreTrainedMod
         assert lm.loglikelihood_rolling(texts) == pytest.approx([total, short], abs=1e-2)
 
 
+def test_prompts_that_are_too_long_keep_it(folder: Path, model: PreTrainedModel) -> None:
+    facts = look_at(str(folder))
+    (bos,) = facts.framing.opening
+    lm = harness_model(model, facts, batch_size=4)
+    ids, mask = lm.tok_batch_encode([TEXT[:900], "one two"], left_truncate_len=40)
+    assert ids.shape == (2, 40)
+    assert ids[0].tolist() == [bos, *facts.tokenizer(TEXT[:900])["input_ids"][-39:]]
+    short = facts.tokenizer("one two")["input_ids"]
+    assert ids[1][mask[1].bool()].tolist() == short
+    assert short[0] == bos
+
+
+def test_tokens_made_otherwise_are_told(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three")
+    facts = look_at(str(folder))
+    reader = Reader(facts.tokenizer, facts.vocab_size, LENGTH, facts.framing)
+    for choice in ("never", "auto"):
+        prefix = tmp_path / choice
+        settings = TokenizerSettings(folder=folder, bos=choice)  # type: ignore[arg-type]
+        preprocess_files([tmp_path / "a.txt"], prefix, settings)
+        told: list[str] = []
+        windows = open_corpus(str(prefix)).windows(reader, told.append)
+        assert windows[0][0] == facts.framing.opening[0]
+        assert told == (
+            [
+                f"{prefix}: in these tokens texts begin without BOS, and for the model each text "
+                "begins with <s>"
+            ]
+            if choice == "never"
+            else []
+        )
+
+
 def test_requests_that_are_too_long_keep_it() -> None:
     framing = Framing((9, 8), 0)
     assert fitted([9, 8, 1, 2, 3], [4, 5], framing, 4) == ([9, 8, 3], [4, 5])

@@ -141,6 +141,9 @@ def test_a_checkpoint_made_before_it_was_kept(
     assert source.framing.opening == ()
     assert source.framing.eod == EOS
     assert "made before this was recorded" in source.framing.assumed
+    # Another's model was never ours to train without it.
+    monkeypatch.setitem(source.checkpoint.facts, "imported_from", "LlamaForCausalLM")
+    assert source.framing == Framing((bos_of(runs),), EOS)
 
 
 def test_weights_that_begin_with_other_data_are_told(runs: Path) -> None:
