@@ -6,9 +6,10 @@ Imports nothing that takes time.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Callable
+
+from mone_megatron.os_errors import explained
 
 
 def exit_status(
@@ -24,11 +25,10 @@ def exit_status(
     Returns:
         0; 2 for what cannot be done, with a line on standard error for each reason; 130 for Ctrl-C.
     """
-    print_anything()
     try:
         run(options)
     except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
+        for line in told(error).splitlines():
             print(f"{tool}: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -37,14 +37,11 @@ def exit_status(
     return 0
 
 
-def print_anything() -> None:
-    """Makes results that standard output cannot spell be printed with escapes.
-
-    A path that is not UTF-8, or a sign such as ± where the locale is C, would otherwise end a tool
-    after all its work, when it prints.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+def told(error: ValueError | OSError) -> str:
+    """What went wrong, in words: a line for each reason."""
+    if isinstance(error, OSError) and type(error).__str__ is OSError.__str__:
+        return explained(error)
+    return str(error)
 
 
 def say(message: str) -> None:

@@ -139,7 +139,8 @@ def owned_file(key: str, path: Path | None) -> Iterator[None]:
     Raises:
         ValueError: as :func:`owned_path`; ``path`` is a folder, or a file that cannot be written.
     """
-    if path is None:
+    # A device or a pipe takes what comes.
+    if path is None or (_exists(path) and not (path.is_file() or path.is_dir())):
         yield
         return
     with owned_path(key, path):
@@ -176,6 +177,13 @@ def _owned(key: str, path: Path, lock: _Lock, what: str) -> Iterator[None]:
     finally:
         lock.release()
         _remove_empty(made)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def await_owner(key: str, folder: Path, *, job: str, patience: float = 5.0) -> None:

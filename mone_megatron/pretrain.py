@@ -16,6 +16,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from mone_megatron.command_line import told
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import (
     CONF_DIR,
@@ -30,7 +31,6 @@ from mone_megatron.config.validate import validate
 from mone_megatron.data.prepare import check_cache, prepare_data
 from mone_megatron.display import harmless_output
 from mone_megatron.helpers import HelperError
-from mone_megatron.os_errors import explained
 from mone_megatron.ownership import await_owner, owned_folder
 from mone_megatron.parallel.world import World
 from mone_megatron.train.run_directory import check_run_directory
@@ -126,13 +126,10 @@ def _hydra_main(config: DictConfig) -> None:
         raise SystemExit(code)
 
 
-def _tell(error: Exception, world: World) -> None:
+def _tell(error: ValueError | OSError, world: World) -> None:
     """One line for each problem, once."""
-    told = str(error)
-    if isinstance(error, OSError) and type(error).__str__ is OSError.__str__:
-        told = explained(error)
     if world.rank == 0:
-        for line in told.splitlines():
+        for line in told(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
 
 

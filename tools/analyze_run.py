@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from mone_megatron.command_line import check_at_least_1, exit_status, say
 from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
+from mone_megatron.display import harmless
 from mone_megatron.evaluation.command_line import add_placement
+from mone_megatron.ownership import owned_folder
 
 _DESCRIPTION = """\
 Run models on text and count which experts and which neurons each token uses: load, co-activation,
@@ -131,8 +134,6 @@ def _check_used(options: argparse.Namespace, kinds: Collection[str]) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    _check(options)
-
     from mone_megatron.extras import calm_bars, require
 
     calm_bars()
@@ -204,10 +205,20 @@ def _run(options: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
+def _owning(options: argparse.Namespace) -> None:
+    _check(options)
+    with ExitStack() as owned:
+        owned.enter_context(owned_folder("--output", options.output))
+        if options.trace is not None and options.trace.resolve() != options.output.resolve():
+            owned.enter_context(owned_folder("--trace", options.trace))
+        _run(options)
+
+
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    return exit_status("analyze_run", _run, options)
+    return exit_status("analyze_run", _owning, options)
 
 
 if __name__ == "__main__":

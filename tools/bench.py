@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mone_megatron.command_line import exit_status, say
+from mone_megatron.display import harmless
+from mone_megatron.ownership import owned_file
 
 if TYPE_CHECKING:
     import torch
@@ -433,10 +435,16 @@ def _run(options: argparse.Namespace) -> None:
             print(f"wrote {picture}")
 
 
+def _owning(options: argparse.Namespace) -> None:
+    with owned_file("--output", options.output):
+        _run(options)
+
+
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    return exit_status("bench", _run, options)
+    return exit_status("bench", _owning, options)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mone_megatron.command_line import exit_status, say
+from mone_megatron.display import harmless
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _CACHE = Path(".cache", "compare_commits")
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mone_megatron.analysis.compare import compare
 from mone_megatron.analysis.compare_output import text_report, write_comparison
 from mone_megatron.analysis.runs import load_run
+from mone_megatron.command_line import told
+from mone_megatron.display import harmless
+from mone_megatron.ownership import owned_folder
 
 _DESCRIPTION = """\
 Compare any number of runs with the first one: final losses, speed and parameters as a table, loss
@@ -63,16 +67,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        runs = [load_run(path) for path in options.runs]
-        comparison = compare(runs, options.labels, group_seeds=options.group_seeds)
-        print(text_report(comparison))
-        paths = write_comparison(comparison, options.output, page_file=options.page)
+        with owned_folder("--output", Path(options.output)):
+            runs = [load_run(path) for path in options.runs]
+            comparison = compare(runs, options.labels, group_seeds=options.group_seeds)
+            print(text_report(comparison))
+            paths = write_comparison(comparison, options.output, page_file=options.page)
     except (ValueError, OSError) as error:
-        print(f"compare_runs: {error}", file=sys.stderr)
+        print(f"compare_runs: {told(error)}", file=sys.stderr)
         return 2
     print()
     for path in paths:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from mone_megatron.command_line import check_at_least_1, exit_status, once, say
 from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
+from mone_megatron.display import harmless
 from mone_megatron.evaluation.command_line import add_placement, labels_of
+from mone_megatron.ownership import owned_file
 
 _DESCRIPTION = """\
 Measure any number of models on tasks of lm-evaluation-harness and by perplexity, with standard
@@ -145,10 +147,16 @@ def _run(options: argparse.Namespace) -> None:
         print(f"wrote {options.json}")
 
 
+def _owning(options: argparse.Namespace) -> None:
+    with owned_file("--json", options.json):
+        _run(options)
+
+
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    return exit_status("eval_hf", _run, options)
+    return exit_status("eval_hf", _owning, options)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mone_megatron.command_line import exit_status, say
+from mone_megatron.display import harmless
+from mone_megatron.ownership import owned_path
 
 _DESCRIPTION = """\
 Convert a run's newest checkpoint, or one checkpoint, to a Hugging Face folder: safetensors,
@@ -106,10 +108,16 @@ def _export(options: argparse.Namespace) -> None:
         print(f"checked: {line}")
 
 
+def _owning(options: argparse.Namespace) -> None:
+    with owned_path("--output", options.output):
+        _export(options)
+
+
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    return exit_status("export_hf", _export, options)
+    return exit_status("export_hf", _owning, options)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from mone_megatron.data.lines import (
     decode,
     read_lines,
 )
+from mone_megatron.display import harmless, is_read
 
 _DESCRIPTION = """\
 Prompt in, text streamed out. The model is a run (its newest checkpoint, converted in memory), a
@@ -98,6 +99,9 @@ def _standard_input() -> str:
 
 def _show(text: str) -> None:
     print(text, end="", flush=True)
+    if not is_read("stdout"):
+        # Nobody waits for the rest of the text.
+        raise SystemExit(0)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -142,6 +146,7 @@ def _generate(options: argparse.Namespace) -> None:
     say(outcome.describe())
 
 
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mone_megatron.command_line import exit_status, say
+from mone_megatron.display import harmless
+from mone_megatron.ownership import owned_path
 
 if TYPE_CHECKING:
     import torch
@@ -130,10 +132,16 @@ def _check(
     print(f"checked: {found.describe()}")
 
 
+def _owning(options: argparse.Namespace) -> None:
+    with owned_path("--output", options.output):
+        _import(options)
+
+
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    return exit_status("import_hf", _import, options)
+    return exit_status("import_hf", _owning, options)
 
 
 if __name__ == "__main__":

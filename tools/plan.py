@@ -13,10 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from mone_megatron.command_line import told
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
+from mone_megatron.display import harmless
 from mone_megatron.helpers import HelperError, ending, starting
+from mone_megatron.ownership import owned_file, owned_folder
 from mone_megatron.planning import output
 from mone_megatron.planning.hardware import GPUS, Assumptions, find_gpu
 from mone_megatron.planning.match import COUNTS, DIMENSIONS, SIDES, TOLERANCE, Pair, match
@@ -220,7 +223,9 @@ def _match(options: argparse.Namespace, config: Config) -> int:
     )
     print("\n".join(output.match_lines(pair)))
     if options.write is not None:
-        for path in _write_pair(pair, options.overrides, options.write):
+        with owned_folder("--write", options.write):
+            written = _write_pair(pair, options.overrides, options.write)
+        for path in written:
             print(f"wrote {path}")
     if options.json is not None:
         output.write_json(options.json, output.match_json(pair))
@@ -308,16 +313,18 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     # Flags may stand before, between and behind overrides.
     options = _parser().parse_intermixed_args(arguments)
     try:
-        return _run(options)
+        with owned_file("--json", options.json), owned_file("--render", options.render):
+            return _run(options)
     except HelperError as error:
         problems = [str(error)]
     except OSError as error:
-        problems = [f"{error.filename}: cannot be written ({error.strerror}); name another file"]
+        problems = [f"{told(error)}; name another file"]
     except ValueError as error:
         problems = [line.removeprefix("error: ") for line in str(error).splitlines()]
     for line in problems:

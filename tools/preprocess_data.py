@@ -17,10 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.command_line import print_anything
 from mone_megatron.data.documents import expand_inputs
 from mone_megatron.data.preprocess import TokenizerSettings, preprocess_files
 from mone_megatron.data.reading_options import add_reading, reading_settings
+from mone_megatron.display import harmless
 
 
 def _parse(given: Sequence[str] | None) -> argparse.Namespace:
@@ -96,10 +96,10 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+@harmless
 def main(given: Sequence[str] | None = None) -> int:
     """Runs the tool; 0 on success, 1 on bad input, 130 when interrupted."""
     arguments = _parse(given)
-    print_anything()
     try:
         summary = preprocess_files(
             expand_inputs(arguments.inputs),

@@ -24,6 +24,9 @@ from mone_megatron.analysis.scaling_law.table import (
     parse_count,
     read_csv,
 )
+from mone_megatron.command_line import told
+from mone_megatron.display import harmless
+from mone_megatron.ownership import owned_folder
 
 _DESCRIPTION = """\
 Fit L(N, D) = E + A/N^alpha + B/D^beta to the final losses of runs (log-Huber, L-BFGS from many
@@ -210,20 +213,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
         _check(options)
         check_output(Path(options.output), JSON_FILE)
-        table = _read(options)
-        if options.only_keep_ratio is not None:
-            table = keep_only_ratio(table, options.only_keep_ratio)
-        study = run_study(table, _study_options(options))
-        print(text_report(study))
-        paths = write_study(study, options.output)
+        with owned_folder("--output", Path(options.output)):
+            table = _read(options)
+            if options.only_keep_ratio is not None:
+                table = keep_only_ratio(table, options.only_keep_ratio)
+            study = run_study(table, _study_options(options))
+            print(text_report(study))
+            paths = write_study(study, options.output)
     except (ValueError, OSError) as error:
-        print(f"scaling_law: {error}", file=sys.stderr)
+        print(f"scaling_law: {told(error)}", file=sys.stderr)
         return 2
     print()
     for path in paths:

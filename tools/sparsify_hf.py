@@ -18,7 +18,9 @@ from mone_megatron.analysis.sparsification.plans import (
 )
 from mone_megatron.command_line import check_at_least_1, exit_status, once, say
 from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
+from mone_megatron.display import harmless
 from mone_megatron.evaluation.command_line import add_placement, labels_of
+from mone_megatron.ownership import owned_folder
 
 _DESCRIPTION = """\
 Rank the neurons of every expert for every token, leave out the lowest 0 to 99%, and measure the
@@ -270,10 +272,16 @@ def _run(options: argparse.Namespace) -> None:
     print(f"wrote {', '.join(file.name for file in files)} in {options.output}")
 
 
+def _owning(options: argparse.Namespace) -> None:
+    with owned_folder("--output", options.output):
+        _run(options)
+
+
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
-    return exit_status("sparsify_hf", _run, options)
+    return exit_status("sparsify_hf", _owning, options)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.command_line import say
+from mone_megatron.command_line import say, told
+from mone_megatron.display import harmless
 from mone_megatron.helpers import HelperError
+from mone_megatron.ownership import owned_folder
 
 _DESCRIPTION = """\
 Train every variant of a study with the same seeds, and compare the last validation losses seed by
@@ -85,12 +87,13 @@ def _run(options: argparse.Namespace) -> None:
     try:
         for study in studies:
             folder = options.output / study.name
-            if not options.report:
-                runner.train(study, folder, options.seeds, jobs=options.jobs, say=say)
-            found = outcome.read_outcome(study, folder, options.seeds)
-            print(output.markdown(found), end="\n\n")
-            for path in output.write(found, folder):
-                say(f"wrote {path}")
+            with owned_folder("--output", folder):
+                if not options.report:
+                    runner.train(study, folder, options.seeds, jobs=options.jobs, say=say)
+                found = outcome.read_outcome(study, folder, options.seeds)
+                print(output.markdown(found), end="\n\n")
+                for path in output.write(found, folder):
+                    say(f"wrote {path}")
             outcomes.append(found)
     finally:
         # Also of what is done when a later one fails or is stopped.
@@ -99,13 +102,14 @@ def _run(options: argparse.Namespace) -> None:
             say(f"wrote {written}")
 
 
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from a command line; user errors are one line each."""
     options = _parser().parse_args(arguments)
     try:
         _run(options)
-    except ValueError as error:
-        for line in str(error).splitlines():
+    except (ValueError, OSError) as error:
+        for line in told(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
     except (RuntimeError, HelperError) as error:

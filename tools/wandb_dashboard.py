@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+from mone_megatron.command_line import told
+from mone_megatron.display import harmless
+
 _SPECIFICATION = Path(__file__).resolve().parents[1] / "docs" / "dashboard.yaml"
 _EPILOG = """\
 needs the wandb-workspaces package (pip install 'mone_megatron[dashboard]') and a W&B login
@@ -76,6 +79,7 @@ def build_workspace(sections: Sequence[dict[str, Any]], *, entity: str, project:
     )
 
 
+@harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
@@ -101,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wandb_dashboard: {error}; pip install 'mone_megatron[dashboard]'", file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
-        print(f"wandb_dashboard: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"wandb_dashboard: {' '.join(told(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from mone_megatron.ownership import OWNER_FILE
+
 
 def check_output(folder: Path, marker: str) -> None:
     """Refuse an output folder before time is spent on what would go there. Leaves nothing behind.
@@ -32,8 +34,10 @@ def check_output(folder: Path, marker: str) -> None:
         raise ValueError(
             f"--output: nothing can be written in {place} ({error.strerror}); give another folder"
         ) from None
-    foreign = place == folder.absolute() and not (folder / marker).exists()
-    if not place.is_dir() or (foreign and any(folder.iterdir())):
+    foreign = False
+    if place == folder.absolute() and place.is_dir() and not (folder / marker).exists():
+        foreign = any(path.name != OWNER_FILE for path in folder.iterdir())
+    if not place.is_dir() or foreign:
         raise ValueError(
             f"--output: {folder} holds files and no {marker}; give a folder that is new or empty"
         )

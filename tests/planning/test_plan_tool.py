@@ -103,7 +103,7 @@ def test_it_runs_without_torch_and_prints_everything(tmp_path: Path) -> None:
         (["--top", "3"], "--top: means nothing without --search"),
         (["--hours", "3"], "--hours: means nothing without --sbatch or --render"),
         (["--match", "flops", "--search"], "--search: not with --match"),
-        (["--json", "/proc/none/plan.json"], "/proc/none: cannot be written"),
+        (["--json", "/proc/none/plan.json"], "--json: cannot use '/proc/none/plan.json'"),
         (["--render", "job", "--site", "/no/site.env"], "--site: /no/site.env is no file"),
         (["train.micro_batch_size=4", "train.seq_length=2048000", "--render", "job"], "--render: "),
         (["parallel.tensor=3"], "parallel.tensor: 3 does not divide"),
