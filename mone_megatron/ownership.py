@@ -279,9 +279,12 @@ class _Lock:
         if self._descriptor not in _held or os.getpid() != self.me.process:
             return
         # While it is held: whoever opened this file before finds another, or none, in its place.
-        with suppress(OSError):
-            self.path.unlink()
-        _close(self._descriptor)
+        try:
+            os.unlink(self.path)
+        except OSError:
+            pass
+        finally:
+            _close(self._descriptor)
 
     def _try(self) -> bool:
         descriptor = _opened(self.path)

@@ -44,6 +44,7 @@ from mone_megatron.helpers import (
     starting,
     unwinding_on_sigterm,
 )
+from mone_megatron.ownership import owned_path
 
 # A chunk goes to a worker when it holds this many characters or documents. Where chunks end does
 # not show in the output.
@@ -180,17 +181,18 @@ def write_corpus(
         raise ValueError("--workers must be at least 1")
     if not prefix.name:
         raise ValueError("the output must be a path prefix, as in 'corpora/books'")
-    finals = (idx_path, bin_path, sidecars.sidecar_path, sidecars.tokenizer_path)
-    present = [name(prefix) for name in finals if name(prefix).exists()]
-    if present and not overwrite:
-        raise ValueError(f"{present[0]} exists; give another output or --overwrite")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    # Renames are atomic only within a file system, so the work is done in the target folder.
-    work = Path(tempfile.mkdtemp(dir=prefix.parent, prefix=f".{prefix.name}.building-"))
-    try:
-        return _build(documents, prefix, work / prefix.name, tokenizer, total_bytes, workers)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with owned_path("--output", prefix):
+        finals = (idx_path, bin_path, sidecars.sidecar_path, sidecars.tokenizer_path)
+        present = [name(prefix) for name in finals if name(prefix).exists()]
+        if present and not overwrite:
+            raise ValueError(f"{present[0]} exists; give another output or --overwrite")
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        # Renames are atomic only within a file system, so the work is done in the target folder.
+        work = Path(tempfile.mkdtemp(dir=prefix.parent, prefix=f".{prefix.name}.building-"))
+        try:
+            return _build(documents, prefix, work / prefix.name, tokenizer, total_bytes, workers)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _build(
