@@ -27,8 +27,8 @@ difference; what it lacks is one. Code and prose of exports are not compared."""
 _EPILOG = """\
 exit status: 0 equal, 1 different or not compared, 2 what cannot be done, 130 interrupted
 
-On 2 cores, with BASE in the cache: --quick takes about a minute, the whole about ten; a new BASE
-takes as long again.
+Processor time of one version: about 70 s for --quick, 12 minutes for the whole; BASE takes as much
+again unless it is in the cache.
 
 examples:
   python tools/compare_commits.py main --quick
