@@ -39,6 +39,12 @@ _CODE = {
     "parallel_mone.py": "mone_megatron/hf/parallel_mone.py",
     "neuron_selection.py": "mone_megatron/kernels/reference.py",
 }
+# Which of their classes transformers loads.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mone.MoneConfig",
+    "AutoModel": "modeling_mone.MoneModel",
+    "AutoModelForCausalLM": "modeling_mone.MoneForCausalLM",
+}
 _PACKAGE = Path(__file__).resolve().parents[2]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -243,11 +249,7 @@ def export(
     with new_folder(output) as partial:
         config = hf_config(source, architecture, dtype)
         if architecture is MONE:
-            config.auto_map = {
-                "AutoConfig": "configuration_mone.MoneConfig",
-                "AutoModel": "modeling_mone.MoneModel",
-                "AutoModelForCausalLM": "modeling_mone.MoneForCausalLM",
-            }
+            config.auto_map = dict(AUTO_MAP)
             write_code(partial)
         config.save_pretrained(partial)
         generation = GenerationConfig(

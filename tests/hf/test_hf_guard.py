@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from hf_models import VOCABULARY, random_model
@@ -16,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedModel
 from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from mone_megatron.hf import MoneForCausalLM, enable_mone, modeling_mone
 from mone_megatron.hf.modeling_mone import AllHeadsRMSNorm
@@ -168,6 +170,16 @@ def test_adapters_of_experts_are_what_merging_them_gives() -> None:
     assert isinstance(merged, MoneForCausalLM)
 
 
+def test_offloaded_layers_and_exported_programs_select_the_same() -> None:
+    model, offloaded = build("plain", **EVERYWHERE), build("plain", **EVERYWHERE)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        accelerate.cpu_offload(offloaded, execution_device="cpu")
+        assert torch.equal(offloaded(TOKENS).logits, expected)
+        program = torch.export.export(model, (TOKENS,), {"use_cache": False})
+        torch.testing.assert_close(program.module()(TOKENS, use_cache=False).logits, expected)
+
+
 def test_settings_reach_every_target_of_an_export_and_no_other() -> None:
     model, routed_only = build("plain", **EVERYWHERE), build("plain", **EVERYWHERE)
     enable_mone(routed_only, keep_ratio=0.25)
@@ -210,7 +222,7 @@ def test_computing_all_neurons_is_said(caplog: pytest.LogCaptureFixture) -> None
 
 def test_the_norm_over_all_heads_is_no_kernels_norm() -> None:
     """Hub kernels replace the forward of every class that has, or inherits, a name of theirs."""
-    assert not hasattr(AllHeadsRMSNorm, "kernel_layer_name")
+    assert not issubclass(AllHeadsRMSNorm, Qwen3MoeRMSNorm)
     norms = [each for each in build("all").modules() if isinstance(each, AllHeadsRMSNorm)]
     assert norms
     heads = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mone_megatron.hf import MoneForCausalLM
-from mone_megatron.hf.export import write_code
+from mone_megatron.hf.export import AUTO_MAP, write_code
 
 
 def tokens(*size: int) -> torch.Tensor:
@@ -143,9 +143,11 @@ class Absent:
             raise ImportError(name)
 sys.meta_path.insert(0, Absent())
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert "transformers_modules" in type(model).__module__
+base = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(base) is type(model.model)
 tokens = torch.load(sys.argv[2])
 torch.save(model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0), sys.argv[3])
 """
@@ -154,10 +156,7 @@ torch.save(model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_i
 def test_it_loads_alone_with_the_code_beside_it(tmp_path: Path) -> None:
     model = build("all")
     folder = tmp_path / "export"
-    model.config.auto_map = {
-        "AutoConfig": "configuration_mone.MoneConfig",
-        "AutoModelForCausalLM": "modeling_mone.MoneForCausalLM",
-    }
+    model.config.auto_map = dict(AUTO_MAP)
     model.save_pretrained(folder)
     write_code(folder)
     torch.save(tokens(1, 6), tmp_path / "tokens.pt")
