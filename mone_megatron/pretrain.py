@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mone_megatron.command_line import told
@@ -25,6 +26,7 @@ from mone_megatron.config.load import (
     compose,
     from_dictconfig,
     hydra_override,
+    typed_values,
 )
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
@@ -116,7 +118,8 @@ def _hydra_main(config: DictConfig) -> None:
     A run that does not end with 0 ends the sweep: Hydra knows exit codes only this way.
     """
     try:
-        code = pretrain(from_dictconfig(config))
+        given = HydraConfig.get().overrides.task
+        code = pretrain(from_dictconfig(config, typed_values(given)))
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise

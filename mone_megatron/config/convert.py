@@ -45,17 +45,27 @@ def sections(cls: type, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def from_dict(cls: type[T], data: Mapping[str, Any], hints: Sequence[str] = ()) -> T:
+def from_dict(
+    cls: type[T],
+    data: Mapping[str, Any],
+    hints: Sequence[str] = (),
+    typed: Mapping[str, str] | None = None,
+) -> T:
     """Build ``cls`` from nested dictionaries; absent keys take the dataclass's defaults.
 
-    ``hints`` are further names to offer when a key is unknown (group options, say).
+    Args:
+        cls: a dataclass.
+        data: its keys and values.
+        hints: further names to offer when a key is unknown (group options, say).
+        typed: dotted key -> the value as the user wrote it (``1e-3``, which is read as 0.001),
+            where that is known. What is wrong is told in these words.
 
     Raises:
         ConfigError: unknown keys, values of another type, ``_target_`` or secrets; all at once.
     """
     problems: list[str] = []
     known = [*keys(cls), *sections(cls), *hints]
-    result = _build(cls, data, "", problems, known)
+    result = _build(cls, data, "", problems, known, typed or {})
     if problems:
         raise ConfigError(problems)
     return result
@@ -137,11 +147,57 @@ def _is_open(kind: type) -> bool:
     return get_origin(kind) is collections.abc.Mapping
 
 
-def _build(cls: type[T], data: Any, prefix: str, problems: list[str], known: Sequence[str]) -> T:
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """A value, and how the user wrote it; None where that is not known."""
+
+    value: Any
+    text: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """For a message: a text in quotes, anything else as it was written."""
+        if isinstance(self.value, str):
+            return f"the text {self.value!r}"
+        if self.text is not None:
+            return self.text
+        if isinstance(self.value, Mapping):
+            return "a section"
+        return self.written
+
+    @property
+    def written(self) -> str:
+        """As it was written, or would be."""
+        if self.text is not None:
+            return self.text
+        if self.value is None or isinstance(self.value, bool):
+            return {None: "null", True: "true", False: "false"}[self.value]
+        return str(self.value)
+
+    def items(self) -> list[_Given]:
+        """Those of a list."""
+        texts: list[str | None] = [None] * len(self.value)
+        if self.text is not None and not set(self.text) & set("\"'{}()\\#\n"):
+            # No comma is within an item.
+            found = [item.strip() for item in self.text.strip().strip("[]").split(",")]
+            if len(found) == len(texts):
+                texts = [*found]
+        return [_Given(item, text) for item, text in zip(self.value, texts, strict=True)]
+
+
+def _build(
+    cls: type[T],
+    data: Any,
+    prefix: str,
+    problems: list[str],
+    known: Sequence[str],
+    typed: Mapping[str, str],
+) -> T:
     if not isinstance(data, Mapping):
         where = prefix.rstrip(".") or "config"
+        given = _Given(data, typed.get(where))
         problems.append(
-            f"{where}: expected a section with keys, got {_shown(data)}; write {where}.KEY"
+            f"{where}: expected a section with keys, got {given.shown}; write {where}.KEY"
         )
         return cls()
     types = get_type_hints(cls, include_extras=True)
@@ -151,82 +207,80 @@ def _build(cls: type[T], data: Any, prefix: str, problems: list[str], known: Seq
         if name not in types:
             problems.append(unknown_key(key, known))
         elif _is_section(types[name]):
-            values[name] = _build(types[name], value, f"{key}.", problems, known)
+            values[name] = _build(types[name], value, f"{key}.", problems, known, typed)
         else:
             try:
-                values[name] = _convert(value, types[name])
+                values[name] = _convert(_Given(value, typed.get(key)), types[name])
             except ValueError as error:
                 problems.append(f"{key}: {error}")
     return cls(**values)
 
 
-def _convert(value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``; ValueError says what is wrong and the fix, without the key."""
+def _convert(given: _Given, kind: Any) -> Any:
+    """The value as ``kind``; ValueError says what is wrong and the fix, without the key."""
+    value = given.value
     if get_origin(kind) is Literal:
-        return _convert_literal(value, get_args(kind))
+        return _convert_literal(given, get_args(kind))
     if get_origin(kind) is Annotated:
         plain, *marks = get_args(kind)
         for mark in marks:
             assert isinstance(mark, NameIn), f"the schema has a mark that cannot be read: {mark}"
-            value = _convert_literal(value, tuple(mark.registry.names))
-        return _convert(value, plain)
+            _convert_literal(given, tuple(mark.registry.names))
+        return _convert(given, plain)
     if _is_open(kind):
-        return _convert_mapping(value)
+        return _convert_mapping(given)
     if get_origin(kind) is tuple:
-        return _convert_tuple(value, get_args(kind))
+        return _convert_tuple(given, get_args(kind))
     if kind is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"expected true or false, got {_shown(value)}; write true or false")
+            raise ValueError(f"expected true or false, got {given.shown}; write true or false")
         return value
     if kind is str:
         if not isinstance(value, str):
-            raise ValueError(f"expected text, got {_shown(value)}; put it in quotes: '\"{value}\"'")
+            raise ValueError(
+                f"expected text, got {given.shown}; put it in quotes: '\"{given.written}\"'"
+            )
         return value
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:
         if not number or not math.isfinite(value) or value != int(value):
-            raise ValueError(f"expected an integer, got {_shown(value)}; write one such as 4")
+            raise ValueError(f"expected an integer, got {given.shown}; write one such as 4")
         return int(value)
     assert kind is float, f"the schema uses a type that cannot be read: {kind}"
     if not number or not math.isfinite(value):
-        raise ValueError(f"expected a number, got {_shown(value)}; write one such as 0.1")
+        raise ValueError(f"expected a number, got {given.shown}; write one such as 0.1")
     return float(value)
 
 
-def _convert_literal(value: Any, options: tuple[str, ...]) -> str:
+def _convert_literal(given: _Given, options: tuple[str, ...]) -> str:
+    value = given.value
     # `True == 1`, so the type is compared as well.
     for option in options:
         if value == option and type(value) is type(option):
             return option
-    near = difflib.get_close_matches(str(value), options, n=1)
+    near = difflib.get_close_matches(given.written, options, n=1)
     hint = f"did you mean {near[0]}?" if near else "choose one of them"
-    raise ValueError(f"{_shown(value)} is not one of {', '.join(options)}; {hint}")
+    raise ValueError(f"{given.shown} is not one of {', '.join(options)}; {hint}")
 
 
-def _convert_mapping(value: Any) -> dict[str, Scalar]:
+def _convert_mapping(given: _Given) -> dict[str, Scalar]:
+    value = given.value
     if not isinstance(value, Mapping):
-        raise ValueError(f"expected names with values, got {_shown(value)}; write {{name: value}}")
+        raise ValueError(f"expected names with values, got {given.shown}; write {{name: value}}")
     for name, held in value.items():
         if not isinstance(held, Scalar):
-            raise ValueError(f"{name} is {_shown(held)}; give a text, a number, true or false")
+            raise ValueError(
+                f"{name} is {_Given(held).shown}; give a text, a number, true or false"
+            )
     return {str(name): held for name, held in value.items()}
 
 
-def _convert_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+def _convert_tuple(given: _Given, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    value = given.value
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"expected a list, got {_shown(value)}; write [{value}]")
+        raise ValueError(f"expected a list, got {given.shown}; write [{given.written}]")
     if len(kinds) == 2 and kinds[1] is Ellipsis:
-        return tuple(_convert(item, kinds[0]) for item in value)
+        return tuple(_convert(item, kinds[0]) for item in given.items())
     if len(value) != len(kinds):
         raise ValueError(f"expected {len(kinds)} values, got {len(value)}; write all of them")
-    return tuple(_convert(item, kind) for item, kind in zip(value, kinds, strict=True))
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return f"the text {value!r}"
-    if isinstance(value, Mapping):
-        return "a section"
-    return repr(value)
+    return tuple(_convert(item, kind) for item, kind in zip(given.items(), kinds, strict=True))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -50,7 +51,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
             composed = hydra.compose(CONFIG_NAME, [hydra_override(text) for text in overrides])
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explain(error)) from None
-    return from_dictconfig(composed)
+    return from_dictconfig(composed, typed_values(overrides))
 
 
 def check_overrides(
@@ -114,8 +115,18 @@ def hydra_override(text: str) -> str:
     return f"++{text}" if key and section in convert.open_sections(Config) else text
 
 
-def from_dictconfig(config: DictConfig) -> Config:
+def typed_values(overrides: Sequence[str]) -> dict[str, str]:
+    """Returns key -> value as it was written, of overrides such as ``optim.lr=1e-3``."""
+    split = (text.partition("=") for text in overrides)
+    return {key.lstrip("+~"): value for key, _, value in split}
+
+
+def from_dictconfig(config: DictConfig, typed: Mapping[str, str] | None = None) -> Config:
     """The typed config of a composed (or loaded) OmegaConf tree; interpolations are resolved.
+
+    Args:
+        config: the tree.
+        typed: dotted key -> the value as the user wrote it, where that is known.
 
     Raises:
         ConfigError: unknown keys, wrong types, missing values, broken interpolations.
@@ -126,7 +137,8 @@ def from_dictconfig(config: DictConfig) -> Config:
         raise ConfigError(_explain(error)) from None
     if not isinstance(data, dict):
         raise ConfigError("config: expected keys and values, got a list; write `key: value` lines")
-    return convert.from_dict(Config, {str(key): value for key, value in data.items()})
+    plain = {str(key): value for key, value in data.items()}
+    return convert.from_dict(Config, plain, typed=typed)
 
 
 def to_yaml(config: Config) -> str:
@@ -141,19 +153,34 @@ def from_yaml(path: str | Path) -> Config:
         ConfigError: the file is missing, is not YAML, or does not fit the schema.
     """
     try:
-        loaded = OmegaConf.load(path)
+        text = Path(path).read_text(encoding="utf-8")
+        loaded = OmegaConf.create(text)
+        typed = dict(_scalars(yaml.compose(text), text))
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give a config.yaml"
         ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not text in UTF-8 ({error}); give a config.yaml") from None
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not valid YAML ({_first_line(error)}); fix the file") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected keys and values, got a list; give a config.yaml")
     try:
-        return from_dictconfig(loaded)
+        return from_dictconfig(loaded, typed)
     except ConfigError as error:
         raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+
+
+def _scalars(node: yaml.Node | None, text: str, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key -> its value as it stands in a YAML file."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for name, value in node.value:
+        key = f"{prefix}{name.value}"
+        if isinstance(value, yaml.ScalarNode) or value.flow_style:
+            yield key, text[value.start_mark.index : value.end_mark.index]
+        yield from _scalars(value, text, f"{key}.")
 
 
 def flatten(config: Config) -> dict[str, Scalar]:
@@ -201,9 +228,12 @@ def _option_problems(override: Override, options: Sequence[str]) -> list[str]:
     if override.is_sweep_override():
         chosen = [str(value) for value in override.sweep_string_iterator()]
     else:
-        chosen = [str(item) for item in value] if isinstance(value, list) else [str(value)]
         if value is None:
             return [] if override.is_delete() else [f"{group}: null is not an option; use ~{group}"]
+        chosen = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        if isinstance(value, (bool, int, float)):
+            # As it was written, and not as it was read: 1e-3, 0x10, true.
+            chosen = [str(override.input_line).partition("=")[2]]
     return [_unknown_option(group, name, options) for name in chosen if name not in options]
 
 

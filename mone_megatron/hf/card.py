@@ -42,7 +42,7 @@ def model_card(
         verified: what the export's own check found.
     """
     config, model, mone = source.config, source.model, source.mone
-    count = count_parameters(model, mone, source.vocab_size, padded=False)
+    count = count_parameters(model, mone, source.vocab_size)
     tags = ["mixture-of-experts"] + (["mixture-of-neuron-experts"] if mone.enabled else [])
     facts = {
         "architecture": f"`{architecture.class_name}`, {str(dtype).removeprefix('torch.')}",

@@ -60,15 +60,15 @@ def _row(name: str, value: str, remark: str = "") -> str:
 
 def _parameter_lines(plan: Plan) -> list[str]:
     counted = plan.parameters
-    padded = "" if counted.total == plan.published_parameters else "with the vocabulary padded"
     lines = [
         "parameters",
-        _row("total", f"{counted.total:,}", padded),
+        _row("total", f"{counted.total:,}"),
         _row("activated, gate counted", f"{counted.activated_gate_counted:,}"),
         _row("activated, neurons only", f"{counted.activated_neurons_only:,}"),
     ]
-    if padded:
-        lines.insert(2, _row("total, unpadded", f"{plan.published_parameters:,}", "as published"))
+    if plan.vocabulary_padding:
+        padding = f"{plan.vocabulary_padding:,}"
+        lines.append(_row("padding of the vocabulary", padding, "not of the model; in memory only"))
     return lines
 
 
@@ -210,7 +210,7 @@ def plan_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "assumed": dataclasses.asdict(plan.machine.assumed),
         "layout": dataclasses.asdict(plan.layout) | dataclasses.asdict(plan.config.parallel),
         "parameters": dataclasses.asdict(plan.parameters)
-        | {"total": plan.parameters.total, "total_unpadded": plan.published_parameters},
+        | {"total": plan.parameters.total, "vocabulary_padding": plan.vocabulary_padding},
         "memory": {
             "rank": worst.rank,
             **dataclasses.asdict(worst.state),

@@ -88,13 +88,14 @@ class GatedMLP:
 
 
 def count_parameters(
-    model: ModelConfig, mone: MoNEConfig, vocab_size: int, *, padded: bool = True
+    model: ModelConfig, mone: MoNEConfig, vocab_size: int, *, padded: bool = False
 ) -> ParameterCount:
     """Count the parameters of ``model``.
 
     ``vocab_size`` is the true size of the vocabulary (of the tokenizer, or ``model.vocab_size``).
-    With ``padded`` the embedding and output have the rows that training allocates; without, the
-    rows that an exported model has, which is how published totals count.
+    The embedding and output have its rows: this is the number that runs, plans, reports and
+    exports show, and how published totals count. With ``padded`` they have the rows that training
+    allocates, which are zero and see no loss: for counting memory.
     """
     rows = model.padded_vocab_size(vocab_size) if padded else vocab_size
     hidden = model.hidden_size

@@ -65,8 +65,8 @@ class Plan:
     vocab_size: int
     numerics: Numerics
     parameters: ParameterCount
-    # As published totals count: without the padding of the vocabulary.
-    published_parameters: int
+    # Elements that the padding of the vocabulary adds to them in memory.
+    vocabulary_padding: int
     # The worst rank of each pipeline stage.
     stages: tuple[RankMemory, ...]
     traffic: tuple[Traffic, ...]
@@ -174,6 +174,8 @@ def make_plan(config: Config, machine: Machine, *, rough: bool = False) -> Plan:
     else:
         stages = worst_of_stages(config, layout, vocab_size, numerics, reserve=reserve)
     worst = max(stages, key=lambda rank: rank.total)
+    parameters = count_parameters(config.model, config.mone, vocab_size)
+    allocated = count_parameters(config.model, config.mone, vocab_size, padded=True)
     traffic = stage_traffic(config, layout, worst.stage.state, worst.stage.stage, numerics)
     return Plan(
         config=config,
@@ -181,10 +183,8 @@ def make_plan(config: Config, machine: Machine, *, rough: bool = False) -> Plan:
         layout=layout,
         vocab_size=vocab_size,
         numerics=numerics,
-        parameters=count_parameters(config.model, config.mone, vocab_size),
-        published_parameters=count_parameters(
-            config.model, config.mone, vocab_size, padded=False
-        ).total,
+        parameters=parameters,
+        vocabulary_padding=allocated.total - parameters.total,
         stages=tuple(stages),
         traffic=tuple(traffic),
         flops=flops_per_step(config, vocab_size),

@@ -70,7 +70,7 @@ def test_run_dir_follows_the_name() -> None:
         (["train.steps=1,2"], "train.steps", "add -m"),
         (["train.steps=abc"], "train.steps", "expected an integer, got the text 'abc'"),
         (["train.steps=1.5"], "train.steps", "expected an integer, got 1.5"),
-        (["train.steps=true"], "train.steps", "expected an integer, got True"),
+        (["train.steps=true"], "train.steps", "expected an integer, got true"),
         (["train.steps=inf"], "train.steps", "expected an integer"),
         (["train.steps=null"], "train.steps", "got null"),
         (["optim.lr=high"], "optim.lr", "expected a number, got the text 'high'"),

@@ -168,9 +168,9 @@ def test_apply_to_chooses_the_mlps_that_select() -> None:
 
 def test_padding() -> None:
     model = ModelConfig(hidden_size=64, tie_embeddings=True)
-    assert count_parameters(model, MOE, 1000, padded=False).embedding == 1000 * 64
-    assert count_parameters(model, MOE, 1000).embedding == 1024 * 64
-    assert count_parameters(model, MOE, 1024).embedding == 1024 * 64
+    assert count_parameters(model, MOE, 1000).embedding == 1000 * 64
+    assert count_parameters(model, MOE, 1000, padded=True).embedding == 1024 * 64
+    assert count_parameters(model, MOE, 1024, padded=True).embedding == 1024 * 64
     assert count_parameters(model, MOE, 1000).output == 0
 
 
