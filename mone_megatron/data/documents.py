@@ -130,13 +130,13 @@ class DocumentReader:
         """
         in_file = 0
         for found in self._found(path):
+            in_file += 1
             if isinstance(found, BadRecord):
                 if self.settings.on_error == "stop":
                     raise ValueError(f"{found.message}; --on-error skip leaves such records out")
                 self.first_bad = self.first_bad or found.message
                 self.bad += found.records
                 continue
-            in_file += 1
             self.documents += 1
             yield found
         self._files += 1

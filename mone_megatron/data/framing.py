@@ -97,10 +97,22 @@ class DocumentEncoder:
 
 def template_opening(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the ids that the tokenizer's own template puts before a text."""
+    return _template(tokenizer)[0]
+
+
+def _template(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer's own template puts before and after a text."""
     whole = tokenizer.encode("a", add_special_tokens=True)
-    # The mask tells what the template added.
-    pairs = zip(whole.ids, whole.special_tokens_mask, strict=True)
-    return tuple(token for token, _ in itertools.takewhile(lambda pair: pair[1], pairs))
+    marked = list(
+        itertools.compress(
+            zip(whole.ids, whole.special_tokens_mask, strict=True),
+            # Not what pads it.
+            whole.attention_mask,
+        )
+    )
+    before = tuple(token for token, _ in itertools.takewhile(lambda pair: pair[1], marked))
+    after = tuple(token for token, added in marked[len(before) :] if added)
+    return before, after
 
 
 def choose_framing(
@@ -187,8 +199,7 @@ def begin_texts_with(tokenizer: Tokenizer, opening: tuple[int, ...]) -> bool:
         pair=[*names, "$A", "$B:1"],
         special_tokens=list(dict(zip(names, opening, strict=True)).items()),
     )
-    whole = tokenizer.encode("a", add_special_tokens=True).ids
-    if whole == [*opening, *tokenizer.encode("a", add_special_tokens=False).ids]:
+    if _template(tokenizer) == (opening, ()):
         return False
     # What a template does not decide, such as offsets of a byte-level BPE, stays.
     kept = [part for part in _parts(tokenizer) if part["type"] in _WITHOUT_TOKENS]

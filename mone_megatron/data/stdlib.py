@@ -96,6 +96,8 @@ def _settings_digest(config: DataConfig, root: Path, files: list[Path]) -> str:
         if not tokenizer.is_file():
             raise ConfigError(f"data.tokenizer: {config.tokenizer} holds no tokenizer.json")
         digest.update(sha256_file(tokenizer).encode())
+        # Corpora of before have no BOS, whatever the tokenizer's template says.
+        digest.update(b"bos auto")
     else:
         digest.update(f"bpe {config.vocab_size}".encode())
     for path in files:

@@ -173,6 +173,10 @@ def test_a_template_is_made_to_begin_texts(before: str, wanted: int, tokenizer_d
     plain = tokenizer.encode("the fox", add_special_tokens=False).ids
     changed = begin_texts_with(tokenizer, opening)
     again = Tokenizer.from_str(tokenizer.to_str())
+    # Padding is no template.
+    again.enable_padding(direction="left", length=9)
+    assert template_opening(again) == opening
+    again.no_padding()
     assert again.encode("the fox").ids == [*opening, *plain]
     assert template_opening(again) == opening
     assert begin_texts_with(again, opening) is False
