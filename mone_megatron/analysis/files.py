@@ -48,7 +48,8 @@ def write_whole(path: Path, content: str | bytes) -> Path:
 
     The content goes to a temporary file in the same folder, which then takes the name.
     """
-    raw = content.encode("utf-8") if isinstance(content, str) else content
+    # A path may hold bytes that Python could not read as letters; they go back as they came.
+    raw = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

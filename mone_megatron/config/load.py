@@ -137,8 +137,22 @@ def from_dictconfig(config: DictConfig, typed: Mapping[str, str] | None = None) 
         raise ConfigError(_explain(error)) from None
     if not isinstance(data, dict):
         raise ConfigError("config: expected keys and values, got a list; write `key: value` lines")
+    run = data.get("run")
+    if isinstance(run, dict) and isinstance(name := run.get("name"), str):
+        run["name"] = _in_letters(name)
     plain = {str(key): value for key, value in data.items()}
     return convert.from_dict(Config, plain, typed=typed)
+
+
+def _in_letters(text: str) -> str:
+    """Where Python takes a command line for ASCII, other letters come as the bytes they are.
+
+    Right for a path, which goes back to the system; what is shown needs letters.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 def to_yaml(config: Config) -> str:

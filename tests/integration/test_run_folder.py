@@ -109,11 +109,11 @@ def test_a_folder_where_a_file_belongs(
 
 def test_what_only_shows_ends_no_run(tmp_path: Path) -> None:
     """All at once: no reader, a closed terminal's signal, a name that is not ASCII, no profile."""
-    folder = tmp_path / "r"
+    folder = tmp_path / "Läufe"
     folder.mkdir()
     # Where the folder of the profile would be.
     (folder / "profile").write_text("")
-    command = [sys.executable, "-m", "mone_megatron.pretrain", *RUN, f"run.dir={folder}"]
+    command = [sys.executable, "-m", "mone_megatron.pretrain", *RUN, f"run.dir='{folder}'"]
     command += [
         "run.name='Müller'",
         "train.steps=8",
@@ -126,7 +126,7 @@ def test_what_only_shows_ends_no_run(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,
-        env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+        env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
         stdout=write,
         stderr=write,
     )
@@ -145,7 +145,8 @@ def test_what_only_shows_ends_no_run(tmp_path: Path) -> None:
     missed = {one["what"]: one["why"] for one in facts["not_shown"]}
     assert missed.keys() == {"standard error", "the profile"}
     assert missed["standard error"] == "Broken pipe"
-    assert str(folder / "profile") in missed["the profile"]
+    assert missed["the profile"].startswith("FileExistsError: ")
+    assert "Müller" in (folder / "report.html").read_text(encoding="utf-8")
     assert (folder / "checkpoints" / "step_00000008").is_dir()
 
 
