@@ -17,6 +17,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mone_megatron.mone.megatron_settings import CORE_ATTENTION, refuse_unread
+
 
 class SDPAttention(MegatronModule):
     """Causal self-attention of the heads of this rank."""
@@ -34,11 +36,13 @@ class SDPAttention(MegatronModule):
         """As megatron-core constructs core attention modules.
 
         Raises:
-            ValueError: for a mask other than causal, or context parallelism.
+            ValueError: for a mask other than causal, context parallelism, or settings that it does
+                not read (windows, learnt offsets of the softmax, fp8, ...).
         """
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal:
             raise ValueError(f"SDPAttention is causal; the layer asks for {attn_mask_type}")
+        refuse_unread("SDPAttention", config, CORE_ATTENTION)
         if config.context_parallel_size > 1:
             raise ValueError("parallel.context: needs Transformer Engine; use parallel.context=1")
         self.softmax_scale = softmax_scale

@@ -21,6 +21,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 from torch import Tensor
 
+from mone_megatron.mone.megatron_settings import NORM, refuse_unread
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm over the last dimension.
@@ -33,7 +35,12 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
     ) -> None:
-        """As megatron-core constructs norms."""
+        """As megatron-core constructs norms.
+
+        Raises:
+            ValueError: for settings that it does not read.
+        """
+        refuse_unread("RMSNorm", config, NORM)
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -62,7 +69,11 @@ class AllHeadsRMSNorm(torch.nn.Module):
             eps: added to the mean square.
             num_heads: of all tensor-parallel ranks.
             kwargs: megatron-core's other arguments.
+
+        Raises:
+            ValueError: for settings that it does not read.
         """
+        refuse_unread("AllHeadsRMSNorm", config, NORM)
         super().__init__()
         self.eps = eps
         self.width = num_heads * hidden_size

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mone_megatron.kernels import ops
+from mone_megatron.mone.megatron_settings import ROUTED_EXPERTS, refuse_unread
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 
 
@@ -44,11 +45,11 @@ class GroupedExperts(MegatronModule):
             neurons: neuron selection and balance; None for plain experts.
 
         Raises:
-            ValueError: for biases, experts that are not gated, or a keep ratio of no neuron.
+            ValueError: for settings that it does not read (biases, clamped activations, fp8, ...),
+                or a keep ratio of no neuron.
         """
         super().__init__(config=config)
-        if config.add_bias_linear or not config.gated_linear_unit:
-            raise ValueError("GroupedExperts computes gated experts without biases only")
+        refuse_unread("GroupedExperts", config, ROUTED_EXPERTS)
         assert config.moe_ffn_hidden_size is not None
         self.num_local_experts = num_local_experts
         self.expert_group = pg_collection.ep

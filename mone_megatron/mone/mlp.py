@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mone_megatron.mone.megatron_settings import GATED_MLP, SHARED_EXPERT, refuse_unread
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 
 
@@ -69,7 +70,12 @@ class NeuronMLP(MLP):
         ffn_hidden_size: int | None = None,
         tp_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """As megatron-core's MLP, with the selection's settings."""
+        """As megatron-core's MLP, with the selection's settings.
+
+        Raises:
+            ValueError: for settings that it does not read.
+        """
+        refuse_unread("NeuronMLP", config, GATED_MLP)
         width = ffn_hidden_size or config.ffn_hidden_size
         super().__init__(config, submodules, ffn_hidden_size=width, tp_group=tp_group)
         self.neuron_gate = _neuron_gate(config, width, neurons)
@@ -94,7 +100,12 @@ class NeuronSharedExpert(SharedExpertMLP):
         neurons: NeuronSettings,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        """As megatron-core's shared expert, with the selection's settings."""
+        """As megatron-core's shared expert, with the selection's settings.
+
+        Raises:
+            ValueError: for settings that it does not read.
+        """
+        refuse_unread("NeuronSharedExpert", config, SHARED_EXPERT)
         super().__init__(config, submodules, gate, pg_collection)
         assert config.moe_shared_expert_intermediate_size is not None
         self.neuron_gate = _neuron_gate(config, config.moe_shared_expert_intermediate_size, neurons)

@@ -237,8 +237,17 @@ def test_selection_changes_the_result_and_keeps_exactly_k_in_bf16() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"add_bias_linear": True}, "without biases"),
-        ({"gated_linear_unit": False}, "gated"),
+        ({"add_bias_linear": True}, r"add_bias_linear=True \(only False\)"),
+        ({"gated_linear_unit": False}, r"gated_linear_unit=False \(only True\)"),
+        (
+            {
+                "moe_apply_probs_on_input": True,
+                "moe_router_topk": 1,
+                "moe_router_pre_softmax": True,
+            },
+            "moe_apply_probs_on_input",
+        ),
+        ({"activation_func_clamp_value": 7.0}, r"activation_func_clamp_value=7\.0"),
     ],
 )
 def test_other_experts_are_refused(changes: dict[str, object], message: str) -> None:
