@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+# The fact that tells which model of others a run's weights began as. It goes from the checkpoint
+# that a run begins with into each of its own.
+ORIGIN = "origin"
 _SECRET_WORDS = frozenset({"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE"})
 # Shorter values ("1", "true") are no secrets and would be found in anything.
 _SHORTEST_SECRET = 8

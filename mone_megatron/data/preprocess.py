@@ -31,7 +31,7 @@ from mone_megatron.data.indexed import IndexedWriter, bin_path, idx_path, token_
 from mone_megatron.data.progress import ByteProgress
 from mone_megatron.data.records import Document
 from mone_megatron.data.tokenizer import (
-    TOKENIZER_FILES,
+    copy_tokenizer,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
@@ -281,10 +281,7 @@ def _provide_tokenizer(
     assert settings.folder is not None
     # Whether its special tokens will do, before anything is copied or read.
     choose_framing(load_tokenizer(settings.folder), bos=settings.bos, eod_token=settings.eod_token)
-    folder.mkdir()
-    for name in TOKENIZER_FILES:
-        if (settings.folder / name).is_file():
-            shutil.copyfile(settings.folder / name, folder / name)
+    copy_tokenizer(settings.folder, folder)
 
 
 def _first_megabytes(documents: Iterable[Document], megabytes: float) -> Iterator[str]:

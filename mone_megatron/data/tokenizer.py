@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mone_megatron.data.files import sha256_file
 
 END_OF_TEXT = "<|endoftext|>"
-# What a tokenizer folder may hold that names its special tokens.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# The files that a tokenizer may be made of (chat templates lie in files of their own, in the
+# tokenizer's settings, or in a folder); only the first must be there.
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "vocab.txt",
+)  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
 # One id per byte and the end-of-document token.
 MIN_VOCAB_SIZE = 257
 
@@ -57,6 +64,21 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
         vocab_size=max(vocabulary.values()) + 1,
         sha256=sha256_file(path),
     )
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer, relative to its folder, chat templates included."""
+    templates = sorted((folder / _TEMPLATES).glob("*.jinja"))
+    found = [folder / name for name in _FILES] + templates
+    return [path.relative_to(folder) for path in found if path.is_file()]
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer, whole, into a folder that is made if it is not there."""
+    target.mkdir(exist_ok=True)
+    for name in tokenizer_files(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def end_of_document(loaded: LoadedTokenizer, eod_token: str | None = None) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -71,7 +72,7 @@ def look_at(where: str, *, trust_remote_code: bool = False) -> ModelFacts:
             )
         try:
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, StrictDataclassError) as error:
             raise ValueError(
                 f"{where}: neither a folder with a model nor one that the Hub gives "
                 f"({_line(error)})"
@@ -142,7 +143,7 @@ def _tokenizer(where: str, folder: str, trust_remote_code: bool) -> PreTrainedTo
         raise ValueError(f"{where}: has no tokenizer (no tokenizer.json in {folder})")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{where}: its tokenizer cannot be loaded ({_line(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{where}: its tokenizer is not one of the tokenizers package")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mone_megatron.hf.architectures import BY_TYPE, MONE, Architecture, choose
+from mone_megatron.hf.architectures import BY_TYPE, MONE, Architecture
 from mone_megatron.hf.card import model_card
 from mone_megatron.hf.dtypes import dtype_name, written_dtype
 from mone_megatron.hf.mapping import Rule, rules
@@ -71,14 +71,14 @@ def choose_architecture(source: Source, wanted: str) -> Architecture:
     """
     mone = source.mone.enabled
     if wanted == "auto":
-        return choose(source.model, mone=mone)
+        return source.architecture
     if wanted not in BY_TYPE:
         raise ValueError(f"--architecture: {wanted!r} is not auto or one of {', '.join(BY_TYPE)}")
     architecture = BY_TYPE[wanted]
     if lacks := architecture.lacks(source.model, mone=mone):
         raise ValueError(
             f"--architecture: {wanted} cannot hold this model ({', '.join(lacks)}); use "
-            f"{choose(source.model, mone=mone).model_type}, or auto"
+            f"{source.architecture.model_type}, or auto"
         )
     return architecture
 
@@ -107,8 +107,8 @@ def hf_config(
         vocab_size=source.vocab_size,
         max_positions=source.config.train.seq_length,
         dtype=dtype_name(dtype or source.dtype),
-        bos_token_id=(source.framing.opening or (None,))[-1],
-        eos_token_id=source.eos_token_id,
+        token_ids=source.token_ids,
+        origin=source.origin,
     )
 
 
@@ -252,12 +252,8 @@ def export(
             config.auto_map = dict(AUTO_MAP)
             write_code(partial)
         config.save_pretrained(partial)
-        generation = GenerationConfig(
-            bos_token_id=config.bos_token_id,
-            eos_token_id=source.eos_token_id,
-            pad_token_id=source.eos_token_id,
-        )
-        generation.save_pretrained(partial)
+        _restore_config(source, architecture, partial / "config.json")
+        _write_generation_config(source, partial)
         write_tokenizer(source.tokenizer_dir, partial, source.framing)
         _write_recipe(source, partial / RECIPE_NAME)
         tensors, size = _write_weights(source, table, partial, dtype, shard_bytes, progress)
@@ -265,6 +261,35 @@ def export(
         card = model_card(source, architecture, dtype or source.dtype, verified)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Exported(output, architecture, tensors, size)
+
+
+def _restore_config(source: Source, architecture: Architecture, path: Path) -> None:
+    """Put back what transformers reads as if it were something else, in the same architecture."""
+    origin = source.origin
+    if origin is None or origin.model_type != architecture.model_type:
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(_json(origin.as_it_was_written(saved)), encoding="utf-8")
+
+
+def _write_generation_config(source: Source, folder: Path) -> None:
+    """The imported model's settings as they were, with the special tokens of this tokenizer."""
+    path = folder / "generation_config.json"
+    settings = {} if source.origin is None else dict(source.origin.generation)
+    if not settings:
+        GenerationConfig(**source.token_ids).save_pretrained(folder)
+        return
+    assert source.origin is not None
+    config = source.origin.standard_config()
+    settings |= {
+        name: token for name, token in source.token_ids.items() if getattr(config, name) != token
+    }
+    # Written by ourselves: the library refuses to save some that it reads.
+    path.write_text(_json(settings), encoding="utf-8")
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def _write_recipe(source: Source, path: Path) -> None:

@@ -6,22 +6,33 @@ The checkpoint holds weights only, at step 0: ``checkpoint.initialize=PATH`` sta
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from mone_megatron.checkpoint import CheckpointStore
+from mone_megatron.checkpoint.facts import ORIGIN
 from mone_megatron.checkpoint.tensors import TensorWriter
+from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import to_yaml
-from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig, RouterConfig, RunConfig
+from mone_megatron.config.schema import (
+    Config,
+    DataConfig,
+    DeviceConfig,
+    ModelConfig,
+    MoNEConfig,
+    RouterConfig,
+    RunConfig,
+)
+from mone_megatron.config.validate import validate
 from mone_megatron.data.framing import Framing
-from mone_megatron.data.tokenizer import TOKENIZER_FILES, end_of_document, load_tokenizer
+from mone_megatron.data.tokenizer import copy_tokenizer, end_of_document, load_tokenizer
 from mone_megatron.hf.architectures import COPIES, FUSED, ExpertNames
 from mone_megatron.hf.dtypes import (
     describe_dtypes,
@@ -31,6 +42,7 @@ from mone_megatron.hf.dtypes import (
 )
 from mone_megatron.hf.export import check_values, new_folder
 from mone_megatron.hf.mapping import Rule, rules
+from mone_megatron.hf.origin import Origin
 from mone_megatron.hf.settings import ImportedSettings, from_hf_config
 from mone_megatron.hf.text_format import framing_of_folder
 from mone_megatron.hf.weights import HFWeights
@@ -58,6 +70,7 @@ class Import:
     table: tuple[Rule, ...]
     upcycling: Upcycling | None
     framing: Framing
+    origin: Origin
 
     def dtypes(self, weights: HFWeights, wanted: torch.dtype | None) -> dict[str, torch.dtype]:
         """The dtype of each of our tensors: ``wanted``, or one that holds what it is made of."""
@@ -87,7 +100,7 @@ def load_hf_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{folder}: holds no config.json; give the folder of a downloaded model")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             raise ValueError(
@@ -111,10 +124,32 @@ def plan_import(folder: Path, weights: HFWeights, *, upcycling: Upcycling | None
     model, experts = settings.model, _expert_names(settings, weights)
     if upcycling is not None:
         model, experts = _upcycled(settings.model, upcycling), COPIES
+    _check_keys(folder, model, settings.mone)
     table = tuple(rules(model, settings.vocab_size, settings.architecture, experts))
     _check_tensors(folder, weights, table, model)
     _check_tokenizer(folder, settings.vocab_size)
-    return Import(folder, settings, model, table, upcycling, _framing(folder))
+    framing, origin = _framing(folder), Origin.read(folder)
+    return Import(folder, settings, model, table, upcycling, framing, origin)
+
+
+def _check_keys(folder: Path, model: ModelConfig, mone: MoNEConfig | None) -> None:
+    """The checks of a run, on the keys that the import prints for one.
+
+    Raises:
+        ValueError: a line for each key that no run could have.
+    """
+    config = Config(
+        model=model,
+        mone=mone or MoNEConfig(),
+        # Any: they are the run's own.
+        data=DataConfig(source="indexed", paths=("data",)),
+        device=DeviceConfig(kind="cpu", dtype="fp32"),
+    )
+    try:
+        validate(config, world_size=1)
+    except ConfigError as error:
+        lines = [f"{folder}: cannot be trained here: {line}" for line in error.problems]
+        raise ValueError("\n".join(lines)) from None
 
 
 def _expert_names(settings: ImportedSettings, weights: HFWeights) -> ExpertNames:
@@ -134,6 +169,11 @@ def _upcycled(model: ModelConfig, upcycling: Upcycling) -> ModelConfig:
         raise ValueError(
             f"--upcycle-experts-per-token: {upcycling.experts_per_token} is not between 1 and "
             f"--upcycle-experts={upcycling.experts}"
+        )
+    if upcycling.experts_per_token == 1:
+        raise ValueError(
+            "--upcycle-experts-per-token: 1 expert has the weight 1 whatever the router says, so "
+            "the router would get no gradient; use 2 or more"
         )
     return replace(
         model,
@@ -236,10 +276,7 @@ def run_import(
             writer.close()
         config = _config(planned, name)
         (partial / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        (partial / "tokenizer").mkdir()
-        for file in TOKENIZER_FILES:
-            if (planned.folder / file).is_file():
-                shutil.copyfile(planned.folder / file, partial / "tokenizer" / file)
+        copy_tokenizer(planned.folder, partial / "tokenizer")
         checkpoint = store.commit(partial, _facts(planned, config, main))
         check(checkpoint)
     return output / checkpoint.relative_to(hidden)
@@ -290,6 +327,7 @@ def _facts(planned: Import, config: Config, dtype: torch.dtype) -> dict[str, Any
         "layout": {},
         "framing": planned.framing.as_facts(),
         "imported_from": planned.settings.architecture.class_name,
+        ORIGIN: planned.origin.to_facts(),
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from mone_megatron.data.framing import Framing
-from mone_megatron.hf.architectures import FUSED, MONE, choose
+from mone_megatron.hf.architectures import FUSED, MONE
 from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.export import check_complete, hf_config, hf_tensors
 from mone_megatron.hf.mapping import rules
@@ -85,7 +86,7 @@ def load_model(
         loader = MoneForCausalLM if known else AutoModelForCausalLM
         extra: dict[str, Any] = {} if known else {"trust_remote_code": trust_remote_code}
         loaded = loader.from_pretrained(where, dtype=dtype or "auto", **extra)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{where}: cannot be loaded ({reason})") from error
     try:
@@ -118,7 +119,7 @@ def build_from_checkpoint(source: Source, dtype: torch.dtype | None = None) -> P
         ValueError: see :func:`~mone_megatron.hf.export.check_complete`.
     """
     dtype = dtype or source.dtype
-    architecture = choose(source.model, mone=source.mone.enabled)
+    architecture = source.architecture
     table = list(rules(source.model, source.vocab_size, architecture, FUSED))
     check_complete(source, table)
     config = hf_config(source, architecture, dtype)

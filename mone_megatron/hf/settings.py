@@ -22,6 +22,7 @@ from mone_megatron.config.schema import (
 from mone_megatron.hf.architectures import MONE, Architecture, architecture_of
 from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.experts_mone import NeuronSettings
+from mone_megatron.hf.origin import Origin
 
 _ACTIVATIONS = ("silu", "sigmoid", "relu", "relu2")
 # Also how transformers spells them.
@@ -52,10 +53,15 @@ def to_hf_config(
     vocab_size: int,
     max_positions: int,
     dtype: str,
-    bos_token_id: int | None,
-    eos_token_id: int | None,
+    token_ids: dict[str, Any],
+    origin: Origin | None = None,
 ) -> PreTrainedConfig:
     """The configuration of an exported model.
+
+    What training does not change, and what our settings do not say, is as in the model that was
+    imported, if one was. Its ``max_position_embeddings`` is the larger of that model's and
+    ``max_positions`` while RoPE is the same, since training on short sequences takes no positions
+    away; else it is ``max_positions``.
 
     Args:
         model: ours.
@@ -64,12 +70,37 @@ def to_hf_config(
         vocab_size: true size.
         max_positions: the longest sequence it was trained on.
         dtype: of the weights, as torch names it.
-        bos_token_id: begins a document; None when documents begin without.
-        eos_token_id: ends a document; None when the tokenizer names none.
+        token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``; None for none.
+        origin: of the model that was imported; None when none was.
     """
-    settings: dict[str, Any] = {
+    settings = _settings(model, mone, architecture, vocab_size)
+    if origin is not None:
+        imported = from_hf_config(origin.standard_config(), "the imported model")
+        then = None
+        if origin.model_type == architecture.model_type:
+            then = _settings(
+                imported.model, imported.mone or MoNEConfig(), architecture, vocab_size
+            )
+        known = frozenset(AutoConfig.for_model(architecture.model_type).to_dict())
+        settings = origin.merged(settings, then, known)
+        if _rope_parameters(imported.model) == _rope_parameters(model):
+            max_positions = max(max_positions, imported.max_positions)
+    settings |= {
         "architectures": [architecture.class_name],
         "dtype": dtype,
+        "max_position_embeddings": max_positions,
+        **token_ids,
+    }
+    if architecture is MONE:
+        return MoneConfig(**settings)
+    return AutoConfig.for_model(architecture.model_type, **settings)
+
+
+def _settings(
+    model: ModelConfig, mone: MoNEConfig, architecture: Architecture, vocab_size: int
+) -> dict[str, Any]:
+    """What our settings say in the words of an architecture."""
+    settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.dense_ffn_hidden_size,
@@ -77,14 +108,10 @@ def to_hf_config(
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_query_groups,
         "hidden_act": model.activation,
-        "max_position_embeddings": max_positions,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
         "rope_parameters": _rope_parameters(model),
         "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": eos_token_id,
         "attention_dropout": model.attention_dropout,
     }
     if model.attention == "gqa":
@@ -97,8 +124,7 @@ def to_hf_config(
         settings["sliding_window"] = None
     if architecture is MONE:
         settings |= _mone_settings(model, mone)
-        return MoneConfig(**settings)
-    return AutoConfig.for_model(architecture.model_type, **settings)
+    return settings
 
 
 def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
@@ -251,6 +277,11 @@ def _unsupported(architecture: Architecture, values: dict[str, Any]) -> Iterator
         yield f"rope_parameters.rope_type={rope!r} is not supported with this attention"
     if values.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         yield "partial_rotary_factor other than 1 is not supported"
+    if _weight_is_always_1(kind, values):
+        yield (
+            "num_experts_per_tok=1 with weights that sum to 1 (norm_topk_prob) is not supported: "
+            "routers would get no gradient"
+        )
     if values.get("decoder_sparse_step", 1) != 1:
         yield f"decoder_sparse_step={values['decoder_sparse_step']} is not supported; only 1 is"
     dense = values.get("mlp_only_layers") or []
@@ -268,6 +299,13 @@ def _unsupported(architecture: Architecture, values: dict[str, Any]) -> Iterator
                 f"{values['num_experts_per_tok']} and topk_group={values['topk_group']} ranks "
                 "groups in a way that is not supported; only greedy is"
             )
+
+
+def _weight_is_always_1(kind: str, values: dict[str, Any]) -> bool:
+    """Whether the one expert of a token has the weight 1, whatever its score."""
+    softmax = values.get("router_score_function", "softmax") == "softmax"
+    normalized = kind == "mixtral" or values.get("norm_topk_prob", False)
+    return softmax and normalized and values.get("num_experts_per_tok") == 1
 
 
 def _model(architecture: Architecture, values: dict[str, Any]) -> ModelConfig:
@@ -329,6 +367,7 @@ def _model(architecture: Architecture, values: dict[str, Any]) -> ModelConfig:
         rope_theta=values["rope_parameters"]["rope_theta"],
         rope_scaling=_rope_scaling(values["rope_parameters"]),
         init_std=values["initializer_range"],
+        attention_dropout=values.get("attention_dropout", 0.0),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,15 @@ from mone_megatron.checkpoint.tensors import TensorInfo, TensorReader
 from mone_megatron.config.load import from_yaml
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
 from mone_megatron.data.framing import Framing, framing_of, template_opening
-from mone_megatron.data.tokenizer import LoadedTokenizer, end_of_document, load_tokenizer
+from mone_megatron.data.tokenizer import (
+    LoadedTokenizer,
+    end_of_document,
+    load_tokenizer,
+    special_token,
+)
+from mone_megatron.hf.architectures import BY_TYPE, Architecture, choose
 from mone_megatron.hf.dtypes import main_dtype, written_dtype
+from mone_megatron.hf.origin import TOKEN_IDS, Origin
 
 OPTIMIZER = "optimizer."
 MASTER = "optimizer.master."
@@ -40,6 +48,16 @@ class Source:
         """Neuron selection as it was at the checkpoint's step."""
         mone = self.config.mone
         return replace(mone, keep_ratio=mone.keep_ratio_at(self.checkpoint.step))
+
+    @property
+    def architecture(self) -> Architecture:
+        """As what it is exported: what it was imported as while that holds it, else what does."""
+        mone = self.mone.enabled
+        if self.origin is not None:
+            own = BY_TYPE[self.origin.model_type]
+            if not own.lacks(self.model, mone=mone):
+                return own
+        return choose(self.model, mone=mone)
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -73,6 +91,40 @@ class Source:
     def eos_token_id(self) -> int | None:
         """What ends a document; None when there is no tokenizer or it names none."""
         return self.framing.eod
+
+    @property
+    def origin(self) -> Origin | None:
+        """The model of others that its weights began as, if they did."""
+        return Origin.from_facts(self.checkpoint.facts)
+
+    @property
+    def token_ids(self) -> dict[str, Any]:
+        """The special tokens of a configuration: ``bos_token_id`` and the like.
+
+        Those of the model that was imported while its tokenizer is the same, but for what stood
+        around the documents of the training. Otherwise that, and the ``pad_token`` that the
+        tokenizer's settings name; what ends a document pads where they name none.
+        """
+        begin, end = (self.framing.opening or (None,))[-1], self.framing.eod
+        if self.origin is not None and self.origin.has_tokenizer(self.tokenizer_dir):
+            config = self.origin.standard_config()
+            ids = {name: getattr(config, name) for name in TOKEN_IDS}
+            ends = ids["eos_token_id"]
+            if end is not None and end not in (ends if isinstance(ends, list) else [ends]):
+                ids["eos_token_id"] = end
+            if begin is not None:
+                ids["bos_token_id"] = begin
+            return ids
+        pad = None
+        if (self.tokenizer_dir / "tokenizer.json").is_file():
+            name = special_token(self.tokenizer_dir, "pad_token")
+            if name is not None:
+                pad = load_tokenizer(self.tokenizer_dir).tokenizer.token_to_id(name)
+        return {
+            "bos_token_id": begin,
+            "eos_token_id": end,
+            "pad_token_id": end if pad is None else pad,
+        }
 
     @property
     def weights(self) -> dict[str, TensorInfo]:

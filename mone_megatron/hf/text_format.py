@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import yaml
 from tokenizers import Tokenizer
 
 from mone_megatron.data.framing import Framing, begin_texts_with, framing_of, template_opening
-from mone_megatron.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from mone_megatron.data.tokenizer import copy_tokenizer, load_tokenizer
 
 # Lies in every export of ours; other models have none.
 RECIPE_NAME = "training_config.yaml"
@@ -66,9 +65,7 @@ def write_tokenizer(source: Path, folder: Path, framing: Framing) -> None:
     The files are copied as they are where the tokenizer does so by itself. Otherwise its template
     is changed; and where a document ended with another token than its ``eos_token``, that is, too.
     """
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_tokenizer(source, folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
         return

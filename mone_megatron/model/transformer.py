@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from mone_megatron.config.schema import Config, ModelConfig, RouterConfig
 from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.model.megatron_words import megatron_refusals
 
 
 def _leave(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,6 +68,7 @@ def moe_layer_pattern(config: Config) -> list[int]:
     return [0] * dense + [1] * (model.num_layers - dense)
 
 
+@megatron_refusals()
 def transformer_config(
     config: Config, *, dtype: torch.dtype, on_cpu: bool, sequence_parallel: bool
 ) -> TransformerConfig:
@@ -78,6 +80,9 @@ def transformer_config(
         on_cpu: whether parameters are made on CPU.
         sequence_parallel: whether activations between layers are split over the
             tensor-parallel ranks.
+
+    Raises:
+        ConfigError: megatron-core refuses it.
     """
     model, parallel = config.model, config.parallel
     recompute: dict[str, object] = {}

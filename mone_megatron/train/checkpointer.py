@@ -8,7 +8,6 @@ decides which samples come next (:mod:`mone_megatron.data.loader`).
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,10 +30,11 @@ from mone_megatron.checkpoint import (
     digest_file,
     write_error,
 )
+from mone_megatron.checkpoint.facts import ORIGIN
 from mone_megatron.config.load import to_yaml
 from mone_megatron.config.schema import Config
 from mone_megatron.data.framing import Framing
-from mone_megatron.data.tokenizer import TOKENIZER_FILES
+from mone_megatron.data.tokenizer import copy_tokenizer
 from mone_megatron.train.checkpoint_reading import (
     Check,
     broadcast,
@@ -119,6 +119,8 @@ class Checkpointer:
         self.store = CheckpointStore(Path(config.run.dir) / "checkpoints", log=say)
         # Random streams belong to a rank of a layout.
         self.layout = {"world_size": dist.get_world_size(), **asdict(config.parallel)}
+        # What model of others the run began as, from the checkpoint that it began with.
+        self._origin: dict[str, Any] | None = None
         self._pending: _Pending | None = None
         self._access_checked = False
         self._blocked_seconds = 0.0
@@ -250,6 +252,8 @@ class Checkpointer:
         }
         if self.framing is not None:
             facts["framing"] = self.framing.as_facts()
+        if self._origin is not None:
+            facts[ORIGIN] = self._origin
         self._on_rank_0(lambda: self._commit(partial, facts, files))
 
     def _commit(self, partial: Path, facts: dict[str, Any], files: dict[str, FileDigest]) -> None:
@@ -257,10 +261,7 @@ class Checkpointer:
         try:
             (partial / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             if self.tokenizer_dir is not None:
-                (partial / "tokenizer").mkdir()
-                for name in TOKENIZER_FILES:
-                    if (self.tokenizer_dir / name).is_file():
-                        shutil.copyfile(self.tokenizer_dir / name, partial / "tokenizer" / name)
+                copy_tokenizer(self.tokenizer_dir, partial / "tokenizer")
             for path in partial.rglob("*"):
                 name = path.relative_to(partial).as_posix()
                 if name not in files and path.is_file():
@@ -346,18 +347,20 @@ class Checkpointer:
             set_random_state(loaded["random"])
         else:
             self.say("the layout changed: weights and moments are exact, dropout draws afresh")
+        self._origin = facts.get(ORIGIN)
         self.say(f"resumed from {folder} after step {position.step}")
         return position
 
     def _begin(self) -> Position:
         if path := self.config.checkpoint.initialize:
-            initialize(
+            facts = initialize(
                 self.state,
                 Path(path),
                 identity=self.identity,
                 framing=self.framing,
                 say=self.say,
             )
+            self._origin = facts.get(ORIGIN)
         return Position()
 
     def _position(self, folder: Path, loaded: dict[str, Any]) -> Position:

@@ -49,7 +49,7 @@ def initialize(
     identity: dict[str, Any],
     framing: Framing | None,
     say: Callable[[str], None],
-) -> None:
+) -> dict[str, Any]:
     """Fill the weights, and the masters of a model that is not fp32. Collective over all ranks.
 
     The optimizer must be as it was built. While it loads, a rank holds its part of the weights once
@@ -62,6 +62,9 @@ def initialize(
         framing: of this run's documents, which may be another than the weights have seen; None if
             it is not known.
         say: tells the user, once.
+
+    Returns:
+        The facts of the checkpoint.
 
     Raises:
         DamagedCheckpointError: naming each damaged file.
@@ -84,6 +87,7 @@ def initialize(
     say(f"begins with the weights of {folder}")
     if warning := other_framing(facts, framing, folder):
         say(warning)
+    return facts
 
 
 def _target(

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import ALL, DENSE, MOES, random_model, save_model
+from hf_models import ALL, DENSE, random_model, save_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from mone_megatron.checkpoint import open_checkpoint
 from mone_megatron.checkpoint.tensors import TensorReader, same_tensors
 from mone_megatron.config.load import compose
+from mone_megatron.config.validate import validate
 from mone_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from mone_megatron.hf.checks import check_import
 from mone_megatron.hf.importing import (
@@ -278,6 +279,7 @@ def test_settings_that_we_cannot_compute_are_named(
     ("upcycling", "message"),
     [
         (Upcycling(4, 5), "--upcycle-experts-per-token: 5 is not between 1 and"),
+        (Upcycling(4, 1), "--upcycle-experts-per-token: 1 expert has the weight 1"),
         (Upcycling(4, 0), "--upcycle-experts-per-token: 0 is not between 1 and"),
     ],
 )
@@ -292,8 +294,49 @@ def test_a_moe_is_not_upcycled(tmp_path: Path, tokenizer_dir: Path) -> None:
         import_model(folder, tmp_path / "ours", Upcycling(4, 2))
 
 
-@pytest.mark.parametrize("name", MOES)
-def test_the_overrides_make_the_imported_model(name: str) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_the_keys_that_are_printed_start_a_run(name: str) -> None:
+    """Composed as a command line is, and accepted by the checks that a run begins with."""
     model = from_hf_config(random_model(name).config, "model").model
-    composed = compose(["model=base", *model_overrides(model)])
+    composed = compose(["model=base", *model_overrides(model), "data=indexed", "data.paths=[x]"])
     assert composed.model == model
+    validate(composed, world_size=1)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_the_keys_of_an_upcycled_model_start_a_run(
+    name: str, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    folder = save_model(name, tmp_path / "hf", tokenizer_dir)
+    with open_weights(folder) as weights:
+        model = plan_import(folder, weights, upcycling=Upcycling(4, 2)).model
+    composed = compose(["model=base", *model_overrides(model), "data=indexed", "data.paths=[x]"])
+    assert composed.model == model
+    validate(composed, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with weights that sum to 1"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with weights that sum"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, "model.first_dense_layers: 3 leaves no MoE"),
+        ("llama", {"head_dim": 9}, "config.json: cannot be used .*head_dim`=9"),
+        (
+            "qwen3_moe",
+            {"hidden_size": 34, "num_attention_heads": 2},
+            "model.hidden_size: 34 is not a multiple of 4",
+        ),
+        ("mixtral", {"num_local_experts": 1}, "model.experts_per_token: 2 is more than"),
+    ],
+)
+def test_what_no_run_could_have_is_not_imported(
+    name: str, changes: dict[str, object], message: str, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    save_model(name, tmp_path / "hf", tokenizer_dir)
+    # The weights do not matter: it is refused before they are looked at.
+    change_config(tmp_path / "hf", **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        import_model(tmp_path / "hf", tmp_path / "ours")
+    assert "--" not in str(caught.value)
+    assert not (tmp_path / "ours").exists()

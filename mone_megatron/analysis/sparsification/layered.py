@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 import mone_megatron.hf  # noqa: F401  # registers our exports with transformers
 from mone_megatron.analysis.sparsification.places import decoder_layers
-from mone_megatron.hf.architectures import FUSED, choose
+from mone_megatron.hf.architectures import FUSED
 from mone_megatron.hf.export import check_complete, hf_config, hf_tensors
 from mone_megatron.hf.importing import load_hf_config
 from mone_megatron.hf.mapping import rules
@@ -140,7 +140,7 @@ def model_without_weights(where: str, *, trust_remote_code: bool) -> PreTrainedM
     """
     if is_ours(Path(where)):
         source = open_source(Path(where), say=lambda message: None)
-        architecture = choose(source.model, mone=source.mone.enabled)
+        architecture = source.architecture
         config = hf_config(source, architecture, source.dtype)
     else:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
@@ -216,7 +216,7 @@ def _reader_of(weights: HFWeights) -> _Read:
 
 
 def _reader_of_ours(source: Source, dtype: torch.dtype) -> tuple[PreTrainedConfig, _Read]:
-    architecture = choose(source.model, mone=source.mone.enabled)
+    architecture = source.architecture
     table = list(rules(source.model, source.vocab_size, architecture, FUSED))
     check_complete(source, table)
 
