@@ -152,9 +152,10 @@ class DocumentReader:
         """
         lines = []
         if self.bad and not self.documents:
-            raise ValueError(f"all {self.bad} records are bad; the first: {self.first_bad}")
+            raise ValueError(f"nothing but bad records ({self.bad}); the first: {self.first_bad}")
         if self.bad:
-            lines.append(f"{self.bad} bad records skipped; the first: {self.first_bad}")
+            what = "record" if self.bad == 1 else "records"
+            lines.append(f"{self.bad} bad {what} skipped; the first: {self.first_bad}")
         separator = self.settings.document_separator
         if separator is not None and not self._text_files:
             lines.append(

@@ -76,7 +76,7 @@ def test_it_is_skipped_and_counted(
     given = arguments_of(tool, models[0], path, tmp_path / "out")
     assert load_tool(tool)([*given, "--on-error", "skip"]) == 0
     shown = capsys.readouterr()
-    assert shown.err.count("1 bad records skipped; the first: ") == 1
+    assert shown.err.count("1 bad record skipped; the first: ") == 1
     assert message in shown.err
     assert "texts begin without BOS" in shown.out
 
