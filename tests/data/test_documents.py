@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from mone_megatron.data.documents import DocumentReader, InputSettings
 from mone_megatron.data.framing import DocumentEncoder, template_opening
 from mone_megatron.data.indexed import bin_path, read_index
 from mone_megatron.data.preprocess import TokenizerSettings, preprocess_files
+from mone_megatron.display import harmless
 from mone_megatron.testing.tokenizers import with_bos
 from mone_megatron.testing.tools import load_tool
 
@@ -260,8 +260,12 @@ def test_no_path_of_the_tool_need_be_utf8(
 def test_results_that_cannot_be_spelled_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding="ascii"))
-    status = exit_status("tool", lambda options: print("1 ± 2", "\udce9"), argparse.Namespace())
-    sys.stdout.flush()
+
+    @harmless
+    def tool() -> int:
+        return exit_status("tool", lambda options: print("1 ± 2", "\udce9"), argparse.Namespace())
+
+    status = tool()
     assert (status, out.getvalue()) == (0, b"1 \\xb1 2 \\udce9\n")
 
 
