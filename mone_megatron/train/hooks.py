@@ -276,6 +276,11 @@ class WandbHook(Hook):
         # Whatever goes wrong in another company's client or server is not the training's problem.
         except Exception as error:
             self._warn(str(error))
+            # What W&B does at the end of the process fails by a traceback when its service is gone.
+            with suppress(Exception):
+                import wandb
+
+                wandb.teardown()
 
     def _open(self) -> Any:
         """A W&B run; offline when the server does not answer in time."""

@@ -305,6 +305,24 @@ def test_a_run_whose_loader_process_is_killed_ends_with_one_line(tmp_path: Path)
     assert "Traceback" not in said
 
 
+def test_a_run_whose_wandb_service_is_killed_trains_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = start_run(folder, "train.steps=150", "logging.wandb.mode=offline")
+
+    def services() -> list[psutil.Process]:
+        found = psutil.Process(run.pid).children(recursive=True)
+        return [process for process in found if "wandb-core" in process.name()]
+
+    wait_until(lambda: services() and list(folder.glob("wandb/offline-run-*/*.wandb")), [run])
+    for process in services():
+        process.kill()
+    (code,), said = end([run])
+    assert code == 0, said
+    assert len(records(folder)) == 150
+    assert said.count("WARNING: W&B: ") == 1
+    assert "Traceback" not in said
+
+
 @pytest.mark.slow
 def test_a_run_whose_watchdog_fails_saves_and_stops(tmp_path: Path) -> None:
     folder = tmp_path / "run"
