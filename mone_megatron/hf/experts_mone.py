@@ -175,6 +175,13 @@ def is_selecting(experts: ExpertsModule) -> bool:
     return _can_select(experts) and selects(experts)
 
 
+def asked_to_select(module: Any) -> bool:
+    """Whether the settings ask for a selection in experts, or in an MLP of our own class."""
+    if hasattr(module, "mone_target"):
+        return module.neurons is not None
+    return selects(module)
+
+
 def settings_of(experts: ExpertsModule) -> NeuronSettings:
     """What ``config.mone`` says for these experts.
 
@@ -368,4 +375,4 @@ def enable_mone(
         if hasattr(module, "mone_target"):
             asked = module.mone_target in settings.apply_to
             cast(Any, module).neurons = settings if asked else None
-    guard(model)
+    guard(model, asked_to_select)

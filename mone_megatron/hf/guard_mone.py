@@ -42,12 +42,18 @@ def note_selected(module: nn.Module) -> None:
         setattr(module, _SELECTED, True)
 
 
-def guard(model: nn.Module) -> None:
-    """Makes a model raise when one of its watched modules was replaced; again is fine."""
+def guard(model: nn.Module, asked: Callable[[Any], bool]) -> None:
+    """Makes a model raise when one of its watched modules was replaced; again is fine.
+
+    Args:
+        model: what holds them.
+        asked: told a watched module; whether the settings ask for a selection in it. The others
+            may be computed by anything.
+    """
     if not hasattr(model, _NAMES):
         model.register_forward_pre_hook(_check_present)
-    names = [name for name, module in model.named_modules() if _is_watched(module)]
-    setattr(model, _NAMES, tuple(names))
+    watched = [(name, module) for name, module in model.named_modules() if _is_watched(module)]
+    setattr(model, _NAMES, tuple(name for name, module in watched if asked(module)))
 
 
 def refuse_replaced(module: nn.Module, name: str) -> None:

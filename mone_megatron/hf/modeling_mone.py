@@ -33,7 +33,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 from transformers.utils.output_capturing import OutputRecorder
 
 from mone_megatron.hf.configuration_mone import MoneConfig
-from mone_megatron.hf.experts_mone import NeuronSettings, register_experts, watch_experts
+from mone_megatron.hf.experts_mone import (
+    NeuronSettings,
+    asked_to_select,
+    register_experts,
+    watch_experts,
+)
 from mone_megatron.hf.guard_mone import guard, note_selected, refuse_replaced, watch
 from mone_megatron.hf.parallel_mone import Neurons
 
@@ -100,10 +105,6 @@ class MoneLatentAttention(DeepseekV2Attention):
                 norm.variance_epsilon = config.rms_norm_eps
 
 
-def _mlp_selects(mlp: MoneMLP) -> bool:
-    return mlp.neurons is not None
-
-
 class MoneMLP(Qwen3MoeMLP):
     """A dense layer or shared expert, with neuron selection where the settings say so."""
 
@@ -111,7 +112,7 @@ class MoneMLP(Qwen3MoeMLP):
         super().__init__(config, intermediate_size)
         self.mone_target = target
         self.neurons = _settings(config, target)
-        watch(self, _mlp_selects)
+        watch(self, asked_to_select)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., h]`` to ``[..., h]``."""
@@ -205,6 +206,7 @@ class MoneSparseMoeBlock(nn.Module):
 
     def __init__(self, config: MoneConfig) -> None:
         super().__init__()
+        self.config = config
         self.experts = MoneExperts(config)
         self.gate = MoneTopKRouter(config)
         width = config.shared_expert_intermediate_size
@@ -215,7 +217,8 @@ class MoneSparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[B, S, H]`` to ``[B, S, H]``."""
-        refuse_replaced(self.experts, "experts")
+        if _settings(self.config, "routed") is not None:
+            refuse_replaced(self.experts, "experts")
         tokens_NH = hidden_states.flatten(0, -2)
         _, weights_NK, index_NK = self.gate(tokens_NH)
         output_NH: Tensor = self.experts(tokens_NH, index_NK, weights_NK)
@@ -290,7 +293,7 @@ class MoneModel(MonePreTrainedModel, Qwen3MoeModel):
             rotary = Qwen3MoeRotaryEmbedding(config=config)
         self.rotary_emb = rotary  # type: ignore[assignment]
         self.gradient_checkpointing = False
-        guard(self)
+        guard(self, asked_to_select)
         self.post_init()
 
 

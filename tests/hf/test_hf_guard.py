@@ -96,6 +96,17 @@ def test_replacements_in_an_export(
         model(TOKENS)
 
 
+def test_experts_that_keep_all_neurons_may_be_computed_by_anything() -> None:
+    for settings in ({"mone": None}, {"mone": {"keep_ratio": 0.25, "apply_to": ["dense"]}}):
+        model = build("plain", **settings)
+        replace_experts(model)
+        with torch.no_grad():
+            assert model(TOKENS).logits.isfinite().all()
+        enable_mone(model, keep_ratio=0.25)
+        with pytest.raises(ValueError, match=FUSED), torch.no_grad():
+            model(TOKENS)
+
+
 def test_replaced_experts_in_a_block_alone() -> None:
     block = build("plain").model.layers[0].mlp
     block.experts = Fused()
