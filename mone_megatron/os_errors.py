@@ -30,3 +30,18 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Lets an error of the system in the block refuse ``what``, a key or option with its value.
+
+    Raises:
+        ValueError: in one line, with the reason and the fix.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{what}: cannot be read ({explained(error)}); make it readable, or name another"
+        ) from error

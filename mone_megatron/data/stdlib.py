@@ -21,6 +21,7 @@ from mone_megatron.config.schema import DataConfig
 from mone_megatron.data.files import sha256_file, sync_file
 from mone_megatron.data.preprocess import TokenizerSettings, write_corpus
 from mone_megatron.data.records import Document
+from mone_megatron.os_errors import readable
 from mone_megatron.ownership import locked
 
 # Folders that are not the library, or its tests: repetitive, partly not valid source, and absent
@@ -93,9 +94,10 @@ def _settings_digest(config: DataConfig, root: Path, files: list[Path]) -> str:
     digest.update(f"{_CORPUS_FORMAT} {_SHUFFLE_SEED} {config.max_megabytes}\n".encode())
     if config.tokenizer:
         tokenizer = Path(config.tokenizer) / "tokenizer.json"
-        if not tokenizer.is_file():
-            raise ConfigError(f"data.tokenizer: {config.tokenizer} holds no tokenizer.json")
-        digest.update(sha256_file(tokenizer).encode())
+        with readable(f"data.tokenizer={config.tokenizer}"):
+            if not tokenizer.is_file():
+                raise ConfigError(f"data.tokenizer: {config.tokenizer} holds no tokenizer.json")
+            digest.update(sha256_file(tokenizer).encode())
         # Corpora of before have no BOS, whatever the tokenizer's template says.
         digest.update(b"bos auto")
     else:

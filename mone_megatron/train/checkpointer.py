@@ -35,6 +35,7 @@ from mone_megatron.config.load import to_yaml
 from mone_megatron.config.schema import Config
 from mone_megatron.data.framing import Framing
 from mone_megatron.data.tokenizer import copy_tokenizer
+from mone_megatron.os_errors import readable
 from mone_megatron.train.checkpoint_reading import (
     Check,
     broadcast,
@@ -314,7 +315,11 @@ class Checkpointer:
     def _resume(self, wanted: str) -> Position:
         if wanted == "never":
             return self._begin()
-        found = find(self._look) if wanted == "auto" else find_at(Path(wanted))
+        if wanted == "auto":
+            found = find(self._look)
+        else:
+            with readable(f"checkpoint.resume={wanted}"):
+                found = find_at(Path(wanted))
         if found is None:
             self.say("checkpoint.resume=auto: no checkpoint yet, starting at step 0")
             return self._begin()
@@ -353,13 +358,14 @@ class Checkpointer:
 
     def _begin(self) -> Position:
         if path := self.config.checkpoint.initialize:
-            facts = initialize(
-                self.state,
-                Path(path),
-                identity=self.identity,
-                framing=self.framing,
-                say=self.say,
-            )
+            with readable(f"checkpoint.initialize={path}"):
+                facts = initialize(
+                    self.state,
+                    Path(path),
+                    identity=self.identity,
+                    framing=self.framing,
+                    say=self.say,
+                )
             self._origin = facts.get(ORIGIN)
         return Position()
 
