@@ -12,6 +12,7 @@ from mone_megatron.command_line import check_at_least_1, exit_status, say
 from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
 from mone_megatron.display import harmless
 from mone_megatron.evaluation.command_line import add_placement
+from mone_megatron.methods.scores import SCORES
 from mone_megatron.ownership import owned_folder
 
 _DESCRIPTION = """\
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     record.add_argument(
         "--score",
-        choices=("abs_activation", "abs_gate", "signed_gate", "abs_product"),
+        choices=SCORES.names,
         help="what ranks them (abs_activation)",
     )
     record.add_argument("--num-experts", type=int, help="of a layer, for traces of Megatron-LM")

@@ -12,11 +12,13 @@ what ``save_pretrained`` writes stay as they are, only the strides change, and n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from mone_megatron.hf.experts_mone import (
     ExpertsModule,
@@ -32,6 +34,7 @@ from mone_megatron.hf.experts_mone import (
 from mone_megatron.hf.guard_mone import note_selected
 from mone_megatron.kernels.decode import ExpertWeights, sparse_experts, speed_limit
 from mone_megatron.kernels.reference import TopK
+from mone_megatron.methods.activations import ACTIVATIONS
 
 MONE_SPARSE = "mone_sparse"
 # Below this limit of the speed-up whole matrices are multiplied.
@@ -52,7 +55,7 @@ def mone_sparse_experts_forward(
     experts = cast(ExpertsModule, self)
     settings = settings_of(experts)
     note_selected(self)
-    sparse = selects(experts) and not torch.is_grad_enabled()
+    sparse = selects(experts) and settings.is_top_k and not torch.is_grad_enabled()
     if not sparse or not _worth_it(experts, settings, *top_k_index.shape):
         return mone_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if reason := unsupported(experts):
@@ -63,8 +66,16 @@ def mone_sparse_experts_forward(
         top_k_weights,
         _weights(experts),
         TopK(settings.kept(experts.intermediate_dim), settings.score),
-        experts.act_fn,
+        _activation(experts),
     )
+
+
+def _activation(experts: ExpertsModule) -> Callable[[Tensor], Tensor]:
+    """Torch's function where the module is transformers' form of one, which kernels know."""
+    name: str = getattr(experts.config, "hidden_act", "")
+    if name in ACTIVATIONS and name in ACT2FN and isinstance(experts.act_fn, type(ACT2FN[name])):
+        return ACTIVATIONS[name].function
+    return experts.act_fn
 
 
 def unsupported(experts: ExpertsModule) -> str | None:
@@ -87,6 +98,7 @@ def speeds_up(model: PreTrainedModel, chosen: int) -> bool:
     modules = [cast(ExpertsModule, module) for module in experts_modules(model)]
     return bool(modules) and all(
         selects(experts)
+        and settings_of(experts).is_top_k
         and unsupported(experts) is None
         and _worth_it(experts, settings_of(experts), 1, chosen)
         for experts in modules

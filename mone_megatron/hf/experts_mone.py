@@ -17,7 +17,7 @@ K experts of a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from inspect import getattr_static
 from typing import Any, Protocol, cast
@@ -37,13 +37,14 @@ from transformers.utils import logging
 
 from mone_megatron.hf.guard_mone import guard, note_selected, watch
 from mone_megatron.hf.parallel_mone import Neurons
-from mone_megatron.kernels.reference import neuron_scores
+from mone_megatron.methods.rule import Rows
+from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.scores import SCORES
 
 logger = logging.get_logger(__name__)
 
 # The experts implementations that select: on grouped and on batched matrix products.
 MONE, MONE_BATCHED = "mone", "mone_batched_mm"
-SCORES = ("abs_activation", "abs_gate", "signed_gate", "abs_product")
 TARGETS = ("routed", "shared", "dense")
 
 ExpertsForward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -81,17 +82,24 @@ class NeuronSettings:
     keep_ratio: float
     score: str = "abs_activation"
     apply_to: tuple[str, ...] = ("routed",)
+    rule: str = "topk"
+    rule_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check.
+        """Checks the settings by themselves.
 
         Raises:
             ValueError: naming the setting.
         """
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f"mone.keep_ratio: {self.keep_ratio} is not in (0, 1]")
-        if self.score not in SCORES:
-            raise ValueError(f"mone.score: {self.score!r} is not one of {', '.join(SCORES)}")
+        # Unknown names are errors of the registries.
+        SCORES[self.score]
+        if RULES[self.rule].state:
+            raise ValueError(
+                f"mone.rule: {self.rule} selects by a state that training keeps, which a model for "
+                "transformers does not hold; such models cannot be exported"
+            )
         if unknown := set(self.apply_to) - set(TARGETS):
             raise ValueError(
                 f"mone.apply_to: {sorted(unknown)[0]!r} is not one of {', '.join(TARGETS)}"
@@ -106,8 +114,11 @@ class NeuronSettings:
             raise ValueError(f"config.mone: {settings} is not understood ({error})") from None
 
     def to_config(self) -> dict[str, Any]:
-        """For ``config.mone``."""
-        return asdict(self) | {"apply_to": list(self.apply_to)}
+        """Returns ``config.mone``; the rule is left out where it is the usual one."""
+        settings = asdict(self) | {"apply_to": list(self.apply_to)}
+        if self.rule == "topk":
+            del settings["rule"], settings["rule_options"]
+        return settings
 
     def kept(self, neurons: int) -> int:
         """K of ``neurons``.
@@ -124,23 +135,52 @@ class NeuronSettings:
         self,
         gate_TF: Tensor,
         up_TF: Tensor,
-        activate: Callable[[Tensor], Tensor],
+        activate: Callable[[Tensor], Tensor] | None,
         neurons: Neurons | None = None,
+        *,
+        product_TF: Tensor | None = None,
+        down_norm: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Returns True at the neurons that each row keeps; see :mod:`.kernels.reference`.
 
         Args:
             gate_TF: gate projections, of this rank's neurons.
             up_TF: up projections.
-            activate: a as a function of g.
+            activate: a as a function of g; None where the experts do not define it.
             neurons: all of them, where other ranks may have some; None for those that are here.
+            product_TF: a * u, where the experts compute it in a way of their own.
+            down_norm: gives the norm of each neuron's row of the down projection, broadcasting to
+                ``[T, F]``; called for scores that read it.
 
         Raises:
-            ValueError: some are elsewhere, and it is not known where.
+            ValueError: some neurons are elsewhere, and it is not known where, or the rule cannot
+                select over them.
         """
-        neurons = neurons or Neurons("MLP", gate_TF.shape[-1])
-        scores_TF = neuron_scores(gate_TF, up_TF, self.score, activate)
-        return neurons.topk_mask(scores_TF.detach(), self.kept(neurons.count))
+        neurons, rule = neurons or Neurons("MLP", gate_TF.shape[-1]), RULES[self.rule]
+        if neurons.mesh is not None and rule.exchange == "refused":
+            raise ValueError(
+                f"mone.rule: {self.rule} cannot select over the ranks that share the neurons of "
+                f"{neurons.owner}; load the model unsplit"
+            )
+        with torch.no_grad():
+            scores_TF = (
+                SCORES[self.score]
+                .of(
+                    gate_TF=gate_TF,
+                    up_TF=up_TF,
+                    activate=activate,
+                    product_TF=product_TF,
+                    down_norm_TF=down_norm() if self.reads_down_norm and down_norm else None,
+                )
+                .flatten(0, -2)
+            )
+            rows = Rows(
+                scores_TF=scores_TF,
+                budget=rule.budget(self.keep_ratio, neurons.count, self.rule_options),
+                largest=lambda k: neurons.topk_mask(scores_TF, k),
+                expert_T=torch.zeros(len(scores_TF), dtype=torch.int64, device=gate_TF.device),
+            )
+            return rule.mask(rows).view(gate_TF.shape)
 
     def select(
         self,
@@ -148,12 +188,29 @@ class NeuronSettings:
         up_TF: Tensor,
         activate: Callable[[Tensor], Tensor],
         neurons: Neurons | None = None,
+        down_norm: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """``a * u`` at the kept neurons and zero at the others: the down projection's input."""
         hidden_TF = activate(gate_TF) * up_TF
         if self.kept(count := neurons.count if neurons else gate_TF.shape[-1]) == count:
             return hidden_TF
-        return hidden_TF * self.mask(gate_TF, up_TF, activate, neurons)
+        mask_TF = self.mask(gate_TF, up_TF, activate, neurons, down_norm=down_norm)
+        return hidden_TF * mask_TF
+
+    @property
+    def reads_down_norm(self) -> bool:
+        """Whether the score reads the norm of each neuron's row of the down projection."""
+        return "down_norm" in SCORES[self.score].reads
+
+    @property
+    def reads_activation(self) -> bool:
+        """Whether the score reads |a| itself, which not all experts define."""
+        return "activation" in SCORES[self.score].reads
+
+    @property
+    def is_top_k(self) -> bool:
+        """Whether sparse decoding can select as this does: the K largest, by gate and up alone."""
+        return RULES[self.rule].top_k and not self.reads_down_norm
 
 
 def selects(experts: ExpertsModule) -> bool:
@@ -269,15 +326,23 @@ def neurons_of(experts: ExpertsModule) -> Neurons:
 class _Selecting:
     """An experts module as transformers' functions see it, with a gate that selects."""
 
-    def __init__(self, experts: ExpertsModule) -> None:
+    def __init__(self, experts: ExpertsModule, expert_T: Tensor) -> None:
+        """Looks at an experts module.
+
+        Args:
+            experts: the module.
+            expert_T: int64, the expert of each row that the gate will see.
+        """
         self._experts = experts
+        self._expert_T = expert_T
         self._settings = settings_of(experts)
         self._neurons = neurons_of(experts)
         self._own_gate = has_own_gate(experts)
-        if self._own_gate and self._settings.score == "abs_activation":
+        if self._own_gate and self._settings.reads_activation:
+            defined = [score.name for score in SCORES if "activation" not in score.reads]
             raise ValueError(
                 f"{type(experts).__name__} computes its gate in a way of its own, so |a| is not "
-                "defined: use score abs_gate, signed_gate or abs_product"
+                f"defined: use one of the scores {', '.join(defined)}"
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -290,15 +355,40 @@ class _Selecting:
             gate_TF, up_TF = gate_up[..., ::2], gate_up[..., 1::2]
         settings = self._settings
         if not self._own_gate:
-            return settings.select(gate_TF, up_TF, self._experts.act_fn, self._neurons)
+            return settings.select(
+                gate_TF, up_TF, self._experts.act_fn, self._neurons, self._down_norm
+            )
         hidden_TF: Tensor = self._experts._apply_gate(gate_up)
-        if settings.score == "abs_product":
-            kept = settings.kept(self._neurons.count)
-            return hidden_TF * self._neurons.topk_mask(hidden_TF.detach().abs(), kept)
-        return hidden_TF * settings.mask(gate_TF, up_TF, self._experts.act_fn, self._neurons)
+        mask_TF = settings.mask(
+            gate_TF, up_TF, None, self._neurons, product_TF=hidden_TF, down_norm=self._down_norm
+        )
+        return hidden_TF * mask_TF
+
+    def _down_norm(self) -> Tensor:
+        return down_norms(self._experts, self._expert_T)
 
 
-def _through(forward: ExpertsForward) -> ExpertsForward:
+@torch.no_grad()
+def down_norms(experts: ExpertsModule, expert_T: Tensor) -> Tensor:
+    """Returns the norm of each neuron's row of the down projection, fp32 ``[T, F]``.
+
+    Args:
+        experts: whose down projection.
+        expert_T: int64, the expert of each row; experts of other devices count as the last here.
+    """
+    axis = 2 if experts.is_transposed else 1
+    norm_EF = torch.linalg.vector_norm(experts.down_proj, dim=axis, dtype=torch.float32)
+    return norm_EF[expert_T.clamp(max=len(norm_EF) - 1)]
+
+
+def _through(forward: ExpertsForward, *, by_expert: bool) -> ExpertsForward:
+    """Returns an experts function with selection.
+
+    Args:
+        forward: transformers' own.
+        by_expert: whether it sorts its rows by expert, rather than leaving them token by token.
+    """
+
     def selecting_forward(
         self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
@@ -310,14 +400,17 @@ def _through(forward: ExpertsForward) -> ExpertsForward:
             # A model that selects is saved as one, which transformers leaves out; as mone, which
             # every program with the model's code knows.
             experts.config.experts_implementation = MONE
-        seen: Any = _Selecting(experts) if "routed" in settings.apply_to else experts
+        seen: Any = experts
+        if "routed" in settings.apply_to:
+            expert_T = top_k_index.reshape(-1)
+            seen = _Selecting(experts, expert_T.sort().values if by_expert else expert_T)
         return forward(seen, hidden_states, top_k_index, top_k_weights)
 
     return selecting_forward
 
 
-mone_experts_forward = _through(grouped_mm_experts_forward)
-mone_batched_mm_experts_forward = _through(batched_mm_experts_forward)
+mone_experts_forward = _through(grouped_mm_experts_forward, by_expert=True)
+mone_batched_mm_experts_forward = _through(batched_mm_experts_forward, by_expert=False)
 
 
 def register_selecting(name: str, forward: ExpertsForward) -> None:

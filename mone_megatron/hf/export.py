@@ -5,8 +5,10 @@ The folder is written under a hidden name and renamed when it is whole.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
+from mone_megatron.config.schema import MoNEConfig
 from mone_megatron.hf.architectures import BY_TYPE, MONE, Architecture
 from mone_megatron.hf.card import model_card
 from mone_megatron.hf.dtypes import dtype_name, written_dtype
@@ -28,6 +31,8 @@ from mone_megatron.hf.mapping import Rule, rules
 from mone_megatron.hf.settings import to_hf_config
 from mone_megatron.hf.source import Source
 from mone_megatron.hf.text_format import RECIPE_KEY, RECIPE_NAME, write_tokenizer
+from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.scores import SCORES
 
 INDEX_NAME = "model.safetensors.index.json"
 # What a model with code of ours needs beside it: file in the export -> module it is made from.
@@ -38,6 +43,8 @@ _CODE = {
     "modeling_mone.py": "mone_megatron/hf/modeling_mone.py",
     "parallel_mone.py": "mone_megatron/hf/parallel_mone.py",
     "neuron_selection.py": "mone_megatron/kernels/reference.py",
+    "rule.py": "mone_megatron/methods/rule.py",
+    "score.py": "mone_megatron/methods/score.py",
 }
 # Which of their classes transformers loads.
 AUTO_MAP = {
@@ -45,6 +52,29 @@ AUTO_MAP = {
     "AutoModel": "modeling_mone.MoneModel",
     "AutoModelForCausalLM": "modeling_mone.MoneForCausalLM",
 }
+# The registries of an export hold one method each, whose file is beside them: file in the export
+# -> (package that it stands for, its name there, file of the method).
+_REGISTRIES = {
+    "neuron_scores.py": ("mone_megatron.methods.scores", "SCORES", "neuron_score"),
+    "neuron_rules.py": ("mone_megatron.methods.rules", "RULES", "neuron_rule"),
+}
+_REGISTRY = '''"""The one method of its kind that this model was trained with."""
+
+from .{file} import METHOD
+
+
+class _Only(dict):
+    """A registry of one method."""
+
+    def __missing__(self, name):
+        raise ValueError(f"{key}: {{name!r}} is unknown to this model; it knows {{METHOD.name}}")
+
+    def __iter__(self):
+        return iter(self.values())
+
+
+{name} = _Only({{METHOD.name: METHOD}})
+'''
 _PACKAGE = Path(__file__).resolve().parents[2]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -250,7 +280,7 @@ def export(
         config = hf_config(source, architecture, dtype)
         if architecture is MONE:
             config.auto_map = dict(AUTO_MAP)
-            write_code(partial)
+            write_code(partial, source.mone)
         config.save_pretrained(partial)
         _restore_config(source, architecture, partial / "config.json")
         _write_generation_config(source, partial)
@@ -338,17 +368,41 @@ def _umask() -> int:
     return mask
 
 
-def write_code(folder: Path) -> None:
-    """Our model class as files that transformers loads with ``trust_remote_code=True``.
+def write_code(folder: Path, mone: MoNEConfig) -> None:
+    """Writes our model class as files that transformers loads with ``trust_remote_code=True``.
 
-    They are this package's own, with its imports turned into imports of the files beside them.
+    They are this package's own, and the score's and the rule's, with their imports turned into
+    imports of the files beside them.
+
+    Raises:
+        ValueError: the score or the rule is of another package and needs more of this one than an
+            export holds.
     """
+    methods: dict[str, tuple[Callable[..., Tensor], str, str]] = {
+        "neuron_score": (SCORES[mone.score].function, "mone.score", mone.score),
+        "neuron_rule": (RULES[mone.rule].mask, "mone.rule", mone.rule),
+    }
     for name, path in _CODE.items():
-        text = (_PACKAGE / path).read_text(encoding="utf-8")
-        for other, module in _CODE.items():
-            dotted = module.removesuffix(".py").replace("/", ".")
-            text = text.replace(
-                f"from {dotted} import", f"from .{other.removesuffix('.py')} import"
-            )
+        text = _beside((_PACKAGE / path).read_text(encoding="utf-8"))
         assert "from mone_megatron" not in text, name
         (folder / name).write_text(text, encoding="utf-8")
+    for name, (_, registry, file) in _REGISTRIES.items():
+        function, key, chosen = methods[file]
+        text = _beside(Path(inspect.getfile(function)).read_text(encoding="utf-8"))
+        if re.search(r"^\s*(from|import) mone_megatron", text, re.MULTILINE):
+            raise ValueError(
+                f"{key}: {chosen} cannot be exported: its file {inspect.getfile(function)} needs "
+                "more of mone_megatron than mone_megatron.methods.score and .rule"
+            )
+        (folder / f"{file}.py").write_text(text, encoding="utf-8")
+        text = _REGISTRY.format(file=file, name=registry, key=key)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _beside(text: str) -> str:
+    """Returns code of ours with imports of the files that lie beside it in an export."""
+    modules = {path.removesuffix(".py").replace("/", "."): file for file, path in _CODE.items()}
+    modules |= {package: file for file, (package, _, _) in _REGISTRIES.items()}
+    for module, file in modules.items():
+        text = text.replace(f"from {module} import", f"from .{file.removesuffix('.py')} import")
+    return text

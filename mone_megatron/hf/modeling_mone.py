@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
@@ -125,8 +126,17 @@ class MoneMLP(Qwen3MoeMLP):
         if gate.shape[-1] != self.intermediate_size:
             weight = self.gate_proj.weight
             neurons = Neurons.of(neurons.owner, neurons.count, weight, neuron_dim=0)
-        selected: Tensor = self.down_proj(self.neurons.select(gate, up, self.act_fn, neurons))
+        hidden = self.neurons.select(gate, up, self.act_fn, neurons, self._down_norm)
+        selected: Tensor = self.down_proj(hidden)
         return selected
+
+    @torch.no_grad()
+    def _down_norm(self) -> Tensor:
+        """The norm of each neuron's row of the down projection, fp32 ``[F]``, of this rank."""
+        weight = self.down_proj.weight
+        if isinstance(weight, DTensor):
+            weight = weight.to_local()
+        return torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
 
 
 @use_experts_implementation

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from mone_megatron.config.schema import (
     MLAConfig,
@@ -23,8 +24,8 @@ from mone_megatron.hf.architectures import MONE, Architecture, architecture_of
 from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.experts_mone import NeuronSettings
 from mone_megatron.hf.origin import Origin
+from mone_megatron.methods.activations import ACTIVATIONS
 
-_ACTIVATIONS = ("silu", "sigmoid", "relu", "relu2")
 # Also how transformers spells them.
 _SAME_ACTIVATION = {"swish": "silu"}
 # The epsilon of DeepSeek-V2's latent norms, which no configuration of theirs reaches.
@@ -73,6 +74,11 @@ def to_hf_config(
         token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``; None for none.
         origin: of the model that was imported; None when none was.
     """
+    if model.activation not in ACT2FN:
+        raise ValueError(
+            f"model.activation: transformers has no {model.activation}; a model with it cannot be "
+            "exported"
+        )
     settings = _settings(model, mone, architecture, vocab_size)
     if origin is not None:
         imported = from_hf_config(origin.standard_config(), "the imported model")
@@ -212,7 +218,9 @@ def _mone_settings(model: ModelConfig, mone: MoNEConfig) -> dict[str, Any]:
     if model.attention == "mla":
         settings |= _latent_settings(model)
     if mone.enabled:
-        chosen = NeuronSettings(mone.keep_ratio, mone.score, tuple(mone.apply_to))
+        chosen = NeuronSettings(
+            mone.keep_ratio, mone.score, tuple(mone.apply_to), mone.rule, dict(mone.rule_options)
+        )
         settings["mone"] = chosen.to_config()
     return settings
 
@@ -241,6 +249,8 @@ def from_hf_config(config: PreTrainedConfig, where: str) -> ImportedSettings:
             keep_ratio=chosen.keep_ratio,
             score=chosen.score,
             apply_to=chosen.apply_to,  # type: ignore[arg-type]
+            rule=chosen.rule,
+            rule_options=chosen.rule_options,
         )
     return ImportedSettings(
         architecture=architecture,
@@ -261,8 +271,9 @@ def _unsupported(architecture: Architecture, values: dict[str, Any]) -> Iterator
             " bfloat16 first"
         )
     activation = values["hidden_act"]
-    if _SAME_ACTIVATION.get(activation, activation) not in _ACTIVATIONS:
-        yield f"hidden_act={activation!r} is not supported; supported are {_ACTIVATIONS}"
+    if _SAME_ACTIVATION.get(activation, activation) not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS.names)
+        yield f"hidden_act={activation!r} is not supported; supported are {known}"
     for key in ("attention_bias", "mlp_bias"):
         if values.get(key):
             yield f"{key}=true is not supported: output projections have no bias here"

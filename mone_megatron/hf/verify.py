@@ -21,13 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mone_megatron.hf.experts_mone import ExpertsModule, NeuronSettings, experts_modules
+from mone_megatron.hf.experts_mone import ExpertsModule, NeuronSettings, down_norms, experts_modules
 
 # Largest difference of two logits at any token, in fp32, over the scale of the token's logits.
 # Rounding came to 1.5e-5 in an upcycled Llama of 30 layers and 135M parameters, and to 1.5e-4 in
@@ -202,7 +203,10 @@ def hf_logits_and_choices(
             rows = choices.experts[:, expert].nonzero().flatten()
             gate_up = hidden_NH[rows] @ experts.gate_up_proj[expert].T
             gate_TF, up_TF = gate_up.chunk(2, dim=-1)
-            masks_TF = neurons.mask(gate_TF, up_TF, experts.act_fn)
+            expert_T = torch.full_like(rows, expert)
+            masks_TF = neurons.mask(
+                gate_TF, up_TF, experts.act_fn, down_norm=partial(down_norms, experts, expert_T)
+            )
             for row, mask in zip(rows.tolist(), masks_TF, strict=True):
                 choices.masks[row, expert] = mask
 

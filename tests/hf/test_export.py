@@ -68,6 +68,17 @@ RUNS: dict[str, tuple[int, list[str], str]] = {
         ],
         "mone",
     ),
+    "mone_wina": (
+        2,
+        [
+            "experiment=tiny_mone",
+            "parallel.expert=2",
+            "mone.score=wina",
+            "model.first_dense_layers=1",
+            *_SHARED,
+        ],
+        "mone",
+    ),
     "mone_ep4": (4, ["experiment=tiny_mone", "parallel.expert=4", *_ODD], "mone"),
     "mone_bf16": (
         1,

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mone_megatron.hf import NeuronSettings, enable_mone
-from mone_megatron.hf.experts_mone import MONE_BATCHED, SCORES, TARGETS
+from mone_megatron.hf.experts_mone import MONE_BATCHED, TARGETS
+from mone_megatron.methods.scores import SCORES
 
 
 def tokens() -> Tensor:
@@ -27,11 +28,14 @@ def by_hand(experts: torch.nn.Module, kept: int, score: str) -> list[object]:
             for expert, weight in zip(index[token], weights[token], strict=True):
                 gate, up = (experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
                 activation = F.silu(gate)
+                norm = experts.down_proj[expert].norm(dim=0)
                 ranked = {
                     "abs_activation": activation.abs(),
                     "abs_gate": gate.abs(),
                     "signed_gate": gate,
                     "abs_product": (activation * up).abs(),
+                    "wina": (activation * up).abs() * norm,
+                    "wina_activation": activation.abs() * norm,
                 }[score]
                 neurons = sorted(range(len(gate)), key=lambda k: (-float(ranked[k]), k))[:kept]
                 for neuron in neurons:
@@ -47,7 +51,7 @@ def by_hand(experts: torch.nn.Module, kept: int, score: str) -> list[object]:
 @pytest.mark.parametrize("name", MOES)
 def test_selection_is_the_definition(name: str) -> None:
     model, reference = random_model(name), random_model(name)
-    score = SCORES[list(MOES).index(name) % len(SCORES)]
+    score = SCORES.names[list(MOES).index(name) % len(SCORES)]
     enable_mone(model, keep_ratio=0.25, score=score)
     calls = []
     for module in reference.modules():
@@ -108,7 +112,9 @@ def tiny(model_type: str, **settings: object) -> PreTrainedModel:
 def test_a_gate_of_its_own_needs_a_score_that_is_defined() -> None:
     model = tiny("gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=8)
     enable_mone(model, keep_ratio=0.5)
-    with pytest.raises(ValueError, match="use score abs_gate, signed_gate or abs_product"):
+    with pytest.raises(
+        ValueError, match="one of the scores abs_gate, abs_product, signed_gate, wina"
+    ):
         model(torch.tensor([[1, 2]]))
     enable_mone(model, keep_ratio=0.5, score="abs_product")
     with torch.no_grad():
@@ -133,7 +139,7 @@ def test_selecting_without_settings_is_refused() -> None:
     ("settings", "message"),
     [
         ({"keep_ratio": 0.0}, "mone.keep_ratio: 0.0 is not in"),
-        ({"keep_ratio": 0.5, "score": "size"}, "mone.score: 'size' is not one of"),
+        ({"keep_ratio": 0.5, "score": "size"}, "mone.score: 'size' is unknown"),
         ({"keep_ratio": 0.5, "apply_to": ["router"]}, "mone.apply_to: 'router' is not one of"),
         ({"keep_ratio": 0.5, "ratio": 1}, "config.mone: .* is not understood"),
     ],

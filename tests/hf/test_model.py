@@ -13,7 +13,9 @@ from mone_models import VARIANTS, build
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from mone_megatron.config.schema import MoNEConfig
 from mone_megatron.hf import MoneForCausalLM
+from mone_megatron.hf.experts_mone import NeuronSettings
 from mone_megatron.hf.export import AUTO_MAP, write_code
 
 
@@ -158,7 +160,8 @@ def test_it_loads_alone_with_the_code_beside_it(tmp_path: Path) -> None:
     folder = tmp_path / "export"
     model.config.auto_map = dict(AUTO_MAP)
     model.save_pretrained(folder)
-    write_code(folder)
+    settings = NeuronSettings.from_config(model.config.mone)
+    write_code(folder, MoNEConfig(keep_ratio=settings.keep_ratio, score=settings.score))
     torch.save(tokens(1, 6), tmp_path / "tokens.pt")
     arguments = [str(folder), str(tmp_path / "tokens.pt"), str(tmp_path / "out.pt")]
     environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}

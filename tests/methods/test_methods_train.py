@@ -9,7 +9,11 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers.activations import ACT2FN
 
+from mone_megatron.hf import checks, export
+from mone_megatron.hf.export import Exported
+from mone_megatron.hf.source import open_source
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.losses import LOSSES
 from mone_megatron.methods.rules import RULES
@@ -80,6 +84,35 @@ def test_layouts_agree(runs: Path, method: str, layout: str) -> None:
         records(runs / f"{method}-one"), records(runs / f"{method}-{layout}"), strict=True
     ):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_its_export_is_the_same_model(runs: Path, method: str, tmp_path: Path) -> None:
+    """Logits and kept neurons of the export are those of the training model."""
+    source = open_source(runs / f"{method}-one", say=lambda message: None)
+
+    def exported() -> Exported:
+        return export.export(
+            source,
+            tmp_path / "hf",
+            architecture=export.choose_architecture(source, "auto"),
+            dtype=None,
+            shard_bytes=10**9,
+            check=lambda folder: "",
+            progress=lambda message: None,
+        )
+
+    key, _, name = METHODS[method].partition("=")
+    if key == "mone.rule" and RULES[name].state:
+        with pytest.raises(ValueError, match=f"mone.rule: {name} selects by a state"):
+            exported()
+    elif key == "model.activation" and name not in ACT2FN:
+        with pytest.raises(ValueError, match=f"model.activation: transformers has no {name}"):
+            exported()
+    else:
+        exported()
+        found = checks.check_export(source, tmp_path / "hf", dtype=None)
+        assert found.holds, found.describe()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,12 +13,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import grouped_mm_experts_forward
@@ -33,6 +33,7 @@ from mone_megatron.analysis.routing.trace import (
 from mone_megatron.hf.experts_mone import (
     ExpertsModule,
     NeuronSettings,
+    down_norms,
     experts_modules,
     has_own_gate,
     selects,
@@ -40,6 +41,7 @@ from mone_megatron.hf.experts_mone import (
 )
 from mone_megatron.hf.guard_mone import note_selected
 from mone_megatron.kernels.packed import pack_bits
+from mone_megatron.methods.scores import SCORES
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -76,13 +78,21 @@ class Recorded:
 class _Watched:
     """An experts module as transformers' function sees it: its gate tells what it keeps."""
 
-    def __init__(self, experts: ExpertsModule, watched: NeuronSettings, selects: bool) -> None:
+    def __init__(
+        self,
+        experts: ExpertsModule,
+        watched: NeuronSettings,
+        selects: bool,
+        expert_R: torch.Tensor,
+    ) -> None:
         self._experts, self._watched, self._selects = experts, watched, selects
+        self._expert_R = expert_R
         own = has_own_gate(experts)
-        if own and watched.score == "abs_activation":
+        if own and watched.reads_activation:
+            defined = [score.name for score in SCORES if "activation" not in score.reads]
             raise ValueError(
                 f"--score: {type(experts).__name__} computes its gate in a way of its own, so |a| "
-                "is not defined; use abs_product, abs_gate or signed_gate"
+                f"is not defined; use one of {', '.join(defined)}"
             )
         self._own_gate = own
         self.kept_RB: Tensor | None = None
@@ -97,16 +107,14 @@ class _Watched:
         else:
             gate_RF, up_RF = gate_up[..., ::2], gate_up[..., 1::2]
         hidden_RF: Tensor = self._experts._apply_gate(gate_up)
-        watched = self._watched
-        if not self._own_gate:
-            mask_RF = watched.mask(gate_RF, up_RF, self._experts.act_fn)
-        elif watched.score == "abs_product":
-            # Its own |a u| is what it computes: ranked as |g| ranks.
-            sizes = NeuronSettings(watched.keep_ratio, "abs_gate")
-            mask_RF = sizes.mask(hidden_RF, up_RF, F.silu)
-        else:
-            # By |g| or g, which need no activation.
-            mask_RF = watched.mask(gate_RF, up_RF, F.silu)
+        watched, own = self._watched, self._own_gate
+        mask_RF = watched.mask(
+            gate_RF,
+            up_RF,
+            None if own else self._experts.act_fn,
+            product_TF=hidden_RF if own else None,
+            down_norm=partial(down_norms, self._experts, self._expert_R),
+        )
         self.kept_RB, self.neurons = pack_bits(mask_RF), int(mask_RF.shape[-1])
         return hidden_RF * mask_RF if self._selects else hidden_RF
 
@@ -135,7 +143,8 @@ class _Layer:
         note_selected(cast(nn.Module, self.experts))
         seen: Any = self.experts
         if self.experts.has_gate:
-            seen = _Watched(self.experts, self.settings, self.selects)
+            expert_R = top_k_index.reshape(-1).sort().values
+            seen = _Watched(self.experts, self.settings, self.selects, expert_R)
         output = grouped_mm_experts_forward(seen, hidden_states, top_k_index, top_k_weights)
         kept_NKB = None
         if seen is not self.experts:

@@ -25,6 +25,7 @@ from mone_megatron.analysis.sparsification.plans import NEED_ACTIVATION, TARGETS
 from mone_megatron.analysis.sparsification.ranking import Choose, Rows
 from mone_megatron.hf.experts_mone import (
     NeuronSettings,
+    down_norms,
     experts_modules,
     is_selecting,
     settings_of,
@@ -75,17 +76,13 @@ class _Expert:
         own = self._place.own
         own_TF = None
         if own is not None and self._place.own_kept < self._place.neurons:
-            own_TF = own.mask(gate_TF, up_TF, experts.act_fn)
+            own_TF = own.mask(gate_TF, up_TF, experts.act_fn, down_norm=self._column_norms)
         activate = experts.act_fn if self._place.defines_activation else None
         rows = Rows(gate_TF, up_TF, hidden_TF, activate, own_TF, self._column_norms)
         return _keep(hidden_TF, own_TF, self._choose(rows))
 
     def _column_norms(self) -> Tensor:
-        # [E, H, F], or [E, F, H] when transposed.
-        columns_EF = self._place.module.down_proj.norm(
-            dim=2 if self._place.module.is_transposed else 1
-        )
-        return cast(Tensor, columns_EF[self._expert_T])
+        return down_norms(self._place.module, self._expert_T)
 
 
 def _keep(hidden_TF: Tensor, *masks: Tensor | None) -> Tensor:
@@ -169,7 +166,7 @@ class MLPPlace:
             hidden_TF = activate(gate_TF) * up_TF
             own_TF = None
             if self.own is not None and self.own_kept < self.neurons:
-                own_TF = self.own.mask(gate_TF, up_TF, activate)
+                own_TF = self.own.mask(gate_TF, up_TF, activate, down_norm=self._column_norms)
             (given,) = inputs
             if not checked:
                 self._check(given, _keep(hidden_TF, own_TF))
@@ -198,8 +195,8 @@ class MLPPlace:
             )
 
     def _column_norms(self) -> Tensor:
-        norms_F: Tensor = self.module.down_proj.weight.norm(dim=0)
-        return norms_F.unsqueeze(0)
+        weight_HF = self.module.down_proj.weight
+        return torch.linalg.vector_norm(weight_HF, dim=0, keepdim=True, dtype=torch.float32)
 
 
 def _as(given: Tensor, mask_TF: Tensor | None) -> Tensor | None:
