@@ -242,6 +242,7 @@ def _ties(options: argparse.Namespace) -> _Outcome:
 def _ties_in_training(options: argparse.Namespace) -> _Outcome:
     from mone_megatron.benchmarks import output, plots, ranks
     from mone_megatron.benchmarks.ties import TieWay
+    from mone_megatron.methods.rules import RULES
 
     if not options.counted_steps <= options.steps:
         raise ValueError(
@@ -253,6 +254,11 @@ def _ties_in_training(options: argparse.Namespace) -> _Outcome:
         raise ValueError(
             f"--experiment: {options.experiment} selects no neurons, so it has no ties to count; "
             "give one of MoNE, or mone.enabled=true"
+        )
+    if not RULES[config.mone.rule].top_k:
+        raise ValueError(
+            f"mone.rule: {config.mone.rule} does not keep the K largest, so ties decide nothing of "
+            "the kind; use mone.rule=topk"
         )
     result = ranks.run_ties(
         config,

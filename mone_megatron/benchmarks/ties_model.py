@@ -21,7 +21,7 @@ from mone_megatron.analysis.sparsification.places import (
     decoder_layers,
     places_of,
 )
-from mone_megatron.analysis.sparsification.plans import check_scores, kept_neurons
+from mone_megatron.analysis.sparsification.plans import SCORES, kept_neurons
 from mone_megatron.analysis.sparsification.ranking import Rows, score_rows
 from mone_megatron.benchmarks.ties import TieCounter, TieStatistics, TieWay, tie_statistics
 from mone_megatron.evaluation.corpora import Window, open_corpus
@@ -91,7 +91,8 @@ def measure_model(
     """
     if not 0 < keep_ratio < 1:
         raise ValueError(f"--keep-ratio: {keep_ratio:g} is not between 0 and 1")
-    check_scores([score])
+    if score not in SCORES:
+        raise ValueError(f"--score: {score!r} is unknown; use one of {', '.join(SCORES)}")
     facts = look_at(where)
     ((_, windows),) = read_corpora(facts, [open_corpus(text)], seq_length, say=say)
     measured, tokens = [], 0

@@ -168,6 +168,10 @@ def test_of_the_weights_of_a_model(main: Main, dense_model: Path, tmp_path: Path
         (["--model", "x"], "--text: give a corpus"),
         (["--model", "x", "--text", "y", "a=b"], "a=b: is of no use with --model"),
         (["--counted-steps", "3", "--steps", "2"], "--counted-steps: 3 is more than --steps=2"),
+        (
+            ["--model", "nowhere", "--text", "y", "--score", "best"],
+            "--score: 'best' is unknown; use one of abs_activation",
+        ),
         (["--experiment", "tiny_moe"], "--experiment: tiny_moe selects no neurons"),
         (["--model", "nowhere", "--text", "y", "--keep-ratio", "1"], "--keep-ratio: 1 is not"),
     ],
