@@ -38,6 +38,12 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "everywhere": {"mlp_only_layers": [0], "shared_expert_intermediate_size": 24},
     "no norm": {"qk_norm": "none"},
     "latent without query rank": {**VARIANTS["latent"], "q_lora_rank": None},
+    # A score that reads the down projection, too.
+    "wina": {
+        "mlp_only_layers": [0],
+        "shared_expert_intermediate_size": 24,
+        "mone": {"keep_ratio": 0.25, "score": "wina", "apply_to": list(EVERYWHERE)},
+    },
     "batched": {},
     # Neurons that the ranks cannot share evenly, and of which one has fewer than K.
     "batched, uneven": {"moe_intermediate_size": 15, "mone": {"keep_ratio": 0.55}},
