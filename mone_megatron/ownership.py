@@ -244,7 +244,8 @@ class _Lock:
     """The lock on one file, from its taking to its release."""
 
     def __init__(self, path: Path, *, job: str = "", allocation: str = "") -> None:
-        self.path = path
+        # Whoever changes the working directory meanwhile lets go of the same file.
+        self.path = path.absolute()
         pid = os.getpid()
         self.me = Owner(platform.node(), pid, _now(), _started(pid) or 0, job, allocation)
         self._descriptor = -1
