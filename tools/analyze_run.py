@@ -139,16 +139,16 @@ def _run(options: argparse.Namespace) -> None:
 
     calm_bars()
     # Only now: these take seconds to import.
-    from mone_megatron.analysis.routing.explorer import write_explorer
-    from mone_megatron.analysis.routing.figures import write_figures
-    from mone_megatron.analysis.routing.output import (
+    from mone_megatron.lab.routing.explorer import write_explorer
+    from mone_megatron.lab.routing.figures import write_figures
+    from mone_megatron.lab.routing.statistics import Limits
+    from mone_megatron.lab.routing.statistics_files import (
         Analysis,
         check_folder,
         text_report,
         write_analysis,
     )
-    from mone_megatron.analysis.routing.statistics import Limits
-    from mone_megatron.analysis.routing.subjects import Traced, analyze, subjects
+    from mone_megatron.lab.routing.subjects import Traced, analyze, subjects
 
     how = {
         name: str(value) if isinstance(value, Path) else value
@@ -164,8 +164,8 @@ def _run(options: argparse.Namespace) -> None:
         # Longer still, and not needed for traces.
         from mone_megatron.evaluation.corpora import open_corpus, reads_files
         from mone_megatron.evaluation.models import choose_device, choose_dtype
-        from mone_megatron.evaluation.routing import Recorder, Settings
-        from mone_megatron.evaluation.routing_text import Text
+        from mone_megatron.lab.routing.recording import Recorder, Settings
+        from mone_megatron.lab.routing.texts import Text
 
         device = choose_device(options.device)
         key = options.text_key

@@ -180,8 +180,8 @@ class _Outcome(NamedTuple):
 
 
 def _layer(options: argparse.Namespace) -> _Outcome:
-    from mone_megatron.benchmarks import output, plots, ranks
-    from mone_megatron.benchmarks.layer import LayerShape, measure_layer
+    from mone_megatron.lab.benchmarks import ranks, result_files, result_plots
+    from mone_megatron.lab.benchmarks.layer import LayerShape, measure_layer
 
     shape = LayerShape(
         options.hidden, options.neurons, options.experts, options.chosen, options.tokens
@@ -193,15 +193,15 @@ def _layer(options: argparse.Namespace) -> _Outcome:
     ratios = {cost.name: cost.over_moe for cost in result.costs}
     return _Outcome(
         hardware,
-        output.layer_lines(result),
+        result_files.layer_lines(result),
         result,
-        lambda: plots.bars("Experts, forward and backward", "time / MoE", ratios),
+        lambda: result_plots.bars("Experts, forward and backward", "time / MoE", ratios),
     )
 
 
 def _select(options: argparse.Namespace) -> _Outcome:
-    from mone_megatron.benchmarks import output, plots, ranks
-    from mone_megatron.benchmarks.select import measure_select
+    from mone_megatron.lab.benchmarks import ranks, result_files, result_plots
+    from mone_megatron.lab.benchmarks.select import measure_select
 
     device, hardware = ranks.use_device(options.device, options.threads)
     cells = measure_select(
@@ -212,7 +212,9 @@ def _select(options: argparse.Namespace) -> _Outcome:
         device=device,
         dtype=_dtype(options),
     )
-    return _Outcome(hardware, output.select_lines(cells), cells, lambda: plots.select_figure(cells))
+    return _Outcome(
+        hardware, result_files.select_lines(cells), cells, lambda: result_plots.select_figure(cells)
+    )
 
 
 # Options of `ties` with their defaults: those of the training, and those of a model's weights.
@@ -240,8 +242,8 @@ def _ties(options: argparse.Namespace) -> _Outcome:
 
 
 def _ties_in_training(options: argparse.Namespace) -> _Outcome:
-    from mone_megatron.benchmarks import output, plots, ranks
-    from mone_megatron.benchmarks.ties import TieWay
+    from mone_megatron.lab.benchmarks import ranks, result_files, result_plots
+    from mone_megatron.lab.benchmarks.ties import TieWay
     from mone_megatron.methods.rules import RULES
 
     if not options.counted_steps <= options.steps:
@@ -269,24 +271,24 @@ def _ties_in_training(options: argparse.Namespace) -> _Outcome:
     )
     return _Outcome(
         result.hardware,
-        output.training_ties_lines(result),
+        result_files.training_ties_lines(result),
         result,
-        lambda: plots.ties_figure(
+        lambda: result_plots.ties_figure(
             {f"{one.way}, seed {one.seed}": one.ties for one in result.trained}
         ),
     )
 
 
 def _ties_of_model(options: argparse.Namespace) -> _Outcome:
-    from mone_megatron.benchmarks import output, plots, ranks
-    from mone_megatron.benchmarks.ties import TieWay
     from mone_megatron.extras import require
+    from mone_megatron.lab.benchmarks import ranks, result_files, result_plots
+    from mone_megatron.lab.benchmarks.ties import TieWay
 
     if options.text is None:
         raise ValueError("--text: give a corpus for --model to read")
     require("hf", "transformers")
     _, hardware = ranks.use_device("cpu", 1)
-    from mone_megatron.benchmarks.ties_model import measure_model
+    from mone_megatron.lab.benchmarks.ties_model import measure_model
 
     result = measure_model(
         options.model,
@@ -300,14 +302,14 @@ def _ties_of_model(options: argparse.Namespace) -> _Outcome:
     )
     return _Outcome(
         hardware,
-        output.model_ties_lines(result),
+        result_files.model_ties_lines(result),
         result,
-        lambda: plots.ties_figure({one.way: one.ties for one in result.measured}),
+        lambda: result_plots.ties_figure({one.way: one.ties for one in result.measured}),
     )
 
 
 def _train(options: argparse.Namespace) -> _Outcome:
-    from mone_megatron.benchmarks import output, plots, ranks
+    from mone_megatron.lab.benchmarks import ranks, result_files, result_plots
 
     processes = options.processes
     moe, mone = (
@@ -318,14 +320,14 @@ def _train(options: argparse.Namespace) -> _Outcome:
     ratios = {cost.name: cost.over_moe for cost in result.costs}
     return _Outcome(
         result.hardware,
-        output.train_lines(result),
+        result_files.train_lines(result),
         result,
-        lambda: plots.bars(f"Training steps of {options.mone}", "step time / MoE", ratios),
+        lambda: result_plots.bars(f"Training steps of {options.mone}", "step time / MoE", ratios),
     )
 
 
 def _cost(options: argparse.Namespace) -> _Outcome:
-    from mone_megatron.benchmarks import output, ranks
+    from mone_megatron.lab.benchmarks import ranks, result_files
 
     expert = [f"parallel.expert={options.processes}", *options.overrides]
     result = ranks.run_cost(
@@ -335,18 +337,18 @@ def _cost(options: argparse.Namespace) -> _Outcome:
         repeats=options.repeats,
         part_repeats=options.part_repeats,
     )
-    return _Outcome(result.hardware, output.cost_lines(result), result)
+    return _Outcome(result.hardware, result_files.cost_lines(result), result)
 
 
 def _decode(options: argparse.Namespace) -> _Outcome:
-    from mone_megatron.benchmarks import output, plots, ranks
-    from mone_megatron.benchmarks.layer import LayerShape
     from mone_megatron.extras import require
+    from mone_megatron.lab.benchmarks import ranks, result_files, result_plots
+    from mone_megatron.lab.benchmarks.layer import LayerShape
 
     require("hf", "transformers")
     shape = LayerShape(options.hidden, options.neurons, options.experts, options.chosen, 1)
     device, hardware = ranks.use_device(options.device, options.threads)
-    from mone_megatron.benchmarks.decode import measure_decode
+    from mone_megatron.lab.benchmarks.decode import measure_decode
 
     result = measure_decode(
         shape,
@@ -357,19 +359,22 @@ def _decode(options: argparse.Namespace) -> _Outcome:
         dtype=_dtype(options),
     )
     return _Outcome(
-        hardware, output.decode_lines(result), result, lambda: plots.decode_figure(result)
+        hardware,
+        result_files.decode_lines(result),
+        result,
+        lambda: result_plots.decode_figure(result),
     )
 
 
 def _generate(options: argparse.Namespace) -> _Outcome:
-    from mone_megatron.benchmarks import output, ranks
-    from mone_megatron.benchmarks.layer import LayerShape
     from mone_megatron.extras import require
+    from mone_megatron.lab.benchmarks import ranks, result_files
+    from mone_megatron.lab.benchmarks.layer import LayerShape
 
     require("hf", "transformers")
     shape = LayerShape(options.hidden, options.neurons, options.experts, options.chosen, 1)
     device, hardware = ranks.use_device(options.device, options.threads)
-    from mone_megatron.benchmarks.generate import measure_generate
+    from mone_megatron.lab.benchmarks.generate import measure_generate
 
     result = measure_generate(
         shape,
@@ -380,11 +385,11 @@ def _generate(options: argparse.Namespace) -> _Outcome:
         device=device,
         dtype=_dtype(options),
     )
-    return _Outcome(hardware, output.generate_lines(result), result)
+    return _Outcome(hardware, result_files.generate_lines(result), result)
 
 
 def _spine(options: argparse.Namespace) -> _Outcome:
-    from mone_megatron.benchmarks import output, ranks
+    from mone_megatron.lab.benchmarks import ranks, result_files
 
     config = ranks.prepare(
         [f"experiment={options.experiment}", *options.overrides], options.processes
@@ -392,17 +397,17 @@ def _spine(options: argparse.Namespace) -> _Outcome:
     result = ranks.run_spine(
         config, options.processes, repeats=options.repeats, steps=options.steps
     )
-    return _Outcome(result.hardware, output.spine_lines(result), result)
+    return _Outcome(result.hardware, result_files.spine_lines(result), result)
 
 
 def _save(options: argparse.Namespace) -> _Outcome:
-    from mone_megatron.benchmarks import output, ranks
+    from mone_megatron.lab.benchmarks import ranks, result_files
 
     config = ranks.prepare(
         [f"experiment={options.experiment}", *options.overrides], options.processes
     )
     result = ranks.run_save(config, options.processes, repeats=options.repeats)
-    return _Outcome(result.hardware, output.save_lines(result), result)
+    return _Outcome(result.hardware, result_files.save_lines(result), result)
 
 
 def _dtype(options: argparse.Namespace) -> torch.dtype:
@@ -425,19 +430,19 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], _Outcome]] = {
 
 
 def _run(options: argparse.Namespace) -> None:
-    from mone_megatron.benchmarks import output
+    from mone_megatron.lab.benchmarks import result_files
 
     outcome = _COMMANDS[options.command](options)
-    facts = output.environment(outcome.hardware)
-    print("\n".join([*output.environment_lines(facts), *outcome.lines]))
+    facts = result_files.environment(outcome.hardware)
+    print("\n".join([*result_files.environment_lines(facts), *outcome.lines]))
     if options.output is not None:
-        output.write_json(options.output, options.command, facts, outcome.result)
+        result_files.write_json(options.output, options.command, facts, outcome.result)
         print(f"wrote {options.output}")
         if outcome.draw is not None:
-            from mone_megatron.benchmarks import plots
+            from mone_megatron.lab.benchmarks import result_plots
 
             picture = options.output.with_suffix(".png")
-            plots.write(outcome.draw(), picture)
+            result_plots.write(outcome.draw(), picture)
             print(f"wrote {picture}")
 
 

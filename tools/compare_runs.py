@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.analysis.compare import compare
-from mone_megatron.analysis.compare_output import text_report, write_comparison
-from mone_megatron.analysis.runs import load_run
 from mone_megatron.command_line import told
 from mone_megatron.display import harmless
 from mone_megatron.ownership import owned_folder
+from mone_megatron.report.compare import compare
+from mone_megatron.report.comparison_files import text_report, write_comparison
+from mone_megatron.report.runs import load_run
 
 _DESCRIPTION = """\
 Compare any number of runs with the first one: final losses, speed and parameters as a table, loss

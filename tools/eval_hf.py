@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace) -> None:
     require("hf", "transformers", "safetensors", "lm_eval")
     calm_bars()
     # Only now: these take seconds to import.
-    from mone_megatron.evaluation import evaluate, output
+    from mone_megatron.evaluation import evaluate, score_files
     from mone_megatron.evaluation.corpora import open_corpus, reads_files
     from mone_megatron.evaluation.models import choose_device, choose_dtype, look_at
     from mone_megatron.evaluation.tasks import expand, load_tasks
@@ -138,12 +138,12 @@ def _run(options: argparse.Namespace) -> None:
         for facts, label, text in zip(models, labels, texts, strict=True)
     ]
     compared = evaluate.compare(results)
-    print(output.table(results, compared))
+    print(score_files.table(results, compared))
     print()
-    print("\n".join(output.notes(results)))
+    print("\n".join(score_files.notes(results)))
     if options.json is not None:
         names = [request.spec for request in requests]
-        output.write_json(options.json, output.as_json(results, compared, how, names))
+        score_files.write_json(options.json, score_files.as_json(results, compared, how, names))
         print(f"wrote {options.json}")
 
 

@@ -20,7 +20,7 @@ from mone_megatron.config.schema import Config
 from mone_megatron.display import harmless
 from mone_megatron.helpers import HelperError, ending, starting
 from mone_megatron.ownership import owned_file, owned_folder
-from mone_megatron.planning import output
+from mone_megatron.planning import plan_files
 from mone_megatron.planning.hardware import GPUS, Assumptions, find_gpu
 from mone_megatron.planning.match import COUNTS, DIMENSIONS, SIDES, TOLERANCE, Pair, match
 from mone_megatron.planning.plan import Machine, Plan, default_gpus, make_plan
@@ -198,9 +198,9 @@ def _write_pair(pair: Pair, overrides: Sequence[str], folder: Path) -> list[Path
     for kind, config in (("moe", pair.moe), ("mone", pair.mone)):
         name = f"{stem}_equal_{pair.count}_{kind}"
         run = replace(config.run, name=name, dir=start.run.dir)
-        changes = output.changed_keys(start, replace(config, run=run))
+        changes = plan_files.changed_keys(start, replace(config, run=run))
         comment = f"Of a pair with equal {pair.count}; changed: {pair.changed or 'nothing'}."
-        files[folder / f"{name}.yaml"] = output.experiment_yaml(base, changes, comment)
+        files[folder / f"{name}.yaml"] = plan_files.experiment_yaml(base, changes, comment)
     for path, text in files.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise ConfigError(f"--write: {path} is there and differs; remove it first")
@@ -221,14 +221,14 @@ def _match(options: argparse.Namespace, config: Config) -> int:
         side=options.side or "mone",
         tolerance=tolerance,
     )
-    print("\n".join(output.match_lines(pair)))
+    print("\n".join(plan_files.match_lines(pair)))
     if options.write is not None:
         with owned_folder("--write", options.write):
             written = _write_pair(pair, options.overrides, options.write)
         for path in written:
             print(f"wrote {path}")
     if options.json is not None:
-        output.write_json(options.json, output.match_json(pair))
+        plan_files.write_json(options.json, plan_files.match_json(pair))
         print(f"wrote {options.json}")
     return 0
 
@@ -294,18 +294,18 @@ def _run(options: argparse.Namespace) -> int:
     machine = _machine(options, config)
     if options.search:
         found = search(config, machine)
-        lines = output.search_lines(found, machine.gpus, options.top or _TOP)
-        content: object = output.search_json(found, options.price)
+        lines = plan_files.search_lines(found, machine.gpus, options.top or _TOP)
+        content: object = plan_files.search_json(found, options.price)
         plan, extra = found[0].plan, list(found[0].overrides)
     else:
         plan, extra = make_plan(config, machine), []
-        lines = output.plan_lines(plan, options.price)
-        content = output.plan_json(plan, options.price)
+        lines = plan_files.plan_lines(plan, options.price)
+        content = plan_files.plan_json(plan, options.price)
     print("\n".join(lines))
     if options.json is not None:
-        output.write_json(options.json, content)
+        plan_files.write_json(options.json, content)
         print(f"wrote {options.json}")
-    arguments = output.launch_arguments(plan, [*options.overrides, *extra], options.hours)
+    arguments = plan_files.launch_arguments(plan, [*options.overrides, *extra], options.hours)
     if options.sbatch:
         print(shlex.join(["launch/slurm.sh", *arguments]))
     if options.render is not None:

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mone_megatron.analysis.files import check_output
-from mone_megatron.analysis.scaling_law.bootstrap import DEFAULT_RESAMPLES
-from mone_megatron.analysis.scaling_law.fit import ALL_STARTS, DEFAULT_DELTA
-from mone_megatron.analysis.scaling_law.isoflop import DEFAULT_TOLERANCE
-from mone_megatron.analysis.scaling_law.output import JSON_FILE, text_report, write_study
-from mone_megatron.analysis.scaling_law.results import METHODS, Options, Request
-from mone_megatron.analysis.scaling_law.run_table import read_runs
-from mone_megatron.analysis.scaling_law.study import run_study
-from mone_megatron.analysis.scaling_law.table import (
+from mone_megatron.command_line import told
+from mone_megatron.display import harmless
+from mone_megatron.lab.scaling_law.bootstrap import DEFAULT_RESAMPLES
+from mone_megatron.lab.scaling_law.fit import ALL_STARTS, DEFAULT_DELTA
+from mone_megatron.lab.scaling_law.fit_files import JSON_FILE, text_report, write_study
+from mone_megatron.lab.scaling_law.fitted_study import run_study
+from mone_megatron.lab.scaling_law.isoflop import DEFAULT_TOLERANCE
+from mone_megatron.lab.scaling_law.results import METHODS, Options, Request
+from mone_megatron.lab.scaling_law.run_table import read_runs
+from mone_megatron.lab.scaling_law.table import (
     FLOPS_PER_PARAM_TOKEN,
     ColumnNames,
     Table,
@@ -24,9 +25,8 @@ from mone_megatron.analysis.scaling_law.table import (
     parse_count,
     read_csv,
 )
-from mone_megatron.command_line import told
-from mone_megatron.display import harmless
 from mone_megatron.ownership import owned_folder
+from mone_megatron.report.files import check_output
 
 _DESCRIPTION = """\
 Fit L(N, D) = E + A/N^alpha + B/D^beta to the final losses of runs (log-Huber, L-BFGS from many

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mone_megatron.analysis.sparsification.plans import (
+from mone_megatron.command_line import check_at_least_1, exit_status, once, say
+from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
+from mone_megatron.display import harmless
+from mone_megatron.evaluation.command_line import add_placement, labels_of
+from mone_megatron.lab.sparsification.plans import (
     DEFAULT_SHARES,
     SCORES,
     TARGETS,
@@ -16,10 +20,6 @@ from mone_megatron.analysis.sparsification.plans import (
     check_shares,
     check_tops,
 )
-from mone_megatron.command_line import check_at_least_1, exit_status, once, say
-from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
-from mone_megatron.display import harmless
-from mone_megatron.evaluation.command_line import add_placement, labels_of
 from mone_megatron.ownership import owned_folder
 
 _DESCRIPTION = """\
@@ -184,15 +184,15 @@ def _run(options: argparse.Namespace) -> None:
     labels = labels_of(options.models, options.labels)
 
     # Only now: these take seconds to import.
-    from mone_megatron.analysis.sparsification import output, study
-    from mone_megatron.analysis.sparsification.engine import Text
-    from mone_megatron.analysis.sparsification.findings import BudgetSettings
-    from mone_megatron.analysis.sparsification.results import open_results
     from mone_megatron.evaluation import evaluate
     from mone_megatron.evaluation.corpora import open_corpus, reads_files
     from mone_megatron.evaluation.models import ModelFacts, choose_device, choose_dtype, look_at
     from mone_megatron.evaluation.tasks import expand, load_tasks
     from mone_megatron.evaluation.token_bytes import bytes_of_tokens
+    from mone_megatron.lab.sparsification import measured_study, result_files
+    from mone_megatron.lab.sparsification.engine import Text
+    from mone_megatron.lab.sparsification.findings import BudgetSettings
+    from mone_megatron.lab.sparsification.kept_results import open_results
 
     device = choose_device(options.device)
     inputs = reading_settings(options, json_key=options.text_key, column=options.text_key)
@@ -228,7 +228,7 @@ def _run(options: argparse.Namespace) -> None:
     budget = None
     if options.loss_budget is not None:
         budget = BudgetSettings(options.loss_budget, options.budget_score, options.budget_shares)
-    how = study.StudySettings(
+    how = measured_study.StudySettings(
         scores=options.scores,
         shares=options.shares,
         tops=options.top,
@@ -245,7 +245,7 @@ def _run(options: argparse.Namespace) -> None:
         trust_remote_code=trusted,
     )
     studies = [
-        study.look_into(study.Subject(label, facts, *texts(facts), tasks), how)
+        measured_study.look_into(measured_study.Subject(label, facts, *texts(facts), tasks), how)
         for label, facts in zip(labels, models, strict=True)
     ]
     # What a kept number depends on: another value of any of these is another study.
@@ -266,8 +266,8 @@ def _run(options: argparse.Namespace) -> None:
     if len(results):
         say(f"{options.output}: going on with {len(results)} results")
     found = [one.run(results, say) for one in studies]
-    files = output.write(options.output, found, settings)
-    print(output.report(found))
+    files = result_files.write(options.output, found, settings)
+    print(result_files.report(found))
     print()
     print(f"wrote {', '.join(file.name for file in files)} in {options.output}")
 

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from mone_megatron.studies.study import CLAIMS_DIR, load_study
+    from mone_megatron.lab.studies.definition import CLAIMS_DIR, load_study
 
     if options.list:
         for path in sorted(CLAIMS_DIR.glob("*.yaml")):
@@ -80,8 +80,8 @@ def _run(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"--output: {options.output}: {error.strerror}; choose a folder that can be written"
             ) from error
-    from mone_megatron.analysis.files import write_whole
-    from mone_megatron.studies import outcome, output, page, runner
+    from mone_megatron.lab.studies import outcome, outcome_files, page, runner
+    from mone_megatron.report.files import write_whole
 
     outcomes: list[outcome.Outcome] = []
     try:
@@ -91,8 +91,8 @@ def _run(options: argparse.Namespace) -> None:
                 if not options.report:
                     runner.train(study, folder, options.seeds, jobs=options.jobs, say=say)
                 found = outcome.read_outcome(study, folder, options.seeds)
-                print(output.markdown(found), end="\n\n")
-                for path in output.write(found, folder):
+                print(outcome_files.markdown(found), end="\n\n")
+                for path in outcome_files.write(found, folder):
                     say(f"wrote {path}")
             outcomes.append(found)
     finally:

@@ -15,13 +15,13 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from mone_megatron.analysis.plots import write_loss_plot
-from mone_megatron.analysis.report import write_report
 from mone_megatron.config.load import flatten
 from mone_megatron.config.schema import Config
 from mone_megatron.display import lost
 from mone_megatron.helpers import HelperError, HelperThread
 from mone_megatron.os_errors import naming
+from mone_megatron.report.plots import write_loss_plot
+from mone_megatron.report.run_page import write_report
 from mone_megatron.train.alerts import Alert
 from mone_megatron.train.loop import Hook, Record
 from mone_megatron.train.panel_hook import PanelHook

@@ -23,8 +23,8 @@ from mone_megatron.evaluation.evaluate import harness_model
 from mone_megatron.evaluation.harness_tokens import fitted, rolling_windows
 from mone_megatron.evaluation.models import look_at
 from mone_megatron.evaluation.requests import ScoreRequest
-from mone_megatron.evaluation.routing_text import Text
 from mone_megatron.evaluation.scored_lm import ScoredLM, Scores
+from mone_megatron.lab.routing.texts import Text
 from mone_megatron.testing.tokenizers import with_bos
 from mone_megatron.testing.tools import load_tool
 

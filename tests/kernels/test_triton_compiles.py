@@ -21,7 +21,7 @@ def test_all_kernels_compile_and_fit_in_registers() -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "mone_megatron.benchmarks.registers", "--variants"),
+            *(sys.executable, "-m", "mone_megatron.lab.benchmarks.registers", "--variants"),
             *("--neurons", "1024", "--dtype", "bf16", "fp32"),
         ],
         env=environment,

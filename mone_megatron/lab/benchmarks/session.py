@@ -1,0 +1,102 @@
+"""A trainer's parts without its loop: what the benchmarks of whole steps drive themselves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mone_megatron.config.schema import Config
+from mone_megatron.config.validate import Layout, validate
+from mone_megatron.data.datasets import build_datasets
+from mone_megatron.data.loader import MicrobatchSampler, build_loader
+from mone_megatron.data.prepare import PreparedData, prepare_data
+from mone_megatron.parallel.device import Device, open_device
+from mone_megatron.parallel.groups import open_groups
+from mone_megatron.parallel.world import World
+from mone_megatron.train.metrics import AuxiliaryLosses
+from mone_megatron.train.state import TrainingState, build_state
+from mone_megatron.train.step import Batch, Stepper
+
+
+@dataclass
+class Session:
+    """One experiment, ready to step, with its microbatches in memory."""
+
+    config: Config
+    layout: Layout
+    device: Device
+    data: PreparedData
+    state: TrainingState
+    # This rank's microbatches of a few steps, over and over.
+    batches: Iterator[Batch]
+
+    def stepper(self) -> Stepper:
+        """The trainer's step over these objects."""
+        return Stepper(self.config, self.layout, self.device, self.state)
+
+    def next_step(self) -> list[Batch]:
+        """The microbatches of one step."""
+        return list(itertools.islice(self.batches, self.layout.num_microbatches))
+
+
+def open_sessions(configs: Sequence[Config], *, steps_in_memory: int) -> list[Session]:
+    """Build experiments of one layout beside each other in this process.
+
+    Collective over the default process group, which is initialised and has no other groups yet.
+
+    Args:
+        configs: from :func:`mone_megatron.lab.benchmarks.ranks.prepare`, of one layout.
+        steps_in_memory: how many steps' data to load.
+    """
+    assert all(config.parallel == configs[0].parallel for config in configs)
+    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
+    # Each with its own dtype; opening a device again changes nothing.
+    devices = [open_device(config.device, world) for config in configs]
+    open_groups(configs[0].parallel, configs[0].train, timeout_seconds=600)
+    return [
+        _open(config, device, world, steps_in_memory)
+        for config, device in zip(configs, devices, strict=True)
+    ]
+
+
+def _open(config: Config, device: Device, world: World, steps: int) -> Session:
+    layout = validate(
+        config, world_size=world.size, num_devices=0, local_world_size=world.local_size
+    )
+    data = prepare_data(config)
+    train, _ = build_datasets(
+        config,
+        data,
+        num_train_samples=steps * config.train.global_batch_size,
+        num_valid_samples=0,
+        build_here=True,
+    )
+    assert train is not None
+    sampler = MicrobatchSampler(
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=layout.data,
+        start_step=0,
+        end_step=steps,
+    )
+    batches = list(build_loader(train, sampler, num_workers=0, pin=False))
+    state = build_state(config, layout, device, data.vocab_size)
+    return Session(config, layout, device, data, state, itertools.cycle(batches))
+
+
+def step_action(session: Session) -> Iterator[None]:
+    """Train one step at each ``next``, auxiliary losses read as the trainer does."""
+    stepper, auxiliary = session.stepper(), AuxiliaryLosses(session.config, session.layout)
+
+    def extra() -> torch.Tensor:
+        return auxiliary.read(session.device.torch_device)
+
+    while True:
+        stepper.train(session.next_step(), extra=extra)
+        yield

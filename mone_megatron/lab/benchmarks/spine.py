@@ -1,0 +1,137 @@
+"""What the trainer adds to a bare loop over the same megatron-core objects."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from mone_megatron.config.schema import Config
+from mone_megatron.lab.benchmarks.measure import Spread, interleave, ratio
+from mone_megatron.lab.benchmarks.session import Session, open_sessions
+from mone_megatron.parallel.groups import close_groups
+from mone_megatron.planning.flops import flops_per_step
+from mone_megatron.train.checkpointer import Position
+from mone_megatron.train.hooks import ConsoleHook, MetricsFileHook
+from mone_megatron.train.keep_ratio import KeepRatio
+from mone_megatron.train.loop import train
+from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
+from mone_megatron.train.signals import StopRequest
+from mone_megatron.train.step import Batch
+
+
+@dataclass(frozen=True)
+class SpineCost:
+    """The result on one rank."""
+
+    hardware: str
+    # Tokens per second through the trainer over those of the bare loop.
+    throughput_ratio: Spread
+    # The same by processor time: of use when other processes take the cores.
+    processor_ratio: Spread
+    trainer_tokens_per_second: Spread
+    bare_tokens_per_second: Spread
+
+
+def measure_spine(config: Config, *, repeats: int, steps: int) -> SpineCost:
+    """Train with the loop, its metrics file and its progress lines, and with a bare loop.
+
+    Each trains its own copy of the model, on the same microbatches in the same order. Collective
+    over the default process group.
+
+    Args:
+        config: from :func:`mone_megatron.lab.benchmarks.ranks.prepare`.
+        repeats: measurements of each.
+        steps: steps in one measurement.
+    """
+    config = replace(config, train=replace(config.train, steps=steps))
+    ours, bare = open_sessions([config, config], steps_in_memory=4)
+    ours_stepper = ours.stepper()
+    bare.stepper()  # sets megatron-core's gradient hooks on the model's configuration
+    flops = flops_per_step(config, ours.data.vocab_size)
+    auxiliary = AuxiliaryLosses(config, ours.layout)
+    panel = UtilisationPanel(config, ours.state.chunks)
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def trainer() -> None:
+            hooks = [ConsoleHook(config, stream=io.StringIO()), MetricsFileHook(Path(folder))]
+            for hook in hooks:
+                hook.on_start()
+            train(
+                config=config,
+                layout=ours.layout,
+                device=ours.device,
+                stepper=ours_stepper,
+                batches_from=lambda step: ours.batches,
+                validation=None,
+                tasks=None,
+                auxiliary=auxiliary,
+                panel=panel,
+                keep_ratio=KeepRatio(config.mone, ours.state.chunks),
+                flops_at=lambda step: flops,
+                hooks=hooks,
+                stop=StopRequest(),
+                start=Position(),
+                checkpointer=None,
+            )
+            for hook in hooks:
+                hook.on_end("completed")
+
+        actions = {"trainer": trainer, "bare": lambda: bare_loop(bare, steps)}
+        samples = interleave(actions, repeats=repeats, warmup=2)
+    tokens = steps * config.train.global_batch_size * config.train.seq_length
+    close_groups()
+    return SpineCost(
+        hardware=ours.device.hardware,
+        throughput_ratio=ratio(samples.clock, "bare", "trainer"),
+        processor_ratio=ratio(samples.processor, "bare", "trainer"),
+        trainer_tokens_per_second=Spread.of([tokens / s for s in samples.clock["trainer"]]),
+        bare_tokens_per_second=Spread.of([tokens / s for s in samples.clock["bare"]]),
+    )
+
+
+def bare_loop(session: Session, steps: int) -> None:
+    """The least that trains: schedule, optimizer, learning rate; nothing read, nothing logged."""
+    train_config = session.config.train
+    forward_backward = session.stepper().forward_backward
+    chunks = session.state.chunks
+    for _ in range(steps):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        session.state.optimizer.zero_grad()
+        microbatches = session.next_step()
+        forward_backward(
+            forward_step_func=_forward_step,
+            data_iterator=[iter(copy) for copy in itertools.tee(microbatches, len(chunks))]
+            if len(chunks) > 1
+            else iter(microbatches),
+            model=chunks,
+            num_microbatches=len(microbatches),
+            seq_length=train_config.seq_length,
+            micro_batch_size=train_config.micro_batch_size,
+            forward_only=False,
+        )
+        session.state.optimizer.step()
+        session.state.scheduler.step(1)
+
+
+def _forward_step(
+    batches: Iterator[Batch], model: DistributedDataParallel
+) -> tuple[Tensor, object]:
+    batch = next(batches)
+    losses = model(
+        batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
+    )
+
+    def mean_loss(losses: Tensor) -> tuple[Tensor, Tensor]:
+        loss = (losses.float() * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+        return loss, loss.detach()
+
+    return losses, mean_loss

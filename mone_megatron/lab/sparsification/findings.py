@@ -1,0 +1,147 @@
+"""What is found of a model: points of its curves, statistics, shares of its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mone_megatron.evaluation.estimates import Difference
+from mone_megatron.evaluation.harness import Score
+from mone_megatron.lab.sparsification.budget import Probe
+from mone_megatron.lab.sparsification.statistics import LayerStatistics
+from mone_megatron.report.identified import Doubt
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """Allot shares to layers.
+
+    Attributes:
+        rise: the largest rise of the loss, nats a token.
+        score: neurons are ranked by.
+        shares: that each layer's sensitivity is measured at, ascending, above 0.
+    """
+
+    rise: float
+    score: str
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of neurons of a decoder layer.
+
+    Attributes:
+        target: ``routed``, ``shared`` or ``dense``.
+        neurons: of one expert or MLP.
+        own_kept: how many of them the model itself keeps.
+        uses: experts of a token.
+    """
+
+    target: str
+    neurons: int
+    own_kept: int
+    uses: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What can be pruned in one decoder layer.
+
+    Attributes:
+        number: from 0.
+        kinds: none where there is nothing.
+    """
+
+    number: int
+    kinds: tuple[Kind, ...]
+
+    @property
+    def weight(self) -> int:
+        """Neurons that a token goes through."""
+        return sum(kind.neurons * kind.uses for kind in self.kinds)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model under a plan.
+
+    Attributes:
+        score: neurons are ranked by.
+        share: asked for.
+        pruned: share of the neurons of a token that is gone: a whole number of each expert's, and
+            those that the model itself leaves out.
+        scores: what was measured.
+        changes: of each of ``scores``, its difference to the model as it is.
+    """
+
+    score: str
+    share: float
+    pruned: float
+    scores: tuple[Score, ...]
+    changes: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """Shares of the layers that keep a loss budget.
+
+    Attributes:
+        settings: what was asked.
+        layers: numbers of the layers that were pruned.
+        loss: of the model as it is, on the text that the shares were chosen on.
+        sensitivity: ``[layers][shares]``, rises of the loss.
+        best: the shares, with the rise of the loss as predicted and as measured.
+        best_change: the measured rise with its standard error.
+        probes: all that were measured.
+        uniform_change: of pruning as many neurons with one share for all layers.
+        elsewhere: the rise on the text that the study is about; None when that is the same.
+    """
+
+    settings: BudgetSettings
+    layers: tuple[int, ...]
+    loss: float
+    sensitivity: tuple[tuple[float, ...], ...]
+    best: Probe
+    best_change: Difference
+    probes: tuple[Probe, ...]
+    uniform_change: Difference
+    elsewhere: Difference | None
+
+    @property
+    def doubts(self) -> tuple[Doubt, ...]:
+        """Why the shares are not those of the budget: they end at the edge of what was tried."""
+        best, most = self.best.allotment, max(self.settings.shares)
+        found = []
+        if not best.pruned:
+            found.append(
+                Doubt("bound", "nothing is pruned: no allotment that was measured keeps the budget")
+            )
+        at_most = sum(share >= most for share in best.shares)
+        if at_most == len(best.shares):
+            found.append(
+                Doubt("bound", f"every layer is at {most:g}, the largest share that was tried: "
+                      "more may fit in the budget")
+            )  # fmt: skip
+        elif at_most:
+            found.append(
+                Doubt("bound", f"{at_most} of {len(best.shares)} layers are at {most:g}, the "
+                      "largest share that was tried")
+            )  # fmt: skip
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was found of one model."""
+
+    label: str
+    where: str
+    targets: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    tokens: int
+    dense: Point
+    points: tuple[Point, ...]
+    statistics: tuple[LayerStatistics, ...]
+    budget: BudgetResult | None
+    # How texts begin for it, in words.
+    beginning: str = ""

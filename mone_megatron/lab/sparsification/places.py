@@ -1,0 +1,299 @@
+"""Where a transformers model has neurons to prune, and how to get between its projections.
+
+Two kinds of places: experts behind transformers' experts interface, and MLPs of three linear
+modules ``gate_proj``, ``up_proj`` and ``down_proj``. Nothing of the model is changed but while a
+place is attached to, and no weight ever.
+
+Shape suffixes: N tokens, K experts of a token, T rows (N * K, sorted by expert), F neurons of one
+expert, E experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import getattr_static
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
+
+from mone_megatron.hf.experts_mone import (
+    NeuronSettings,
+    down_norms,
+    experts_modules,
+    is_selecting,
+    settings_of,
+)
+from mone_megatron.hf.guard_mone import note_selected
+from mone_megatron.hf.modeling_mone import MoneMLP
+from mone_megatron.lab.sparsification.plans import NEED_ACTIVATION, TARGETS
+from mone_megatron.lab.sparsification.ranking import Choose, Rows
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# An expert that is a module of its own.
+_LONE_EXPERT = re.compile(r"(^|\.)experts\.\d+")
+
+
+class Place(Protocol):
+    """Neurons of one layer that can be pruned.
+
+    Attributes:
+        target: ``routed``, ``shared`` or ``dense``.
+        neurons: F.
+        own_kept: how many of them the model itself keeps for a token.
+        defines_activation: whether |a| is known.
+    """
+
+    target: str
+    neurons: int
+    own_kept: int
+    defines_activation: bool
+
+    def attached(self, choose: Choose) -> Any:
+        """A context in which ``choose`` sees all rows and says which neurons they keep."""
+
+
+class _Expert:
+    """An experts module as transformers' function sees it, with ``choose`` in its gate."""
+
+    def __init__(self, place: ExpertsPlace, expert_T: Tensor, choose: Choose) -> None:
+        self._place, self._expert_T, self._choose = place, expert_T, choose
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._place.module, name)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        experts = self._place.module
+        if experts.is_concatenated:
+            gate_TF, up_TF = gate_up.chunk(2, dim=-1)
+        else:
+            gate_TF, up_TF = gate_up[..., ::2], gate_up[..., 1::2]
+        hidden_TF: Tensor = experts._apply_gate(gate_up)
+        own = self._place.own
+        own_TF = None
+        if own is not None and self._place.own_kept < self._place.neurons:
+            own_TF = own.mask(gate_TF, up_TF, experts.act_fn, down_norm=self._column_norms)
+        activate = experts.act_fn if self._place.defines_activation else None
+        rows = Rows(gate_TF, up_TF, hidden_TF, activate, own_TF, self._column_norms)
+        return _keep(hidden_TF, own_TF, self._choose(rows))
+
+    def _column_norms(self) -> Tensor:
+        return down_norms(self._place.module, self._expert_T)
+
+
+def _keep(hidden_TF: Tensor, *masks: Tensor | None) -> Tensor:
+    for mask_TF in masks:
+        if mask_TF is not None:
+            hidden_TF = hidden_TF * mask_TF
+    return hidden_TF
+
+
+class ExpertsPlace:
+    """The routed experts of a layer."""
+
+    target = "routed"
+
+    def __init__(self, module: nn.Module) -> None:
+        """Look at an experts module.
+
+        Raises:
+            ValueError: it has no gate projection.
+        """
+        self.module = cast(Any, module)
+        if not self.module.has_gate:
+            raise ValueError(f"{type(module).__name__} has no gate projection to rank neurons by")
+        self.neurons = int(self.module.down_proj.shape[1 if self.module.is_transposed else 2])
+        self.defines_activation = getattr_static(type(module), "_apply_gate") is _default_apply_gate
+        self.own: NeuronSettings | None = None
+        if is_selecting(self.module):
+            self.own = settings_of(self.module)
+        self.own_kept = self.own.kept(self.neurons) if self.own else self.neurons
+
+    @contextmanager
+    def attached(self, choose: Choose) -> Iterator[None]:
+        """See :class:`Place`; the experts are computed by grouped matrix products."""
+
+        def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            note_selected(self.module)
+            # As grouped_mm_experts_forward sorts its rows.
+            expert_T = torch.sort(top_k_index.reshape(-1)).values
+            expert = cast(nn.Module, _Expert(self, expert_T, choose))
+            return grouped_mm_experts_forward(expert, hidden_states, top_k_index, top_k_weights)
+
+        # An attribute of the object, before the method of its class.
+        self.module.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            del self.module.__dict__["forward"]
+
+
+class MLPPlace:
+    """A dense MLP or a shared expert: hooks on its three projections."""
+
+    defines_activation = True
+
+    def __init__(self, module: nn.Module, target: str) -> None:
+        self.module = cast(Any, module)
+        self.target = target
+        self.neurons = int(self.module.down_proj.in_features)
+        self.own: NeuronSettings | None = None
+        if isinstance(module, MoneMLP):
+            self.own = module.neurons
+        self.own_kept = self.own.kept(self.neurons) if self.own else self.neurons
+
+    @contextmanager
+    def attached(self, choose: Choose) -> Iterator[None]:
+        """See :class:`Place`.
+
+        Raises:
+            ValueError: when it is called, the down projection's input is not a * u.
+        """
+        seen: dict[str, Tensor] = {}
+        checked = False
+
+        def remember(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            return lambda module, inputs, output: seen.__setitem__(name, output)
+
+        def prune(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            nonlocal checked
+            gate_TF, up_TF = (seen.pop(name).flatten(0, -2) for name in _PROJECTIONS[:2])
+            activate = self.module.act_fn
+            hidden_TF = activate(gate_TF) * up_TF
+            own_TF = None
+            if self.own is not None and self.own_kept < self.neurons:
+                own_TF = self.own.mask(gate_TF, up_TF, activate, down_norm=self._column_norms)
+            (given,) = inputs
+            if not checked:
+                self._check(given, _keep(hidden_TF, own_TF))
+                checked = True
+            rows = Rows(gate_TF, up_TF, hidden_TF, activate, own_TF, self._column_norms)
+            return (_keep(given, _as(given, choose(rows))),)
+
+        handles = [
+            getattr(self.module, name).register_forward_hook(remember(name))
+            for name in _PROJECTIONS[:2]
+        ]
+        handles.append(self.module.down_proj.register_forward_pre_hook(prune))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check(self, given: Tensor, expected_TF: Tensor) -> None:
+        if not torch.allclose(
+            given.flatten(0, -2).float(), expected_TF.float(), rtol=1e-2, atol=1e-6, equal_nan=True
+        ):
+            raise ValueError(
+                f"{type(self.module).__name__} computes something other than act_fn(gate_proj) * "
+                "up_proj; its neurons cannot be pruned"
+            )
+
+    def _column_norms(self) -> Tensor:
+        weight_HF = self.module.down_proj.weight
+        return torch.linalg.vector_norm(weight_HF, dim=0, keepdim=True, dtype=torch.float32)
+
+
+def _as(given: Tensor, mask_TF: Tensor | None) -> Tensor | None:
+    return None if mask_TF is None else mask_TF.view(given.shape)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a model.
+
+    Raises:
+        ValueError: it has none under the usual name.
+    """
+    layers = dict(model.get_decoder().named_children()).get("layers")
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"{type(model).__name__} has no decoder layers of the usual kind, so no experts and no "
+            "MLP of gate, up and down projections can be found in it"
+        )
+    return layers
+
+
+def choose_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Which kinds of places to prune: ``wanted``, or the routed experts, or the dense MLPs.
+
+    Raises:
+        ValueError: the model has none of a wanted kind, or no place at all.
+    """
+    found = {place.target for layer in decoder_layers(model) for place in _in_layer(layer)}
+    name = type(model).__name__
+    if not found:
+        raise ValueError(
+            f"{name} has no experts behind transformers' experts interface and no MLP of linear "
+            "modules gate_proj, up_proj and down_proj"
+        )
+    if wanted is None:
+        return ("routed",) if "routed" in found else ("dense",)
+    for target in wanted:
+        if target not in found:
+            raise ValueError(
+                f"--apply-to (or --experts-only): {name} has no {target} neurons, only "
+                f"{', '.join(kind for kind in TARGETS if kind in found)}"
+            )
+    return tuple(target for target in TARGETS if target in wanted)
+
+
+def places_of(layer: nn.Module, targets: Iterable[str]) -> list[Place]:
+    """The places of one decoder layer that are of these kinds, in the order of its modules."""
+    return [place for place in _in_layer(layer) if place.target in targets]
+
+
+def _in_layer(layer: nn.Module) -> Iterator[Place]:
+    modules = dict(layer.named_modules())
+    experts = experts_modules(cast(PreTrainedModel, layer))
+    for name, module in modules.items():
+        if module in experts:
+            yield ExpertsPlace(module)
+        elif _is_gated_mlp(module):
+            if _LONE_EXPERT.search(name):
+                raise ValueError(
+                    f"{type(layer).__name__}: its experts are modules of their own, not behind "
+                    "transformers' experts interface"
+                )
+            yield MLPPlace(module, "shared" if experts else "dense")
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    linear = all(isinstance(children.get(name), nn.Linear) for name in _PROJECTIONS)
+    return linear and "act_fn" in children
+
+
+def check_definable(places: Iterable[Place], scores: Iterable[str]) -> None:
+    """That every score is defined at every place.
+
+    Raises:
+        ValueError: |a| is asked of experts that compute their gate in a way of their own.
+    """
+    if all(place.defines_activation for place in places):
+        return
+    for score in scores:
+        if score in NEED_ACTIVATION:
+            raise ValueError(
+                f"--scores: {score} needs |a|, and these experts compute their gate in a way of "
+                "their own; use abs_gate, signed_gate, abs_product, wina or random"
+            )
+
+
+def compute_all_neurons(model: PreTrainedModel) -> None:
+    """Let a model that selects neurons compute all of them; its weights stay."""
+    for module in model.modules():
+        if isinstance(module, MoneMLP):
+            module.neurons = None
+    if any(isinstance(place, ExpertsPlace) and place.own for place in all_places(model)):
+        model.set_experts_implementation("grouped_mm")
+
+
+def all_places(model: PreTrainedModel) -> Iterator[Place]:
+    """Every place of every layer."""
+    for layer in decoder_layers(model):
+        yield from _in_layer(layer)

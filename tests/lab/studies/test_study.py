@@ -1,0 +1,249 @@
+"""Studies: read and checked, really trained, gone on with, linked, and summed up."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mone_megatron.lab.studies.definition import CLAIMS_DIR, load_study
+from mone_megatron.lab.studies.outcome import Outcome, Variant
+from mone_megatron.lab.studies.outcome_files import figure, markdown
+from mone_megatron.lab.studies.outcome_files import write as write_outcome
+from mone_megatron.lab.studies.page import studies_page
+from mone_megatron.report.stats import mean_interval
+from mone_megatron.testing.launch import REPOSITORY
+
+TINY = {
+    "question": "Does it learn?",
+    "experiment": "tiny_mone",
+    "reference": "MoE",
+    "overrides": [
+        "train.steps=4", "train.eval_interval=2", "train.eval_steps=1", "optim.warmup_steps=0",
+        "logging=quiet",
+    ],
+    "variants": {"MoE": ["mone.enabled=false"], "MoNE 1/4": []},
+}  # fmt: skip
+
+
+def write(path: Path, **changes: object) -> Path:
+    path.write_text(yaml.safe_dump(TINY | changes), encoding="utf-8")
+    return path
+
+
+def study(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/study.py", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CLAIMS_DIR.glob("*.yaml")))
+def test_every_claim_is_valid(name: str) -> None:
+    claim = load_study(name)
+    assert set(claim.configs) == set(claim.variants)
+    # Nothing but what a variant names differs.
+    reference = claim.configs[claim.reference]
+    for variant, config in claim.configs.items():
+        assert config.train == reference.train, variant
+        assert config.data == reference.data, variant
+        assert config.optim == reference.optim, variant
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "other"}, "reference: 'other' is not among the variants"),
+        ({"variants": {"MoE": []}}, "variants: a mapping of at least two"),
+        ({"seeds": [1]}, "seeds: unknown; use equal, experiment"),
+        ({"experiment": ""}, "experiment: is missing"),
+        ({"equal": "speed"}, "equal: 'speed' is not one of"),
+        ({"overrides": ["train.seed=3"]}, "overrides: train.seed=3: the study sets it itself"),
+        ({"overrides": "train.steps=3"}, "overrides: is not a list of key=value"),
+        ({"variants": {"MoE": [], "a/b": [], "a b": []}}, "would share a folder"),
+    ],
+)
+def test_what_is_not_a_study_is_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=r"x\.yaml: ") as refused:
+        load_study(write(tmp_path / "x.yaml", **changes))
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"equal": "activated"}, "MoNE 1/4: .* is not the .* of MoE; tools/plan.py --match"),
+        ({"variants": {"MoE": [], "bad": ["mone.keep_ratio=7"]}}, r"bad: .*mone\.keep_ratio"),
+        ({"overrides": ["train.eval_interval=0"]}, "eval_interval: 0 gives no validation loss"),
+    ],
+)
+def test_variants_are_checked_before_any_is_trained(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _ = load_study(write(tmp_path / "x.yaml", **changes)).configs
+
+
+def test_a_study_is_trained_gone_on_with_linked_and_reported(tmp_path: Path) -> None:
+    file, output = write(tmp_path / "small.yaml"), tmp_path / "out"
+    before = study(file, "--seeds", 1, 2, "--output", output, "--report")
+    assert before.returncode == 2
+    assert "seed_1: not trained to its end (4 of 4 are missing)" in before.stderr
+
+    done = study(file, "--seeds", 1, "--output", output, "--jobs", 2)
+    assert done.returncode == 0, done.stderr
+    first = output / "small" / "MoE" / "seed_1" / "metrics.jsonl"
+    written = first.stat().st_mtime_ns
+
+    # One more seed; what is there stays.
+    done = study(file, "--seeds", 1, 2, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 4 runs to train" in done.stderr
+    assert first.stat().st_mtime_ns == written
+    result = json.loads((output / "small" / "study.json").read_text(encoding="utf-8"))
+    variants = {variant["name"]: variant for variant in result["variants"]}
+    for name, folder in (("MoE", "MoE"), ("MoNE 1/4", "MoNE_1_4")):
+        for seed, loss in zip((1, 2), variants[name]["losses"], strict=True):
+            metrics = output / "small" / folder / f"seed_{seed}" / "metrics.jsonl"
+            last = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
+            assert last["val_loss"] == loss
+    differences = [
+        a - b for a, b in zip(*(variants[n]["losses"] for n in ("MoNE 1/4", "MoE")), strict=True)
+    ]
+    assert variants["MoNE 1/4"]["difference"]["mean"] == pytest.approx(sum(differences) / 2)
+    assert (output / "small" / "study.png").stat().st_size > 1000
+    page = (output / "studies.html").read_text(encoding="utf-8")
+    assert f"wrote {output / 'studies.html'}" in done.stderr
+    assert page.count("data:image/png;base64,") == 1
+    assert "| MoNE 1/4 |" in done.stdout
+
+    # Another study with the same runs trains none of them.
+    other = write(tmp_path / "other.yaml", reference="MoNE 1/4")
+    linked = study(other, "--seeds", 1, 2, "--output", output)
+    assert linked.returncode == 0, linked.stderr
+    assert "4 runs of other studies are the same, and linked" in linked.stderr
+    assert "all 4 runs are there" in linked.stderr
+
+    # Runs of other settings are not taken for its own.
+    refused = study(file, "--seeds", 1, "--output", output, "--set", "optim.lr=0.5")
+    assert refused.returncode == 2
+    assert "was made with optim.lr=0.001, not 0.5; remove it" in refused.stderr
+
+
+def test_an_output_that_cannot_be_written_is_told_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = study("half_activated", "--output", tmp_path / "file" / "out")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: --output: {tmp_path / 'file' / 'out'}: Not a dir")
+
+
+def test_a_failing_run_ends_the_study_with_its_own_words(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.yaml")
+    # The folder of a variant is a file: the run cannot begin.
+    folder = tmp_path / "out" / "x"
+    folder.mkdir(parents=True)
+    (folder / "MoE").write_text("in the way", encoding="utf-8")
+    done = study(file, "--seeds", 1, "--output", tmp_path / "out")
+    assert done.returncode == 1
+    assert "x: MoE: ended with code" in done.stderr
+    assert "Traceback" not in done.stderr.split("ends:")[0]
+
+
+def variant(name: str, losses: tuple[float, ...], difference: tuple[float, ...] | None) -> Variant:
+    return Variant(
+        name=name,
+        seeds=tuple(range(len(losses))),
+        losses=losses,
+        mean=mean_interval(losses),
+        difference=mean_interval(difference) if difference else None,
+        parameters=1000,
+        activated=500,
+    )
+
+
+def test_verdicts_follow_from_intervals() -> None:
+    # Mean -0.2, deviation 0.1, three seeds: half-width 4.3027 * 0.1 / sqrt(3) = 0.248.
+    unclear = variant("a", (1.0, 1.0, 1.0), (-0.1, -0.2, -0.3))
+    assert unclear.difference is not None
+    assert unclear.difference.half_width == pytest.approx(0.2484, abs=1e-4)
+    assert unclear.verdict == "no difference seen"
+    assert variant("b", (1.0, 1.0), (-0.2, -0.2)).verdict == "lower"
+    assert variant("c", (1.0, 1.0), (0.2, 0.21)).verdict == "higher"
+    assert variant("d", (1.0,), (0.2,)).verdict == "one seed says nothing"
+    diverged = variant("e", (1.0, math.nan), (0.2, math.nan))
+    assert diverged.verdict == "a loss is not finite"
+    assert [doubt.kind for doubt in diverged.doubts] == ["few", "missing"]
+    assert unclear.doubts == []
+    assert [d.kind for d in variant("b", (1.0, 1.0), (-0.2, -0.2)).doubts] == ["few"]
+    assert variant("r", (1.0,), None).doubts == []
+
+
+def test_table_and_picture() -> None:
+    outcome = Outcome(
+        name="x",
+        question="Which?",
+        reference="r",
+        tokens=4096,
+        hardware="a machine",
+        variants=(
+            variant("r", (2.0, 2.2), None),
+            variant("v", (1.9, 2.0), (-0.1, -0.2)),
+        ),
+    )
+    table = markdown(outcome)
+    assert "| r | 1.00K | 500 | 2.1000 ± 1.2706 |  | reference |" in table
+    assert "| -0.1500 ± " in table
+    # A bar in a name would end its cell.
+    bars = replace(outcome, variants=(replace(outcome.variants[0], name="|a|"),))
+    assert "| \\|a\\| | 1.00K |" in markdown(bars)
+    page = studies_page([outcome, replace(outcome, name="y", question="A < B?")])
+    assert page.count("Loss against r: v: lower") + page.count("Loss against r: v: no diff") == 2
+    assert "A &lt; B?" in page
+    assert page.count("<img ") == 2
+    labels = [text.get_text() for text in figure(outcome).axes[0].get_yticklabels()]
+    assert labels == ["v"]
+    why = "v: 2 seeds, at least 3 are needed to know its error"
+    assert table.endswith(f"\nnot identified: {why}")
+    assert "(not identified)" in page
+
+
+def test_one_seed_and_a_diverged_one_are_told_and_written(tmp_path: Path) -> None:
+    for losses, differences, cell in (
+        ((1.9,), (-0.1,), "1.9000 (error unknown) | -0.1000 (error unknown)"),
+        ((1.9, 1.8, math.nan), (-0.1, -0.2, math.nan), "a loss is not finite"),
+        ((1.9, 1.8, 1.7), (-0.1, -0.2, -0.15), "lower |"),
+    ):
+        outcome = Outcome(
+            name="x",
+            question="Which?",
+            reference="r",
+            tokens=4096,
+            hardware="a machine",
+            variants=(variant("r", (2.0,) * len(losses), None), variant("v", losses, differences)),
+        )
+        table = markdown(outcome)
+        assert cell in table
+        assert "nan ±" not in table.replace("nan (error", "")
+        assert ("not identified" in table) == (cell != "lower |")
+        write_outcome(outcome, tmp_path)
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(constant)
+
+        text = (tmp_path / "study.json").read_text(encoding="utf-8")
+        read = json.loads(text, parse_constant=refuse)["variants"]
+        assert bool(read[1]["not_identified"]) == (cell != "lower |")
+        assert read[0]["not_identified"] == []
