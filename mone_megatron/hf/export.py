@@ -46,10 +46,10 @@ _CODE = {
     "rule.py": "mone_megatron/methods/rule.py",
     "score.py": "mone_megatron/methods/score.py",
 }
-# Which of their classes transformers loads.
+# Which of their classes transformers loads. No ``AutoModel``: it is what inference engines build a
+# model from whose experts they replace by their own, which compute all neurons.
 AUTO_MAP = {
     "AutoConfig": "configuration_mone.MoneConfig",
-    "AutoModel": "modeling_mone.MoneModel",
     "AutoModelForCausalLM": "modeling_mone.MoneForCausalLM",
 }
 # The registries of an export hold one method each, whose file is beside them: file in the export
