@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from mone_megatron.config.names import NameIn
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.losses import LOSSES
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
 
@@ -40,6 +41,8 @@ class RunConfig:
 class RouterConfig:
     """Expert routing and balancing: megatron-core's own router, configured."""
 
+    # Which router (methods/routers): "topk" is megatron-core's own.
+    kind: Annotated[str, NameIn(ROUTERS)] = "topk"
     # Turns logits into expert weights.
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     # Softmax over all experts before the top-k (True) or over the chosen ones after it (False).

@@ -22,6 +22,7 @@ from mone_megatron.config.schema import (
     MoNEConfig,
     ParallelConfig,
 )
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import Budget, count_kept
 from mone_megatron.methods.rules import RULES
 
@@ -80,7 +81,7 @@ def validate(
         *_ranges(config),
         *_model(config.model),
         *_rope_scaling(config.model),
-        *_router(config.model),
+        *_router(config),
         *_mone(config),
         *_data(config),
         *_schedule(config),
@@ -376,8 +377,8 @@ def _rope_scaling(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _router(model: ModelConfig) -> Iterator[str]:
-    router = model.router
+def _router(config: Config) -> Iterator[str]:
+    model, router = config.model, config.model.router
     kinds, coeffs = router.balance, router.balance_coeff
     if len(kinds) != len(coeffs):
         yield (
@@ -404,6 +405,11 @@ def _router(model: ModelConfig) -> Iterator[str]:
     if model.num_experts < 1:
         return
 
+    if not ROUTERS[router.kind].fixed_count and config.parallel.dispatcher == "flex":
+        yield (
+            f"parallel.dispatcher: flex needs as many experts for each token, and "
+            f"model.router.kind={router.kind} gives them different numbers; use alltoall"
+        )
     sigmoid = router.score_function == "sigmoid"
     if router.expert_bias and not sigmoid:
         yield (

@@ -31,6 +31,7 @@ from mone_megatron.hf.mapping import Rule, rules
 from mone_megatron.hf.settings import to_hf_config
 from mone_megatron.hf.source import Source
 from mone_megatron.hf.text_format import RECIPE_KEY, RECIPE_NAME, write_tokenizer
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
 
@@ -97,9 +98,16 @@ def choose_architecture(source: Source, wanted: str) -> Architecture:
         wanted: ``auto``, or a model type.
 
     Raises:
-        ValueError: a model type that is unknown or cannot hold the model, saying what it lacks.
+        ValueError: a model type that is unknown or cannot hold the model, saying what it lacks;
+            a router that no model of transformers has.
     """
     mone = source.mone.enabled
+    router = source.model.router.kind
+    if not ROUTERS[router].stock:
+        raise ValueError(
+            f"model.router.kind: {router} is not megatron-core's own router, and transformers has "
+            "none like it; such models cannot be exported"
+        )
     if wanted == "auto":
         return source.architecture
     if wanted not in BY_TYPE:

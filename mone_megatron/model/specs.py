@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from mone_megatron.config.schema import ModelConfig, MoNEConfig
 from mone_megatron.kernels.te_grouped import have_transformer_engine
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.model.attention import SDPAttention
 from mone_megatron.model.norm import AllHeadsRMSNorm, RMSNorm
 from mone_megatron.mone.balance import NeuronBalance
@@ -117,11 +118,16 @@ def _dense_mlp(backend: BackendSpecProvider, mone: MoNEConfig) -> ModuleSpec:
 
 
 def _moe_mlp(
-    backend: BackendSpecProvider, mone: MoNEConfig, num_experts: int, sources: MicrobatchSources
+    backend: BackendSpecProvider,
+    model: ModelConfig,
+    mone: MoNEConfig,
+    num_experts: int,
+    sources: MicrobatchSources,
 ) -> ModuleSpec:
     spec = get_moe_module_spec_for_backend(backend, num_experts, moe_grouped_gemm=True)
     spec.module = MoNELayer
     spec.params = {"sources": sources}
+    spec.submodules.router = ROUTERS[model.router.kind].module
     spec.submodules.experts.params = {"neurons": neuron_settings(mone, "routed")}
     shared = neuron_settings(mone, "shared")
     if shared is not None:
@@ -219,7 +225,7 @@ def decoder_spec(
     dense = _layer(backend, model, _dense_mlp(backend, mone))
     layers = {0: dense}
     if transformer.num_moe_experts:
-        moe = _moe_mlp(backend, mone, transformer.num_moe_experts, sources)
+        moe = _moe_mlp(backend, model, mone, transformer.num_moe_experts, sources)
         layers[1] = _layer(backend, model, moe)
     first = get_transformer_layer_offset(transformer, vp_stage=vp_stage)
     count = get_num_layers_to_build(transformer, vp_stage=vp_stage)

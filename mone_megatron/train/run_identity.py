@@ -28,7 +28,11 @@ _OF_TRAINING = (
 )
 _ROUTES = "sinkhorn"
 # Keys that older checkpoints do not name, with what every run did before there was a choice.
-_BEFORE_THE_KEY = {"mone.rule": "topk", "mone.balance.kind": "switch"}
+_BEFORE_THE_KEY = {
+    "mone.rule": "topk",
+    "mone.balance.kind": "switch",
+    "model.router.kind": "topk",
+}
 # What to look at when a value that nobody configured differs.
 _MADE_OF = {
     "data_fingerprint": " (made of data.split, data.weights, the order of data.paths and the bytes "
@@ -124,6 +128,7 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], where
     Raises:
         ValueError: naming every key that differs, with the fix.
     """
+    saved = _BEFORE_THE_KEY | dict(saved)
     problems = []
     for key in sorted(saved.keys() | current.keys()):
         # What model.vocab_size stands for is in vocab_size.

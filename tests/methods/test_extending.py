@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_registries import REGISTRIES
 
 from mone_megatron.testing.launch import REPOSITORY, run_layouts
 
@@ -46,7 +47,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_guide_has_an_example_of_each_kind() -> None:
-    assert len(FILES) == len(COMMANDS) == 4
+    assert len(COMMANDS) == len(REGISTRIES) == 5
+    assert len(FILES) == len(COMMANDS) + 1  # a router has its class beside it
 
 
 def test_its_commands_train(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +80,7 @@ def test_wrong_options_are_named(site: Path) -> None:
 @pytest.mark.slow
 def test_the_suite_runs_over_them(site: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(site)])}
-    names = ["cubed_gate", "threshold_example", "softplus", "entropy_example"]
+    names = ["cubed_gate", "threshold_example", "softplus", "entropy_example", "cosine_example"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/methods", "-k", " or ".join(names), "-v"],
         capture_output=True, text=True, check=False, env=environment, cwd=REPOSITORY,

@@ -16,6 +16,7 @@ from mone_megatron.hf.export import Exported
 from mone_megatron.hf.source import open_source
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.losses import LOSSES
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
 from mone_megatron.testing.launch import run_layouts
@@ -31,6 +32,7 @@ REGISTRIES = (
     (ACTIVATIONS, "model.activation", "silu"),
     (RULES, "mone.rule", "topk"),
     (LOSSES, "mone.balance.kind", "switch"),
+    (ROUTERS, "model.router.kind", "topk"),
 )
 METHODS = {
     f"{key}-{name}": f"{key}={name}"
@@ -105,6 +107,9 @@ def test_its_export_is_the_same_model(runs: Path, method: str, tmp_path: Path) -
     key, _, name = METHODS[method].partition("=")
     if key == "mone.rule" and RULES[name].state:
         with pytest.raises(ValueError, match=f"mone.rule: {name} selects by a state"):
+            exported()
+    elif key == "model.router.kind" and not ROUTERS[name].stock:
+        with pytest.raises(ValueError, match=f"model.router.kind: {name} is not megatron-core"):
             exported()
     elif key == "model.activation" and name not in ACT2FN:
         with pytest.raises(ValueError, match=f"model.activation: transformers has no {name}"):
