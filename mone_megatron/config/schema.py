@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from mone_megatron.config.names import NameIn
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.losses import LOSSES
+from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
@@ -234,8 +235,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam with decoupled weight decay, and the learning-rate schedule."""
+    """The optimizer, by default Adam with decoupled weight decay, and its learning rate."""
 
+    # Which optimizer (methods/optimizers).
+    name: Annotated[str, NameIn(OPTIMIZERS)] = "adam"
     lr: float = 3e-4
     min_lr: float = 3e-5
     # "wsd" is warmup-stable-decay.

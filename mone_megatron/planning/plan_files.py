@@ -84,7 +84,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         gib(state.weights, "weights", f"{state.weights:,} bytes"),
         gib(state.gradients, "gradients, fp32", f"{state.gradients:,} bytes"),
         gib(state.masters, "fp32 masters", f"{state.masters:,} bytes"),
-        gib(state.moments, "Adam's moments", f"{state.moments:,} bytes"),
+        gib(state.moments, "optimizer moments", f"{state.moments:,} bytes"),
         gib(stage.kept, "activations", f"passes in flight: {stage.in_flight}"),
     ]
     lines += [

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mone_megatron.config.schema import Config, ModelConfig
 from mone_megatron.config.validate import Layout
+from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.planning import attention
 from mone_megatron.planning.layout import Place, experts_are_dense_like
 
@@ -235,6 +236,8 @@ class StageState:
     largest_parameter: int
     weight_bytes: int
     sharded: bool
+    # How many fp32 tensors the optimizer keeps for each parameter.
+    moments: int
 
     def of(self, place: Place, contexts: int) -> StateBytes:
         """What the rank at ``place`` holds; ``contexts`` is the context-parallel size."""
@@ -248,7 +251,7 @@ class StageState:
             weights=self.weight_bytes * padded,
             gradients=4 * padded,
             masters=0 if self.weight_bytes == 4 else 4 * optimized,
-            moments=8 * optimized,
+            moments=4 * self.moments * optimized,
         )
 
     @property
@@ -294,4 +297,5 @@ def stage_state(
             chosen = [parameter for parameter in parameters if parameter.expert == expert]
             if chosen:
                 buffers.append(lay_out(chosen, ranks, bucket_size=bucket_size, padded=sharded))
-    return StageState(tuple(dense), tuple(experts), largest, weight_bytes, sharded)
+    moments = len(OPTIMIZERS[config.optim.name].moments)
+    return StageState(tuple(dense), tuple(experts), largest, weight_bytes, sharded, moments)

@@ -4,7 +4,7 @@ Every tensor is saved under the global name of a parameter, in the parameter's o
 
     <name>                       the weight, in the model's dtype
     optimizer.master.<name>      its fp32 master, when the model is not fp32
-    optimizer.exp_avg.<name>     Adam's moments
+    optimizer.exp_avg.<name>     the optimizer's moments; these are Adam's
     optimizer.exp_avg_sq.<name>
 
 megatron-core's own optimizer checkpoints carry the layout in their keys (one or two optimizers with
@@ -42,7 +42,7 @@ from megatron.core.optimizer.optimizer import (
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
+MASTER = "master"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class ParameterState:
         span: which elements of the flattened parameter ``main`` is.
         group: the data-parallel ranks that share the state (slices), or hold copies of it.
         sliced: whether ranks of the group hold slices.
+        moments: the names of what the optimizer keeps for each parameter.
     """
 
     parameter: nn.Parameter
@@ -65,12 +66,13 @@ class ParameterState:
     span: tuple[int, int]
     group: dist.ProcessGroup
     sliced: bool
+    moments: tuple[str, ...]
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Which tensors there are."""
-        moments = (EXP_AVG, EXP_AVG_SQ)
-        return moments if self.parameter.dtype is torch.float32 else (MASTER, *moments)
+        fp32 = self.parameter.dtype is torch.float32
+        return self.moments if fp32 else (MASTER, *self.moments)
 
     def tensor(self, kind: str) -> Tensor | None:
         """This rank's tensor of a kind; zeros before the first update."""
@@ -94,7 +96,7 @@ class ParameterState:
             if MASTER in parts:
                 self.main.copy_(parts[MASTER])
         state = self.inner.state[self.main]
-        for kind in (EXP_AVG, EXP_AVG_SQ):
+        for kind in self.moments:
             state[kind] = parts[kind].to(self.main.device, torch.float32).clone()
         state["step"] = torch.tensor(float(updates))
 
@@ -109,7 +111,9 @@ def _distributed(optimizer: DistributedOptimizer) -> Iterator[ParameterState]:
                 local = optimizer._get_model_param_range_map(parameter)["param"]
                 span = (local.start, local.end)
             group = optimizer.data_parallel_group
-            yield ParameterState(parameter, main, optimizer.optimizer, span, group, sliced=True)
+            inner = optimizer.optimizer
+            moments = moments_of(inner)
+            yield ParameterState(parameter, main, inner, span, group, True, moments)
 
 
 def _replica_group(parameter: nn.Parameter) -> dist.ProcessGroup:
@@ -121,15 +125,31 @@ def _replica_group(parameter: nn.Parameter) -> dist.ProcessGroup:
 
 def _whole(parameter: nn.Parameter, main: Tensor, inner: torch.optim.Optimizer) -> ParameterState:
     span = (0, parameter.numel())
-    return ParameterState(parameter, main, inner, span, _replica_group(parameter), sliced=False)
+    group = _replica_group(parameter)
+    return ParameterState(parameter, main, inner, span, group, False, moments_of(inner))
+
+
+def keep_moments(inner: torch.optim.Optimizer, moments: tuple[str, ...]) -> None:
+    """Says what an optimizer keeps for each parameter, and checkpoints hold."""
+    inner.saved_moments = moments  # type: ignore[attr-defined]
+
+
+def moments_of(inner: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Returns what :func:`keep_moments` said of an optimizer."""
+    moments: tuple[str, ...] = inner.saved_moments  # type: ignore[attr-defined]
+    return moments
+
+
+def inner_parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+    """Yields megatron-core's optimizers that have parameters on this rank, dense and experts'."""
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    # No parameters of a kind on this rank: no optimizer.
+    yield from (part for part in parts if part.optimizer is not None)
 
 
 def parameter_states(optimizer: MegatronOptimizer) -> Iterator[ParameterState]:
     """Every parameter's state, in the same order on all ranks of its group."""
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    for part in parts:
-        if part.optimizer is None:  # no parameters of this kind on this rank
-            continue
+    for part in inner_parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             yield from _distributed(part)
         elif isinstance(part, Float16OptimizerWithFloat16Params):

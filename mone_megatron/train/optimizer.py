@@ -1,8 +1,10 @@
-"""Adam with decoupled weight decay and its schedule, both megatron-core's."""
+"""The optimizer within megatron-core's machinery, and its schedule."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -14,8 +16,10 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mone_megatron.config.schema import Config
+from mone_megatron.config.schema import Config, OptimConfig
+from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.parallel.device import Device
+from mone_megatron.train.checkpoint_state import inner_parts, keep_moments
 
 _DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
@@ -26,7 +30,8 @@ def build_optimizer(
     """megatron-core's optimizer: no weight decay on norms and biases, gradients clipped by norm.
 
     Args:
-        config: validated.
+        config: validated. Adam is built first whatever ``optim.name`` is, since megatron-core
+            builds its groups with it; another optimizer then takes its place over the same groups.
         device: fp32 or bf16 parameters; bf16 ones get fp32 masters.
         chunks: from :func:`mone_megatron.model.builder.build_model`.
     """
@@ -52,9 +57,36 @@ def build_optimizer(
         config_overrides=get_standard_config_overrides(optimizer_config),
         use_gloo_process_groups=False,
     )
-    if device.kind == "cpu":
+    method = OPTIMIZERS[optim.name]
+    for part in inner_parts(optimizer):
+        if method.make is not None:
+            part.optimizer = _in_place_of(part.optimizer, method.make, optim)
+        keep_moments(part.optimizer, method.moments)
+    if device.kind == "cpu" and method.make is None:
         _fuse_adam(optimizer)
     return optimizer
+
+
+def _in_place_of(
+    adam: torch.optim.Optimizer,
+    make: Callable[[list[dict[str, Any]], Any], torch.optim.Optimizer],
+    optim: OptimConfig,
+) -> torch.optim.Optimizer:
+    """Returns another optimizer over the groups of ``adam``.
+
+    It is made over groups with stand-ins for their parameters, and given the groups then, as
+    megatron-core does with Adam's own: what it optimizes may be slices of buffers, which torch's
+    constructor refuses.
+    """
+    stand_ins = [
+        {**group, "params": [torch.nn.Parameter(torch.empty(0))]} for group in adam.param_groups
+    ]
+    made = make(stand_ins, optim)
+    for group, other in zip(adam.param_groups, made.param_groups, strict=True):
+        # What it keeps in a group beside what there was.
+        group.update({key: value for key, value in other.items() if key not in group})
+    made.param_groups = adam.param_groups
+    return made
 
 
 def _fuse_adam(optimizer: MegatronOptimizer) -> None:

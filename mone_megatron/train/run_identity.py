@@ -32,6 +32,7 @@ _BEFORE_THE_KEY = {
     "mone.rule": "topk",
     "mone.balance.kind": "switch",
     "model.router.kind": "topk",
+    "optim.name": "adam",
 }
 # What to look at when a value that nobody configured differs.
 _MADE_OF = {

@@ -47,8 +47,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_guide_has_an_example_of_each_kind() -> None:
-    assert len(COMMANDS) == len(REGISTRIES) == 5
-    assert len(FILES) == len(COMMANDS) + 1  # a router has its class beside it
+    assert len(COMMANDS) == len(REGISTRIES) == 6
+    # The router and the optimizer have their classes beside them.
+    assert len(FILES) == len(COMMANDS) + 2
 
 
 def test_its_commands_train(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +81,14 @@ def test_wrong_options_are_named(site: Path) -> None:
 @pytest.mark.slow
 def test_the_suite_runs_over_them(site: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(site)])}
-    names = ["cubed_gate", "threshold_example", "softplus", "entropy_example", "cosine_example"]
+    names = [
+        "cubed_gate",
+        "threshold_example",
+        "softplus",
+        "entropy_example",
+        "cosine_example",
+        "lion_example",
+    ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/methods", "-k", " or ".join(names), "-v"],
         capture_output=True, text=True, check=False, env=environment, cwd=REPOSITORY,

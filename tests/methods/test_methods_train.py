@@ -16,6 +16,7 @@ from mone_megatron.hf.export import Exported
 from mone_megatron.hf.source import open_source
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.losses import LOSSES
+from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
@@ -33,6 +34,7 @@ REGISTRIES = (
     (RULES, "mone.rule", "topk"),
     (LOSSES, "mone.balance.kind", "switch"),
     (ROUTERS, "model.router.kind", "topk"),
+    (OPTIMIZERS, "optim.name", "adam"),
 )
 METHODS = {
     f"{key}-{name}": f"{key}={name}"

@@ -11,12 +11,13 @@ import pytest
 
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.losses import LOSSES
+from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.registry import Registry
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
 
-REGISTRIES: tuple[Registry, ...] = (ACTIVATIONS, LOSSES, ROUTERS, RULES, SCORES)
+REGISTRIES: tuple[Registry, ...] = (ACTIVATIONS, LOSSES, OPTIMIZERS, ROUTERS, RULES, SCORES)
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.key)

@@ -1,0 +1,40 @@
+"""What an optimizer is: what turns gradients into updates, under megatron-core's own machinery.
+
+It imports no torch, so that names can be checked without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One optimizer: ``optim.name`` names it.
+
+    megatron-core clips gradients by their norm, keeps fp32 masters of bf16 weights, shards state
+    over data-parallel ranks and schedules the learning rate, whatever the optimizer is.
+
+    Attributes:
+        name: as in the configuration.
+        formula: what it does, for tables.
+        source: the paper or place that it comes from.
+        make: makes a torch optimizer of parameter groups (dictionaries with ``params``, ``lr`` and
+            ``weight_decay``; the scheduler sets the last two) and the ``optim`` section of the
+            configuration. It sees stand-ins for the parameters, and gets the groups with the real
+            ones, which may be flat slices, when it is made. None is megatron-core's own Adam.
+        moments: the names of the tensors that it keeps for each parameter, of the parameter's shape
+            and fp32, in ``optimizer.state[parameter]``. Checkpoints hold them, and the planner
+            counts them. Anything else that it keeps would be lost when a run resumes.
+    """
+
+    name: str
+    formula: str
+    source: str
+    moments: tuple[str, ...]
+    make: Callable[[list[dict[str, Any]], Any], torch.optim.Optimizer] | None = None
