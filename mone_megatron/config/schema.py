@@ -20,6 +20,7 @@ from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
+from mone_megatron.methods.sources import SOURCES
 
 # A value of the configuration that stands for itself.
 Scalar = str | int | float | bool
@@ -212,9 +213,10 @@ class MoNEConfig:
 class DataConfig:
     """What the model reads."""
 
-    # "stdlib" builds its corpus from the Python standard library in use; "indexed" reads
+    # Where corpora come from (methods/sources): "stdlib" builds one from the Python standard
+    # library in use; "indexed" reads
     # Megatron .bin/.idx files made by tools/preprocess_data.py.
-    source: Literal["stdlib", "indexed"] = "stdlib"
+    source: Annotated[str, NameIn(SOURCES)] = "stdlib"
     # Path prefixes of the .bin/.idx pairs, without the extension ("indexed" only).
     paths: tuple[str, ...] = ()
     # Sampling weight of each path; empty for weights by size.

@@ -25,6 +25,7 @@ from mone_megatron.config.schema import (
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import Budget, count_kept
 from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.sources import SOURCES
 
 # Tokens 0-255 of a byte-level BPE are the bytes; the rest is learnt, plus end-of-text.
 _SMALLEST_BPE = 257
@@ -651,15 +652,19 @@ def _data(config: Config) -> Iterator[str]:
             f"data.split: {_listed(data.split)} has no validation share and train.eval_interval="
             f"{config.train.eval_interval}; raise the second share, or train.eval_interval=0"
         )
-    if data.source == "indexed":
+    source = SOURCES[data.source]
+    if source.reads_paths:
         if not data.paths:
             yield (
-                "data.paths: empty with data.source=indexed; make data with "
+                f"data.paths: empty with data.source={source.name}; make data with "
                 "tools/preprocess_data.py and give its path without extension, or data=stdlib"
             )
         return
     if data.paths:
-        yield "data.paths: not read with data.source=stdlib; use data=indexed, or data.paths=[]"
+        yield (
+            f"data.paths: not read with data.source={source.name}; use data=indexed, or "
+            "data.paths=[]"
+        )
     if data.vocab_size < _SMALLEST_BPE:
         yield (
             f"data.vocab_size: {data.vocab_size} cannot hold the 256 bytes and end-of-text; "

@@ -20,8 +20,8 @@ from mone_megatron.data.files import quick_digest, sha256_file, write_text_atomi
 from mone_megatron.data.framing import Framing, framing_of, template_opening
 from mone_megatron.data.indexed import CorpusIndex, bin_path, idx_path, read_index
 from mone_megatron.data.sidecar import Sidecar, read_sidecar, sidecar_path, tokenizer_path
-from mone_megatron.data.stdlib import build_stdlib_corpus
 from mone_megatron.data.tokenizer import LoadedTokenizer, end_of_document, load_tokenizer
+from mone_megatron.methods.sources import SOURCES
 from mone_megatron.os_errors import explained
 from mone_megatron.ownership import locked
 
@@ -68,7 +68,7 @@ class _Corpus:
 
 
 def prepare_data(config: Config) -> PreparedData:
-    """Checks ``config.data`` (and builds the stdlib corpus if that is the source).
+    """Checks ``config.data`` (and builds the corpus, if the source is one that does).
 
     Args:
         config: one that passed :func:`mone_megatron.config.validate.validate`.
@@ -78,9 +78,12 @@ def prepare_data(config: Config) -> PreparedData:
             line that names the configuration key and the fix.
     """
     data = config.data
-    if data.source == "stdlib":
-        prefix = _stdlib_prefix(data)
-        corpora = [_open("data.source=stdlib", prefix, f"delete {prefix.parent} to rebuild it")]
+    source = SOURCES[data.source]
+    if not source.reads_paths:
+        with _cache_refusals(data):
+            prefix = source.prefix(data)
+        fix = f"delete {prefix.parent} to rebuild it"
+        corpora = [_open(f"data.source={source.name}", prefix, fix)]
     else:
         _check_paths(data.paths)
         fix = "make it again with tools/preprocess_data.py"
@@ -135,11 +138,6 @@ def _cache_refusals(data: DataConfig) -> Iterator[None]:
             f"data.cache_dir={data.cache_dir}: cannot be used ({explained(error)});"
             " use a folder that can be written"
         ) from error
-
-
-def _stdlib_prefix(data: DataConfig) -> Path:
-    with _cache_refusals(data):
-        return build_stdlib_corpus(data)
 
 
 def _check_paths(paths: Sequence[str]) -> None:

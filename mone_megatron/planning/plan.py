@@ -8,6 +8,7 @@ from pathlib import Path
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout, smallest_world_size, validate
+from mone_megatron.methods.sources import SOURCES
 from mone_megatron.planning.activations import Numerics
 from mone_megatron.planning.communication import Traffic, stage_traffic
 from mone_megatron.planning.flops import Flops, flops_per_step
@@ -270,7 +271,7 @@ def notes(plan: Plan) -> list[str]:
             "device.dtype: fp32 products are several times slower than the bf16 ones whose peak is "
             "taken; time, MFU and cost are too good"
         )
-    if config.data.source == "indexed":
+    if SOURCES[config.data.source].reads_paths:
         found += [
             f"data.paths: {path}.bin is not on this machine; it must be on the cluster"
             for path in config.data.paths

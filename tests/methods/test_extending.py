@@ -21,7 +21,7 @@ FILES = {
 COMMANDS = re.findall(r"^python -m mone_megatron\.pretrain (.*)$", GUIDE, re.MULTILINE)
 QUICK = (
     "train.steps=2", "data.max_megabytes=0.2", "logging.wandb.mode=disabled",
-    "logging.report=false", "logging.progress=none",
+    "logging.report=false", "logging.progress=none", "model.vocab_size=0",
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_guide_has_an_example_of_each_kind() -> None:
-    assert len(COMMANDS) == len(REGISTRIES) == 6
+    assert len(COMMANDS) == len(REGISTRIES) == 7
     # The router and the optimizer have their classes beside them.
     assert len(FILES) == len(COMMANDS) + 2
 
@@ -88,6 +88,7 @@ def test_the_suite_runs_over_them(site: Path) -> None:
         "entropy_example",
         "cosine_example",
         "lion_example",
+        "counting_example",
     ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/methods", "-k", " or ".join(names), "-v"],

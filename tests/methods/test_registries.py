@@ -16,8 +16,17 @@ from mone_megatron.methods.registry import Registry
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
+from mone_megatron.methods.sources import SOURCES
 
-REGISTRIES: tuple[Registry, ...] = (ACTIVATIONS, LOSSES, OPTIMIZERS, ROUTERS, RULES, SCORES)
+REGISTRIES: tuple[Registry, ...] = (
+    ACTIVATIONS,
+    LOSSES,
+    OPTIMIZERS,
+    ROUTERS,
+    RULES,
+    SCORES,
+    SOURCES,
+)
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.key)
