@@ -99,7 +99,7 @@ def choose_architecture(source: Source, wanted: str) -> Architecture:
 
     Raises:
         ValueError: a model type that is unknown or cannot hold the model, saying what it lacks;
-            a router that no model of transformers has.
+            a router or a rule that no model of transformers has.
     """
     mone = source.mone.enabled
     router = source.model.router.kind
@@ -107,6 +107,11 @@ def choose_architecture(source: Source, wanted: str) -> Architecture:
         raise ValueError(
             f"model.router.kind: {router} is not megatron-core's own router, and transformers has "
             "none like it; such models cannot be exported"
+        )
+    if mone and RULES[source.mone.rule].state:
+        raise ValueError(
+            f"mone.rule: {source.mone.rule} selects by a state that training keeps, and models for "
+            "transformers hold none; such models cannot be exported"
         )
     if wanted == "auto":
         return source.architecture
