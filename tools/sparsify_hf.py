@@ -180,7 +180,6 @@ def _check_budget(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    _check(options)
     labels = labels_of(options.models, options.labels)
 
     # Only now: these take seconds to import.
@@ -273,6 +272,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _owning(options: argparse.Namespace) -> None:
+    _check(options)
     with owned_folder("--output", options.output):
         _run(options)
 

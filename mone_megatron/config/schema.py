@@ -185,7 +185,7 @@ class MoNEConfig:
     score: Annotated[str, NameIn(SCORES)] = "abs_activation"
     # Which of them are kept (methods/rules), and the rule's own options by name.
     rule: Annotated[str, NameIn(RULES)] = "topk"
-    rule_options: Mapping[str, Scalar] = field(default_factory=dict)
+    rule_options: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
     # Which MLPs select: routed experts, the shared expert, dense layers.
     apply_to: tuple[MoNETarget, ...] = ("routed",)
     # What the experts save for the backward pass: every neuron's values, or only those of the

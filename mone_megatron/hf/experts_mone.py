@@ -83,7 +83,7 @@ class NeuronSettings:
     score: str = "abs_activation"
     apply_to: tuple[str, ...] = ("routed",)
     rule: str = "topk"
-    rule_options: dict[str, Any] = field(default_factory=dict)
+    rule_options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Checks the settings by themselves.

@@ -33,7 +33,7 @@ class NeuronSelection:
     keep_ratio: float
     score: str = "abs_activation"
     rule: str = "topk"
-    rule_options: Mapping[str, Any] = field(default_factory=dict)
+    rule_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def budget(self, neurons: int) -> Budget:
         """Returns how many of ``neurons`` (f of the whole expert) are kept.

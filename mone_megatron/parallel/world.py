@@ -41,6 +41,6 @@ class World:
         except ValueError:
             raise ValueError(f"environment: {found} are not all whole numbers") from None
         launch = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-        job = " ".join(os.environ.get(name, "") for name in launch)
+        job = " ".join(os.environ[name] for name in launch if name in os.environ)
         rank, size, local_rank, local_size = numbers
         return cls(rank, size, local_rank, local_size, job=job, allocation=allocation)

@@ -115,7 +115,7 @@ def _capture(session: Session, step: Callable[[], None]) -> _GateInputs:
     seen: list[_GateInputs] = []
 
     def keep(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        gate_TF, up_TF, scale_T, segments, _project = inputs
+        gate_TF, up_TF, scale_T, segments, *_ = inputs
         gate_up_TF = torch.cat([gate_TF, up_TF], dim=-1).detach()
         seen.append(_GateInputs(gate_up_TF, scale_T.detach().clone(), segments))
 

@@ -57,14 +57,16 @@ class _Inputs:
     arguments: dict[tuple[int, _Shape], dict[str, Any]] = field(default_factory=dict)
 
 
-class _Record(nn.Module):
-    """In place of a layer: notes what it is given."""
+class _Record(nn.Identity):
+    """In place of a layer: notes what it is given, and gives it on, which computes no experts."""
 
     def __init__(self, number: int, inputs: _Inputs) -> None:
         super().__init__()
         self._number, self._inputs = number, inputs
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, **arguments: Any
+    ) -> Tensor:
         """Give back ``hidden_states``."""
         if self._number == 0:
             self._inputs.states.append(hidden_states.cpu())
@@ -72,22 +74,26 @@ class _Record(nn.Module):
         return hidden_states
 
 
-class _Give(nn.Module):
-    """In place of the layers: gives what they have computed, batch by batch."""
+class _Give(nn.Identity):
+    """In place of the layers, and computing no experts: gives what they have, batch by batch."""
 
     def __init__(self, states: _States) -> None:
         super().__init__()
         self._states = iter(states)
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, **arguments: Any
+    ) -> Tensor:
         """The next batch's states, where ``hidden_states`` are."""
         return next(self._states).to(hidden_states.device)
 
 
-class _Pass(nn.Module):
+class _Pass(nn.Identity):
     """In place of a layer: nothing."""
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, **arguments: Any
+    ) -> Tensor:
         """Give back ``hidden_states``."""
         return hidden_states
 

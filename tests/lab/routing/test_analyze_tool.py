@@ -167,9 +167,9 @@ def test_the_output_folder_is_looked_at_before_anything_is_read(
     assert main([str(trace), "--output", str(out)]) == 0
     made = {path.name: path.read_bytes() for path in out.iterdir()}
     cases = [
-        (["nowhere", "--output", "/proc/nowhere"], "--output: nothing can be written in /proc"),
+        (["nowhere", "--output", "/proc/nowhere"], "--output: cannot use '/proc/nowhere'"),
         (["nowhere", "--output", str(full)], "full holds files and no analysis.json; give a fol"),
-        ([str(trace), "--output", str(full / "summary.json")], "holds files and no analysis.json"),
+        ([str(trace), "--output", str(full / "summary.json")], "--output: cannot use"),
         (["nowhere", "--output", str(out)], "other options: models was"),
         ([str(trace), "--output", str(out), "--min-count", "3"], "min_count was 8 and is 3; give"),
     ]

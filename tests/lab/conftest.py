@@ -1,0 +1,5 @@
+"""The fixture that makes run folders."""
+
+from run_folders import make_run
+
+__all__ = ["make_run"]
