@@ -21,6 +21,7 @@ from torch import Tensor
 from mone_megatron.kernels import reference
 from mone_megatron.kernels.reference import Packed, TopK, WeightSums
 from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.score import Neurons, Score
 from mone_megatron.methods.scores import SCORES as REGISTERED
 
 fused = pytest.importorskip("mone_megatron.kernels.fused", reason="Triton is not installed")
@@ -235,6 +236,34 @@ def test_torch_scores_are_taken_where_the_kernels_differ(monkeypatch: pytest.Mon
     monkeypatch.setattr(fused, "scores_equal_torch", lambda *_: False)
     case = Case(dtype=torch.bfloat16, score="abs_product", step=0)
     assert torch.equal(masks(case), case.mask())
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_score_that_no_kernel_knows_is_ranked_as_torch_ranks_it(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, signed: bool
+) -> None:
+    """It fell through to |a| in bf16, and a signed one was ranked by its magnitude."""
+
+    def new(neurons: Neurons) -> Tensor:
+        return neurons.up if signed else neurons.up.abs()
+
+    name = f"new_{signed}"
+    score = Score(name, "u", "a test", new, frozenset({"up"}), signed=signed)
+    monkeypatch.setitem(REGISTERED._methods, name, score)
+    case = Case(3, 20, 6, dtype, name, step=0)
+    up = case.inputs()[1]
+    by_hand = reference.topk_mask(up if signed else up.abs(), 6)
+    assert torch.equal(masks(case), by_hand)
+    for other in SCORES:
+        assert not torch.equal(replace(case, score=other).mask(), by_hand)
+
+
+def test_an_activation_that_no_kernel_knows_is_not_theirs() -> None:
+    """It computed ReLU."""
+    gate, up, _ = Case().inputs()
+    assert fused.supports(gate, up, torch.nn.functional.silu)
+    assert not fused.supports(gate, up, torch.nn.functional.softplus)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS.names)
