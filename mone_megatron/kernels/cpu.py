@@ -45,7 +45,7 @@ def supports(*tensors: Tensor | None, activate: Activate, sums: WeightSums | Non
 
 
 def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
-    """See :func:`mone_megatron.kernels.reference.topk_mask`; the same mask, bit for bit."""
+    """Returns the mask of :func:`mone_megatron.kernels.reference.topk_mask`, bit for bit."""
     if scores_TF.shape[0] == 0:
         return reference.topk_mask(scores_TF, k)
     scores_TF = scores_TF.detach().float()
@@ -59,7 +59,7 @@ def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
 
 
 def kept_places(scores_TF: Tensor, k: int) -> Tensor | None:
-    """Where the ``k`` largest of each row are in ``[T, F]``, counted through.
+    """Returns where the ``k`` largest of each row are in ``[T, F]``, counted through.
 
     Returns:
         int64 ``[T * k]`` in order; None where it takes more than a threshold to say (ties, NaN).
@@ -79,7 +79,7 @@ def _is_exact(kept: int, wanted: int, scores_BF: Tensor) -> bool:
 
 
 def _select(scores_BF: Tensor, k: int, scratch_BF: Tensor, mask_BF: Tensor) -> None:
-    """Write the mask of a block into ``mask_BF``; ``scratch_BF`` holds as many rows or more."""
+    """Writes the mask of a block into ``mask_BF``; ``scratch_BF`` holds as many rows or more."""
     ordered_BF = scratch_BF[: len(scores_BF)].copy_(scores_BF)
     place = scores_BF.shape[-1] - k
     ordered_BF.numpy().partition(place, axis=-1)
@@ -102,7 +102,7 @@ def selected_swiglu(
     keep: Keep,
     sums: WeightSums | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Hidden values, and with ``sums`` the sums of weights and the counts (see :mod:`.ops`)."""
+    """Returns hidden values, and with ``sums`` sums of weights and counts (see :mod:`.ops`)."""
     if isinstance(keep, TopK) and keep.score != _FUSED_SCORE:
         with torch.no_grad():
             keep = topk_mask(reference.neuron_scores(gate_TF, up_TF, keep.score), keep.k)
@@ -118,20 +118,20 @@ def selected_swiglu(
 
 
 class _Segments(Protocol):
-    """The sums over segments of rows, a block (``rows`` of all) at a time."""
+    """Adds up over segments of rows, a block (``rows`` of all) at a time."""
 
     def add(self, rows: slice, values_BF: Tensor, factor_B: Tensor | None, sums_SF: Tensor) -> None:
-        """Add each row of ``values_BF`` (times its factor) to the sum of its segment."""
+        """Adds each row of ``values_BF`` (times its factor) to the sum of its segment."""
 
     def dots(self, rows: slice, sums_SF: Tensor, values_BF: Tensor) -> Tensor:
-        """The product of each row with its segment's row of ``sums_SF``, ``[B]``."""
+        """Returns the product of each row with its segment's row of ``sums_SF``, ``[B]``."""
 
     def spread(self, rows: slice, sums_SF: Tensor, less_B: Tensor | None, out_BF: Tensor) -> None:
-        """Write its segment's row of ``sums_SF``, less a number, to each row."""
+        """Writes its segment's row of ``sums_SF``, less a number, to each row."""
 
 
 class _Runs:
-    """Rows lie segment after segment: sums are those of consecutive rows."""
+    """Adds up consecutive rows, where they lie segment after segment."""
 
     def __init__(self, counts_S: Tensor) -> None:
         ends = counts_S.cumsum(0).tolist()
@@ -142,7 +142,7 @@ class _Runs:
         ]
 
     def within(self, rows: slice) -> Iterator[tuple[int, slice]]:
-        """Each segment with rows here, and where they are in the block."""
+        """Yields each segment with rows here, and where they are in the block."""
         for segment, first, end in self.runs:
             if end > rows.start and first < rows.stop:
                 begin = max(first, rows.start) - rows.start
@@ -170,7 +170,7 @@ class _Runs:
 
 
 class _Matrix:
-    """Rows in any order, or in many short runs: sums are products with a matrix of ones."""
+    """Adds up rows in any order, or in many short runs, by products with a matrix of ones."""
 
     def __init__(self, sums: WeightSums) -> None:
         self.matrix_ST = reference.segment_matrix(sums.segment_T, sums.segments)
@@ -198,7 +198,7 @@ def _segments(sums: WeightSums) -> _Segments:
 
 
 class _SelectedSwiGLU(torch.autograd.Function):
-    """SwiGLU at the selected neurons; with ``sums`` also the sums of their weights.
+    """Computes SwiGLU at the selected neurons, and with ``sums`` the sums of their weights.
 
     The neurons are a mask's, or the ``k`` with the largest |a|. Unselected entries are multiplied
     by zero, so that NaN spreads. Temporaries are allocated once for all blocks: fresh memory costs
@@ -318,7 +318,7 @@ def _slopes(
     inverse_B: Tensor | None,
     slope_BF: Tensor,
 ) -> None:
-    """Write the gradient of each weight |a| that comes from the sums of weights.
+    """Writes the gradient of each weight |a| that comes from the sums of weights.
 
     With w the weights of a row, s their sum and c the gradients of the sums of the row's segment,
     d/dw_j of sum_k c_k w_k / s is (c_j - sum_k c_k w_k / s) / s; the second term is zero where s is
@@ -335,7 +335,7 @@ def _slopes(
 
 
 def _blocks(rows: int, neurons: int) -> list[slice]:
-    """All rows in their order, the first block the longest; no rows are one empty block."""
+    """Returns all rows in their order, the first block the longest; no rows are one empty block."""
     step = _rows_in_block(neurons, torch.get_num_threads())
     return [slice(first, min(first + step, rows)) for first in range(0, max(rows, 1), step)]
 
@@ -345,5 +345,5 @@ def _column(values_T: Tensor | None) -> Tensor | None:
 
 
 def _as_float(mask_BF: Tensor, *, out: Tensor) -> Tensor:
-    """0 and 1 in fp32, in the first rows of ``out``; torch converts bytes faster than bools."""
+    """Returns 0 and 1 in fp32, in the first rows of ``out``; of bytes, which convert fast."""
     return out[: len(mask_BF)].copy_(mask_BF.view(torch.uint8))

@@ -39,7 +39,7 @@ _BLOCKS = 8
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Three rows a neuron, ``[E, F, H]`` each; views of whatever holds them.
+    """Holds three rows a neuron, ``[E, F, H]`` each; views of whatever holds them.
 
     Raises:
         ValueError: when the values of a row do not lie side by side.
@@ -50,7 +50,7 @@ class ExpertWeights:
     down_EFH: Tensor
 
     def __post_init__(self) -> None:
-        """Check the layout."""
+        """Checks the layout."""
         for name, weight_EFH in (
             ("gate", self.gate_EFH), ("up", self.up_EFH), ("down", self.down_EFH),
         ):  # fmt: skip
@@ -63,7 +63,7 @@ class ExpertWeights:
 
 
 def speed_limit(tokens: int, *, experts: int, chosen: int, keep_ratio: float) -> float:
-    """The largest possible speed-up over experts that read whole matrices, by bytes read.
+    """Returns the largest possible speed-up over experts that read whole matrices, by bytes read.
 
     For ``tokens`` tokens which choose ``chosen`` of ``experts`` experts, and ``keep_ratio`` of
     their neurons, independently of each other: with a the share of experts that some token takes
@@ -91,7 +91,7 @@ def sparse_experts(
     keep: TopK,
     activate: Activate = F.silu,
 ) -> Tensor:
-    """The experts' output, with the rows of kept neurons only.
+    """Returns the experts' output, reading the rows of kept neurons only.
 
     Equal to the reference up to the order of sums. The kept neurons are the reference's exactly for
     the gate that is computed here. A NaN in the gate of a token and expert makes the token's output
@@ -161,7 +161,7 @@ def sparse_experts(
 
 @dataclass(frozen=True)
 class _Kept:
-    """The neurons that each slot keeps, as many for each: M is S times P."""
+    """Holds the neurons that each slot keeps, as many for each: M is S times P."""
 
     # In ``[S, F]``, counted through.
     place_M: Tensor
@@ -191,7 +191,7 @@ class _Kept:
 
 
 def linear_by_blocks(tokens_NH: Tensor, weight_FH: Tensor) -> Tensor:
-    """``tokens @ weight.T`` for a few tokens, ``[N, F]``.
+    """Returns ``tokens @ weight.T`` for a few tokens, ``[N, F]``.
 
     The weight is taken as several blocks of rows: torch multiplies a vector by one matrix on one
     thread, by several on all of them.
@@ -204,7 +204,7 @@ def linear_by_blocks(tokens_NH: Tensor, weight_FH: Tensor) -> Tensor:
 
 
 def _project(tokens_SH: Tensor, expert_S: Tensor, weight_EFH: Tensor) -> Tensor:
-    """``[S, F]``: each expert's matrix is read once, whatever the number of its slots."""
+    """Returns products ``[S, F]``; each expert's matrix is read once, for all of its slots."""
     result_SF = tokens_SH.new_empty(len(expert_S), weight_EFH.shape[1])
     end = 0
     for expert, slots in groupby(expert_S.tolist()):
@@ -214,7 +214,7 @@ def _project(tokens_SH: Tensor, expert_S: Tensor, weight_EFH: Tensor) -> Tensor:
 
 
 def _rows(weight_EFH: Tensor, expert_S: Tensor, neuron_SP: Tensor) -> tuple[Tensor, Tensor]:
-    """All rows of the storage as one matrix, and the numbers of those that are wanted, ``[M]``."""
+    """Returns all rows of the storage as one matrix, and the numbers of those wanted, ``[M]``."""
     experts, neurons, hidden = weight_EFH.shape
     expert_step, neuron_step = (step // hidden for step in weight_EFH.stride()[:2])
     count = (experts - 1) * expert_step + (neurons - 1) * neuron_step + 1
@@ -224,7 +224,7 @@ def _rows(weight_EFH: Tensor, expert_S: Tensor, neuron_SP: Tensor) -> tuple[Tens
 
 
 def _dots(tokens_SH: Tensor, rows_RH: Tensor, row_M: Tensor, starts: Tensor) -> Tensor:
-    """The products of each slot's token with its rows, ``[M]``."""
+    """Returns the products of each slot's token with its rows, ``[M]``."""
     if tokens_SH.dtype not in (torch.float32, torch.float64) or tokens_SH.is_cuda:
         # The sampled product knows neither: copied rows, one slot after the other.
         products = [
@@ -248,7 +248,7 @@ def _dots(tokens_SH: Tensor, rows_RH: Tensor, row_M: Tensor, starts: Tensor) -> 
 
 @cache
 def _accept_beta_warning() -> None:
-    """torch says once that sparse CSR tensors are beta; users of this function need not hear it."""
+    """Takes torch's warning that sparse CSR tensors are beta, which users need not hear."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         empty = torch.zeros(0, dtype=torch.int64)

@@ -49,14 +49,14 @@ _MOST_ROWS = 64
 
 
 class LaunchShape(NamedTuple):
-    """Lanes of a program, and the warps they are spread over."""
+    """Holds the lanes of a program, and the warps they are spread over."""
 
     block: int
     warps: int
 
 
 def launch_shape(neurons: int) -> LaunchShape:
-    """8 lanes a thread, up to 16 warps: see :mod:`.triton_glu`."""
+    """Returns 8 lanes a thread and up to 16 warps: see :mod:`.triton_glu`."""
     block = max(32, triton.next_power_of_2(neurons))
     return LaunchShape(block, min(16, max(1, block // 256)))
 
@@ -122,7 +122,7 @@ def given_scores(gate_TF: Tensor, up_TF: Tensor, score: str, activate: Activate)
 
 
 def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
-    """See :func:`mone_megatron.kernels.reference.topk_mask`; the same mask, bit for bit."""
+    """Returns the mask of :func:`mone_megatron.kernels.reference.topk_mask`, bit for bit."""
     scores_TF = _rows(scores_TF.detach())
     if scores_TF.dtype not in _DTYPES:
         scores_TF = scores_TF.float()
@@ -144,13 +144,13 @@ def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The kernels take any row stride, but neurons side by side."""
+    """Returns the tensor with neurons side by side, as kernels need; any row stride will do."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """Of one call, without tensors that autograd should see."""
+    """Holds the settings of one call, without tensors that autograd should see."""
 
     activate: Activate
     keep: Tensor | TopK | None
@@ -300,7 +300,7 @@ def _rebuild(
     neurons: int,
     fused: FusedActivation,
 ) -> Tensor:
-    """The hidden values of a packed call, as its forward pass computed them."""
+    """Returns the hidden values of a packed call, as its forward pass computed them."""
     rows, width = packed_gate.shape
     hidden_TF = packed_gate.new_empty(rows, neurons)
     if rows:
@@ -326,7 +326,7 @@ def _score(keep: Tensor | TopK | None, *, given: bool) -> triton.JITFunction | N
 
 
 class _Slots:
-    """Where the forward kernel leaves the balance sums of each program, and their addition."""
+    """Holds the balance sums that each program of the forward kernel leaves, and adds them up."""
 
     def __init__(self, gate_TF: Tensor, sums: WeightSums) -> None:
         rows, neurons = gate_TF.shape
@@ -345,7 +345,7 @@ class _Slots:
         self.counts = gate_TF.new_empty(count, neurons, dtype=torch.int32)
 
     def add_up(self) -> tuple[Tensor, Tensor]:
-        """``[S, F]`` fp32 each: sums of weights, counts of rows."""
+        """Returns fp32 ``[S, F]`` each: sums of weights, counts of rows."""
         weight_sum_SF, kept_SF = self.weights.new_empty(2, self.segments, self.neurons)
         block = min(128, triton.next_power_of_2(self.neurons))
         segment_sums[(self.segments, triton.cdiv(self.neurons, block))](
@@ -373,7 +373,7 @@ def fused_glu(
     packed: Packed | None,
     sums: WeightSums | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Hidden values, and with ``sums`` the sums of weights and the counts.
+    """Returns hidden values, and with ``sums`` the sums of weights and the counts.
 
     See :func:`mone_megatron.kernels.ops.selected_glu_and_sums`.
     """

@@ -46,15 +46,15 @@ _grouped_gemm: GroupedGemm = "torch"
 
 
 def use_kernels(kernels: Kernels, grouped_gemm: GroupedGemm = "torch") -> None:
-    """For this process: the fastest of each operation (the default), or the reference; and whose
-    grouped products.
+    """Chooses for this process: the fastest of each operation (the default), or the reference; and
+    whose grouped products.
     """
     global _chosen, _grouped_gemm
     _chosen, _grouped_gemm = kernels, grouped_gemm
 
 
 def describe(device: torch.device) -> str:
-    """What does the work on ``device``, for people."""
+    """Returns in words what does the work on ``device``."""
     products = ", Transformer Engine's grouped GEMM" if _grouped_gemm != "torch" else ""
     return _neurons(device) + products
 
@@ -74,7 +74,7 @@ def on_triton(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class RowGroups:
-    """How many rows each of E experts has; they lie expert after expert."""
+    """Says how many rows each of E experts has; they lie expert after expert."""
 
     # int64, on any device.
     counts_E: Tensor
@@ -83,12 +83,12 @@ class RowGroups:
 
     @classmethod
     def of(cls, counts_E: Tensor, device: torch.device) -> RowGroups:
-        """Of rows on ``device``."""
+        """Returns the groups of rows on ``device``."""
         return cls(counts_E, counts_E.to(device).cumsum(0).to(torch.int32))
 
 
 def grouped_mm(rows_TI: Tensor, weight_EIO: Tensor, groups: RowGroups) -> Tensor:
-    """Each expert's rows times its matrix, ``[T, O]`` (I values in, O out).
+    """Returns each expert's rows times its matrix, ``[T, O]`` (I values in, O out).
 
     ``weight_EIO`` is contiguous, or the transpose of a contiguous ``[E, O, I]``.
     """
@@ -98,7 +98,7 @@ def grouped_mm(rows_TI: Tensor, weight_EIO: Tensor, groups: RowGroups) -> Tensor
 
 
 def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
-    """See :func:`mone_megatron.kernels.reference.topk_mask`; the same mask, bit for bit."""
+    """Returns the mask of :func:`mone_megatron.kernels.reference.topk_mask`, bit for bit."""
     if on_triton(scores_TF):
         from mone_megatron.kernels import fused
 
@@ -118,7 +118,7 @@ def selected_glu(
     *,
     packed: Packed | None = None,
 ) -> Tensor:
-    """``a * u`` at the neurons that ``keep`` names, times the router's weight of a row.
+    """Returns ``a * u`` at the neurons that ``keep`` names, times the router's weight of a row.
 
     As :func:`mone_megatron.kernels.reference.selected_glu`; a rule for ``keep`` lets one kernel
     select and multiply.
@@ -137,7 +137,7 @@ def selected_glu_and_sums(
     *,
     packed: Packed | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`selected_glu`, and what the balance loss asks of the kept neurons, in one pass.
+    """Returns :func:`selected_glu` and what the balance loss asks of kept neurons, in one pass.
 
     Args:
         gate_TF: gate projections, of all neurons of the expert.

@@ -25,7 +25,7 @@ Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, WeightSums | None], Outpu
 
 
 def pack_bits(mask_TF: Tensor) -> Tensor:
-    """``[T, ceil(F/8)]`` uint8: 8 neurons a byte, the first in the lowest bit."""
+    """Returns uint8 ``[T, ceil(F/8)]``: 8 neurons a byte, the first in the lowest bit."""
     if mask_TF.device.type == "cpu":
         return torch.from_numpy(np.packbits(mask_TF.numpy(), axis=-1, bitorder="little"))
     padded = torch.nn.functional.pad(mask_TF, (0, -mask_TF.shape[-1] % 8))
@@ -34,7 +34,7 @@ def pack_bits(mask_TF: Tensor) -> Tensor:
 
 
 def unpack_bits(bits_TB: Tensor, neurons: int) -> Tensor:
-    """The bool mask ``[T, neurons]`` of :func:`pack_bits`."""
+    """Returns the bool mask ``[T, neurons]`` that :func:`pack_bits` packed."""
     if bits_TB.device.type == "cpu":
         mask = np.unpackbits(bits_TB.numpy(), axis=-1, count=neurons, bitorder="little")
         return torch.from_numpy(mask).view(torch.bool)
@@ -44,13 +44,13 @@ def unpack_bits(bits_TB: Tensor, neurons: int) -> Tensor:
 
 
 def _spread(values_V: Tensor, mask_TF: Tensor) -> Tensor:
-    """``values_V`` in row order where the mask is True, zero elsewhere."""
+    """Returns ``values_V`` in row order where the mask is True, and zero elsewhere."""
     return values_V.new_zeros(mask_TF.shape).masked_scatter_(mask_TF, values_V)
 
 
 @contextmanager
 def rebuilt_when_needed(hidden_TF: Tensor, packed: Packed) -> Iterator[None]:
-    """Operations in here that save ``hidden_TF`` save how to rebuild it instead."""
+    """Lets operations in the block that save ``hidden_TF`` save how to rebuild it instead."""
     rebuild = packed.rebuild
 
     def forget(tensor: Tensor) -> Tensor | tuple[Callable[[], Tensor], torch.Size]:
@@ -141,6 +141,6 @@ def packed_glu(
     sums: WeightSums | None,
     packed: Packed,
 ) -> Outputs:
-    """``run(gate, up, scale, mask, sums)``, saving only what the kept neurons need."""
+    """Returns ``run(gate, up, scale, mask, sums)``, saving only what the kept neurons need."""
     outputs: Outputs = _Packed.apply(gate_TF, up_TF, scale_T, mask_TF, run, sums, packed)
     return outputs

@@ -24,7 +24,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class TopK:
-    """Keep the k neurons of each row whose score is largest, ties to the lowest index.
+    """Keeps the k neurons of each row whose score is largest, ties to the lowest index.
 
     Attributes:
         k: how many, 1 to F.
@@ -47,7 +47,7 @@ Keep = Tensor | TopK | None
 
 @dataclass
 class Packed:
-    """The packed memory mode of one call: only what the kept neurons need is saved for backward.
+    """Asks one call to save only what the kept neurons need in the backward pass.
 
     Attributes:
         width: the largest number of neurons that a row keeps.
@@ -108,7 +108,7 @@ def neuron_scores(
 
 
 def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
-    """True at the ``k`` largest scores of every row, ties to the lowest index.
+    """Returns True at the ``k`` largest scores of every row, ties to the lowest index.
 
     Exactly ``k`` entries of a row are True, whatever the dtype (bf16 scores tie in a large share
     of rows). A row that holds a NaN has no largest scores: none of it is True, and the NaN
@@ -127,7 +127,7 @@ def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
 
 
 def mask_at_threshold(scores_TF: Tensor, kth_T1: Tensor, k: int) -> Tensor:
-    """:func:`topk_mask` when the k-th largest score of each row is known."""
+    """Returns :func:`topk_mask` when the k-th largest score of each row is known."""
     above_TF = scores_TF > kth_T1
     tied_TF = scores_TF == kth_T1
     room_T1 = k - above_TF.sum(dim=-1, keepdim=True)
@@ -135,7 +135,7 @@ def mask_at_threshold(scores_TF: Tensor, kth_T1: Tensor, k: int) -> Tensor:
 
 
 def kept_mask(gate_TF: Tensor, up_TF: Tensor, keep: Keep, activate: Activate) -> Tensor | None:
-    """The mask that ``keep`` stands for, without gradients."""
+    """Returns the mask that ``keep`` stands for, without gradients."""
     if not isinstance(keep, TopK):
         return keep
     with torch.no_grad():
@@ -149,7 +149,7 @@ def selected_glu(
     scale_T: Tensor | None,
     activate: Activate = F.silu,
 ) -> Tensor:
-    """``a * u`` with ``a = SiLU(g)``, at the selected neurons, times the router's weight of a row.
+    """Returns ``a * u`` at the selected neurons, times the router's weight of a row.
 
     Args:
         gate_TF: gate projections.
@@ -171,7 +171,7 @@ def selected_glu(
 
 
 def segment_matrix(segment_T: Tensor, segments: int) -> Tensor:
-    """``[S, T]`` fp32, 1 where row t belongs to segment s: sums over segments are matmuls."""
+    """Returns fp32 ``[S, T]``, 1 where row t is of segment s: sums over segments are matmuls."""
     index_S1 = torch.arange(segments, device=segment_T.device).unsqueeze(-1)
     return (segment_T.unsqueeze(0) == index_S1).float()
 
@@ -179,7 +179,7 @@ def segment_matrix(segment_T: Tensor, segments: int) -> Tensor:
 def weight_sums(
     gate_TF: Tensor, mask_TF: Tensor, sums: WeightSums, activate: Activate = F.silu
 ) -> tuple[Tensor, Tensor]:
-    """The sums that ``sums`` asks for, and how many rows of each segment keep each neuron.
+    """Returns the sums that are asked for, and how many rows of each segment keep each neuron.
 
     Args:
         gate_TF: gate projections, of all neurons of the expert.

@@ -23,7 +23,7 @@ from mone_megatron.kernels.reference import TINY
 
 @dataclass(frozen=True)
 class NeuronBalance:
-    """The loss's settings: ``mone.balance`` in the configuration."""
+    """Holds the settings of the loss: ``mone.balance`` in the configuration."""
 
     coeff: float = 0.0
     kind: str = "switch"
@@ -32,7 +32,7 @@ class NeuronBalance:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over a group whose ranks each add their own term to the loss: so the gradient, too."""
+    """Sums over a group whose ranks each add a term to the loss; so it sums gradients, too."""
 
     @staticmethod
     def forward(
@@ -58,7 +58,7 @@ def neuron_weights(
     normalize: bool,
     neuron_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The weight of each neuron for each token: |a|, masked and normalised as configured.
+    """Returns each neuron's weight for each token: |a|, masked and normalised as configured.
 
     Args:
         activation_TF: ``a = SiLU(g)``.

@@ -27,7 +27,7 @@ from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 
 
 class GroupedExperts(MegatronModule):
-    """Gated experts computed together, with neuron selection when ``neurons`` is given."""
+    """Computes the gated experts of a rank together, with neuron selection when it is asked for."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class GroupedExperts(MegatronModule):
         pg_collection: ProcessGroupCollection,
         neurons: NeuronSettings | None = None,
     ) -> None:
-        """Allocate the experts of this rank; :mod:`mone_megatron.model.initialize` fills them.
+        """Allocates the experts of this rank; :mod:`mone_megatron.model.initialize` fills them.
 
         Args:
             num_local_experts: E.
@@ -95,7 +95,7 @@ class GroupedExperts(MegatronModule):
         probs_T: Tensor,
         segments: Segments,
     ) -> tuple[Tensor, None]:
-        """Apply each expert to its rows.
+        """Applies each expert to its rows.
 
         Args:
             tokens_TH: rows sorted by expert.
@@ -128,7 +128,7 @@ class GroupedExperts(MegatronModule):
         return output_TH, None
 
     def _down_norm(self) -> Tensor:
-        """The norm of each neuron's row of the down projection, fp32 ``[E, F]``."""
+        """Returns the norm of each neuron's row of the down projection, fp32 ``[E, F]``."""
         return torch.linalg.vector_norm(self.down_weight, dim=-1, dtype=torch.float32)
 
     def sharded_state_dict(
@@ -137,7 +137,9 @@ class GroupedExperts(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict | None = None,
     ) -> ShardedStateDict:
-        """Global tensors ``[num_experts, 2, f, h]`` and ``[num_experts, f, h]``: any EP and ETP."""
+        """Returns the weights as global tensors, which any EP and ETP can load.
+
+        They are ``[num_experts, 2, f, h]`` and ``[num_experts, f, h]``."""
         tensors: ShardedStateDict = {}
         axes = len(sharded_offsets)
         for name, parameter in self.named_parameters(recurse=False):
@@ -161,4 +163,4 @@ class GroupedExperts(MegatronModule):
         return tensors
 
     def backward_dw(self) -> None:
-        """Weight gradients are computed in backward; nothing is delayed."""
+        """Does nothing: weight gradients are computed in the backward pass, and none is delayed."""

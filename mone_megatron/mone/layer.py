@@ -27,7 +27,7 @@ from mone_megatron.mone.neurons import Segments
 
 @dataclass(frozen=True)
 class MicrobatchSources:
-    """Where the tokens that reach this rank's experts come from, microbatch by microbatch.
+    """Says which microbatches the tokens that reach this rank's experts come from.
 
     Attributes:
         microbatch_of_source: for each rank that sends tokens here, in the order of the
@@ -41,12 +41,12 @@ class MicrobatchSources:
 
     @property
     def num_microbatches(self) -> int:
-        """Microbatches whose tokens meet in this rank's experts."""
+        """The number of microbatches whose tokens meet in this rank's experts."""
         return max(self.microbatch_of_source) + 1
 
 
 class MoNELayer(MoELayer):
-    """A megatron-core MoE layer whose experts are :class:`~.experts.GroupedExperts`.
+    """Is a megatron-core MoE layer whose experts are :class:`~.experts.GroupedExperts`.
 
     Without neuron settings it is the MoE baseline. A ``BackendSpecProvider``
     (:mod:`mone_megatron.model.specs`) places it.
@@ -62,7 +62,7 @@ class MoNELayer(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         sources: MicrobatchSources | None = None,
     ) -> None:
-        """Build router, dispatcher and experts.
+        """Builds the router, the dispatcher and the experts.
 
         Args:
             config: megatron-core's.
@@ -85,7 +85,7 @@ class MoNELayer(MoELayer):
             )
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Number the layer (from 1) for logging."""
+        """Numbers the layer (from 1) for logging."""
         super().set_layer_number(layer_number)
         self.experts.neuron_gate.layer_number = layer_number
         if isinstance(self.shared_experts, NeuronSharedExpert):
@@ -94,14 +94,14 @@ class MoNELayer(MoELayer):
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As in the base class; also exchanges how many rows each rank sends to each expert."""
+        """Does what the base class does, and exchanges the numbers of rows for each expert."""
         if self.sources.num_microbatches > 1:
             self.rows_by_source_RE = self._exchange_row_counts(routing_map)
         preprocessed: tuple[Tensor, Tensor] = super().preprocess(hidden_states, probs, routing_map)
         return preprocessed
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """Apply this rank's experts to the dispatched rows."""
+        """Applies this rank's experts to the dispatched rows."""
         rows_TH, rows_per_expert_E, row_probs_T = self.token_dispatcher.dispatch_postprocess(
             hidden_states, probs
         )
@@ -110,7 +110,7 @@ class MoNELayer(MoELayer):
         return self.token_dispatcher.combine_preprocess(output_TH), bias
 
     def _exchange_row_counts(self, routing_map_NA: Tensor) -> Tensor:
-        """Rows that each source rank sends to each expert of this rank, ``[R, E]``."""
+        """Returns how many rows each source rank sends to each expert of this rank, ``[R, E]``."""
         rows_A = routing_map_NA.sum(dim=0)
         group = self.token_dispatcher.tp_ep_group
         gathered = [torch.empty_like(rows_A) for _ in range(dist.get_world_size(group))]
@@ -119,7 +119,7 @@ class MoNELayer(MoELayer):
         return torch.stack(gathered)[:, first : last + 1]
 
     def _segments(self, rows_per_expert_E: Tensor, rows_TH: Tensor) -> Segments:
-        """Number the segment of each row; rows are sorted by expert, then by source rank."""
+        """Returns the segment of each row; rows are sorted by expert, then by source rank."""
         device, num_rows = rows_TH.device, rows_TH.shape[0]
         num_microbatches = self.sources.num_microbatches
         if num_microbatches == 1:

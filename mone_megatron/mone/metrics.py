@@ -38,7 +38,7 @@ _NUM_WHOLE = 4
 
 
 class Usage:
-    """Counts of one module's experts on this rank since :meth:`reset`."""
+    """Counts how one module's experts on this rank are used, from :meth:`reset` on."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Usage:
         neuron_group: dist.ProcessGroup | None,
         replica_group: dist.ProcessGroup | None,
     ) -> None:
-        """Start with nothing counted.
+        """Starts with nothing counted.
 
         Args:
             num_local_experts: E, experts on this rank.
@@ -71,7 +71,7 @@ class Usage:
         self.reset()
 
     def reset(self) -> None:
-        """Count anew; what was summarised is what the next summary is compared with."""
+        """Counts anew; what was summarised is what the next summary is compared with."""
         self.tokens_E: Tensor | None = None
         self.kept_EF: Tensor | None = None
         self.whole_E3: Tensor | None = None
@@ -80,12 +80,12 @@ class Usage:
             self._loads_before, self._loads = self._loads, None
 
     def forget(self) -> None:
-        """Nothing to compare the next summary with: training went back to an earlier state."""
+        """Forgets what the next summary would be compared with, since training went back."""
         self._loads = self._loads_before = None
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Add the wall-clock time of what is done meanwhile to ``seconds``.
+        """Adds the wall-clock time of what is done meanwhile to ``seconds``.
 
         On a GPU that is the time to launch it, not to run it.
         """
@@ -94,14 +94,14 @@ class Usage:
         self.seconds += time.perf_counter() - started
 
     def add_tokens(self, tokens_E: Tensor) -> None:
-        """Count the tokens of one forward pass."""
+        """Counts the tokens of one forward pass."""
         tokens_E = tokens_E.float()
         self.tokens_E = tokens_E if self.tokens_E is None else self.tokens_E + tokens_E
 
     def add_selection(
         self, *, kept_EF: Tensor, activation_TF: Tensor, mask_TF: Tensor, expert_ET: Tensor
     ) -> None:
-        """Count the kept neurons of one forward pass, their sum of |a| and its share of all |a|.
+        """Counts the kept neurons of one forward pass, their sum of |a| and its share of all |a|.
 
         Args:
             kept_EF: tokens that keep each neuron, fp32.
@@ -124,7 +124,7 @@ class Usage:
         self.whole_E3 = whole_E3 if self.whole_E3 is None else self.whole_E3 + whole_E3
 
     def counts(self, device: torch.device) -> Tensor:
-        """Everything counted here, flat, fp64: what replicas add up, and :meth:`sums` takes."""
+        """Returns everything counted here, flat and fp64, as :meth:`sums` takes it."""
         tokens_E = self.tokens_E
         if tokens_E is None:
             tokens_E = torch.zeros(self.num_local_experts)
@@ -134,7 +134,7 @@ class Usage:
         return torch.cat([part.to(device, torch.float64) for part in parts], dim=-1).flatten()
 
     def sums(self, counts: Tensor) -> Tensor:
-        """What the statistics are made of, for this rank's experts and neurons.
+        """Returns what the statistics are made of, for this rank's experts and neurons.
 
         The next call compares its loads with those of this one.
 
@@ -179,7 +179,7 @@ def summarise(
     neuron_ranks: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The statistics of all modules of one kind. Collective over all ranks; equal on each.
+    """Returns the statistics of all modules of one kind. Collective over all ranks; equal on each.
 
     Two collectives (one where nothing is replicated): counts over the replicas, then what the
     statistics are made of over all ranks.
@@ -223,7 +223,7 @@ def summarise(
 
 
 def statistics(sums: Tensor, largest: Tensor) -> Tensor:
-    """``[..., NUM_COLUMNS]`` from summed ``[..., _NUM_SUMS]`` and the largest loads ``[...]``.
+    """Returns ``[..., NUM_COLUMNS]`` of sums ``[..., _NUM_SUMS]`` and the largest loads ``[...]``.
 
     Columns: tokens; entropy of the neuron load over log f; share of neurons never kept; largest
     over mean load; share of |a| mass kept; f times the sum of squared loads (the balance loss were
@@ -251,7 +251,7 @@ def statistics(sums: Tensor, largest: Tensor) -> Tensor:
 
 
 def expert_metrics(table: Tensor, *, with_neurons: bool) -> dict[str, float]:
-    """The numbers of one layer from its table (:func:`summarise`).
+    """Returns the numbers of one layer, of its table (:func:`summarise`).
 
     Args:
         table: ``[num_experts, NUM_COLUMNS]`` fp64.

@@ -33,7 +33,7 @@ def _neuron_gate(config: TransformerConfig, neurons: int, settings: NeuronSettin
 
 
 def _forward(mlp: MLP, gate: NeuronGate, hidden_states: Tensor) -> tuple[Tensor, None]:
-    """SwiGLU MLP with neuron selection; ``[s, b, h]`` in, ``[s, b, h]`` and no bias out."""
+    """Computes a gated MLP with neuron selection: ``[s, b, h]`` to ``[s, b, h]``, and no bias."""
     gate_up, _ = mlp.linear_fc1(hidden_states)
     gate_TF, up_TF = gate_up.flatten(0, -2).chunk(2, dim=-1)
     index_T = torch.zeros(gate_TF.shape[0], dtype=torch.long, device=gate_TF.device)
@@ -52,7 +52,7 @@ def _forward(mlp: MLP, gate: NeuronGate, hidden_states: Tensor) -> tuple[Tensor,
 
 
 def _context_group() -> dist.ProcessGroup | None:
-    """With context parallelism each rank holds a part of every sequence."""
+    """Returns the ranks that each hold a part of every sequence; None for this one alone."""
     if parallel_state.get_context_parallel_world_size() == 1:
         return None
     group: dist.ProcessGroup = parallel_state.get_context_parallel_group()
@@ -60,7 +60,7 @@ def _context_group() -> dist.ProcessGroup | None:
 
 
 class NeuronMLP(MLP):
-    """A dense SwiGLU layer with neuron selection."""
+    """Is a dense gated layer with neuron selection."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class NeuronMLP(MLP):
         ffn_hidden_size: int | None = None,
         tp_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """As megatron-core's MLP, with the selection's settings.
+        """Builds megatron-core's MLP, with the selection's settings.
 
         Raises:
             ValueError: for settings that it does not read.
@@ -81,16 +81,16 @@ class NeuronMLP(MLP):
         self.neuron_gate = _neuron_gate(config, width, neurons)
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Number the layer (from 1) for logging."""
+        """Numbers the layer (from 1) for logging."""
         self.neuron_gate.layer_number = layer_number
 
     def forward(self, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
-        """``[s, b, h]`` to ``[s, b, h]``; no bias."""
+        """Maps ``[s, b, h]`` to ``[s, b, h]``, and no bias."""
         return _forward(self, self.neuron_gate, hidden_states)
 
 
 class NeuronSharedExpert(SharedExpertMLP):
-    """A shared expert with neuron selection."""
+    """Is a shared expert with neuron selection."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class NeuronSharedExpert(SharedExpertMLP):
         neurons: NeuronSettings,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        """As megatron-core's shared expert, with the selection's settings.
+        """Builds megatron-core's shared expert, with the selection's settings.
 
         Raises:
             ValueError: for settings that it does not read.
@@ -111,7 +111,7 @@ class NeuronSharedExpert(SharedExpertMLP):
         self.neuron_gate = _neuron_gate(config, config.moe_shared_expert_intermediate_size, neurons)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[s, b, h]`` to ``[s, b, h]``."""
+        """Maps ``[s, b, h]`` to ``[s, b, h]``."""
         output, _ = _forward(self, self.neuron_gate, hidden_states)
         if self.gate_weight is not None:
             output = output * torch.sigmoid(

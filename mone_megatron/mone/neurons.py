@@ -45,7 +45,7 @@ NEURON_BALANCE_LOSS = "neuron_balance_loss"
 
 @dataclass(frozen=True)
 class NeuronSettings:
-    """The method's settings for one kind of MLP: which neurons are kept, and how balanced."""
+    """Holds the method's settings for one kind of MLP: which neurons are kept, and how balanced."""
 
     selection: NeuronSelection
     balance: NeuronBalance = field(default_factory=NeuronBalance)
@@ -55,7 +55,7 @@ class NeuronSettings:
 
 @dataclass(frozen=True)
 class Segments:
-    """Which rows belong together for the balance loss.
+    """Says which rows belong together for the balance loss.
 
     ``index_T`` numbers each row's segment; segment ``m * E + e`` holds the tokens that expert e
     got from microbatch m. ``shared_group``: ranks with other tokens of the same segments.
@@ -69,7 +69,7 @@ class Segments:
 
 
 class NeuronGate(MegatronModule):
-    """The gated linear unit between an expert's projections, with or without neuron selection."""
+    """Computes the gated linear unit between an expert's projections, and selects its neurons."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class NeuronGate(MegatronModule):
         neuron_group: dist.ProcessGroup,
         replica_group: dist.ProcessGroup,
     ) -> None:
-        """Prepare for experts of ``neurons`` neurons over ``neuron_group``.
+        """Prepares for experts of ``neurons`` neurons over ``neuron_group``.
 
         Args:
             config: megatron-core's.
@@ -193,7 +193,7 @@ class NeuronGate(MegatronModule):
         return self._attach_balance(hidden_TF, weight_sum_SF, kept_SF, segments)
 
     def _keep(self, mask: Callable[[], Tensor], *, look: bool) -> Keep:
-        """Which neurons are kept: None for all, a mask, or a selection for a kernel to apply.
+        """Returns which neurons are kept: None for all, a mask, or a selection for a kernel.
 
         A kernel selects while it multiplies; but then nobody sees the mask.
         """
@@ -213,7 +213,7 @@ class NeuronGate(MegatronModule):
         *,
         observing: bool,
     ) -> Tensor:
-        """The mask that the selector gives for these rows, ``[T, F]`` bool."""
+        """Returns the mask that the selector gives for these rows, ``[T, F]`` bool."""
         assert self.selector is not None
         # Segment m * E + e holds the rows of expert e.
         expert_T = segments.index_T % self.num_local_experts
@@ -226,7 +226,7 @@ class NeuronGate(MegatronModule):
         return mask_TF
 
     def _packed(self, gate_TF: Tensor) -> Packed | None:
-        """The memory mode of one call."""
+        """Returns the memory mode of one call; None saves everything."""
         if self.selector is None or not self._selecting or self.memory == "full":
             return None
         # Of a row that is spread over ranks, each may keep all that the row keeps.
@@ -242,7 +242,7 @@ class NeuronGate(MegatronModule):
         packed: Packed | None,
         mask: Callable[[], Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden values, and sums of weights and counts of kept neurons over each segment."""
+        """Returns hidden values, and each segment's sums of weights and counts of kept neurons."""
         num_segments = segments.num_microbatches * self.num_local_experts
         balance = self.balance
         if self.neuron_group is None and (balance.weights == "selected" or packed is None):
@@ -272,7 +272,7 @@ class NeuronGate(MegatronModule):
 
     @property
     def _selecting(self) -> bool:
-        """Whether a neuron is left out; with a schedule that may begin later.
+        """Whether some neuron is left out; with a schedule that may begin later.
 
         Keeping all neurons is the plain expert: the same code, bit for bit, and nothing to balance.
         """
@@ -305,7 +305,7 @@ class NeuronGate(MegatronModule):
         kept_SF: Tensor,
         segments: Segments,
     ) -> Tensor:
-        """Log the balance loss and let it backpropagate with ``hidden_TF``."""
+        """Logs the balance loss and lets it backpropagate with ``hidden_TF``."""
         assert self.selector is not None
         ones_T = torch.ones_like(segments.index_T, dtype=torch.float32)
         tokens_S = kept_SF.new_zeros(len(kept_SF)).scatter_add_(0, segments.index_T, ones_T)

@@ -28,7 +28,7 @@ from mone_megatron.methods.scores import SCORES
 
 @dataclass(frozen=True)
 class NeuronSelection:
-    """How neurons are chosen (design: "The method")."""
+    """Says how neurons are chosen: a rule, its options, a score and a keep ratio."""
 
     keep_ratio: float
     score: str = "abs_activation"
@@ -46,7 +46,7 @@ class NeuronSelection:
 
 
 def sharded_topk_mask(scores_TF: Tensor, k: int, group: dist.ProcessGroup) -> Tensor:
-    """:func:`~mone_megatron.kernels.reference.topk_mask` over rows that lie on several ranks.
+    """Returns the mask of the K largest scores of rows that lie on several ranks.
 
     Rank r of ``group`` holds neurons ``r*F .. (r+1)*F`` of every row. Any of the K largest of a
     whole row is among the K largest of its rank, so ``min(k, F)`` candidates a rank decide the
@@ -71,7 +71,7 @@ def sharded_topk_mask(scores_TF: Tensor, k: int, group: dist.ProcessGroup) -> Te
 
 @dataclass(frozen=True)
 class GroupShards:
-    """The ranks of a process group as :class:`mone_megatron.methods.rule.Shards`."""
+    """Gives a rule the ranks of a process group as :class:`mone_megatron.methods.rule.Shards`."""
 
     group: dist.ProcessGroup
 
@@ -280,5 +280,5 @@ class NeuronSelector(nn.Module):
         return self.group, self.replica_group
 
     def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
+        """Returns what ``print(model)`` shows."""
         return f"{self.rule.name}: keep {self.kept} of {self.neurons} by {self.score.name}"
