@@ -61,7 +61,7 @@ def check(rank: int, world_size: int, overrides: Sequence[str]) -> str:
     from mone_megatron.planning.layout import place_of
     from mone_megatron.planning.plan import vocabulary_of
     from mone_megatron.planning.shards import StateBytes, stage_state
-    from mone_megatron.train.checkpoint_state import EXP_AVG, MASTER, parameter_states
+    from mone_megatron.train.checkpoint_state import MASTER, parameter_states
     from mone_megatron.train.optimizer import build_optimizer
 
     config = compose(overrides)
@@ -107,17 +107,17 @@ def check(rank: int, world_size: int, overrides: Sequence[str]) -> str:
     buffers = [
         buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
     ]
-    sizes = {MASTER: 0, EXP_AVG: 0}
+    sizes = {MASTER: 0, "exp_avg": 0}
     for state in parameter_states(optimizer):
         if state.main is not None:
             first, last = state.span
             sizes[MASTER] += 4 * state.main.numel()
-            sizes[EXP_AVG] += 4 * (last - first)
+            sizes["exp_avg"] += 4 * (last - first)
     real = StateBytes(
         weights=sum(buffer.param_data.nbytes for buffer in buffers),
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
         masters=sizes[MASTER],
-        moments=2 * sizes[EXP_AVG],
+        moments=2 * sizes["exp_avg"],
     )
     stage = stage_state(config, layout, vocab_size, place.pipeline, weight_bytes=2)
     assert stage.of(place, config.parallel.context) == real, (stage.of(place, 1), real)

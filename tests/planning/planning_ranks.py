@@ -16,7 +16,7 @@ from mone_megatron.parallel.device import Device
 from mone_megatron.planning.shards import StateBytes
 from mone_megatron.testing import trainer as testing
 from mone_megatron.testing.trainer import Trainer, build_trainer, random_batches
-from mone_megatron.train.checkpoint_state import EXP_AVG, EXP_AVG_SQ, MASTER, parameter_states
+from mone_megatron.train.checkpoint_state import MASTER, parameter_states
 from mone_megatron.train.step import _forward_step
 
 
@@ -42,16 +42,16 @@ def state_bytes(overrides: Sequence[str], *, bf16: bool) -> tuple[StateBytes, in
         parameters += sum(weight.numel() for weight in chunk.parameters())
         if not trainer.config.parallel.distributed_optimizer:
             weights += sum(weight.nbytes for weight in chunk.parameters())
-    sizes = {MASTER: 0, EXP_AVG: 0, EXP_AVG_SQ: 0}
+    sizes = {MASTER: 0, "exp_avg": 0, "exp_avg_sq": 0}
     for state in parameter_states(trainer.state.optimizer):
         if state.main is None or state.inner is None:
             continue
-        assert {EXP_AVG, EXP_AVG_SQ} <= state.inner.state[state.main].keys()
+        assert {"exp_avg", "exp_avg_sq"} <= state.inner.state[state.main].keys()
         for kind in state.kinds:
             tensor = state.tensor(kind)
             assert tensor is not None
             sizes[kind] += tensor.nbytes
-    moments = sizes[EXP_AVG] + sizes[EXP_AVG_SQ]
+    moments = sizes["exp_avg"] + sizes["exp_avg_sq"]
     return StateBytes(weights, gradients, sizes[MASTER], moments), parameters
 
 

@@ -74,7 +74,7 @@ def test_it_runs_without_torch_and_prints_everything(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     for words in (
         "30,532,122,624", "gate counted", "neurons only", "worst rank", "gradients, fp32",
-        "fp32 masters", "Adam's moments", "expert: all-to-all", "ideal", "realised",
+        "fp32 masters", "optimizer moments", "expert: all-to-all", "ideal", "realised",
         "not validated on GPUs", "MFU", "GPU-hours", "cost", "fits",
         "launch/slurm.sh --nodes 4 --gpus-per-node 8 --time 30:00:00 "
         "experiment=qwen3_30b_a3b_mone mone.keep_ratio=0.5",

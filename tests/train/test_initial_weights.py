@@ -18,7 +18,6 @@ from mone_megatron.checkpoint import CheckpointStore
 from mone_megatron.testing.processes import Processes
 from mone_megatron.testing.trainer import Trainer, build_trainer, random_batches
 from mone_megatron.train.checkpoint_state import (
-    EXP_AVG,
     MASTER,
     model_state,
     optimizer_state,
@@ -80,7 +79,7 @@ def begin(source: str, folder: str, overrides: tuple[str, ...] = ()) -> list[flo
     assert told == [f"begins with the weights of {source}"]
     assert trainer.state.scheduler.num_steps == 0
     for state in parameter_states(trainer.state.optimizer):
-        moment = state.tensor(EXP_AVG)
+        moment = state.tensor("exp_avg")
         assert moment is None or not moment.any()
     return _train(trainer, 3)
 
