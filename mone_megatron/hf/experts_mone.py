@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from mone_megatron.hf.guard_mone import guard, note_selected, watch
 from mone_megatron.hf.parallel_mone import Neurons
-from mone_megatron.methods.rule import Rows
+from mone_megatron.methods.rule import Rows, count_kept
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
 
@@ -126,7 +126,7 @@ class NeuronSettings:
         Raises:
             ValueError: when that is none.
         """
-        kept = round(self.keep_ratio * neurons)
+        kept = count_kept(self.keep_ratio, neurons)
         if kept < 1:
             raise ValueError(f"mone.keep_ratio: {self.keep_ratio} of {neurons} neurons keeps none")
         return kept

@@ -8,7 +8,7 @@ Shape suffixes: T tokens (rows), F neurons of one expert on this rank, E experts
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -175,9 +175,3 @@ class Rule:
         budget = Budget(keep_ratio, neurons, self.options(**(options or {})))
         self.check(budget)
         return budget
-
-    def at(self, budget: Budget, keep_ratio: float) -> Budget:
-        """Returns ``budget`` with another keep ratio, checked anew."""
-        changed = replace(budget, keep_ratio=keep_ratio)
-        self.check(changed)
-        return changed
