@@ -549,13 +549,21 @@ def _rule_budget(mone: MoNEConfig, key: str, width: int) -> Iterator[str]:
         yield f"{error} ({key}={width})"
 
 
+def _neuron_splits(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str, int]]:
+    """Yields each target with the ``parallel`` key and the ranks that its neurons are spread by."""
+    for target in mone.apply_to:
+        routed = target == "routed"
+        key, size = (
+            ("expert_tensor", parallel.expert_tensor) if routed else ("tensor", parallel.tensor)
+        )
+        yield target, key, size
+
+
 def _rule_layout(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
     """Layouts that spread neurons over ranks which the rule cannot select over."""
     if RULES[mone.rule].exchange != "refused":
         return
-    for target in mone.apply_to:
-        key = "expert_tensor" if target == "routed" else "tensor"
-        size = parallel.expert_tensor if target == "routed" else parallel.tensor
+    for target, key, size in _neuron_splits(mone, parallel):
         if size > 1:
             yield (
                 f"parallel.{key}: {size} spreads the neurons of the {target} MLPs over ranks, and "
@@ -572,9 +580,7 @@ def _packed_memory(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
             "mone.memory: packed forgets the neurons that are not kept, and the balance loss "
             "weighs them with mone.balance.weights=all; use weights=selected, or mone.memory=full"
         )
-    for target in mone.apply_to:
-        key = "expert_tensor" if target == "routed" else "tensor"
-        size = parallel.expert_tensor if target == "routed" else parallel.tensor
+    for target, key, size in _neuron_splits(mone, parallel):
         if size > 1:
             yield (
                 f"mone.memory: packed saves nothing with a neuron balance loss where parallel.{key}"
