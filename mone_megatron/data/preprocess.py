@@ -7,17 +7,11 @@ the ``.idx`` last: a corpus that has an ``.idx`` is whole.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import shutil
-import signal
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -36,21 +30,14 @@ from mone_megatron.data.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
-from mone_megatron.helpers import (
-    HelperError,
-    end_with_parent,
-    ending,
-    one_line,
-    starting,
-    unwinding_on_sigterm,
-)
+from mone_megatron.helpers import unwinding_on_sigterm
 from mone_megatron.ownership import owned_path
+from mone_megatron.worker_processes import WorkerProcesses
 
 # A chunk goes to a worker when it holds this many characters or documents. Where chunks end does
 # not show in the output.
 _CHUNK_CHARACTERS = 1 << 20
 _CHUNK_DOCUMENTS = 1024
-_CHUNKS_IN_FLIGHT_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
@@ -303,57 +290,22 @@ def _encode(
         for texts, bytes_read in chunks:
             yield _encode_chunk(encoding, texts), bytes_read
         return
-    # Spawned rather than forked: the tokenizers package has threads once it has trained.
-    context = multiprocessing.get_context("spawn")
-    name = f"{workers} tokenizing processes (--workers)"
-    with starting(name, _ALONE):
-        pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
-    others = set(multiprocessing.active_children())
-    processes: set[BaseProcess] = set()
-    pending: deque[tuple[Future[_EncodedChunk], int]] = deque()
-    with pool:
-        try:
-            for texts, bytes_read in chunks:
-                with _one_line_of(processes), starting(name, _ALONE):
-                    pending.append((pool.submit(_encode_chunk, encoding, texts), bytes_read))
-                processes |= set(multiprocessing.active_children()) - others
-                # Bounds memory: the input is read no faster than it is tokenized.
-                if len(pending) >= workers * _CHUNKS_IN_FLIGHT_PER_WORKER:
-                    yield _next_of(pending, processes)
-            while pending:
-                yield _next_of(pending, processes)
-        finally:
-            for future, _ in pending:
-                future.cancel()
+    bytes_of: deque[int] = deque()
 
+    def texts_of_chunks() -> Iterator[list[str]]:
+        for texts, bytes_read in chunks:
+            bytes_of.append(bytes_read)
+            yield texts
 
-_ALONE = "--workers 1 tokenizes in one process"
-
-
-def _next_of(
-    pending: deque[tuple[Future[_EncodedChunk], int]], processes: set[BaseProcess]
-) -> tuple[_EncodedChunk, int]:
-    future, bytes_read = pending.popleft()
-    with _one_line_of(processes):
-        return future.result(), bytes_read
-
-
-@contextmanager
-def _one_line_of(processes: set[BaseProcess]) -> Iterator[None]:
-    """Tells in one line that one of the pool's processes was killed, or failed."""
-    try:
-        yield
-    except (HelperError, ValueError):
-        raise
-    except BrokenProcessPool as error:
-        for process in processes:
-            process.join(1)
-        # The pool ends the others with SIGTERM.
-        codes = sorted(process.exitcode for process in processes if process.exitcode)
-        first = next((code for code in codes if code != -signal.SIGTERM), -signal.SIGTERM)
-        raise HelperError(f"a tokenizing process (--workers) {ending(first)}; {_ALONE}") from error
-    except Exception as error:
-        raise HelperError(f"a tokenizing process (--workers) failed: {one_line(error)}") from error
+    with WorkerProcesses(
+        functools.partial(_encode_chunk, encoding),
+        workers,
+        one="a tokenizing process (--workers)",
+        many=f"{workers} tokenizing processes (--workers)",
+        otherwise="--workers 1 tokenizes in one process",
+    ) as processes:
+        for chunk in processes.results(texts_of_chunks()):
+            yield chunk, bytes_of.popleft()
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
