@@ -332,7 +332,7 @@ def _facts(planned: Import, config: Config, dtype: torch.dtype) -> dict[str, Any
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    """As :func:`mone_megatron.train.run_identity.run_identity` names settings."""
+    """As :func:`mone_megatron.train.resume.identity.run_identity` names settings."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{prefix}.{key}"

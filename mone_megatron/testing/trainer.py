@@ -16,8 +16,8 @@ from mone_megatron.config.validate import Layout, validate
 from mone_megatron.data.loader import MicrobatchSampler
 from mone_megatron.parallel.device import Device
 from mone_megatron.parallel.groups import open_groups
-from mone_megatron.train.checkpointer import Checkpointer
-from mone_megatron.train.run_identity import run_identity
+from mone_megatron.train.resume.checkpointer import Checkpointer
+from mone_megatron.train.resume.identity import run_identity
 from mone_megatron.train.state import TrainingState, build_state
 from mone_megatron.train.step import Batch, Stepper
 

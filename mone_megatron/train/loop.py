@@ -13,38 +13,15 @@ from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout
 from mone_megatron.parallel.device import Device
 from mone_megatron.planning.flops import Flops
-from mone_megatron.train.checkpointer import Checkpointer, Position
-from mone_megatron.train.faults import LossFaults
-from mone_megatron.train.keep_ratio import KeepRatio
-from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
-from mone_megatron.train.panel import Panel
-from mone_megatron.train.signals import StopRequest, exit_code
+from mone_megatron.train.evaluate.tasks import TaskEvaluation
+from mone_megatron.train.health.faults import LossFaults
+from mone_megatron.train.health.signals import StopRequest, exit_code
+from mone_megatron.train.hooks.auxiliary_losses import AuxiliaryLosses
+from mone_megatron.train.hooks.hook import Hook, Record
+from mone_megatron.train.hooks.keep_ratio import KeepRatio
+from mone_megatron.train.hooks.utilisation import UtilisationPanel
+from mone_megatron.train.resume.checkpointer import Checkpointer, Position
 from mone_megatron.train.step import Batch, Stepper
-from mone_megatron.train.task_evaluation import TaskEvaluation
-
-Record = dict[str, float]
-
-
-class Hook:
-    """Something that watches a run. Hooks run on every rank; those that write do so on rank 0."""
-
-    def on_start(self) -> None:
-        """Before the first step."""
-
-    def on_panel(self, panel: Panel) -> None:
-        """Before ``on_step``, on the steps that look at every expert (logging.layer_interval)."""
-
-    def on_step(self, record: Record) -> None:
-        """After each step, with its record (see docs/metrics.md)."""
-
-    def on_fault(self, step: int, fault: str, action: str) -> None:
-        """After a step that was not applied: why, and whether to ``skip`` or ``rollback``."""
-
-    def on_rollback(self, step: int) -> None:
-        """The state is that after ``step`` again; records of later steps will come anew."""
-
-    def on_end(self, status: str) -> None:
-        """After the last step, however the run ended: completed, interrupted or failed."""
 
 
 @dataclass(frozen=True)

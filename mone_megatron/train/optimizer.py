@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mone_megatron.config.schema import Config, OptimConfig
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.parallel.device import Device
-from mone_megatron.train.checkpoint_state import inner_parts, keep_moments
+from mone_megatron.train.resume.saved_state import inner_parts, keep_moments
 
 _DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 

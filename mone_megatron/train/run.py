@@ -30,19 +30,21 @@ from mone_megatron.parallel.groups import close_groups, open_groups
 from mone_megatron.parallel.world import World
 from mone_megatron.planning.flops import Flops, flops_per_step
 from mone_megatron.planning.parameters import ParameterCount, count_parameters
-from mone_megatron.train.checkpointer import Checkpointer
-from mone_megatron.train.hooks import build_hooks
-from mone_megatron.train.keep_ratio import KeepRatio
-from mone_megatron.train.loop import Hook, train
-from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
+from mone_megatron.train.evaluate.scoring import Scorer
+from mone_megatron.train.evaluate.tasks import TaskEvaluation
+from mone_megatron.train.health.signals import RESUME_EXIT_CODE, StopRequest
+from mone_megatron.train.health.watchdog import BACKSTOP_SECONDS, Watchdog, WatchdogHook
+from mone_megatron.train.hooks.auxiliary_losses import AuxiliaryLosses
+from mone_megatron.train.hooks.hook import Hook
+from mone_megatron.train.hooks.keep_ratio import KeepRatio
+from mone_megatron.train.hooks.shown_by_rank_0 import build_hooks
+from mone_megatron.train.hooks.utilisation import UtilisationPanel
+from mone_megatron.train.loop import train
+from mone_megatron.train.resume.checkpointer import Checkpointer
+from mone_megatron.train.resume.identity import run_identity
 from mone_megatron.train.run_directory import keep_metrics_up_to, now, open_run_directory, run_id
-from mone_megatron.train.run_identity import run_identity
-from mone_megatron.train.scoring import Scorer
-from mone_megatron.train.signals import RESUME_EXIT_CODE, StopRequest
 from mone_megatron.train.state import build_state
 from mone_megatron.train.step import Batch, Stepper
-from mone_megatron.train.task_evaluation import TaskEvaluation
-from mone_megatron.train.watchdog import BACKSTOP_SECONDS, Watchdog, WatchdogHook
 
 
 def say(message: str) -> None:

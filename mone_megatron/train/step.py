@@ -24,7 +24,7 @@ from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout
 from mone_megatron.mone.selection import NeuronSelector
 from mone_megatron.parallel.device import Device
-from mone_megatron.train.checkpoint_state import parameter_states
+from mone_megatron.train.resume.saved_state import parameter_states
 from mone_megatron.train.state import TrainingState
 
 Batch = dict[str, Tensor]

@@ -14,7 +14,7 @@ def main() -> int:
     # Before megatron-core is imported; see mone_megatron.pretrain.
     install_cpu_backend()
     from mone_megatron.pretrain import main as pretrain
-    from mone_megatron.train.watchdog import Watchdog
+    from mone_megatron.train.health.watchdog import Watchdog
 
     signature, looks = Watchdog._signature, 0
 

@@ -21,7 +21,7 @@ from megatron.core import dist_checkpointing
 from mone_megatron.checkpoint import CheckpointWriteError, open_checkpoint
 from mone_megatron.testing.processes import Processes
 from mone_megatron.testing.trainer import Trainer, build_trainer, random_batches
-from mone_megatron.train.checkpointer import Checkpointer, Position
+from mone_megatron.train.resume.checkpointer import Checkpointer, Position
 from mone_megatron.train.step import Stepper
 
 TINY = (

@@ -35,10 +35,10 @@ from mone_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from mone_megatron.helpers import HelperError, HelperThread, ending, starting
 from mone_megatron.testing.launch import REPOSITORY
 from mone_megatron.testing.processes import Processes, RankFailedError
-from mone_megatron.train import checkpoint_writer
-from mone_megatron.train.checkpoint_writer import BackgroundSave
-from mone_megatron.train.signals import StopRequest, exit_code
-from mone_megatron.train.watchdog import Watchdog
+from mone_megatron.train.health.signals import StopRequest, exit_code
+from mone_megatron.train.health.watchdog import Watchdog
+from mone_megatron.train.resume import writing
+from mone_megatron.train.resume.writing import BackgroundSave
 
 RUN = ("experiment=tiny_moe", "device=cpu", *QUIET, "data.max_megabytes=0.2", "train.steps=4000")
 KILLED = "was killed by SIGKILL, which a machine that runs out of memory sends"
@@ -444,7 +444,7 @@ def leave_writer(transforms: object, bucket: object) -> None:
 def test_a_checkpoint_writer_that_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, do: Callable[..., None], told: str
 ) -> None:
-    monkeypatch.setattr(checkpoint_writer, "_write_file", do)
+    monkeypatch.setattr(writing, "_write_file", do)
     check_one_line(outcome(BackgroundSave(save_into(tmp_path))), f"{tmp_path}/file", told)
 
 
@@ -461,7 +461,7 @@ def test_a_checkpoint_writer_that_sends_no_answer(
     def write(transforms: object, buckets: object, parent: Any) -> None:
         os.write(parent.fileno(), sent)
 
-    monkeypatch.setattr(checkpoint_writer, "_write", write)
+    monkeypatch.setattr(writing, "_write", write)
     check_one_line(outcome(BackgroundSave(save_into(tmp_path))), told)
 
 

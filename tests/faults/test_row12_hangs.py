@@ -26,7 +26,7 @@ from faults_helpers import (
 from faults_table import Tally
 
 from mone_megatron.testing.launch import REPOSITORY, free_ports
-from mone_megatron.train.signals import HANG_EXIT_CODE
+from mone_megatron.train.health.signals import HANG_EXIT_CODE
 
 Count = Callable[[int, str], AbstractContextManager[Tally]]
 HANGING_RUN = Path(__file__).with_name("hanging_run.py")

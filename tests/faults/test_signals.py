@@ -20,7 +20,7 @@ import torch
 from faults_helpers import PATIENCE, QUIET, end, saved_steps, steps, wait_until
 from faults_table import Tally
 
-from mone_megatron.train.signals import (
+from mone_megatron.train.health.signals import (
     INTERRUPTED_EXIT_CODE,
     RESUME_EXIT_CODE,
     StopRequest,

@@ -23,7 +23,7 @@ from faults_runs import attempt, pretrain
 from faults_table import Tally
 
 from mone_megatron.config.load import compose
-from mone_megatron.train.hooks import WandbHook
+from mone_megatron.train.hooks.wandb_run import WandbHook
 
 Count = Callable[[int, str], AbstractContextManager[Tally]]
 OUTAGE = "W&B refuses, answers 500 or stalls at start, mid-run or end: all losses kept offline"

@@ -24,7 +24,7 @@ from mone_megatron.hf.loading import load_model
 from mone_megatron.testing.launch import run_layouts
 from mone_megatron.testing.tokenizers import with_bos
 from mone_megatron.testing.tools import load_tool
-from mone_megatron.train.run_identity import other_framing
+from mone_megatron.train.resume.identity import other_framing
 
 EOS = 0
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mone_megatron.pretrain import USAGE_EXIT_CODE, main
 from mone_megatron.testing.launch import REPOSITORY, run_layouts
-from mone_megatron.train.signals import INTERRUPTED_EXIT_CODE
+from mone_megatron.train.health.signals import INTERRUPTED_EXIT_CODE
 
 QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
 

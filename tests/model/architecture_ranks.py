@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from mone_megatron.model.specs import TorchSpecProvider
 from mone_megatron.testing.trainer import build_trainer, random_batches
-from mone_megatron.train.checkpointer import Position
+from mone_megatron.train.resume.checkpointer import Position
 
 
 def train_and_save(overrides: Sequence[str], steps: int) -> list[tuple[float, float]]:

@@ -61,8 +61,8 @@ def check(rank: int, world_size: int, overrides: Sequence[str]) -> str:
     from mone_megatron.planning.layout import place_of
     from mone_megatron.planning.plan import vocabulary_of
     from mone_megatron.planning.shards import StateBytes, stage_state
-    from mone_megatron.train.checkpoint_state import MASTER, parameter_states
     from mone_megatron.train.optimizer import build_optimizer
+    from mone_megatron.train.resume.saved_state import MASTER, parameter_states
 
     config = compose(overrides)
     layout = validate(config, world_size=world_size, num_devices=8, local_world_size=8)

@@ -16,7 +16,7 @@ from mone_megatron.parallel.device import Device
 from mone_megatron.planning.shards import StateBytes
 from mone_megatron.testing import trainer as testing
 from mone_megatron.testing.trainer import Trainer, build_trainer, random_batches
-from mone_megatron.train.checkpoint_state import MASTER, parameter_states
+from mone_megatron.train.resume.saved_state import MASTER, parameter_states
 from mone_megatron.train.step import _forward_step
 
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from mone_megatron.config.schema import TrainConfig
 from mone_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from mone_megatron.testing.trainer import build_trainer
-from mone_megatron.train.scoring import Scorer, token_scores
-from mone_megatron.train.task_evaluation import TaskEvaluation
+from mone_megatron.train.evaluate.scoring import Scorer, token_scores
+from mone_megatron.train.evaluate.tasks import TaskEvaluation
 
 
 def sharded_scores(

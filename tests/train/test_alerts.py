@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
-from mone_megatron.train.alerts import Alert, AlertMonitor
+from mone_megatron.train.health.alerts import Alert, AlertMonitor
 from mone_megatron.train.panel import LayerUse, Panel, rounded
 
 EXPERTS, NEURONS, KEPT = 8, 64, 16

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mone_megatron.config.schema import TrainConfig
-from mone_megatron.train.faults import SPIKE_LEAST, LossFaults
+from mone_megatron.train.health.faults import SPIKE_LEAST, LossFaults
 
 
 def test_spikes_need_ten_good_losses() -> None:

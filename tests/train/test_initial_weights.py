@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from mone_megatron.checkpoint import CheckpointStore
 from mone_megatron.testing.processes import Processes
 from mone_megatron.testing.trainer import Trainer, build_trainer, random_batches
-from mone_megatron.train.checkpoint_state import (
+from mone_megatron.train.resume.checkpointer import Position
+from mone_megatron.train.resume.saved_state import (
     MASTER,
     model_state,
     optimizer_state,
     parameter_states,
 )
-from mone_megatron.train.checkpointer import Position
 
 # With a state that is no parameter: the expert bias.
 TINY = (

@@ -11,10 +11,10 @@ import pytest
 
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
-from mone_megatron.train.alerts import Alert
-from mone_megatron.train.hooks import WandbHook
+from mone_megatron.train.health.alerts import Alert
+from mone_megatron.train.hooks.panel_files import PanelHook
+from mone_megatron.train.hooks.wandb_run import WandbHook
 from mone_megatron.train.panel import LayerUse, Panel
-from mone_megatron.train.panel_hook import PanelHook
 
 
 @pytest.fixture(scope="module")

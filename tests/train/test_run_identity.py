@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mone_megatron.config.load import compose
-from mone_megatron.train.run_identity import check_same_run, run_identity
+from mone_megatron.train.resume.identity import check_same_run, run_identity
 
 WHERE = Path("runs/a/checkpoints/step_00000003")
 

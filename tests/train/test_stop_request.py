@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mone_megatron.train.signals import StopRequest
+from mone_megatron.train.health.signals import StopRequest
 
 
 @pytest.fixture(autouse=True)

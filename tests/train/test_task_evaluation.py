@@ -21,7 +21,7 @@ from mone_megatron.evaluation.models import look_at
 from mone_megatron.evaluation.tasks import TaskRequest, load_tasks
 from mone_megatron.testing.launch import run_layouts
 from mone_megatron.testing.processes import Processes
-from mone_megatron.train.task_evaluation import _same_random_state
+from mone_megatron.train.evaluate.tasks import _same_random_state
 
 LIMIT = 7
 # The vocabulary is padded, and by more than one of two ranks' columns have a place for.

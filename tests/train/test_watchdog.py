@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from mone_megatron.testing.processes import Processes
-from mone_megatron.train.heartbeats import (
+from mone_megatron.train.health.heartbeats import (
     Heartbeat,
     find_culprits,
     joined_collectives,
     place_of,
 )
-from mone_megatron.train.watchdog import _chain, _in_a_collective
+from mone_megatron.train.health.watchdog import _chain, _in_a_collective
 
 WORLD, DATA = "0 (default_pg)", "7 (DATA_PARALLEL_GROUP)"
 

@@ -22,8 +22,8 @@ from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 from mone_megatron.mone.selection import NeuronSelection
 from mone_megatron.parallel.groups import close_groups
-from mone_megatron.train.metrics import UtilisationPanel
-from mone_megatron.train.panel_hook import PanelHook
+from mone_megatron.train.hooks.panel_files import PanelHook
+from mone_megatron.train.hooks.utilisation import UtilisationPanel
 
 _COUNTING = "layer metrics, when logged: counting"
 _READING = "layer metrics, when logged: ranks, files, alerts"

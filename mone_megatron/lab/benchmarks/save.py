@@ -16,8 +16,8 @@ from mone_megatron.config.schema import Config
 from mone_megatron.lab.benchmarks.measure import Spread
 from mone_megatron.lab.benchmarks.session import Session, open_sessions, step_action
 from mone_megatron.parallel.groups import close_groups
-from mone_megatron.train.checkpointer import Checkpointer, Position
-from mone_megatron.train.run_identity import run_identity
+from mone_megatron.train.resume.checkpointer import Checkpointer, Position
+from mone_megatron.train.resume.identity import run_identity
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mone_megatron.data.prepare import PreparedData, prepare_data
 from mone_megatron.parallel.device import Device, open_device
 from mone_megatron.parallel.groups import open_groups
 from mone_megatron.parallel.world import World
-from mone_megatron.train.metrics import AuxiliaryLosses
+from mone_megatron.train.hooks.auxiliary_losses import AuxiliaryLosses
 from mone_megatron.train.state import TrainingState, build_state
 from mone_megatron.train.step import Batch, Stepper
 

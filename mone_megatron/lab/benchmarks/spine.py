@@ -17,12 +17,14 @@ from mone_megatron.lab.benchmarks.measure import Spread, interleave, ratio
 from mone_megatron.lab.benchmarks.session import Session, open_sessions
 from mone_megatron.parallel.groups import close_groups
 from mone_megatron.planning.flops import flops_per_step
-from mone_megatron.train.checkpointer import Position
-from mone_megatron.train.hooks import ConsoleHook, MetricsFileHook
-from mone_megatron.train.keep_ratio import KeepRatio
+from mone_megatron.train.health.signals import StopRequest
+from mone_megatron.train.hooks.auxiliary_losses import AuxiliaryLosses
+from mone_megatron.train.hooks.console import ConsoleHook
+from mone_megatron.train.hooks.keep_ratio import KeepRatio
+from mone_megatron.train.hooks.metrics_file import MetricsFileHook
+from mone_megatron.train.hooks.utilisation import UtilisationPanel
 from mone_megatron.train.loop import train
-from mone_megatron.train.metrics import AuxiliaryLosses, UtilisationPanel
-from mone_megatron.train.signals import StopRequest
+from mone_megatron.train.resume.checkpointer import Position
 from mone_megatron.train.step import Batch
 
 

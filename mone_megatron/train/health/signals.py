@@ -25,7 +25,7 @@ from mone_megatron.helpers import HelperThread
 INTERRUPTED_EXIT_CODE = 130
 # Exit code of a run that ran out of time and wants to be started again (EX_TEMPFAIL of sysexits.h).
 RESUME_EXIT_CODE = 75
-# Exit code of a run in which a rank hung or was lost (mone_megatron.train.watchdog).
+# Exit code of a run in which a rank hung or was lost (mone_megatron.train.health.watchdog).
 HANG_EXIT_CODE = 76
 
 TIME_LIMIT = "train.exit_after_minutes"

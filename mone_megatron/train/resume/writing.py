@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from mone_megatron.checkpoint import CheckpointWriteError, FileDigest, digest_file, write_error
 from mone_megatron.helpers import HelperError, HelperThread, ending, one_line, starting
-from mone_megatron.train.signals import REQUESTS
+from mone_megatron.train.health.signals import REQUESTS
 
 _FORK = multiprocessing.get_context("fork")
 # (where to write, name in the checkpoint, what to write) of one file: megatron-core's WriteBucket.

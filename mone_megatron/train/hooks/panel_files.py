@@ -12,8 +12,8 @@ from typing import TextIO
 
 from mone_megatron.config.schema import Config
 from mone_megatron.os_errors import naming
-from mone_megatron.train.alerts import Alert, AlertMonitor
-from mone_megatron.train.loop import Hook
+from mone_megatron.train.health.alerts import Alert, AlertMonitor
+from mone_megatron.train.hooks.hook import Hook
 from mone_megatron.train.panel import Panel
 from mone_megatron.train.run_directory import keep_records_up_to
 

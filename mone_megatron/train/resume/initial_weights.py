@@ -22,7 +22,8 @@ from torch import Tensor
 
 from mone_megatron.checkpoint import restricted_pickle
 from mone_megatron.data.framing import Framing
-from mone_megatron.train.checkpoint_reading import (
+from mone_megatron.train.resume.identity import check_same_model, other_framing
+from mone_megatron.train.resume.reading import (
     Shapes,
     fill_chunk,
     find_at,
@@ -30,13 +31,12 @@ from mone_megatron.train.checkpoint_reading import (
     stored_shapes,
     wanted_shapes,
 )
-from mone_megatron.train.checkpoint_state import (
+from mone_megatron.train.resume.saved_state import (
     MASTER,
     master_key,
     model_state,
     parameter_states,
 )
-from mone_megatron.train.run_identity import check_same_model, other_framing
 from mone_megatron.train.state import TrainingState
 
 _NEEDED_FOR = "the model cannot begin with it: use another checkpoint with checkpoint.initialize"
@@ -58,7 +58,7 @@ def initialize(
     Args:
         state: this rank's part of the model and the optimizer.
         path: a checkpoint of a run, of any layout, dtype and step, or one that holds weights only.
-        identity: this run's, from :func:`~mone_megatron.train.run_identity.run_identity`.
+        identity: this run's, from :func:`~mone_megatron.train.resume.identity.run_identity`.
         framing: of this run's documents, which may be another than the weights have seen; None if
             it is not known.
         say: tells the user, once.

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from mone_megatron.config.schema import TrainConfig
 from mone_megatron.data.framing import Framing
 from mone_megatron.evaluation.requests import ScoreRequest
-from mone_megatron.train.random_state import random_state, set_random_state
-from mone_megatron.train.scoring import Scorer
+from mone_megatron.train.evaluate.scoring import Scorer
+from mone_megatron.train.resume.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from mone_megatron.evaluation.scored_lm import ScoredLM

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mone_megatron.train.loop import Hook, Record
+from mone_megatron.train.hooks.hook import Hook, Record
 from mone_megatron.train.panel import Panel
 
 # Is told what is not shown, and why.

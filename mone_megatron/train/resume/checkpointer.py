@@ -1,6 +1,6 @@
 """Saving a run's whole state and taking it up again, on any layout.
 
-The state is the model and the optimizer (:mod:`.checkpoint_state`), the step, the tokens and
+The state is the model and the optimizer (:mod:`.saved_state`), the step, the tokens and
 samples seen, the number of optimizer updates, the learning-rate schedule, and each rank's random
 streams; the configuration and the tokenizer lie beside it. Data needs no other state: the step
 decides which samples come next (:mod:`mone_megatron.data.loader`).
@@ -36,7 +36,10 @@ from mone_megatron.config.schema import Config
 from mone_megatron.data.framing import Framing
 from mone_megatron.data.tokenizer import copy_tokenizer
 from mone_megatron.os_errors import readable
-from mone_megatron.train.checkpoint_reading import (
+from mone_megatron.train.resume.identity import check_same_run, holds_a_run
+from mone_megatron.train.resume.initial_weights import initialize
+from mone_megatron.train.resume.random_state import missing_streams, random_state, set_random_state
+from mone_megatron.train.resume.reading import (
     Check,
     broadcast,
     fill_chunk,
@@ -46,16 +49,13 @@ from mone_megatron.train.checkpoint_reading import (
     load,
     union,
 )
-from mone_megatron.train.checkpoint_state import (
+from mone_megatron.train.resume.saved_state import (
     assign_optimizer_state,
     model_state,
     optimizer_state,
     optimizer_targets,
 )
-from mone_megatron.train.checkpoint_writer import BackgroundSave
-from mone_megatron.train.initial_weights import initialize
-from mone_megatron.train.random_state import missing_streams, random_state, set_random_state
-from mone_megatron.train.run_identity import check_same_run, holds_a_run
+from mone_megatron.train.resume.writing import BackgroundSave
 from mone_megatron.train.state import TrainingState
 
 _NEEDED_FOR = (
@@ -105,7 +105,7 @@ class Checkpointer:
 
         Args:
             config: validated; the store is ``run.dir/checkpoints``.
-            identity: from :func:`~mone_megatron.train.run_identity.run_identity`.
+            identity: from :func:`~mone_megatron.train.resume.identity.run_identity`.
             state: what is saved and restored.
             tokenizer_dir: goes into each checkpoint; None for none.
             framing: of the data's documents, goes into each checkpoint; None for none.

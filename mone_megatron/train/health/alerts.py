@@ -1,7 +1,8 @@
 """Alerts: which expert of which layer has stopped working as it should.
 
-A pure function of the panels seen so far (:mod:`.panel`) and of ``logging.alerts``, so a resumed
-run knows what it knew by reading its panels again. docs/metrics.md has the rules in words.
+A pure function of the panels seen so far (:mod:`mone_megatron.train.panel`) and of
+``logging.alerts``, so a resumed run knows what it knew by reading its panels again. docs/metrics.md
+has the rules in words.
 """
 
 from __future__ import annotations

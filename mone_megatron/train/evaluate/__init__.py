@@ -1,0 +1,1 @@
+"""Tasks on the model that is being trained."""

@@ -1,0 +1,1 @@
+"""What watches over a run: hangs, lost ranks, signals, bad losses, alerts."""

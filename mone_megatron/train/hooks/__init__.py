@@ -1,0 +1,1 @@
+"""What a run tells, measures and keeps between steps; one hook a file."""

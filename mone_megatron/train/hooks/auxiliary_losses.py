@@ -1,0 +1,79 @@
+"""Auxiliary losses of a step: those of routers, and the balance of neurons.
+
+Shape suffixes: A auxiliary losses, L layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.moe.moe_utils import (
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+)
+from torch import Tensor
+
+from mone_megatron.config.schema import Config
+from mone_megatron.config.validate import Layout
+from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
+
+# Our key -> megatron-core's name of each auxiliary loss.
+_ROUTER_LOSSES = {
+    "aux_loss": ("router/load_balancing_loss", "load_balancing_loss"),
+    "seq_aux_loss": ("router/seq_load_balancing_loss", "seq_load_balancing_loss"),
+    "global_aux_loss": ("router/global_load_balancing_loss", "global_load_balancing_loss"),
+}
+_Z_LOSS = "z_loss"
+
+
+class AuxiliaryLosses:
+    """Reads megatron-core's tracker of per-layer losses, without their coefficients.
+
+    The tracker is a process-wide global that each rank fills with its own layers and tokens. A
+    step's true value is a sum over all ranks with the weight of each kind of loss, which rides
+    along in the step's one collective.
+    """
+
+    def __init__(self, config: Config, layout: Layout) -> None:
+        """Know which losses this configuration computes."""
+        self.num_layers = config.model.num_layers
+        per_stage = layout.data * layout.num_microbatches
+        token_shards = config.parallel.tensor * config.parallel.context
+        # (our key, tracker's name, weight of one rank's value)
+        self.losses: list[tuple[str, str, float]] = []
+        if config.model.num_experts:
+            for kind, coeff in zip(
+                config.model.router.balance, config.model.router.balance_coeff, strict=True
+            ):
+                if kind in _ROUTER_LOSSES and coeff > 0:
+                    key, name = _ROUTER_LOSSES[kind]
+                    # Ranks hold parts of a sum over a microbatch, or over the global batch.
+                    count = layout.num_microbatches if kind == "global_aux_loss" else per_stage
+                    self.losses.append((key, name, 1 / count))
+            if config.model.router.z_loss_coeff > 0:
+                # Ranks hold means over their tokens.
+                self.losses.append(("router/z_loss", _Z_LOSS, 1 / (per_stage * token_shards)))
+        if config.mone.enabled:
+            self.losses.append(("mone/balance_loss", NEURON_BALANCE_LOSS, 1 / per_stage))
+
+    def read(self, device: torch.device) -> Tensor:
+        """This rank's weighted values, flattened ``[A * L]``, and start counting anew."""
+        tracker = get_moe_layer_wise_logging_tracker()
+        values_AL = torch.zeros(len(self.losses), self.num_layers, device=device)
+        for row, (_, name, weight) in enumerate(self.losses):
+            if name in tracker:
+                values_AL[row] = tracker[name]["values"].float() * weight
+        clear_aux_losses_tracker()
+        return values_AL.flatten()
+
+    def metrics(self, summed: Tensor, *, per_layer: bool) -> dict[str, float]:
+        """Mean over the layers that compute it, and with ``per_layer`` each layer's value."""
+        metrics: dict[str, float] = {}
+        values_AL = summed.view(len(self.losses), self.num_layers)
+        for (key, _, _), values_L in zip(self.losses, values_AL, strict=True):
+            used = [i for i, value in enumerate(values_L.tolist()) if value != 0.0]
+            if not used:
+                continue
+            metrics[key] = float(values_L[used].mean())
+            if per_layer:
+                metrics |= {f"{key}/layer_{i + 1}": float(values_L[i]) for i in used}
+        return metrics

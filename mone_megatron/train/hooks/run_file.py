@@ -1,0 +1,60 @@
+"""``run.json``: what ran, on what, how far it came and how it ended."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mone_megatron.display import lost
+from mone_megatron.train.hooks.hook import Hook, Record
+from mone_megatron.train.run_directory import write_json
+
+
+class RunFileHook(Hook):
+    """``run.json``: what ran, on what, and how it ended."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        """Start from ``facts``: what is known before the first step, and how far a resumed run is
+        (``steps``, ``tokens``, ``seconds``)."""
+        self.path = folder / "run.json"
+        self.facts = facts | {"status": "running"}
+        self.missed: set[str] = set()
+
+    def on_start(self) -> None:
+        """Write what is known."""
+        write_json(self.path, self.facts)
+
+    def on_step(self, record: Record) -> None:
+        """Remember how far it came."""
+        self.facts["steps"] = int(record["step"])
+        self.facts["tokens"] = int(record["tokens"])
+        self.facts["seconds"] += record["step_seconds"]
+        self._note_streams()
+
+    def note(self, what: str, why: str) -> None:
+        """Add to ``not_shown``, on disk at once: what the run could not show, and why.
+
+        Each is noted the first time only. A note that cannot be written is let go.
+        """
+        if what in self.missed:
+            return
+        self.missed.add(what)
+        missed = self.facts.setdefault("not_shown", [])
+        missed.append({"what": what, "why": why, "step": self.facts["steps"]})
+        with suppress(OSError):
+            write_json(self.path, self.facts)
+
+    def _note_streams(self) -> None:
+        for stream, why in lost().items():
+            self.note(stream, why)
+
+    def on_fault(self, step: int, fault: str, action: str) -> None:
+        """Count and name it."""
+        self.facts.setdefault("faults", []).append({"step": step, "why": fault, "action": action})
+
+    def on_end(self, status: str) -> None:
+        """Write how it ended."""
+        self.facts["status"] = status
+        self._note_streams()
+        write_json(self.path, self.facts)

@@ -1,0 +1,1 @@
+"""Saving a run's state and taking it up again."""
