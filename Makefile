@@ -13,7 +13,7 @@ ARGS       ?=
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart claims ablation test test-slow test-transformers faults slurm-test lint bench clean
+.PHONY: quickstart claims ablation test test-slow test-transformers faults slurm-test lint docs bench clean
 
 quickstart: $(VENV)/installed
 	$(TRAIN) experiment=quickstart_moe run.dir=$(RUNS)/moe
@@ -65,6 +65,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation as a site, build/docs/index.html. A link that leads nowhere ends it.
+docs: $(VENV)/installed-dev
+	PYTHONWARNINGS=ignore $(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+	@echo "Look at build/docs/index.html"
 
 bench: $(VENV)/installed
 	$(BIN)/python tools/bench.py spine
