@@ -11,7 +11,7 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mone_megatron.config.convert import from_dict, keys
 from mone_megatron.config.errors import ConfigError
@@ -20,6 +20,7 @@ from mone_megatron.config.schema import (
     Config,
     ModelConfig,
     MoNEConfig,
+    MoNETarget,
     ParallelConfig,
 )
 from mone_megatron.methods.routers import ROUTERS
@@ -494,11 +495,7 @@ def _mone(config: Config) -> Iterator[str]:
     for target, count in Counter(mone.apply_to).items():
         if count > 1:
             yield f"mone.apply_to: {target} is listed {count} times; list it once"
-    widths = {
-        "routed": ("model.expert_ffn_hidden_size", model.expert_ffn_hidden_size),
-        "shared": ("model.shared_expert_ffn_hidden_size", model.shared_expert_ffn_hidden_size),
-        "dense": ("model.dense_ffn_hidden_size", model.dense_ffn_hidden_size),
-    }
+    widths = _neuron_widths(model)
     missing = {
         "routed": model.num_experts < 1 and "model.num_experts=0; use [dense]",
         "shared": model.shared_expert_ffn_hidden_size < 1
@@ -520,10 +517,19 @@ def _mone(config: Config) -> Iterator[str]:
             else:
                 yield from _rule_budget(mone, key, width)
     yield from _rule_options(mone)
-    yield from _rule_layout(mone, config.parallel)
+    yield from _rule_layout(model, mone, config.parallel)
     yield from _keep_ratio_schedule(config)
     yield from _neuron_balance_layout(mone, config.parallel)
     yield from _packed_memory(mone, config.parallel)
+
+
+def _neuron_widths(model: ModelConfig) -> dict[MoNETarget, tuple[str, int]]:
+    """The key and the value of how many neurons the MLPs of each target have."""
+    return {
+        "routed": ("model.expert_ffn_hidden_size", model.expert_ffn_hidden_size),
+        "shared": ("model.shared_expert_ffn_hidden_size", model.shared_expert_ffn_hidden_size),
+        "dense": ("model.dense_ffn_hidden_size", model.dense_ffn_hidden_size),
+    }
 
 
 def _rule_options(mone: MoNEConfig) -> Iterator[str]:
@@ -549,7 +555,9 @@ def _rule_budget(mone: MoNEConfig, key: str, width: int) -> Iterator[str]:
         yield f"{error} ({key}={width})"
 
 
-def _neuron_splits(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str, int]]:
+def _neuron_splits(
+    mone: MoNEConfig, parallel: ParallelConfig
+) -> Iterator[tuple[MoNETarget, str, int]]:
     """Yields each target with the ``parallel`` key and the ranks that its neurons are spread by."""
     for target in mone.apply_to:
         routed = target == "routed"
@@ -559,15 +567,19 @@ def _neuron_splits(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[tuple
         yield target, key, size
 
 
-def _rule_layout(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
+def _rule_layout(model: ModelConfig, mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
     """Layouts that spread neurons over ranks which the rule cannot select over."""
-    if RULES[mone.rule].exchange != "refused":
-        return
+    rule = RULES[mone.rule]
+    widths = _neuron_widths(model)
     for target, key, size in _neuron_splits(mone, parallel):
-        if size > 1:
+        try:
+            budget = rule.budget(mone.keep_ratio, widths[target][1], mone.rule_options)
+        except ValueError:
+            continue  # told by itself
+        if problem := rule.shard_problem(budget, size):
             yield (
                 f"parallel.{key}: {size} spreads the neurons of the {target} MLPs over ranks, and "
-                f"mone.rule={mone.rule} cannot select over ranks; use parallel.{key}=1"
+                f"{problem}; use parallel.{key}=1"
             )
 
 
@@ -603,6 +615,25 @@ def _keep_ratio_schedule(config: Config) -> Iterator[str]:
         yield (
             f"mone.keep_ratio_steps: {steps} is not between 1 and train.steps={config.train.steps}"
         )
+        return
+    yield from _scheduled_budgets(config.model, mone)
+
+
+def _scheduled_budgets(model: ModelConfig, mone: MoNEConfig) -> Iterator[str]:
+    """What the rule refuses on the way to the keep ratio, which it takes: whole neurons, say."""
+    widths = _neuron_widths(model)
+    if any(list(_rule_budget(mone, *widths[target])) for target in mone.apply_to):
+        return  # told by itself
+    for step in range(1, mone.keep_ratio_steps + 1):
+        then = replace(mone, keep_ratio=mone.keep_ratio_at(step))
+        for target in mone.apply_to:
+            for problem in _rule_budget(then, *widths[target]):
+                yield (
+                    f"mone.keep_ratio_schedule: {mone.keep_ratio_schedule} comes to ratios that "
+                    f"mone.rule={mone.rule} refuses, at step {step} the first ({problem}); use "
+                    "mone.keep_ratio_schedule=constant"
+                )
+                return
 
 
 def _neuron_balance_layout(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:

@@ -95,6 +95,7 @@ class NeuronSettings:
             raise ValueError(f"mone.keep_ratio: {self.keep_ratio} is not in (0, 1]")
         # Unknown names are errors of the registries.
         SCORES[self.score]
+        RULES[self.rule].read_options(self.rule_options)
         if RULES[self.rule].state:
             raise ValueError(
                 f"mone.rule: {self.rule} selects by a state that training keeps, which a model for "
@@ -131,6 +132,14 @@ class NeuronSettings:
             raise ValueError(f"mone.keep_ratio: {self.keep_ratio} of {neurons} neurons keeps none")
         return kept
 
+    def check(self, neurons: int) -> None:
+        """Checks that ``neurons`` neurons can be selected among.
+
+        Raises:
+            ValueError: the ratio keeps none of them, or the rule refuses the budget.
+        """
+        RULES[self.rule].budget(self.keep_ratio, neurons, self.rule_options)
+
     def mask(
         self,
         gate_TF: Tensor,
@@ -157,11 +166,9 @@ class NeuronSettings:
                 select over them.
         """
         neurons, rule = neurons or Neurons("MLP", gate_TF.shape[-1]), RULES[self.rule]
-        if neurons.mesh is not None and rule.exchange == "refused":
-            raise ValueError(
-                f"mone.rule: {self.rule} cannot select over the ranks that share the neurons of "
-                f"{neurons.owner}; load the model unsplit"
-            )
+        budget = rule.budget(self.keep_ratio, neurons.count, self.rule_options)
+        if problem := rule.shard_problem(budget, len(neurons.widths())):
+            raise ValueError(f"{neurons.owner}: {problem}; load the model unsplit")
         with torch.no_grad():
             scores_TF = (
                 SCORES[self.score]
@@ -174,11 +181,17 @@ class NeuronSettings:
                 )
                 .flatten(0, -2)
             )
+
+            def largest_of(values_TG: Tensor, k: int) -> Tensor:
+                size = scores_TF.shape[-1] // values_TG.shape[-1]
+                return neurons.in_groups(size).topk_mask(values_TG, k)
+
             rows = Rows(
                 scores_TF=scores_TF,
-                budget=rule.budget(self.keep_ratio, neurons.count, self.rule_options),
-                largest=lambda k: neurons.topk_mask(scores_TF, k),
+                budget=budget,
+                largest_of=largest_of,
                 expert_T=torch.zeros(len(scores_TF), dtype=torch.int64, device=gate_TF.device),
+                shards=None if neurons.mesh is None else neurons,
             )
             return rule.mask(rows).view(gate_TF.shape)
 

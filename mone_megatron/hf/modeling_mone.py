@@ -53,6 +53,18 @@ def _settings(config: MoneConfig, target: str) -> NeuronSettings | None:
     return settings if target in settings.apply_to else None
 
 
+def _checked_settings(config: MoneConfig, target: str, neurons: int) -> NeuronSettings | None:
+    """Returns the settings of an MLP of ``neurons`` neurons; None where all of them are kept.
+
+    Raises:
+        ValueError: the settings are wrong, or wrong for an MLP of this width.
+    """
+    settings = _settings(config, target)
+    if settings is not None:
+        settings.check(neurons)
+    return settings
+
+
 class AllHeadsRMSNorm(nn.Module):
     """RMSNorm over all heads of a token together (OLMoE); ``[..., heads, head_dim]``.
 
@@ -112,7 +124,7 @@ class MoneMLP(Qwen3MoeMLP):
     def __init__(self, config: MoneConfig, intermediate_size: int, target: str) -> None:
         super().__init__(config, intermediate_size)
         self.mone_target = target
-        self.neurons = _settings(config, target)
+        self.neurons = _checked_settings(config, target, intermediate_size)
         watch(self, asked_to_select)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,6 +162,7 @@ class MoneExperts(nn.Module):
         self.intermediate_dim = stock.intermediate_dim
         self.gate_up_proj, self.down_proj = stock.gate_up_proj, stock.down_proj
         self.act_fn = stock.act_fn
+        _checked_settings(config, "routed", self.intermediate_dim)
         watch_experts(self)
 
     def forward(self, *args: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Shape suffixes: T rows, F neurons of this rank, K kept neurons, R ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -69,9 +69,29 @@ class Neurons:
 
     def widths(self) -> list[int]:
         """Returns how many each rank computes, as torch shards a dimension."""
-        ranks = 1 if self.mesh is None else self.mesh.size(self.dim)
-        most = -(-self.count // ranks)
-        return [min(max(self.count - rank * most, 0), most) for rank in range(ranks)]
+        most = -(-self.count // self.size)
+        return [min(max(self.count - rank * most, 0), most) for rank in range(self.size)]
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among those that share the neurons."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank(self.dim)
+
+    @property
+    def size(self) -> int:
+        """How many ranks share the neurons."""
+        return 1 if self.mesh is None else self.mesh.size(self.dim)
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Returns the sum over the ranks that share the neurons. Collective."""
+        total = part.clone()
+        if self.mesh is not None:
+            dist.all_reduce(total, group=self.mesh.get_group(self.dim))
+        return total
+
+    def in_groups(self, size: int) -> Neurons:
+        """Returns groups of ``size`` adjacent neurons, each wholly on a rank, as if neurons."""
+        return replace(self, count=self.count // size)
 
     def topk_mask(self, scores_TF: Tensor, kept: int) -> Tensor:
         """Returns True at this rank's neurons among the ``kept`` best, ties to the lowest index.
@@ -86,8 +106,7 @@ class Neurons:
         Raises:
             ValueError: these are not all neurons, and it is not known who has the others.
         """
-        widths, here = self.widths(), scores_TF.shape[-1]
-        rank = 0 if self.mesh is None else self.mesh.get_local_rank(self.dim)
+        widths, here, rank = self.widths(), scores_TF.shape[-1], self.rank
         if widths[rank] != here:
             raise ValueError(
                 f"{self.owner}: {here} of its {self.count} neurons are computed here, where "

@@ -7,6 +7,8 @@ Shape suffixes: T tokens (rows), F neurons of one expert on this rank, E experts
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What expert tensor parallelism has to exchange, since the neurons of a row lie on several ranks:
-# nothing, what :meth:`Rows.largest` exchanges, or something that nobody has written.
-Exchange = Literal["nothing", "largest", "refused"]
+# nothing, what :meth:`Rows.largest` exchanges, sums over the ranks (:class:`Shards`), or something
+# that nobody has written.
+Exchange = Literal["nothing", "largest", "sums", "refused"]
 
 
 def count_kept(keep_ratio: float, neurons: int) -> int:
@@ -72,8 +75,9 @@ class Rows:
     Attributes:
         scores_TF: the score of each neuron on this rank.
         budget: how many to keep, of the whole expert.
-        largest: gives the exact mask ``[T, F]`` of the k largest scores of every row, ties to the
-            lowest index: as fast as the device allows, and over all ranks that share the row.
+        largest_of: gives the exact mask of the k largest values of every row of a matrix, ties to
+            the lowest index: as fast as the device allows, and over all ranks that share the row.
+            The matrix has a column for each neuron, or for each of equally many adjacent ones.
         expert_T: int64, the expert on this rank that each row belongs to.
         num_experts: E.
         shards: the other ranks that hold neurons of these rows; None when there are none.
@@ -84,16 +88,28 @@ class Rows:
 
     scores_TF: Tensor
     budget: Budget
-    largest: Callable[[int], Tensor]
+    largest_of: Callable[[Tensor, int], Tensor]
     expert_T: Tensor
     num_experts: int = 1
     shards: Shards | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
     training: bool = False
 
+    def largest(self, k: int) -> Tensor:
+        """Returns the exact mask ``[T, F]`` of the k largest scores of every row."""
+        return self.largest_of(self.scores_TF, k)
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Returns a tensor summed over the ranks that share the rows. Collective."""
+        return part if self.shards is None else self.shards.sum(part)
+
 
 def _all_neurons(budget: Budget) -> int:
     return budget.neurons
+
+
+def _one_neuron(budget: Budget) -> int:
+    return 1
 
 
 def _nothing_wrong(budget: Budget) -> None:
@@ -113,9 +129,12 @@ class Rule:
         options: a frozen dataclass of plain fields with defaults: ``mone.rule_options``.
         check: raises ``ValueError``, naming ``mone.keep_ratio`` or ``mone.rule_options.NAME``, for
             a budget that the rule cannot keep.
+        score: the score that it is written for, whose densities come near to the keep ratio; None
+            where any is as good. Others may be chosen: then the density is what is measured.
         fixed_count: whether each row keeps exactly ``budget.kept`` neurons.
         causal: whether a token's mask depends on no other token outside training.
         exchange: what expert tensor parallelism has to exchange.
+        unit: how many adjacent neurons are chosen together, and so must lie on one rank.
         most_kept: the largest number of neurons that a row can keep: what packed memory, the
             planner and decoding make room for.
         state: the initial value of each tensor of its state, by name. Each is fp32 ``[E]``, in the
@@ -134,9 +153,11 @@ class Rule:
     mask: Callable[[Rows], Tensor]
     options: type = NoOptions
     check: Callable[[Budget], None] = _nothing_wrong
+    score: str | None = None
     fixed_count: bool = True
     causal: bool = True
     exchange: Exchange = "refused"
+    unit: Callable[[Budget], int] = _one_neuron
     most_kept: Callable[[Budget], int] = _all_neurons
     state: Mapping[str, float] = field(default_factory=dict)
     observe: Callable[[Rows, Tensor], Mapping[str, Tensor]] | None = None
@@ -163,7 +184,8 @@ class Rule:
                 their defaults.
 
         Raises:
-            ValueError: the ratio is out of range or keeps no neuron, or the rule refuses it.
+            ValueError: the ratio is out of range or keeps no neuron, an option is unknown or of
+                another type, or the rule refuses the budget.
         """
         if not 0 < keep_ratio <= 1:
             raise ValueError(f"mone.keep_ratio: {keep_ratio} is not in (0, 1]")
@@ -172,6 +194,52 @@ class Rule:
                 f"mone.keep_ratio: {keep_ratio} of {neurons} neurons keeps none; "
                 f"use at least {1 / neurons:.3g}"
             )
-        budget = Budget(keep_ratio, neurons, self.options(**(options or {})))
+        budget = Budget(keep_ratio, neurons, self.read_options(options or {}))
         self.check(budget)
         return budget
+
+    def read_options(self, options: Mapping[str, Any]) -> Any:
+        """Returns an instance of the rule's options.
+
+        Args:
+            options: values by name; those left out take their defaults.
+
+        Raises:
+            ValueError: a name is unknown, or a value is of another type, one line for each.
+        """
+        fields = {field.name: field.default for field in dataclasses.fields(self.options)}
+        problems = []
+        for name, value in options.items():
+            key = f"mone.rule_options.{name}"
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
+                known = ", ".join(fields) or "none"
+                hint = f"did you mean {near[0]}?" if near else f"it has {known}"
+                problems.append(f"{key}: mone.rule={self.name} has no such option; {hint}")
+            elif not _fits(value, type(fields[name])):
+                wanted = type(fields[name]).__name__
+                problems.append(f"{key}: {value!r} is no {wanted}; give one such as {fields[name]}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self.options(**options)
+
+    def shard_problem(self, budget: Budget, ranks: int) -> str | None:
+        """Returns why the rule cannot select over neurons that lie on ``ranks`` ranks, or None."""
+        if ranks == 1:
+            return None
+        if self.exchange == "refused":
+            return f"mone.rule={self.name} cannot select over ranks"
+        unit = self.unit(budget)
+        if budget.neurons % ranks or budget.neurons // ranks % unit:
+            return (
+                f"mone.rule={self.name} chooses {unit} adjacent neurons together, which do not "
+                f"divide {budget.neurons} neurons over {ranks} ranks"
+            )
+        return None
+
+
+def _fits(value: object, kind: type) -> bool:
+    """Whether a value is of a type; an integer is a number, and true and false are neither."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

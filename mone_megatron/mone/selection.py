@@ -137,10 +137,11 @@ class NeuronSelector(nn.Module):
         self.score = SCORES[selection.score]
         self.budget = selection.budget(neurons)
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
-        if self.group is not None and self.rule.exchange == "refused":
+        ranks = 1 if self.group is None else dist.get_world_size(self.group)
+        if problem := self.rule.shard_problem(self.budget, ranks):
             raise ValueError(
-                f"mone.rule: {self.rule.name} does not select over neurons that are spread over "
-                "ranks; use parallel.expert_tensor=1 (routed) and parallel.tensor=1 (shared, dense)"
+                f"{problem}; use parallel.expert_tensor=1 (routed) and parallel.tensor=1 (shared, "
+                "dense)"
             )
         self.replica_group = replica_group
         self.num_local_experts = num_local_experts
@@ -213,7 +214,7 @@ class NeuronSelector(nn.Module):
         rows = Rows(
             scores_TF=scores_TF,
             budget=self.budget,
-            largest=lambda k: self._largest(scores_TF, k),
+            largest_of=self._largest,
             expert_T=expert_T,
             num_experts=self.num_local_experts,
             shards=None if self.group is None else GroupShards(self.group),
@@ -228,6 +229,7 @@ class NeuronSelector(nn.Module):
         return mask_TF
 
     def _largest(self, scores_TF: Tensor, k: int) -> Tensor:
+        """Returns the mask of the k largest of each row, over all ranks that share the row."""
         if self.group is None:
             return ops.topk_mask(scores_TF, k)
         return sharded_topk_mask(scores_TF, k, self.group)

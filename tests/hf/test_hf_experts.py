@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_models import MOES, VOCABULARY, random_model
+from mone_models import build
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -142,6 +143,14 @@ def test_selecting_without_settings_is_refused() -> None:
         ({"keep_ratio": 0.5, "score": "size"}, "mone.score: 'size' is unknown"),
         ({"keep_ratio": 0.5, "apply_to": ["router"]}, "mone.apply_to: 'router' is not one of"),
         ({"keep_ratio": 0.5, "ratio": 1}, "config.mone: .* is not understood"),
+        (
+            {"keep_ratio": 0.5, "rule": "n_of_m", "rule_options": {"n": 2}},
+            "mone.rule_options.n: mone.rule=n_of_m has no such option; it has m",
+        ),
+        (
+            {"keep_ratio": 0.5, "rule": "blocks", "rule_options": {"size": True}},
+            "mone.rule_options.size: True is no int; give one such as 16",
+        ),
     ],
 )
 def test_wrong_settings_are_named(settings: dict, message: str) -> None:
@@ -152,3 +161,27 @@ def test_wrong_settings_are_named(settings: dict, message: str) -> None:
 def test_settings_go_through_json() -> None:
     settings = NeuronSettings(0.125, "signed_gate", TARGETS)
     assert NeuronSettings.from_config(settings.to_config()) == settings
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("routed", "mone.rule_options.m: 12 does not divide 16 neurons"),
+        ("shared", "mone.rule_options.m: 16 does not divide 24 neurons"),
+        ("dense", "mone.rule_options.m: 32 does not divide 48 neurons"),
+    ],
+)
+def test_a_budget_that_the_rule_cannot_keep_is_named_at_load(target: str, message: str) -> None:
+    settings = {
+        "keep_ratio": 0.5,
+        "apply_to": [target],
+        "rule": "n_of_m",
+        "rule_options": {"m": int(message.split()[1])},
+    }
+    with pytest.raises(ValueError, match=message):
+        build(
+            "plain",
+            mlp_only_layers=[0],
+            shared_expert_intermediate_size=24,
+            mone=settings,
+        )

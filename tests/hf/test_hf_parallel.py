@@ -44,6 +44,20 @@ EXPORTS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 24,
         "mone": {"keep_ratio": 0.25, "score": "wina", "apply_to": list(EVERYWHERE)},
     },
+    # Rules that rank groups of adjacent neurons over the ranks, and that add up over them.
+    **{
+        rule: {
+            "mlp_only_layers": [0],
+            "shared_expert_intermediate_size": 24,
+            "mone": {
+                "keep_ratio": 0.5,
+                "apply_to": list(EVERYWHERE),
+                "rule": rule,
+                "rule_options": options,
+            },
+        }
+        for rule, options in (("blocks", {"size": 4}), ("statistical", {}))
+    },
     "batched": {},
     # Neurons that the ranks cannot share evenly, and of which one has fewer than K.
     "batched, uneven": {"moe_intermediate_size": 15, "mone": {"keep_ratio": 0.55}},

@@ -27,7 +27,7 @@ def rows(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def selector(
     rule: str, keep_ratio: float = 0.25, group: dist.ProcessGroup | None = None
 ) -> NeuronSelector:
-    selection = NeuronSelection(keep_ratio, "abs_gate", rule)
+    selection = NeuronSelection(keep_ratio, RULES[rule].score or "abs_gate", rule)
     return NeuronSelector(selection, NEURONS, group, num_local_experts=EXPERTS, num_experts=EXPERTS)
 
 
@@ -121,7 +121,7 @@ def part_of_the_mask(rule: str) -> Tensor:
 @by_name
 def test_neurons_spread_over_ranks(rule: Rule, two_processes: Processes) -> None:
     if rule.exchange == "refused":
-        with pytest.raises(Exception, match=f"{rule.name} does not select over neurons"):
+        with pytest.raises(Exception, match=f"mone.rule={rule.name} cannot select over ranks"):
             two_processes.run(part_of_the_mask, rule.name)
         return
     whole = torch.cat(two_processes.run(part_of_the_mask, rule.name), dim=-1)
