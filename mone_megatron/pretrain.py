@@ -32,6 +32,7 @@ from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
 from mone_megatron.data.prepare import check_cache, prepare_data
 from mone_megatron.display import harmless_output
+from mone_megatron.dry_run import dry_run
 from mone_megatron.helpers import HelperError
 from mone_megatron.ownership import await_owner, owned_folder
 from mone_megatron.parallel.world import World
@@ -45,6 +46,8 @@ _READER_PATIENCE_SECONDS = 20.0
 # sections is built and run. The first are followed by a value.
 _FLAGS_WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-i", "--info")
 _FLAGS = (*_FLAGS_WITH_VALUE, "-m", "--multirun", "--resolve", "-h", "--help", "--hydra-help")
+# Ours: everything is checked and nothing trained, for as many processes as are named.
+_DRY_RUN = "--dry-run"
 
 
 def pretrain(config: Config) -> int:
@@ -68,6 +71,10 @@ def _pretrain(config: Config) -> int:
     check = partial(validate, config, world_size=world.size, local_world_size=world.local_size)
     # First without torch, whose import takes longer than all else before a refusal.
     check()
+    if world.rank == 0:
+        print(
+            f"{config.run.name}: configuration checked; loading torch and megatron-core", flush=True
+        )
     with _own_run_directory(config, world):
         import torch
 
@@ -147,8 +154,12 @@ def _main(arguments: list[str]) -> int:
     world = World()
     try:
         world = World.from_environment()
+        dry = [flag for flag in flags if flag.partition("=")[0] == _DRY_RUN]
+        if dry:
+            return _dry_run([given for given in arguments if given not in dry], dry[-1], world)
         if unknown := [flag for flag in flags if flag.split("=")[0] not in _FLAGS]:
-            raise ConfigError([f"{flag}: not taken; use {', '.join(_FLAGS)}" for flag in unknown])
+            taken = ", ".join((*_FLAGS, _DRY_RUN))
+            raise ConfigError([f"{flag}: not taken; use {taken}" for flag in unknown])
         if flags:
             overrides: list[str] = []
             for_hydra: list[str] = []
@@ -168,6 +179,19 @@ def _main(arguments: list[str]) -> int:
             raise
         _tell(error, world)
         return USAGE_EXIT_CODE
+
+
+def _dry_run(overrides: list[str], flag: str, world: World) -> int:
+    """Checks a run of the overrides, prints what it would be, and returns the exit status."""
+    if flags := [argument for argument in overrides if argument.startswith("-")]:
+        raise ConfigError(f"{flags[0]}: not with {_DRY_RUN}; check one run, without it")
+    _, given, number = flag.partition("=")
+    if given and not (number.isdecimal() and int(number) > 0):
+        raise ConfigError(f"{flag}: names no number of processes; write {_DRY_RUN}=8")
+    lines = dry_run(compose(overrides), world, int(number) if given else world.size)
+    if world.rank == 0:
+        print("\n".join(lines))
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from mone_megatron.config import convert
 from mone_megatron.config.convert import Scalar
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.schema import Config
+from mone_megatron.shipped_files import shipped
 
 # A config is saved with its run and shown by loggers, so it cannot take in the environment.
 OmegaConf.clear_resolver("oc.env")
@@ -31,7 +32,7 @@ OmegaConf.clear_resolver("oc.env")
 CONFIG_NAME = "config"
 # The group whose options sweep.
 _SWEEPS = "ablation"
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+CONF_DIR = shipped("conf")
 
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:

@@ -1,0 +1,134 @@
+"""Turns text into the .bin/.idx files that data.source=indexed reads.
+
+The input is any number of files or quoted globs: JSON lines (.jsonl, .ndjson, .jsonl.gz), plain
+text (.txt, .md, .py, .txt.gz; one document a file, or see --document-separator) and Parquet. An
+input that is bad is named by its file and line, row or row group.
+
+  python tools/preprocess_data.py 'books/*.jsonl' --output corpora/books --tokenizer my-tokenizer
+  python tools/preprocess_data.py wiki.txt --output corpora/wiki --train-tokenizer 32000
+
+Train on the result with data.source=indexed data.paths=[corpora/books].
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mone_megatron.data.documents import expand_inputs
+from mone_megatron.data.preprocess import TokenizerSettings, preprocess_files
+from mone_megatron.data.reading_options import add_reading, reading_settings
+from mone_megatron.display import harmless
+
+
+def _parse(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("inputs", nargs="+", metavar="FILE", help="input files or quoted globs")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="PREFIX",
+        help="writes PREFIX.bin, PREFIX.idx, PREFIX.meta.json and the folder PREFIX.tokenizer",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="a Hugging Face tokenizer folder (tokenizer.json)",
+    )
+    which.add_argument(
+        "--train-tokenizer",
+        type=int,
+        metavar="VOCAB_SIZE",
+        help="trains a byte-level BPE of this size on the input",
+    )
+    parser.add_argument(
+        "--train-megabytes",
+        type=float,
+        default=0.0,
+        metavar="MB",
+        help="trains the tokenizer on the first MB of text only (default: all)",
+    )
+    parser.add_argument(
+        "--eod-token",
+        metavar="TOKEN",
+        help="the token that ends a document (default: the tokenizer's eos_token)",
+    )
+    parser.add_argument(
+        "--parse-special-tokens",
+        action="store_true",
+        help="turns special tokens spelled out in the text into their ids (default: plain text)",
+    )
+    parser.add_argument(
+        "--bos",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="begins each document with the tokenizer's BOS: as its own template does, always, or "
+        "never (%(default)s); kept, and followed wherever the model reads text",
+    )
+    add_reading(parser)
+    parser.add_argument(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in JSON lines (%(default)s)",
+    )
+    parser.add_argument(
+        "--column",
+        default="text",
+        metavar="NAME",
+        help="column of the text in Parquet (%(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tokenizing processes; the output does not depend on it (%(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replaces an existing output")
+    return parser.parse_args(given)
+
+
+@harmless
+def main(given: Sequence[str] | None = None) -> int:
+    """Runs the tool; 0 on success, 1 on bad input, 130 when interrupted."""
+    arguments = _parse(given)
+    try:
+        summary = preprocess_files(
+            expand_inputs(arguments.inputs),
+            arguments.output,
+            TokenizerSettings(
+                folder=arguments.tokenizer,
+                train_vocab_size=arguments.train_tokenizer,
+                train_megabytes=arguments.train_megabytes,
+                eod_token=arguments.eod_token,
+                parse_special_tokens=arguments.parse_special_tokens,
+                bos=arguments.bos,
+            ),
+            inputs=reading_settings(
+                arguments, json_key=arguments.json_key, column=arguments.column
+            ),
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+        )
+    except (ValueError, OSError) as error:
+        print(f"preprocess_data: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("preprocess_data: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    for remark in summary.remarks:
+        print(f"preprocess_data: {remark}", file=sys.stderr)
+    print(
+        f"{summary.prefix}: {summary.tokens} tokens in {summary.documents} documents"
+        f" ({summary.skipped_empty} empty ones skipped), vocabulary {summary.vocab_size},"
+        f" {summary.beginning}"
+    )
+    return 0

@@ -1,0 +1,118 @@
+"""Train variants over seeds, and say with intervals what differs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mone_megatron.command_line import say, told
+from mone_megatron.display import harmless
+from mone_megatron.helpers import HelperError
+from mone_megatron.ownership import owned_folder
+
+_DESCRIPTION = """\
+Train every variant of a study with the same seeds, and compare the last validation losses seed by
+seed: means, differences to the reference and 95% intervals (Student's t), as a table, a picture
+and JSON, and all together on a page, studies.html. A study is a file, or the name of one of the
+paper's claims (--list). Runs that are there stay, those of another study with the same settings
+are linked, and a study that was stopped goes on where it was."""
+
+_EPILOG = """\
+exit status: 0 done, 1 a run failed, 2 for what cannot be done
+
+examples:
+  python tools/study.py --list
+  python tools/study.py half_activated --jobs 2
+  python tools/study.py scores --seeds 1 2 3 --set train.steps=100 --output runs/short
+  python tools/study.py half_activated --report"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", nargs="*", metavar="STUDY", help="file, or name of a claim")
+    parser.add_argument("--list", action="store_true", help="the claims there are, and exit")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default 1 2 3 4 5"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="key=value", help="overrides of all variants"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/studies"), help="default runs/studies"
+    )
+    parser.add_argument("--report", action="store_true", help="only read runs that are there")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from mone_megatron.lab.studies.definition import CLAIMS_DIR, load_study
+
+    if options.list:
+        for path in sorted(CLAIMS_DIR.glob("*.yaml")):
+            study = load_study(path)
+            print(f"{study.name:<20} {study.question} ({', '.join(study.variants)})")
+        return
+    if not options.study:
+        raise ValueError("STUDY: give at least one file or name; --list shows the names")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs: {options.jobs} is not 1 or more")
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ValueError("--seeds: one is named twice")
+    if any("=" not in text for text in options.set):
+        raise ValueError(f"--set: {options.set} is not a list of key=value")
+    studies = [load_study(where) for where in options.study]
+    studies = [replace(each, overrides=(*each.overrides, *options.set)) for each in studies]
+    for study in studies:
+        _ = study.configs  # all of them are checked before the first is trained
+    if not options.report:
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--output: {options.output}: {error.strerror}; choose a folder that can be written"
+            ) from error
+    from mone_megatron.lab.studies import outcome, outcome_files, page, runner
+    from mone_megatron.report.files import write_whole
+
+    outcomes: list[outcome.Outcome] = []
+    try:
+        for study in studies:
+            folder = options.output / study.name
+            with owned_folder("--output", folder):
+                if not options.report:
+                    runner.train(study, folder, options.seeds, jobs=options.jobs, say=say)
+                found = outcome.read_outcome(study, folder, options.seeds)
+                print(outcome_files.markdown(found), end="\n\n")
+                for path in outcome_files.write(found, folder):
+                    say(f"wrote {path}")
+            outcomes.append(found)
+    finally:
+        # Also of what is done when a later one fails or is stopped.
+        if outcomes:
+            written = write_whole(options.output / page.PAGE_FILE, page.studies_page(outcomes))
+            say(f"wrote {written}")
+
+
+@harmless
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from a command line; user errors are one line each."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except (ValueError, OSError) as error:
+        for line in told(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except (RuntimeError, HelperError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
