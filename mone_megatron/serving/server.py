@@ -1,0 +1,192 @@
+"""The server of one model: the folder that it reads, its command and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mone_megatron.serving.engine import Engine
+
+_DTYPES = {"saved": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# vLLM for CPUs would take 92% of the memory, and refuses to start when as much is not free.
+_CACHE_GIGABYTES = 4
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that can be started.
+
+    Attributes:
+        command: to execute.
+        environment: to execute it in.
+        address: where clients find it.
+        name: the model's, for clients.
+        notes: what was chosen and why.
+    """
+
+    command: list[str]
+    environment: Mapping[str, str]
+    address: str
+    name: str
+    notes: Sequence[str]
+
+    def describe(self) -> list[str]:
+        """Returns lines for people: what was chosen, and how to try it."""
+        body = json.dumps({"model": self.name, "prompt": "import ", "max_tokens": 32})
+        return [
+            *self.notes,
+            f"starting: {shlex.join(self.command)}",
+            "when it says that startup is complete, try it:",
+            f"  curl {self.address}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+            "  or in Python, after `pip install openai`:",
+            f'  OpenAI(base_url="{self.address}/v1", api_key="none").completions.create('
+            f'model="{self.name}", prompt="import ", max_tokens=32)',
+        ]
+
+
+def check_plugin(engine: Engine, model_type: str, where: Path) -> None:
+    """Refuses an engine that cannot serve a model.
+
+    Raises:
+        ValueError: with the line that installs what is missing.
+    """
+    if model_type == "mone" and engine.plugin is None:
+        raise ValueError(
+            f"{where}: MoneForCausalLM needs the plugin beside vLLM; install it from a checkout: "
+            f"{engine.python} -m pip install ./serving/vllm"
+        )
+
+
+def ready_folder(where: Path, engine: Engine, *, dry_run: bool, say: Callable[[str], None]) -> Path:
+    """Returns the export to serve; a run or a checkpoint is exported first.
+
+    Args:
+        where: a run, a checkpoint, or an export.
+        engine: what is to serve it.
+        dry_run: whether to export nothing.
+        say: is told what is done.
+
+    Raises:
+        ValueError: it is none of them, cannot be exported, or the engine cannot serve it.
+    """
+    if not where.is_dir():
+        raise ValueError(f"{where}: there is no such folder; give a run, a checkpoint or an export")
+    if (where / "config.json").is_file():
+        check_plugin(engine, _config(where).get("model_type", ""), where)
+        return where
+    from mone_megatron.extras import calm_bars, require
+
+    require("hf", "transformers", "safetensors")
+    calm_bars()
+    # Only now: these take seconds to import.
+    from mone_megatron.hf import export
+    from mone_megatron.hf.checks import check_export
+    from mone_megatron.hf.source import is_ours, open_source
+
+    if not is_ours(where):
+        raise ValueError(
+            f"{where}: holds neither checkpoints nor config.json; give a run or an export"
+        )
+
+    source = open_source(where, say=say)
+    checkpoint = source.checkpoint.path
+    folder = checkpoint.parents[1] / "exports" / checkpoint.name
+    architecture = export.choose_architecture(source, "auto")
+    check_plugin(engine, architecture.model_type, where)
+    if (folder / "config.json").is_file():
+        say(f"{folder}: exported before")
+        return folder
+    say(f"exporting {checkpoint} to {folder} as {architecture.class_name}")
+    if dry_run:
+        return folder
+
+    def check(written: Path) -> str:
+        found = check_export(source, written, dtype=None)
+        if not found.holds:
+            raise ValueError(f"{folder}: not written: {found.describe()}")
+        return found.describe()
+
+    export.export(
+        source,
+        folder,
+        architecture=architecture,
+        dtype=None,
+        shard_bytes=5 * 10**9,
+        check=check,
+        progress=say,
+    )
+    return folder
+
+
+def server_of(
+    folder: Path,
+    engine: Engine,
+    *,
+    host: str,
+    port: int,
+    name: str | None,
+    dtype: str,
+    options: Sequence[str],
+) -> Server:
+    """Returns the server of an export.
+
+    Args:
+        folder: the export, which may not be written yet.
+        engine: what serves it.
+        host: address to listen at.
+        port: to listen at.
+        name: the model's for clients; None for the folder's.
+        dtype: as ``export_hf`` names it; ``saved`` for the export's own.
+        options: of vLLM.
+
+    Raises:
+        ValueError: the port is no port.
+    """
+    if not 0 < port < 65536:
+        raise ValueError(f"--port: {port} is not in 1..65535")
+    name = name or folder.resolve().name
+    environment = dict(os.environ)
+    plugin = "" if engine.plugin is None else f", mone-vllm {engine.plugin}"
+    notes = [f"{engine.distribution} {engine.version}{plugin} of {engine.python}"]
+    if (folder / "config.json").is_file():
+        config = _config(folder)
+        notes.append(
+            f"contexts up to {config['max_position_embeddings']} tokens (max_position_embeddings "
+            "of the export: what the model was trained on)"
+        )
+    if engine.on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in environment:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(_CACHE_GIGABYTES)
+        notes.append(
+            f"VLLM_CPU_KVCACHE_SPACE={_CACHE_GIGABYTES}: gigabytes for keys and values; vLLM would "
+            "take 92% of the memory"
+        )
+    command = [
+        str(engine.python),
+        # The command `vllm` of the distribution for CPUs does not find its own metadata.
+        *("-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(folder)),
+        *("--served-model-name", name),
+        *("--host", host),
+        *("--port", str(port)),
+        *("--dtype", _DTYPES[dtype]),
+        *options,
+    ]
+    return Server(command, environment, f"http://{host}:{port}", name, notes)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'}: is not JSON ({error})") from None
+    return config

@@ -1,0 +1,125 @@
+"""``MoneForCausalLM`` for vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeModel
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
+
+from mone_vllm.layers import MoneDecoderLayer, MoneMLP, MoneSparseMoeBlock
+
+
+def refuse(config: Any, vllm_config: VllmConfig) -> None:
+    """Refuses what would be computed otherwise than the model was trained.
+
+    Raises:
+        ValueError: naming all of it.
+    """
+    parallel = vllm_config.parallel_config
+    refused = {
+        "attention_type=mla: multi-latent attention is not written for vLLM": config.attention_type
+        != "gqa",
+        "quantization: quantised experts compute all neurons": vllm_config.quant_config is not None,
+        "LoRA: adapters of experts compute all neurons": vllm_config.lora_config is not None,
+        "--enable-eplb: experts that move between ranks are not followed": parallel.enable_eplb,
+        f"hidden_act={config.hidden_act}: unknown to transformers": config.hidden_act not in ACT2FN,
+    }
+    if reasons := [reason for reason, holds in refused.items() if holds]:
+        raise ValueError(f"MoneForCausalLM in vLLM does not support {'; '.join(reasons)}")
+
+
+class MoneForCausalLM(nn.Module, SupportsPP):
+    """An export of mone_megatron."""
+
+    hf_to_vllm_mapper = Qwen3MoeModel.hf_to_vllm_mapper
+    packed_modules_mapping = {  # noqa: RUF012
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_text_config
+        refuse(config, vllm_config)
+        if not current_platform.is_cpu():
+            # The one whose activation is between two kernels; auto may choose another.
+            vllm_config.kernel_config.moe_backend = "triton"
+        self.config = config
+        self.model = Qwen3MoeModel(
+            vllm_config=vllm_config,
+            prefix=maybe_prefix(prefix, "model"),
+            decoder_layer_type=MoneDecoderLayer,
+        )
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        self._checked = False
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Returns the tokens' embeddings."""
+        embedded: Tensor = self.model.embed_input_ids(input_ids)
+        return embedded
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        """Returns hidden states; before the first, which vLLM runs at start, checks the experts."""
+        if not self._checked:
+            for module in self.modules():
+                if isinstance(module, MoneSparseMoeBlock):
+                    module.check_experts()
+            self._checked = True
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Returns logits over the vocabulary."""
+        logits: Tensor | None = self.logits_processor(self.lm_head, hidden_states)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Loads the export's weights and returns the names of the parameters that were filled.
+
+        Raises:
+            ValueError: a weight has no place, or a parameter has no weight.
+        """
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(self._with_place(weights))
+        # Tied embeddings are one parameter of two names.
+        if missing := sorted(set(dict(self.named_parameters())) - loaded):
+            raise ValueError(f"{missing[0]}: the export has no weight for it")
+        for module in self.modules():
+            if isinstance(module, MoneMLP):
+                module.remember_norms()
+        return loaded
+
+    def _with_place(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yields weights; refuses biases without a place, which vLLM would pass over in silence."""
+        places = {
+            "self_attn.q_proj.bias": self.config.qkv_bias,
+            "self_attn.k_proj.bias": self.config.qkv_bias,
+            "self_attn.v_proj.bias": self.config.qkv_bias,
+            "mlp.gate.e_score_correction_bias": self.config.router_bias,
+        }
+        for name, weight in weights:
+            if name.endswith("bias") and not any(
+                there and name.endswith(place) for place, there in places.items()
+            ):
+                raise ValueError(f"{name}: config.json asks for no such bias")
+            yield name, weight

@@ -1,0 +1,173 @@
+"""Which neurons a row keeps: the training package's own functions, on vLLM's tensors.
+
+Shape suffixes: T rows (a token once for each of its experts), F neurons of an expert on this rank,
+E experts on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mone_vllm.definition.methods.rule import Budget, Rows, Rule
+from mone_vllm.definition.methods.rules import RULES
+from mone_vllm.definition.methods.score import Score
+from mone_vllm.definition.methods.scores import SCORES
+from mone_vllm.definition.reference import topk_mask
+
+TARGETS = ("routed", "shared", "dense")
+
+
+class Ranks(Protocol):
+    """The ranks that each hold a slice of every expert, in the order of the neurons."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among them."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Returns the sum over the ranks. Collective."""
+
+    def gather(self, part_TF: Tensor) -> Tensor:
+        """Returns all ranks' columns side by side, ``[T, ranks * F]``. Collective."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``config.mone`` for the MLPs of one width.
+
+    Attributes:
+        score: what ranks neurons.
+        rule: which of them are kept.
+        budget: how many, of the whole expert.
+        activate: a as a function of g.
+        ranks: those that share the neurons; None when there is this one alone.
+    """
+
+    score: Score
+    rule: Rule
+    budget: Budget
+    activate: Callable[[Tensor], Tensor]
+    ranks: Ranks | None = None
+
+    @classmethod
+    def of(
+        cls,
+        mone: Mapping[str, Any] | None,
+        target: str,
+        neurons: int,
+        activate: Callable[[Tensor], Tensor],
+        ranks: Ranks | None,
+    ) -> Selection | None:
+        """Returns the selection in one kind of MLP; None where all neurons are kept.
+
+        Args:
+            mone: ``config.mone``.
+            target: one of :data:`TARGETS`.
+            neurons: f, of the whole MLP.
+            activate: a as a function of g.
+            ranks: those that share the neurons.
+
+        Raises:
+            ValueError: a setting is unknown, or is computed otherwise than here.
+        """
+        if not mone:
+            return None
+        known = {"keep_ratio", "score", "apply_to", "rule", "rule_options"}
+        if unknown := sorted(set(mone) - known):
+            raise ValueError(
+                f"config.mone.{unknown[0]}: unknown to this mone-vllm; install the one of the "
+                "version that exported the model"
+            )
+        if target not in mone.get("apply_to", ("routed",)):
+            return None
+        rule = RULES[mone.get("rule", "topk")]
+        budget = rule.budget(mone["keep_ratio"], neurons, mone.get("rule_options"))
+        chosen = cls(SCORES[mone.get("score", "abs_activation")], rule, budget, activate, ranks)
+        if rule.state:
+            raise ValueError(f"mone.rule: {rule.name} selects by a state that exports do not hold")
+        if not rule.causal:
+            raise ValueError(
+                f"mone.rule: {rule.name} looks at other tokens of the batch; a server batches "
+                "tokens of other people"
+            )
+        if problem := rule.shard_problem(budget, 1 if ranks is None else ranks.size):
+            raise ValueError(
+                f"{problem}; use --tensor-parallel-size 1, or --enable-expert-parallel for routed "
+                "experts"
+            )
+        return None if rule.fixed_count and budget.kept == neurons else chosen
+
+    @property
+    def reads_down_norm(self) -> bool:
+        """Whether the score reads the norm of each neuron's row of the down projection."""
+        return "down_norm" in self.score.reads
+
+    @property
+    def is_top_k(self) -> bool:
+        """Whether each row keeps exactly its K best neurons, all of which are on this rank."""
+        return self.rule.top_k and self.ranks is None
+
+    def scores(self, gate_TF: Tensor, up_TF: Tensor, down_norm_TF: Tensor | None) -> Tensor:
+        """Returns what ranks the neurons of this rank, ``[T, F]``."""
+        return self.score.of(
+            gate_TF=gate_TF, up_TF=up_TF, activate=self.activate, down_norm_TF=down_norm_TF
+        )
+
+    def mask(
+        self,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        *,
+        down_norm_TF: Tensor | None = None,
+        expert_T: Tensor | None = None,
+        num_experts: int = 1,
+    ) -> Tensor:
+        """Returns True at the neurons of this rank that each row keeps, of all neurons.
+
+        Args:
+            gate_TF: gate projections.
+            up_TF: up projections.
+            down_norm_TF: for scores that read it.
+            expert_T: int64, the expert on this rank of each row; None for an MLP alone.
+            num_experts: E.
+        """
+        scores_TF = self.scores(gate_TF, up_TF, down_norm_TF)
+        if expert_T is None:
+            expert_T = torch.zeros(len(scores_TF), dtype=torch.int64, device=scores_TF.device)
+        return self.rule.mask(
+            Rows(
+                scores_TF=scores_TF,
+                budget=self.budget,
+                largest_of=self._largest,
+                expert_T=expert_T,
+                num_experts=num_experts,
+                shards=self.ranks,
+            )
+        )
+
+    def _largest(self, values_TF: Tensor, k: int) -> Tensor:
+        """Returns this rank's columns of the mask of the k largest values of each row."""
+        if self.ranks is None:
+            return topk_mask(values_TF, k)
+        width = values_TF.shape[-1]
+        mask_TF = topk_mask(self.ranks.gather(values_TF), k)
+        return mask_TF.narrow(-1, self.ranks.rank * width, width)
+
+    def hidden(self, gate_up: Tensor, **rows: Any) -> Tensor:
+        """Returns the input of the down projection, ``[T, F]``, of gate and up ``[T, 2 F]``.
+
+        Args:
+            gate_up: gate and up projections side by side.
+            rows: as for :meth:`mask`.
+        """
+        gate_TF, up_TF = gate_up.chunk(2, dim=-1)
+        return self.activate(gate_TF) * up_TF * self.mask(gate_TF, up_TF, **rows)
