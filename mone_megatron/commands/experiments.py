@@ -27,7 +27,7 @@ def experiment_lines() -> list[str]:
     found = experiments()
     width = max(map(len, found), default=0)
     return [
-        "usage: mone train experiment=NAME [key=value ...] [--dry-run]",
+        "usage: mone train experiment=NAME [key=value ...] [--processes N] [--dry-run]",
         "",
         *(f"  {name:<{width}}  {sentence}" for name, sentence in found.items()),
         "",

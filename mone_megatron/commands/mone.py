@@ -27,7 +27,7 @@ class Command(NamedTuple):
 
 # In the order in which they are used.
 COMMANDS = {
-    "train": Command("mone_megatron.pretrain", "pretrain a MoNE or its MoE baseline"),
+    "train": Command("mone_megatron.commands.train", "pretrain a MoNE or its MoE baseline"),
     "plan": Command("mone_megatron.commands.plan", "memory, time and cost before a run"),
     "preprocess": Command("mone_megatron.commands.preprocess_data", "text to training data"),
     "compare": Command("mone_megatron.commands.compare_runs", "runs beside each other, on a page"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -53,7 +56,7 @@ def test_the_list_and_the_completions_load_nothing_heavy() -> None:
 def test_every_command_is_there_and_every_tool_is_one(name: str) -> None:
     module = COMMANDS[name].module
     assert callable(importlib.import_module(module).main)
-    if name != "train":
+    if name != "train":  # tools/ has none: python -m mone_megatron.pretrain
         assert (REPOSITORY / "tools" / f"{module.rpartition('.')[2]}.py").is_file()
 
 
@@ -166,3 +169,47 @@ def test_a_wheel_holds_the_experiments(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "tiny_mone" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--processes", "two"], "--processes: 'two' is no number of processes; use 1 or more"),
+        (["--processes=0"], "--processes: '0' is no number"),
+        (["--processes=2", "parallel.expert=4"], "parallel.expert: world size 2 is not a"),
+    ],
+)
+def test_processes_that_cannot_be(arguments: list[str], told: str) -> None:
+    done = mone("train", "experiment=tiny_mone", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {told}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_processes_of_one_command_end_without_a_traceback(tmp_path: Path) -> None:
+    command = [
+        *(*MONE, "train", "--processes", "2", "experiment=tiny_mone", "device=cpu"),
+        *("train.steps=100000", "checkpoint=auto", f"run.dir={tmp_path}/run"),
+        *("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=lines"),
+    ]
+    run = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert run.stdout is not None
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 300
+    while run.poll() is None and time.monotonic() < until:
+        if metrics.exists() and metrics.stat().st_size:
+            break
+        time.sleep(0.2)
+    # As a terminal does it: to every process.
+    os.killpg(run.pid, signal.SIGINT)
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 130
+    assert "Traceback" not in err
+    assert "stopped by SIGINT after step" in out + err

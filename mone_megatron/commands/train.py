@@ -1,0 +1,81 @@
+"""``mone train``: one process, or with ``--processes`` as many as torchrun would start here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from mone_megatron import pretrain
+from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.load import compose
+from mone_megatron.config.validate import validate
+
+_PROCESSES = "--processes"
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains and returns the exit status of the run.
+
+    torchrun ends an interrupted or failed run with a traceback of its own; here the last lines are
+    the run's.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        processes, rest = _taken(given)
+        if processes is None:
+            return pretrain.main(rest)
+        if not any(argument.startswith("-") for argument in rest):
+            # Before torch is imported, and once instead of by every process.
+            validate(compose(rest), world_size=processes, local_world_size=processes)
+    except ConfigError as error:
+        for line in error.problems:
+            print(f"error: {line}", file=sys.stderr)
+        return pretrain.USAGE_EXIT_CODE
+    return _launch(processes, rest)
+
+
+def _taken(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Returns the number after ``--processes``, None without it, and the other arguments.
+
+    Raises:
+        ConfigError: it is no number of processes.
+    """
+    rest: list[str] = []
+    number: str | None = None
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == _PROCESSES:
+            number = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    if number is None:
+        return None, rest
+    if not number.isdecimal() or int(number) == 0:
+        raise ConfigError([f"{_PROCESSES}: {number!r} is no number of processes; use 1 or more"])
+    return int(number), rest
+
+
+def _launch(processes: int, arguments: Sequence[str]) -> int:
+    print(f"starting {processes} process{'es' if processes > 1 else ''}", flush=True)
+    # As torchrun sets it, after a warning.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    # Which process got which signal when: the run itself says why it ended.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    command = ["--standalone", "--nproc-per-node", str(processes), "-m", "mone_megatron.pretrain"]
+    try:
+        torchrun([*command, *arguments])
+    except SignalException:
+        return _INTERRUPTED
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        # Ended by a signal, a process has a negative code: 128 + number is how shells say it.
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
