@@ -17,7 +17,13 @@ from pathlib import Path
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
-from mone_megatron.config.sweep import Combination, expand, spell_out_ablation
+from mone_megatron.config.sweep import (
+    Combination,
+    expand,
+    file_name,
+    folders_of_runs,
+    spell_out_ablation,
+)
 from mone_megatron.config.validate import validate
 
 # What conf/checkpoint/auto.yaml says.
@@ -102,10 +108,6 @@ def _check(overrides: Sequence[str], options: argparse.Namespace) -> None:
     )
 
 
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "run"
-
-
 def plan(options: argparse.Namespace) -> Job:
     """The runs of a command line, each checked for the processes it will have.
 
@@ -123,14 +125,14 @@ def plan(options: argparse.Namespace) -> Job:
         raise ConfigError("--sweep: no key has several values; write key=a,b")
     given = _keys(overrides)
     configs = [compose(combination.overrides) for combination in combinations]
-    name = _file_name(options.job_name or configs[0].run.name)
+    name = file_name(options.job_name or configs[0].run.name)
     folders = [_absolute(config.run.dir) for config in configs]
     folder = folders[0]
-    if options.sweep and "run.dir" in given and len(set(folders)) == len(folders):
-        folder = Path(os.path.commonpath(folders))
-    elif options.sweep:
-        folder = folder if "run.dir" in given else _absolute(f"runs/sweeps/{name}")
-        folders = [folder / combination.label for combination in combinations]
+    if options.sweep:
+        folder, folders = folders_of_runs(
+            combinations, folders, given="run.dir" in given, name=name
+        )
+        folder, folders = _absolute(str(folder)), [_absolute(str(path)) for path in folders]
     runs = []
     for combination, config, run_folder in zip(combinations, configs, folders, strict=True):
         command = [*combination.overrides]

@@ -34,6 +34,7 @@ from mone_megatron.data.prepare import check_cache, prepare_data
 from mone_megatron.display import harmless_output
 from mone_megatron.dry_run import dry_run
 from mone_megatron.helpers import HelperError
+from mone_megatron.local_sweep import LocalSweep
 from mone_megatron.ownership import await_owner, owned_folder
 from mone_megatron.parallel.world import World
 from mone_megatron.train.run_directory import check_run_directory
@@ -118,22 +119,27 @@ def _own_run_directory(config: Config, world: World) -> Iterator[None]:
         yield
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)
-def _hydra_main(config: DictConfig) -> None:
+def _through_hydra(sweep: LocalSweep | None) -> None:
     """For Hydra's own flags: ``--multirun``, ``--cfg job``, ``--help``.
 
     A run that does not end with 0 ends the sweep: Hydra knows exit codes only this way.
     """
-    try:
-        given = HydraConfig.get().overrides.task
-        code = pretrain(from_dictconfig(config, typed_values(given)))
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise
-        _tell(error, World.from_environment())
-        code = USAGE_EXIT_CODE
-    if code:
-        raise SystemExit(code)
+
+    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)
+    def call(composed: DictConfig) -> None:
+        try:
+            given = HydraConfig.get().overrides.task
+            config = from_dictconfig(composed, typed_values(given))
+            code = pretrain(config if sweep is None else sweep.named(config, given))
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.filename is None:
+                raise
+            _tell(error, World.from_environment())
+            code = USAGE_EXIT_CODE
+        if code:
+            raise SystemExit(code)
+
+    call()
 
 
 def _tell(error: ValueError | OSError, world: World) -> None:
@@ -169,9 +175,12 @@ def _main(arguments: list[str]) -> int:
             multirun = "-m" in flags or "--multirun" in flags
             if problems := check_overrides(overrides, multirun=multirun):
                 raise ConfigError(problems)
+            sweep = LocalSweep(overrides, world) if multirun else None
             # What it reads; overrides on both sides of a flag it would refuse.
             sys.argv[1:] = [*for_hydra, *map(hydra_override, overrides)]
-            _hydra_main()
+            _through_hydra(sweep)
+            if sweep is not None and world.rank == 0:
+                sweep.compare()
             return 0
         return pretrain(compose(arguments))
     except (ValueError, OSError) as error:

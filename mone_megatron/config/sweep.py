@@ -7,9 +7,11 @@ under ``--multirun``; the job launcher needs the command lines before anything r
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -63,6 +65,29 @@ def expand(overrides: Sequence[str]) -> list[Combination]:
         Combination(_label(chosen, swept), chosen) for chosen in itertools.product(*choices)
     ]
     return _distinct(combinations)
+
+
+def folders_of_runs(
+    combinations: Sequence[Combination], folders: Sequence[Path], *, given: bool, name: str
+) -> tuple[Path, list[Path]]:
+    """Returns a folder for a sweep and one in it for each of its runs.
+
+    Args:
+        combinations: of the sweep.
+        folders: what ``run.dir`` of each of them says.
+        given: whether the command line says ``run.dir``; then it holds the runs, or is made of what
+            is swept and stays as it is.
+        name: of the sweep, for a folder of its own where none is given.
+    """
+    if given and len(set(folders)) == len(folders):
+        return Path(os.path.commonpath(folders)), list(folders)
+    folder = folders[0] if given else Path("runs", "sweeps", name)
+    return folder, [folder / combination.label for combination in combinations]
+
+
+def file_name(name: str) -> str:
+    """Returns a name without what no file name should hold."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "run"
 
 
 def spell_out_ablation(overrides: Sequence[str]) -> list[str]:

@@ -91,3 +91,31 @@ def test_an_ablation_without_a_sweep_is_refused() -> None:
         "error: ablation: an ablation is a sweep over several runs; add -m "
         "(launch/slurm.sh: --sweep)"
     ]
+
+
+def test_runs_of_a_sweep_are_told_apart_and_compared(tmp_path: Path) -> None:
+    """Whatever is swept: no run.dir that differs has to be thought of."""
+    done = _run(
+        *("-m", "mone_megatron.pretrain", "-m", "experiment=tiny_mone", "device=cpu", *QUIET),
+        *("train.steps=1", "mone.keep_ratio=0.25,0.5", "train.seed=1,2", f"run.dir={tmp_path}/all"),
+    )
+    assert done.returncode == 0, done.stderr
+    labels = {f"keep_ratio_{ratio}-seed_{seed}" for ratio in (0.25, 0.5) for seed in (1, 2)}
+    folders = {path.name for path in (tmp_path / "all").iterdir() if path.is_dir()}
+    assert folders == labels
+    for label in labels:
+        record = json.loads((tmp_path / "all" / label / "run.json").read_text())
+        assert record["name"] == f"tiny_mone-{label}"
+    # The seeds are pooled.
+    assert "configuration differs in:" in done.stdout
+    assert (tmp_path / "all" / "comparison.html").is_file()
+
+
+def test_a_bad_point_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    done = _run(
+        *("-m", "mone_megatron.pretrain", "-m", "experiment=tiny_mone", "device=cpu", *QUIET),
+        *("train.steps=1", "mone.keep_ratio=0.25,1.5", f"run.dir={tmp_path}/all"),
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: mone.keep_ratio: ")
+    assert list(tmp_path.iterdir()) == []
