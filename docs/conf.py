@@ -37,6 +37,12 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_fence_as_directive = ["mermaid"]
 # A type that two modules export has two pages to link to; either will do.
 suppress_warnings = ["ref.python"]
+# Drawings have the size of their text, and lines of it break where they say so.
+mermaid_height = "auto"
+mermaid_width = "auto"
+mermaid_init_config = {"startOnLoad": False, "flowchart": {"wrappingWidth": 600}}
+mermaid_fullscreen = False
+mermaid_light_theme = "neutral"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -51,6 +57,7 @@ html_title = "mone_megatron"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 
 

@@ -91,7 +91,7 @@ def test_a_begun_run_that_saves_is_one_command() -> None:
 
 
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.sh")]
+    [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/**/*.md"), *ROOT.glob("launch/*.sh")]
 )
 # Files and Python names that look like keys.
 _FILES = re.compile(r"\.(py|json|jsonl|html|yaml|md|sh|safetensors|bin|idx|sbatch|run|txt|png)$")
