@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from mone_megatron.config.names import NameIn
 from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.hooks import HOOKS
 from mone_megatron.methods.losses import LOSSES
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.routers import ROUTERS
@@ -298,6 +299,8 @@ class TrainConfig:
     eval_tasks_interval: int = 0
     # Questions of each task; 0 for all.
     eval_tasks_limit: int = 0
+    # More to measure or watch, in this order (methods/hooks).
+    hooks: tuple[Annotated[str, NameIn(HOOKS)], ...] = ()
     # "selective" recomputes the activations of attention and the MoE layer; "full" whole layers.
     recompute: Literal["none", "selective", "full"] = "none"
     # Trace so many steps on rank 0, from the fifth of this process on: where their time goes

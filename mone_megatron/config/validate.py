@@ -89,6 +89,7 @@ def validate(
         *_schedule(config),
         *_loss_faults(config),
         *_eval_tasks(config),
+        *_hooks(config),
         *_checkpoint(config.checkpoint),
         *_sharding(config),
         *_world(config.parallel, world_size),
@@ -748,6 +749,12 @@ def _loss_faults(config: Config) -> Iterator[str]:
             "checkpoint.interval: 0 leaves train.on_bad_loss=rollback nothing to go back to; "
             "set checkpoint.interval, or train.on_bad_loss=skip"
         )
+
+
+def _hooks(config: Config) -> Iterator[str]:
+    hooks = config.train.hooks
+    for name in sorted({name for name in hooks if hooks.count(name) > 1}):
+        yield f"train.hooks: {name} is named {hooks.count(name)} times; name it once"
 
 
 def _eval_tasks(config: Config) -> Iterator[str]:

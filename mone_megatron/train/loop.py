@@ -3,110 +3,64 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
+from torch import Tensor
 
-from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout
-from mone_megatron.parallel.device import Device
-from mone_megatron.planning.flops import Flops
-from mone_megatron.train.evaluate.tasks import TaskEvaluation
+from mone_megatron.methods.hook import Record, StepReport
 from mone_megatron.train.health.faults import LossFaults
-from mone_megatron.train.health.signals import StopRequest, exit_code
-from mone_megatron.train.hooks.auxiliary_losses import AuxiliaryLosses
-from mone_megatron.train.hooks.hook import Hook, Record
-from mone_megatron.train.hooks.keep_ratio import KeepRatio
-from mone_megatron.train.hooks.utilisation import UtilisationPanel
-from mone_megatron.train.resume.checkpointer import Checkpointer, Position
-from mone_megatron.train.step import Batch, Stepper
+from mone_megatron.train.health.signals import exit_code
+from mone_megatron.train.resume.checkpointer import Position
+from mone_megatron.train.session import Session
+from mone_megatron.train.step import StepResult
+
+# What the loop itself sums over ranks; a hook's sums are under its place among the hooks.
+_STOP = (-1, "stop")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where training ended."""
+    """Says where training ended.
+
+    Attributes:
+        position: after the last step.
+        exit_code: when it was stopped before the last step; None when it came to the end.
+        stopped_by: what stopped it, as this rank knows.
+    """
 
     position: Position
-    # The exit code when it was stopped before the last step; None when it came to the end.
     exit_code: int | None
-    # What stopped it, as this rank knows.
     stopped_by: str | None
 
 
-def _is_due(step: int, interval: int, last: int) -> bool:
-    return interval > 0 and (step % interval == 0 or step == last)
-
-
-def train(
-    *,
-    config: Config,
-    layout: Layout,
-    device: Device,
-    stepper: Stepper,
-    batches_from: Callable[[int], Iterator[Batch]],
-    validation: Callable[[], Iterator[Batch]] | None,
-    tasks: TaskEvaluation | None,
-    auxiliary: AuxiliaryLosses,
-    panel: UtilisationPanel,
-    keep_ratio: KeepRatio,
-    flops_at: Callable[[int], Flops],
-    hooks: Sequence[Hook],
-    stop: StopRequest,
-    start: Position,
-    checkpointer: Checkpointer | None,
-) -> Outcome:
-    """Run steps until ``train.steps`` or until any rank is asked to stop.
+def train(session: Session) -> Outcome:
+    """Runs steps until ``train.steps`` or until any rank is asked to stop.
 
     Args:
-        config: validated.
-        layout: from validation.
-        device: where to compute.
-        stepper: one step.
-        batches_from: this rank's microbatches of the steps after one.
-        validation: the validation microbatches from their beginning, or None.
-        tasks: run every ``train.eval_tasks_interval`` steps; None for none.
-        auxiliary: auxiliary losses.
-        panel: expert and neuron use.
-        keep_ratio: of the neurons, step by step.
-        flops_at: of a step.
-        hooks: told of every step.
-        stop: this process's request to stop; all ranks agree on it at the end of a step.
-        start: where to go on from.
-        checkpointer: saves every ``checkpoint.interval`` steps, at the end and when stopped; needed
-            with ``train.on_bad_loss=rollback``. None for no checkpoints.
+        session: with its hooks started.
 
     Raises:
         FloatingPointError: for a loss, a gradient or a state that ``train.on_bad_loss`` says, or
             that its limits say, must end the run. Nothing of that step was applied or saved.
         CheckpointWriteError: a checkpoint could not be written.
     """
-    last = config.train.steps
-    tokens_per_step = config.train.global_batch_size * config.train.seq_length
-    position, code = start, None
-    batches = batches_from(start.step)
-    faults = LossFaults(config.train)
-    where = device.torch_device
-
-    def extra() -> torch.Tensor:
-        saving = checkpointer.read(where) if checkpointer else torch.zeros(1, device=where)
-        return torch.cat([stop.read(where), saving, auxiliary.read(where)])
-
+    hooks, last = session.hooks, session.config.train.steps
+    position, code = session.start, None
+    batches = session.batches_from(position.step)
+    faults = LossFaults(session.config.train)
     while position.step < last and code is None:
         step = position.step + 1
         started = time.perf_counter()
-        show_layers = _is_due(step, config.logging.layer_interval, last)
-        panel.collect(show_layers)
-        ratio = keep_ratio.set_for(step)
-        result = stepper.attempt(
-            [next(batches) for _ in range(layout.num_microbatches)],
-            extra=extra,
+        for hook in hooks:
+            hook.before_step(step)
+        result = session.stepper.attempt(
+            [next(batches) for _ in range(session.layout.num_microbatches)],
+            reduce=partial(_reduce, session),
             judge=partial(faults.judge, step),
         )
-        device.synchronize()
+        session.device.synchronize()
         seconds = time.perf_counter() - started
-        skipped = position.skipped
         if result.fault is None:
             faults.accept(step, result.loss)
         else:
@@ -114,60 +68,69 @@ def train(
             for hook in hooks:
                 hook.on_fault(step, result.fault, action)
             if action == "rollback":
-                assert checkpointer is not None
-                position = checkpointer.roll_back()
-                batches = batches_from(position.step)
-                panel.forget()
+                assert session.checkpointer is not None
+                position = session.checkpointer.roll_back()
+                batches = session.batches_from(position.step)
                 faults.rolled_back(position.step)
                 for hook in hooks:
                     hook.on_rollback(position.step)
                 continue
-            skipped += 1
-        position = Position(step, position.tokens + tokens_per_step, skipped)
-        rate = 1e-12 / seconds / layout.world_size
-        flops = flops_at(step)
-        record: Record = {
-            "step": step,
-            "loss": result.loss,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm,
-            "tokens": position.tokens,
-            "tokens_per_second": tokens_per_step / seconds,
-            "step_seconds": seconds,
-            "tflops_realised": flops.realised * rate,
-            "tflops_ideal": flops.ideal * rate,
-            **auxiliary.metrics(result.extra[3:], per_layer=show_layers),
-        }
-        if ratio is not None:
-            record["mone/keep_ratio"] = ratio
-        if checkpointer and (blocked := checkpointer.take_blocked_seconds()):
-            record["checkpoint_seconds"] = blocked
-        if result.fault is not None:
-            record["skipped"] = 1
-        if show_layers:
-            counting, began = panel.counting_seconds, time.perf_counter()
-            reading = panel.read(record, where)
-            record |= reading.metrics
-            for hook in hooks:
-                hook.on_panel(reading.panel)
-            record["panel_seconds"] = counting + time.perf_counter() - began
-        if validation is not None and _is_due(step, config.train.eval_interval, last):
-            record["val_loss"] = stepper.evaluate(validation(), config.train.eval_steps)
-        if tasks is not None and _is_due(step, config.train.eval_tasks_interval, last):
-            record |= tasks.run()
-        for hook in hooks:
-            hook.on_step(record)
-        code = exit_code(result.extra[:2])
-        if checkpointer is None:
-            continue
-        checkpointer.advance(result.extra[2:3])
-        interval = config.checkpoint.interval
-        if interval and (code or _is_due(step, interval, last)):
-            if not stepper.state_is_finite():
-                raise FloatingPointError(
-                    f"step {step}: weights or moments are not finite; not saving them"
-                )
-            checkpointer.save(position)
-    if checkpointer is not None:
-        checkpointer.finish()
-    return Outcome(position, code, None if code is None else stop.reason or "another rank")
+        position = _after(position, session, applied=result.fault is None)
+        code = exit_code(result.sums[_STOP])
+        _record(session, result, position, seconds, stops=code is not None)
+    return Outcome(position, code, None if code is None else session.stop.reason or "another rank")
+
+
+def _reduce(session: Session) -> dict[tuple[int, str], Tensor]:
+    """Returns what this rank adds to the collective of a step, by who asked for it and its name."""
+    sums = {_STOP: session.stop.read(session.device.torch_device)}
+    for place, hook in enumerate(session.hooks):
+        sums |= {(place, name): value for name, value in hook.reduce().items()}
+    return sums
+
+
+def _after(position: Position, session: Session, *, applied: bool) -> Position:
+    train = session.config.train
+    return Position(
+        position.step + 1,
+        position.tokens + train.global_batch_size * train.seq_length,
+        position.skipped + (0 if applied else 1),
+    )
+
+
+def _record(
+    session: Session, result: StepResult, position: Position, seconds: float, *, stops: bool
+) -> None:
+    """Has the hooks make the record of a step, and tells them of it."""
+    record: Record = {
+        "step": position.step,
+        "loss": result.loss,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "tokens": position.tokens,
+    }
+    if result.fault is not None:
+        record["skipped"] = 1
+
+    # The record grows while they are asked; each is given its own sums.
+    reports = [
+        StepReport(
+            step=position.step,
+            seconds=seconds,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            tokens=position.tokens,
+            skipped=position.skipped,
+            fault=result.fault,
+            stops=stops,
+            sums={name: value for (at, name), value in result.sums.items() if at == place},
+            record=record,
+        )
+        for place in range(len(session.hooks))
+    ]
+    for hook, report in zip(session.hooks, reports, strict=True):
+        record |= hook.record(report)
+    for hook in session.hooks:
+        hook.on_step(record)
+    for hook, report in zip(session.hooks, reports, strict=True):
+        hook.after_step(report)

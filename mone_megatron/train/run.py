@@ -6,7 +6,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,31 +24,31 @@ from mone_megatron.data.loader import MicrobatchSampler, SampleDataset, build_lo
 from mone_megatron.data.prepare import PreparedData
 from mone_megatron.kernels import ops
 from mone_megatron.kernels.te_grouped import have_transformer_engine
+from mone_megatron.methods.hook import Hook
 from mone_megatron.os_errors import naming
 from mone_megatron.parallel.device import Device, open_process_group
 from mone_megatron.parallel.groups import close_groups, open_groups
 from mone_megatron.parallel.world import World
-from mone_megatron.planning.flops import Flops, flops_per_step
+from mone_megatron.planning.flops import flops_per_step
 from mone_megatron.planning.parameters import ParameterCount, count_parameters
 from mone_megatron.train.evaluate.scoring import Scorer
 from mone_megatron.train.evaluate.tasks import TaskEvaluation
 from mone_megatron.train.health.signals import RESUME_EXIT_CODE, StopRequest
 from mone_megatron.train.health.watchdog import BACKSTOP_SECONDS, Watchdog, WatchdogHook
-from mone_megatron.train.hooks.auxiliary_losses import AuxiliaryLosses
-from mone_megatron.train.hooks.hook import Hook
-from mone_megatron.train.hooks.keep_ratio import KeepRatio
-from mone_megatron.train.hooks.shown_by_rank_0 import build_hooks
-from mone_megatron.train.hooks.utilisation import UtilisationPanel
+from mone_megatron.train.hooks.added import added_hooks
+from mone_megatron.train.hooks.on_every_rank import hooks_on_every_rank
+from mone_megatron.train.hooks.on_rank_0 import Shown, hooks_on_rank_0
 from mone_megatron.train.loop import train
 from mone_megatron.train.resume.checkpointer import Checkpointer
 from mone_megatron.train.resume.identity import run_identity
 from mone_megatron.train.run_directory import keep_metrics_up_to, now, open_run_directory, run_id
+from mone_megatron.train.session import Session
 from mone_megatron.train.state import build_state
 from mone_megatron.train.step import Batch, Stepper
 
 
 def say(message: str) -> None:
-    """Tell the user, once, from rank 0."""
+    """Tells the user, once, from rank 0."""
     if dist.get_rank() == 0:
         print(message, file=sys.stderr, flush=True)
 
@@ -62,7 +62,7 @@ def _loader(
     first: int,
     last: int,
 ) -> Iterator[Batch]:
-    """This rank's microbatches of the steps after ``first`` up to ``last``."""
+    """Returns this rank's microbatches of the steps after ``first`` up to ``last``."""
     sampler = MicrobatchSampler(
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -76,15 +76,10 @@ def _loader(
     )
 
 
-def _facts(
-    config: Config,
-    layout: Layout,
-    device: Device,
-    data: PreparedData,
-    parameters: ParameterCount,
-    flops: dict[str, int],
-) -> dict[str, Any]:
-    """What run.json holds before the first step (docs/metrics.md)."""
+def _facts(session: Session, data: PreparedData, parameters: ParameterCount) -> dict[str, Any]:
+    """Returns what run.json holds before the first step (docs/metrics.md)."""
+    config, layout, device = session.config, session.layout, session.device
+    flops = flops_per_step(config, data.vocab_size)
     return {
         "id": run_id(Path(config.run.dir)),
         "name": config.run.name,
@@ -105,16 +100,15 @@ def _facts(
             "activated_gate_counted": parameters.activated_gate_counted,
             "activated_neurons_only": parameters.activated_neurons_only,
         },
-        "flops_per_step": flops,
+        "flops_per_step": {"ideal": flops.ideal, "realised": flops.realised},
         "seed": config.train.seed,
         "started": now(),
     }
 
 
-def _introduce(
-    config: Config, layout: Layout, device: Device, data: PreparedData, parameters: ParameterCount
-) -> None:
-    """What was chosen, and why, in a few lines."""
+def _introduce(session: Session, data: PreparedData, parameters: ParameterCount) -> None:
+    """Says what was chosen, and why, in a few lines."""
+    config, layout, device = session.config, session.layout, session.device
     parallel = config.parallel
     modules = (
         "Transformer Engine" if device.kind == "cuda" and have_transformer_engine() else "torch"
@@ -143,7 +137,7 @@ def run(
     world: World,
     started: float | None = None,
 ) -> int:
-    """Train.
+    """Trains.
 
     Args:
         config: validated.
@@ -179,17 +173,6 @@ def run(
         close_groups()
 
 
-@dataclass
-class _Ending:
-    """How the run ended, for the hooks."""
-
-    status: str = "failed"
-
-
-def _end(hook: Hook, ending: _Ending) -> None:
-    hook.on_end(ending.status)
-
-
 def _run(
     config: Config,
     layout: Layout,
@@ -198,22 +181,77 @@ def _run(
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> int:
-    evaluating = config.train.eval_interval > 0
+    ops.use_kernels(config.device.kernels, config.device.grouped_gemm)
+    session = _open_session(config, layout, data, device, stop)
+    folder = Path(config.run.dir)
+    parameters = count_parameters(config.model, config.mone, data.vocab_size)
+    shown = _open_files(session, data, parameters) if dist.get_rank() == 0 else None
+    _introduce(session, data, parameters)
+    start, checkpointer = session.start, session.checkpointer
+    assert checkpointer is not None
+    if start.step >= config.train.steps:
+        say(f"nothing to train: the checkpoint is at train.steps={config.train.steps}")
+    tasks = None
+    if config.train.eval_tasks:
+        scorer = Scorer(config, layout, device, session.state, data.vocab_size, watchdog.beat)
+        tasks = TaskEvaluation(config.train, Path(data.tokenizer_dir), scorer, data.framing)
+    session.hooks.extend(
+        hooks_on_every_rank(session, tasks=tasks, show_panel=shown.panel if shown else None)
+    )
+    session.hooks.extend(added_hooks(session))
+    session.hooks.extend(shown.hooks if shown else [])
+    session.hooks.append(WatchdogHook(watchdog))
+    # So that there is always a state to roll back to.
+    fresh = start.step == 0 or config.checkpoint.resume != "auto"
+    if config.train.on_bad_loss == "rollback" and fresh and start.step < config.train.steps:
+        checkpointer.save(start)
+
+    with ExitStack() as endings:
+        ending = _Ending()
+        for hook in session.hooks:
+            hook.on_start()
+            # Every hook that started ends, also when another one fails.
+            endings.callback(_end, hook, ending)
+        endings.callback(checkpointer.abandon)
+        try:
+            outcome = train(session)
+        except FloatingPointError as error:
+            # What was saved before the fault is worth keeping; every rank comes here.
+            checkpointer.finish()
+            say(f"training failed: {error}; metrics up to the step before are in {folder}")
+            return 1
+        checkpointer.finish()
+        ending.status = "completed" if outcome.exit_code is None else "interrupted"
+    # A launcher ends the other processes when one has ended: not before rank 0's files are whole.
+    dist.barrier()
+    if outcome.exit_code is None:
+        return 0
+    say(
+        f"stopped by {outcome.stopped_by} after step {outcome.position.step} of "
+        f"{config.train.steps}; metrics are complete in {folder / 'metrics.jsonl'}"
+    )
+    if outcome.exit_code == RESUME_EXIT_CODE:
+        say("start it again with checkpoint.resume=auto to go on")
+    return outcome.exit_code
+
+
+def _open_session(
+    config: Config, layout: Layout, data: PreparedData, device: Device, stop: StopRequest
+) -> Session:
+    """Builds what trains, and takes up the checkpoint that the run goes on from. Collective."""
     train_data, valid_data = build_datasets(
         config,
         data,
         num_train_samples=config.train.steps * config.train.global_batch_size,
         num_valid_samples=(
-            config.train.eval_steps * config.train.global_batch_size if evaluating else 0
+            config.train.eval_steps * config.train.global_batch_size
+            if config.train.eval_interval > 0
+            else 0
         ),
         build_here=True,
     )
     assert train_data is not None
-    ops.use_kernels(config.device.kernels, config.device.grouped_gemm)
     state = build_state(config, layout, device, data.vocab_size)
-    parameters = count_parameters(config.model, config.mone, data.vocab_size)
-    flops = flops_per_step(config, data.vocab_size)
-    folder = Path(config.run.dir)
     checkpointer = Checkpointer(
         config,
         identity=run_identity(
@@ -227,89 +265,53 @@ def _run(
         framing=data.framing,
         say=say,
     )
-    hooks: list[Hook] = []
     start = checkpointer.resume()
-    if dist.get_rank() == 0:
-        if start.step == 0 or config.checkpoint.resume != "auto":
-            moved = open_run_directory(folder)
-            if moved:
-                say(moved)
-        seconds = keep_metrics_up_to(folder / "metrics.jsonl", start.step)
-        with naming(folder / "config.yaml"):
-            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        flops_facts = {"ideal": flops.ideal, "realised": flops.realised}
-        facts = _facts(config, layout, device, data, parameters, flops_facts)
-        facts |= {"steps": start.step, "tokens": start.tokens, "seconds": seconds}
-        hooks = build_hooks(config, folder, facts, device.torch_device)
-    hooks.append(WatchdogHook(watchdog))
-    _introduce(config, layout, device, data, parameters)
-    if start.step >= config.train.steps:
-        say(f"nothing to train: the checkpoint is at train.steps={config.train.steps}")
 
-    def flops_at(step: int) -> Flops:
-        ratio = config.mone.keep_ratio_at(step)
-        if ratio == config.mone.keep_ratio:
-            return flops
-        mone = replace(config.mone, keep_ratio=ratio)
-        return flops_per_step(replace(config, mone=mone), data.vocab_size)
+    def batches_from(step: int) -> Iterator[Batch]:
+        return _loader(config, layout, device, train_data, first=step, last=config.train.steps)
 
     def validation() -> Iterator[Batch]:
         assert valid_data is not None
         steps = config.train.eval_steps
         return _loader(config, layout, device, valid_data, first=0, last=steps)
 
-    def batches_from(step: int) -> Iterator[Batch]:
-        return _loader(config, layout, device, train_data, first=step, last=config.train.steps)
-
-    tasks = None
-    if config.train.eval_tasks:
-        scorer = Scorer(config, layout, device, state, data.vocab_size, watchdog.beat)
-        tasks = TaskEvaluation(config.train, Path(data.tokenizer_dir), scorer, data.framing)
-
-    # So that there is always a state to roll back to.
-    fresh = start.step == 0 or config.checkpoint.resume != "auto"
-    if config.train.on_bad_loss == "rollback" and fresh and start.step < config.train.steps:
-        checkpointer.save(start)
-
-    with ExitStack() as endings:
-        ending = _Ending()
-        for hook in hooks:
-            hook.on_start()
-            # Every hook that started ends, also when another one fails.
-            endings.callback(_end, hook, ending)
-        endings.callback(checkpointer.abandon)
-        try:
-            outcome = train(
-                config=config,
-                layout=layout,
-                device=device,
-                stepper=Stepper(config, layout, device, state),
-                batches_from=batches_from,
-                validation=validation if valid_data is not None else None,
-                tasks=tasks,
-                auxiliary=AuxiliaryLosses(config, layout),
-                panel=UtilisationPanel(config, state.chunks),
-                keep_ratio=KeepRatio(config.mone, state.chunks),
-                flops_at=flops_at,
-                hooks=hooks,
-                stop=stop,
-                start=start,
-                checkpointer=checkpointer,
-            )
-        except FloatingPointError as error:
-            # What was saved before the fault is worth keeping; every rank comes here.
-            checkpointer.finish()
-            say(f"training failed: {error}; metrics up to the step before are in {folder}")
-            return 1
-        ending.status = "completed" if outcome.exit_code is None else "interrupted"
-    # A launcher ends the other processes when one has ended: not before rank 0's files are whole.
-    dist.barrier()
-    if outcome.exit_code is None:
-        return 0
-    say(
-        f"stopped by {outcome.stopped_by} after step {outcome.position.step} of "
-        f"{config.train.steps}; metrics are complete in {folder / 'metrics.jsonl'}"
+    return Session(
+        config=config,
+        layout=layout,
+        device=device,
+        vocab_size=data.vocab_size,
+        state=state,
+        stepper=Stepper(config, layout, device, state),
+        batches_from=batches_from,
+        validation=validation if valid_data is not None else None,
+        start=start,
+        stop=stop,
+        checkpointer=checkpointer,
     )
-    if outcome.exit_code == RESUME_EXIT_CODE:
-        say("start it again with checkpoint.resume=auto to go on")
-    return outcome.exit_code
+
+
+def _open_files(session: Session, data: PreparedData, parameters: ParameterCount) -> Shown:
+    """Opens the run's folder on rank 0, and returns the hooks that write into it."""
+    config, start = session.config, session.start
+    folder = Path(config.run.dir)
+    if start.step == 0 or config.checkpoint.resume != "auto":
+        moved = open_run_directory(folder)
+        if moved:
+            say(moved)
+    seconds = keep_metrics_up_to(folder / "metrics.jsonl", start.step)
+    with naming(folder / "config.yaml"):
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    facts = _facts(session, data, parameters)
+    facts |= {"steps": start.step, "tokens": start.tokens, "seconds": seconds}
+    return hooks_on_rank_0(config, folder, facts, session.device.torch_device)
+
+
+@dataclass
+class _Ending:
+    """Holds how the run ended, for the hooks."""
+
+    status: str = "failed"
+
+
+def _end(hook: Hook, ending: _Ending) -> None:
+    hook.on_end(ending.status)

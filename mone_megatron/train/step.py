@@ -6,8 +6,9 @@ Shape suffixes: B microbatch, S sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,25 +30,31 @@ from mone_megatron.train.state import TrainingState
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Gives the tensors that are to be summed over ranks with the loss, by name.
+Reduce = Callable[[], Mapping[Any, Tensor]]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gives, equal on every rank."""
+    """Holds what one step gives, equal on every rank.
 
-    # Mean next-token cross-entropy over the global batch, in nats.
+    Attributes:
+        loss: mean next-token cross-entropy over the global batch, in nats.
+        grad_norm: the norm of all gradients before clipping; NaN when the loss was refused before.
+        lr: the learning rate of the step.
+        sums: what ``reduce`` returned, summed over ranks, fp32 on the CPU.
+        fault: why the update was not applied; None when it was.
+    """
+
     loss: float
-    # Norm of all gradients before clipping; NaN when the loss was refused before.
     grad_norm: float
     lr: float
-    # Sum over microbatches and ranks of what `extra` returned.
-    extra: Tensor
-    # Why the update was not applied; None when it was.
+    sums: dict[Any, Tensor]
     fault: str | None = None
 
 
 def not_finite(loss: float) -> str | None:
-    """The least that a loss must be."""
+    """Returns what is wrong with a loss that is NaN or infinite; None for another one."""
     return None if math.isfinite(loss) else f"the loss is {loss}"
 
 
@@ -79,7 +86,7 @@ class Stepper:
         device: Device,
         state: TrainingState,
     ) -> None:
-        """Wire megatron-core's hooks for gradient finalisation and overlap."""
+        """Gives megatron-core its functions for finalising gradients and for overlap."""
         self.config = config
         self.layout = layout
         self.device = device
@@ -109,16 +116,14 @@ class Stepper:
             if isinstance(module, NeuronSelector)
         ]
 
-    def train(
-        self, batches: Sequence[Batch], extra: Callable[[], Tensor] = lambda: torch.zeros(0)
-    ) -> StepResult:
-        """One optimizer step; see :meth:`attempt`.
+    def train(self, batches: Sequence[Batch], reduce: Reduce = dict) -> StepResult:
+        """Takes one optimizer step; see :meth:`attempt`.
 
         Raises:
             FloatingPointError: when the loss or the gradient norm is not finite. The parameters
                 are those of the step before.
         """
-        result = self.attempt(batches, extra)
+        result = self.attempt(batches, reduce)
         if result.fault is not None:
             raise FloatingPointError(result.fault)
         return result
@@ -126,10 +131,10 @@ class Stepper:
     def attempt(
         self,
         batches: Sequence[Batch],
-        extra: Callable[[], Tensor] = lambda: torch.zeros(0),
+        reduce: Reduce = dict,
         judge: Callable[[float], str | None] = not_finite,
     ) -> StepResult:
-        """One optimizer step, applied only when nothing is wrong with it.
+        """Takes one optimizer step, which is applied only when nothing is wrong with it.
 
         A step that is not applied leaves parameters, masters, moments, expert biases and the state
         of selection rules bitwise as they were; the learning-rate schedule and random streams move
@@ -137,8 +142,8 @@ class Stepper:
 
         Args:
             batches: this rank's microbatches of the step, on the CPU.
-            extra: called after the backward passes; its result is summed over all ranks in the
-                same collective as the loss.
+            reduce: called after the backward passes; each tensor that it gives is summed over all
+                ranks, in the same collective as the loss. Names and shapes are the same on all.
             judge: says what is wrong with the global loss, if anything. It is called on every rank
                 with the same number and must say the same on each.
         """
@@ -149,8 +154,7 @@ class Stepper:
         self.optimizer.zero_grad()
         with record_function("step: forward and backward"):
             losses = self._run(batches, forward_only=False)
-        sums = self._sum_over_ranks(torch.cat([self._loss_share(losses), extra()]))
-        loss = float(sums[0])
+        loss, sums = self._loss_and_sums(losses, reduce())
         self.scheduler.step(1)
         fault, grad_norm = judge(loss), math.nan
         if fault is None:
@@ -164,11 +168,11 @@ class Stepper:
         for selector in self._selectors:
             selector.advance(applied=fault is None)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, extra=sums[1:], fault=fault)
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, sums=sums, fault=fault)
 
     @torch.no_grad()
     def _update(self) -> float:
-        """The optimizer's step, unless the gradient norm, which is returned, is not finite.
+        """Takes the optimizer's step, unless the gradient norm, which is returned, is not finite.
 
         This is ``ChainedOptimizer.step`` with a look at the norm in the middle: megatron-core
         would apply a NaN. The norm is a sum over all ranks that hold different gradients, so all
@@ -195,7 +199,10 @@ class Stepper:
 
     @torch.no_grad()
     def state_is_finite(self) -> bool:
-        """Whether every weight, master and moment on every rank is. Collective; reads them all."""
+        """Returns whether every weight, master and moment on every rank is finite.
+
+        Collective; reads them all.
+        """
         kept = [tensor for chunk in self.chunks for tensor in chunk.parameters()]
         for state in parameter_states(self.optimizer):
             kept += [tensor for kind in state.kinds if (tensor := state.tensor(kind)) is not None]
@@ -204,7 +211,7 @@ class Stepper:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], steps: int) -> float:
-        """Mean loss over ``steps`` global batches, the model left in training mode."""
+        """Returns the mean loss over ``steps`` global batches, and leaves the model training."""
         for chunk in self.chunks:
             chunk.eval()
         total = 0.0
@@ -240,12 +247,25 @@ class Stepper:
         return moved
 
     def _loss_share(self, losses: list[Tensor]) -> Tensor:
-        """This rank's share of the global mean loss, ``[1]``; 0 where no loss is computed."""
+        """Returns this rank's share of the global mean loss, ``[1]``; 0 where there is none."""
         if not losses:
             return torch.zeros(1, device=self.device.torch_device)
         # The last pipeline stage computes the loss, every tensor-parallel rank the same one.
         copies = self.layout.data * self.config.parallel.tensor
         return torch.stack(losses).sum().view(1) / (len(losses) * copies)
+
+    def _loss_and_sums(
+        self, losses: list[Tensor], values: Mapping[Any, Tensor]
+    ) -> tuple[float, dict[Any, Tensor]]:
+        """Returns the global loss, and each tensor of ``values`` summed over ranks."""
+        device = self.device.torch_device
+        parts = [self._loss_share(losses)]
+        parts += [value.to(device, torch.float32).flatten() for value in values.values()]
+        loss, *sums = self._sum_over_ranks(torch.cat(parts)).split([part.numel() for part in parts])
+        return float(loss), {
+            name: total.view(value.shape)
+            for (name, value), total in zip(values.items(), sums, strict=True)
+        }
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         values = values.to(self.device.torch_device)

@@ -57,9 +57,9 @@ def recording(build_loader: Callable[..., Any], folder: Path) -> Callable[..., A
 def saving_first(train: Callable[..., Any]) -> Callable[..., Any]:
     """The training loop after a save of where it starts from."""
 
-    def save_and_train(**options: Any) -> Any:
-        options["checkpointer"].save(options["start"])
-        return train(**options)
+    def save_and_train(session: Any) -> Any:
+        session.checkpointer.save(session.start)
+        return train(session)
 
     return save_and_train
 

@@ -12,7 +12,7 @@ import pytest
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
 from mone_megatron.train.health.alerts import Alert
-from mone_megatron.train.hooks.panel_files import PanelHook
+from mone_megatron.train.hooks.panel_files import PanelFilesHook
 from mone_megatron.train.hooks.wandb_run import WandbHook
 from mone_megatron.train.panel import LayerUse, Panel
 
@@ -39,10 +39,10 @@ def _files(folder: Path) -> tuple[str, str]:
     return tuple((folder / name).read_text() for name in ("panel.jsonl", "alerts.jsonl"))  # type: ignore[return-value]
 
 
-def _hook(config: Config, folder: Path, step: int = 0) -> tuple[PanelHook, list[Alert]]:
+def _hook(config: Config, folder: Path, step: int = 0) -> tuple[PanelFilesHook, list[Alert]]:
     folder.mkdir(exist_ok=True)
     told: list[Alert] = []
-    hook = PanelHook(config, folder, step=step, tell=told.extend, stream=io.StringIO())
+    hook = PanelFilesHook(config, folder, step=step, tell=told.extend, stream=io.StringIO())
     hook.on_start()
     return hook, told
 
@@ -52,7 +52,7 @@ def whole(config: Config, tmp_path: Path) -> tuple[str, str]:
     """Of a run that nothing interrupts."""
     hook, told = _hook(config, tmp_path / "whole")
     for panel in PANELS:
-        hook.on_panel(panel)
+        hook.add(panel)
     hook.on_end("completed")
     assert [(one.step, one.event, one.expert) for one in told] == EVENTS
     return _files(tmp_path / "whole")
@@ -66,7 +66,7 @@ def test_files_after_going_back(
     hook, told = _hook(config, tmp_path / "run")
     # What is undone saw other experts die.
     for panel in [*PANELS[:back_to], *(_panel(step, [0]) for step in range(back_to + 1, 12))]:
-        hook.on_panel(panel)
+        hook.add(panel)
     told.clear()
     if how == "rollback":
         hook.on_rollback(back_to)
@@ -76,7 +76,7 @@ def test_files_after_going_back(
             file.write('{"step": 12, "lay')  # a kill
         hook, told = _hook(config, tmp_path / "run", step=back_to)
     for panel in PANELS[back_to:]:
-        hook.on_panel(panel)
+        hook.add(panel)
     hook.on_end("completed")
     assert _files(tmp_path / "run") == whole
     # What came before is not told again.
@@ -88,7 +88,7 @@ def test_files_after_going_back(
 def test_the_terminal_is_not_flooded(config: Config, tmp_path: Path) -> None:
     hook, told = _hook(config, tmp_path / "run")
     for step in (1, 2):
-        hook.on_panel(_panel(step, range(6)))
+        hook.add(_panel(step, range(6)))
     hook.on_end("completed")
     assert isinstance(hook.stream, io.StringIO)
     lines = hook.stream.getvalue().splitlines()

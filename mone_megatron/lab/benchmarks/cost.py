@@ -15,15 +15,15 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from mone_megatron.config.schema import Config
+from mone_megatron.lab.benchmarks.experiments import OpenExperiment, open_experiments, step_action
 from mone_megatron.lab.benchmarks.measure import Spread, difference, interleave, ratio
-from mone_megatron.lab.benchmarks.session import Session, open_sessions, step_action
 from mone_megatron.mone.balance import NeuronBalance
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 from mone_megatron.mone.selection import NeuronSelection
 from mone_megatron.parallel.groups import close_groups
-from mone_megatron.train.hooks.panel_files import PanelHook
-from mone_megatron.train.hooks.utilisation import UtilisationPanel
+from mone_megatron.train.hooks.panel import PanelHook
+from mone_megatron.train.hooks.panel_files import PanelFilesHook
 
 _COUNTING = "layer metrics, when logged: counting"
 _READING = "layer metrics, when logged: ranks, files, alerts"
@@ -78,7 +78,7 @@ def measure_cost(moe: Config, mone: Config, *, repeats: int, part_repeats: int) 
         repeats: measured steps of each.
         part_repeats: measurements of each part.
     """
-    sessions = open_sessions([moe, mone], steps_in_memory=4)
+    sessions = open_experiments([moe, mone], steps_in_memory=4)
     steps = [step_action(session) for session in sessions]
     samples = interleave(
         {"moe": lambda: next(steps[0]), "mone": lambda: next(steps[1])}, repeats=repeats, warmup=3
@@ -105,12 +105,12 @@ def measure_cost(moe: Config, mone: Config, *, repeats: int, part_repeats: int) 
     return result
 
 
-def _experts(session: Session) -> list[GroupedExperts]:
+def _experts(session: OpenExperiment) -> list[GroupedExperts]:
     modules = [module for chunk in session.state.chunks for module in chunk.modules()]
     return [module for module in modules if isinstance(module, GroupedExperts)]
 
 
-def _capture(session: Session, step: Callable[[], None]) -> _GateInputs:
+def _capture(session: OpenExperiment, step: Callable[[], None]) -> _GateInputs:
     """Run a step and keep the inputs of its first layer's gate, in the last microbatch."""
     seen: list[_GateInputs] = []
 
@@ -125,16 +125,15 @@ def _capture(session: Session, step: Callable[[], None]) -> _GateInputs:
     return seen[-1]
 
 
-def _reading(session: Session, step: Callable[[], None], repeats: int) -> Spread:
+def _reading(session: OpenExperiment, step: Callable[[], None], repeats: int) -> Spread:
     """Seconds to add up over ranks, write and judge what a step counted."""
-    panel = UtilisationPanel(session.config, session.state.chunks)
+    panel = PanelHook(session.config, session.state.chunks, session.device.torch_device)
     panel.collect(True)
     step()
     with tempfile.TemporaryDirectory() as folder:
-        hook = PanelHook(session.config, Path(folder), step=0, stream=io.StringIO())
+        hook = PanelFilesHook(session.config, Path(folder), step=0, stream=io.StringIO())
         hook.on_start()
-        device = session.device.torch_device
-        actions = {"read": lambda: hook.on_panel(panel.read({"step": 1}, device).panel)}
+        actions = {"read": lambda: hook.add(panel.read(1, {}).panel)}
         seconds = interleave(actions, repeats=repeats, warmup=3).clock["read"]
         hook.on_end("completed")
     panel.collect(False)
@@ -142,7 +141,7 @@ def _reading(session: Session, step: Callable[[], None], repeats: int) -> Spread
 
 
 def _parts(
-    session: Session, inputs: _GateInputs, reading: Spread, step_seconds: float, repeats: int
+    session: OpenExperiment, inputs: _GateInputs, reading: Spread, step_seconds: float, repeats: int
 ) -> list[Part]:
     settings = session.config.mone
     selection = NeuronSelection(
@@ -188,7 +187,7 @@ def _parts(
     ]
 
 
-def _gate(session: Session, settings: NeuronSettings | None) -> NeuronGate:
+def _gate(session: OpenExperiment, settings: NeuronSettings | None) -> NeuronGate:
     experts = _experts(session)[0]
     gate = NeuronGate(
         config=get_model_config(session.state.chunks[0]),

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from mone_megatron.config.schema import Config
+from mone_megatron.lab.benchmarks.experiments import OpenExperiment, open_experiments, step_action
 from mone_megatron.lab.benchmarks.measure import Spread
-from mone_megatron.lab.benchmarks.session import Session, open_sessions, step_action
 from mone_megatron.parallel.groups import close_groups
 from mone_megatron.train.resume.checkpointer import Checkpointer, Position
 from mone_megatron.train.resume.identity import run_identity
@@ -47,7 +47,7 @@ def measure_save(config: Config, *, repeats: int) -> SaveCost:
         config: from :func:`mone_megatron.lab.benchmarks.ranks.prepare`.
         repeats: saves of each kind.
     """
-    (session,) = open_sessions([config], steps_in_memory=2)
+    (session,) = open_experiments([config], steps_in_memory=2)
     step = step_action(session)
     next(step)
     with _folder() as folder:
@@ -93,7 +93,7 @@ def measure_save(config: Config, *, repeats: int) -> SaveCost:
     )
 
 
-def _checkpointer(session: Session, folder: Path, *, async_save: bool) -> Checkpointer:
+def _checkpointer(session: OpenExperiment, folder: Path, *, async_save: bool) -> Checkpointer:
     config = session.config
     config = replace(
         config,

@@ -13,18 +13,14 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from mone_megatron.config.schema import Config
+from mone_megatron.lab.benchmarks.experiments import OpenExperiment, open_experiments
 from mone_megatron.lab.benchmarks.measure import Spread, interleave, ratio
-from mone_megatron.lab.benchmarks.session import Session, open_sessions
 from mone_megatron.parallel.groups import close_groups
-from mone_megatron.planning.flops import flops_per_step
-from mone_megatron.train.health.signals import StopRequest
-from mone_megatron.train.hooks.auxiliary_losses import AuxiliaryLosses
 from mone_megatron.train.hooks.console import ConsoleHook
-from mone_megatron.train.hooks.keep_ratio import KeepRatio
 from mone_megatron.train.hooks.metrics_file import MetricsFileHook
-from mone_megatron.train.hooks.utilisation import UtilisationPanel
+from mone_megatron.train.hooks.on_every_rank import hooks_on_every_rank
 from mone_megatron.train.loop import train
-from mone_megatron.train.resume.checkpointer import Position
+from mone_megatron.train.session import Session
 from mone_megatron.train.step import Batch
 
 
@@ -53,37 +49,26 @@ def measure_spine(config: Config, *, repeats: int, steps: int) -> SpineCost:
         steps: steps in one measurement.
     """
     config = replace(config, train=replace(config.train, steps=steps))
-    ours, bare = open_sessions([config, config], steps_in_memory=4)
-    ours_stepper = ours.stepper()
+    ours, bare = open_experiments([config, config], steps_in_memory=4)
     bare.stepper()  # sets megatron-core's gradient hooks on the model's configuration
-    flops = flops_per_step(config, ours.data.vocab_size)
-    auxiliary = AuxiliaryLosses(config, ours.layout)
-    panel = UtilisationPanel(config, ours.state.chunks)
-
+    session = Session(
+        config=config,
+        layout=ours.layout,
+        device=ours.device,
+        vocab_size=ours.data.vocab_size,
+        state=ours.state,
+        stepper=ours.stepper(),
+        batches_from=lambda step: ours.batches,
+    )
     with tempfile.TemporaryDirectory() as folder:
+        shown = [ConsoleHook(config, stream=io.StringIO()), MetricsFileHook(Path(folder))]
+        session.hooks.extend([*hooks_on_every_rank(session), *shown])
 
         def trainer() -> None:
-            hooks = [ConsoleHook(config, stream=io.StringIO()), MetricsFileHook(Path(folder))]
-            for hook in hooks:
+            for hook in session.hooks:
                 hook.on_start()
-            train(
-                config=config,
-                layout=ours.layout,
-                device=ours.device,
-                stepper=ours_stepper,
-                batches_from=lambda step: ours.batches,
-                validation=None,
-                tasks=None,
-                auxiliary=auxiliary,
-                panel=panel,
-                keep_ratio=KeepRatio(config.mone, ours.state.chunks),
-                flops_at=lambda step: flops,
-                hooks=hooks,
-                stop=StopRequest(),
-                start=Position(),
-                checkpointer=None,
-            )
-            for hook in hooks:
+            train(session)
+            for hook in session.hooks:
                 hook.on_end("completed")
 
         actions = {"trainer": trainer, "bare": lambda: bare_loop(bare, steps)}
@@ -99,7 +84,7 @@ def measure_spine(config: Config, *, repeats: int, steps: int) -> SpineCost:
     )
 
 
-def bare_loop(session: Session, steps: int) -> None:
+def bare_loop(session: OpenExperiment, steps: int) -> None:
     """The least that trains: schedule, optimizer, learning rate; nothing read, nothing logged."""
     train_config = session.config.train
     forward_backward = session.stepper().forward_backward

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mone_megatron.config.schema import Config
 from mone_megatron.kernels.reference import neuron_scores
-from mone_megatron.lab.benchmarks.session import Session, open_sessions
+from mone_megatron.lab.benchmarks.experiments import OpenExperiment, open_experiments
 from mone_megatron.lab.benchmarks.ties import (
     TieCounter,
     TieOrder,
@@ -102,7 +102,7 @@ def measure_training(
     """
     assert config.mone.enabled
     assert 1 <= counted_steps <= steps
-    sessions = open_sessions(
+    sessions = open_experiments(
         [replace(config, device=replace(config.device, dtype=way.dtype)) for way in ways],
         steps_in_memory=steps,
     )
@@ -115,7 +115,9 @@ def measure_training(
     return TrainingTies(sessions[0].device.hardware, steps, counted_steps, tokens, trained)
 
 
-def _train(session: Session, way: TieWay, seed: int, steps: int, counted_steps: int) -> TrainedTies:
+def _train(
+    session: OpenExperiment, way: TieWay, seed: int, steps: int, counted_steps: int
+) -> TrainedTies:
     modules = [module for chunk in session.state.chunks for module in chunk.modules()]
     gates = [module for module in modules if isinstance(module, NeuronGate)]
     counters = [

@@ -9,8 +9,8 @@ import torch
 
 from mone_megatron.config.schema import Config
 from mone_megatron.kernels import ops
+from mone_megatron.lab.benchmarks.experiments import OpenExperiment, open_experiments, step_action
 from mone_megatron.lab.benchmarks.measure import Spread, interleave, ratio
-from mone_megatron.lab.benchmarks.session import Session, open_sessions, step_action
 from mone_megatron.parallel.groups import close_groups
 from mone_megatron.planning.flops import flops_per_step
 
@@ -64,7 +64,7 @@ def measure_train(moe: Config, mone: Config, *, repeats: int, steps: int) -> Tra
         replace(mone, mone=replace(mone.mone, memory=memory)) for memory in ("full", "packed")
     )
     names = (MOE, "MoNE", "MoNE, packed memory", "MoNE, reference kernels")
-    sessions = dict(zip(names, open_sessions([moe, full, packed, full], steps_in_memory=4),
+    sessions = dict(zip(names, open_experiments([moe, full, packed, full], steps_in_memory=4),
                         strict=True))  # fmt: skip
     peaks = {name: _Peak() for name in names}
     actions = {
@@ -101,7 +101,7 @@ def measure_train(moe: Config, mone: Config, *, repeats: int, steps: int) -> Tra
 
 
 def _steps(
-    session: Session,
+    session: OpenExperiment,
     action: Iterator[None],
     steps: int,
     kernels: ops.Kernels,

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from mone_megatron.helpers import HelperError, HelperThread, one_line
+from mone_megatron.methods.hook import Hook, Record
 from mone_megatron.train.health.heartbeats import (
     Culprit,
     Heartbeat,
@@ -37,7 +38,6 @@ from mone_megatron.train.health.heartbeats import (
     program_place,
 )
 from mone_megatron.train.health.signals import HANG_EXIT_CODE
-from mone_megatron.train.hooks.hook import Hook, Record
 from mone_megatron.train.run_directory import now, write_json
 
 # How much longer the process groups wait: the watchdog, which names the rank, is to be first.

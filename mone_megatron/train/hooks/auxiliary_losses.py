@@ -5,6 +5,8 @@ Shape suffixes: A auxiliary losses, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from megatron.core.transformer.moe.moe_utils import (
     clear_aux_losses_tracker,
@@ -14,7 +16,9 @@ from torch import Tensor
 
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout
+from mone_megatron.methods.hook import Hook, Record, StepReport
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
+from mone_megatron.train.hooks.due import is_due
 
 # Our key -> megatron-core's name of each auxiliary loss.
 _ROUTER_LOSSES = {
@@ -25,16 +29,24 @@ _ROUTER_LOSSES = {
 _Z_LOSS = "z_loss"
 
 
-class AuxiliaryLosses:
-    """Reads megatron-core's tracker of per-layer losses, without their coefficients.
+class AuxiliaryLossHook(Hook):
+    """Records megatron-core's tracker of per-layer losses, without their coefficients.
 
     The tracker is a process-wide global that each rank fills with its own layers and tokens. A
     step's true value is a sum over all ranks with the weight of each kind of loss, which rides
     along in the step's one collective.
     """
 
-    def __init__(self, config: Config, layout: Layout) -> None:
-        """Know which losses this configuration computes."""
+    def __init__(self, config: Config, layout: Layout, device: torch.device) -> None:
+        """Lists the losses that this configuration computes.
+
+        Args:
+            config: validated.
+            layout: from validation.
+            device: where the step's collective is.
+        """
+        self.device = device
+        self.interval, self.last = config.logging.layer_interval, config.train.steps
         self.num_layers = config.model.num_layers
         per_stage = layout.data * layout.num_microbatches
         token_shards = config.parallel.tensor * config.parallel.context
@@ -55,25 +67,28 @@ class AuxiliaryLosses:
         if config.mone.enabled:
             self.losses.append(("mone/balance_loss", NEURON_BALANCE_LOSS, 1 / per_stage))
 
-    def read(self, device: torch.device) -> Tensor:
-        """This rank's weighted values, flattened ``[A * L]``, and start counting anew."""
+    def reduce(self) -> Mapping[str, Tensor]:
+        """Returns this rank's weighted values ``[A, L]``, and starts counting anew."""
         tracker = get_moe_layer_wise_logging_tracker()
-        values_AL = torch.zeros(len(self.losses), self.num_layers, device=device)
+        values_AL = torch.zeros(len(self.losses), self.num_layers, device=self.device)
         for row, (_, name, weight) in enumerate(self.losses):
             if name in tracker:
                 values_AL[row] = tracker[name]["values"].float() * weight
         clear_aux_losses_tracker()
-        return values_AL.flatten()
+        return {"losses": values_AL}
 
-    def metrics(self, summed: Tensor, *, per_layer: bool) -> dict[str, float]:
-        """Mean over the layers that compute it, and with ``per_layer`` each layer's value."""
-        metrics: dict[str, float] = {}
-        values_AL = summed.view(len(self.losses), self.num_layers)
-        for (key, _, _), values_L in zip(self.losses, values_AL, strict=True):
+    def record(self, report: StepReport) -> Record:
+        """Returns each loss's mean over the layers that compute it.
+
+        On the steps that look at layers (``logging.layer_interval``) each layer's value, too.
+        """
+        record: Record = {}
+        per_layer = is_due(report.step, self.interval, self.last)
+        for (key, _, _), values_L in zip(self.losses, report.sums["losses"], strict=True):
             used = [i for i, value in enumerate(values_L.tolist()) if value != 0.0]
             if not used:
                 continue
-            metrics[key] = float(values_L[used].mean())
+            record[key] = float(values_L[used].mean())
             if per_layer:
-                metrics |= {f"{key}/layer_{i + 1}": float(values_L[i]) for i in used}
-        return metrics
+                record |= {f"{key}/layer_{i + 1}": float(values_L[i]) for i in used}
+        return record

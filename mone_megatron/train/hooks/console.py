@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from mone_megatron.config.schema import Config
-from mone_megatron.train.hooks.hook import Hook, Record
+from mone_megatron.methods.hook import Hook, Record
 
 # Shown on the terminal when present, in this order: (key, label, format).
 _SHOWN = (

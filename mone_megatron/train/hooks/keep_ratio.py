@@ -11,14 +11,15 @@ from collections.abc import Iterable
 from torch import nn
 
 from mone_megatron.config.schema import MoNEConfig
+from mone_megatron.methods.hook import Hook, Record, StepReport
 from mone_megatron.mone.selection import NeuronSelector
 
 
-class KeepRatio:
-    """Tells the selections of this rank what to keep."""
+class KeepRatioHook(Hook):
+    """Tells the selections of this rank how many neurons to keep, where that changes."""
 
     def __init__(self, mone: MoNEConfig, chunks: Iterable[nn.Module]) -> None:
-        """Find the selections."""
+        """Finds the selections."""
         self.mone = mone
         self.scheduled = mone.enabled and mone.keep_ratio_schedule != "constant"
         self.selections = [
@@ -28,11 +29,12 @@ class KeepRatio:
             if isinstance(module, NeuronSelector)
         ]
 
-    def set_for(self, step: int) -> float | None:
-        """Set the ratio of a step; the ratio, or None where it never changes."""
-        if not self.scheduled:
-            return None
-        ratio = self.mone.keep_ratio_at(step)
-        for selection in self.selections:
-            selection.set_keep_ratio(ratio)
-        return ratio
+    def before_step(self, step: int) -> None:
+        """Sets the ratio of a step."""
+        if self.scheduled:
+            for selection in self.selections:
+                selection.set_keep_ratio(self.mone.keep_ratio_at(step))
+
+    def record(self, report: StepReport) -> Record:
+        """Returns the ratio, where there is a schedule."""
+        return {"mone/keep_ratio": self.mone.keep_ratio_at(report.step)} if self.scheduled else {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mone_megatron.methods.hook import Hook, Record
 from mone_megatron.os_errors import naming
-from mone_megatron.train.hooks.hook import Hook, Record
 from mone_megatron.train.run_directory import keep_metrics_up_to, to_json_line
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TextIO
 
 from mone_megatron.config.schema import Config
+from mone_megatron.methods.hook import Hook
 from mone_megatron.os_errors import naming
 from mone_megatron.train.health.alerts import Alert, AlertMonitor
-from mone_megatron.train.hooks.hook import Hook
 from mone_megatron.train.panel import Panel
 from mone_megatron.train.run_directory import keep_records_up_to
 
@@ -21,7 +21,7 @@ from mone_megatron.train.run_directory import keep_records_up_to
 _SHOWN = 4
 
 
-class PanelHook(Hook):
+class PanelFilesHook(Hook):
     """Writes every panel, judges it, and tells what begins and ends.
 
     ``alerts.jsonl`` follows from ``panel.jsonl`` and ``logging.alerts``: a run that is resumed or
@@ -57,7 +57,7 @@ class PanelHook(Hook):
         """Open the files; a resumed run goes on with them."""
         self._take_up(self.step)
 
-    def on_panel(self, panel: Panel) -> None:
+    def add(self, panel: Panel) -> None:
         """Append it, and tell what it begins and ends."""
         with naming(self.path):
             self.file.write(panel.to_json_line())

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from mone_megatron.config.validate import PROFILED_FROM
-from mone_megatron.train.hooks.hook import Hook, Record
+from mone_megatron.methods.hook import Hook, Record
 
 FOLDER = "profile"
 _ROWS = 40

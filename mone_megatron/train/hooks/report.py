@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from mone_megatron.methods.hook import Hook, Record
 from mone_megatron.report.plots import write_loss_plot
 from mone_megatron.report.run_page import write_report
-from mone_megatron.train.hooks.hook import Hook, Record
 
 
 class ReportHook(Hook):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mone_megatron.display import lost
-from mone_megatron.train.hooks.hook import Hook, Record
+from mone_megatron.methods.hook import Hook, Record
 from mone_megatron.train.run_directory import write_json
 
 

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mone_megatron.train.hooks.hook import Hook, Record
-from mone_megatron.train.panel import Panel
+from mone_megatron.methods.hook import Hook, Record
 
 # Is told what is not shown, and why.
 Note = Callable[[str, str], None]
@@ -33,12 +32,6 @@ class ShowingHook(Hook):
         """Pass on."""
         with self._harmless():
             self._hook.on_start()
-
-    def on_panel(self, panel: Panel) -> None:
-        """Pass on."""
-        with self._harmless():
-            if not self._ended:
-                self._hook.on_panel(panel)
 
     def on_step(self, record: Record) -> None:
         """Pass on."""

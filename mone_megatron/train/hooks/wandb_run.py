@@ -15,8 +15,8 @@ from typing import Any, TextIO
 from mone_megatron.config.load import flatten
 from mone_megatron.config.schema import Config
 from mone_megatron.helpers import HelperError, HelperThread
+from mone_megatron.methods.hook import Hook, Record
 from mone_megatron.train.health.alerts import Alert
-from mone_megatron.train.hooks.hook import Hook, Record
 
 # W&B drops alerts that come too often.
 _SECONDS_BETWEEN_ALERTS = 60.0

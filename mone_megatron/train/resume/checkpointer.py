@@ -1,19 +1,20 @@
 """Saving a run's whole state and taking it up again, on any layout.
 
 The state is the model and the optimizer (:mod:`.saved_state`), the step, the tokens and
-samples seen, the number of optimizer updates, the learning-rate schedule, and each rank's random
-streams; the configuration and the tokenizer lie beside it. Data needs no other state: the step
-decides which samples come next (:mod:`mone_megatron.data.loader`).
+samples seen, the number of optimizer updates, the learning-rate schedule, each rank's random
+streams, and what hooks keep; the configuration and the tokenizer lie beside it. Data needs no other
+state: the step decides which samples come next (:mod:`mone_megatron.data.loader`).
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -61,11 +62,13 @@ from mone_megatron.train.state import TrainingState
 _NEEDED_FOR = (
     "the run cannot go on from it exactly: use another checkpoint with checkpoint.resume=PATH"
 )
+# A state of nothing, as JSON.
+_NOTHING = "{}"
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come."""
+    """Says how far a run has come."""
 
     step: int = 0
     tokens: int = 0
@@ -76,6 +79,16 @@ class Position:
     def updates(self) -> int:
         """Optimizer updates: what Adam counts. The schedule counts steps."""
         return self.step - self.skipped
+
+
+class Keeper(Protocol):
+    """Has something of its own in each checkpoint: plain values, the same on every rank."""
+
+    def state(self) -> dict[str, Any]:
+        """Returns numbers, texts, lists and dictionaries of these."""
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Takes up what ``state`` gave."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,26 @@ class Checkpointer:
         self._pending: _Pending | None = None
         self._access_checked = False
         self._blocked_seconds = 0.0
+        # Whoever keeps something in the checkpoints, with what it began with, as JSON.
+        self._keepers: dict[str, tuple[Keeper, str]] = {}
+        # The checkpoint that was taken up last, and what it holds of each.
+        self._taken_up: Path | None = None
+        self._kept: dict[str, Any] = {}
+
+    def keep(self, name: str, keeper: Keeper) -> None:
+        """Saves the state of ``keeper`` with every checkpoint from now on. Not collective.
+
+        It is given at once what the checkpoint holds that the run goes on from, and again after
+        every rollback.
+
+        Raises:
+            ValueError: the state is not made of plain values.
+        """
+        self._keepers[name] = (keeper, _as_json(name, keeper))
+        if name in self._kept:
+            keeper.set_state(self._kept[name])
+        elif self._taken_up is not None and self._keepers[name][1] != _NOTHING:
+            self.say(f"{name} begins anew: {self._taken_up} holds nothing of it")
 
     # Saving
 
@@ -217,6 +250,10 @@ class Checkpointer:
             "updates": position.updates,
             "schedule": self.state.scheduler.state_dict(),
         }
+        states = {name: _as_json(name, keeper) for name, (keeper, _) in self._keepers.items()}
+        # Where nothing is kept a checkpoint is as it was before there were hooks with a state.
+        if kept := {name: text for name, text in states.items() if text != _NOTHING}:
+            content["hooks"] = kept
         with self._giving_up(partial):
             request = dist_checkpointing.save(
                 content,
@@ -353,6 +390,10 @@ class Checkpointer:
         else:
             self.say("the layout changed: weights and moments are exact, dropout draws afresh")
         self._origin = facts.get(ORIGIN)
+        self._taken_up = folder
+        self._kept = {name: json.loads(text) for name, text in loaded.get("hooks", {}).items()}
+        for name, (keeper, initial) in self._keepers.items():
+            keeper.set_state(self._kept.get(name, json.loads(initial)))
         self.say(f"resumed from {folder} after step {position.step}")
         return position
 
@@ -409,3 +450,14 @@ class Checkpointer:
         if problem is not None:
             raise problem
         return result
+
+
+def _as_json(name: str, keeper: Keeper) -> str:
+    state = keeper.state()
+    try:
+        return json.dumps(state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"train.hooks: {name} has a state that no checkpoint can hold ({error}); have its "
+            "state() give numbers, texts, lists and dictionaries of these"
+        ) from None

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -18,13 +17,13 @@ from mone_megatron.data.prepare import PreparedData, prepare_data
 from mone_megatron.parallel.device import Device, open_device
 from mone_megatron.parallel.groups import open_groups
 from mone_megatron.parallel.world import World
-from mone_megatron.train.hooks.auxiliary_losses import AuxiliaryLosses
+from mone_megatron.train.hooks.auxiliary_losses import AuxiliaryLossHook
 from mone_megatron.train.state import TrainingState, build_state
 from mone_megatron.train.step import Batch, Stepper
 
 
 @dataclass
-class Session:
+class OpenExperiment:
     """One experiment, ready to step, with its microbatches in memory."""
 
     config: Config
@@ -44,7 +43,7 @@ class Session:
         return list(itertools.islice(self.batches, self.layout.num_microbatches))
 
 
-def open_sessions(configs: Sequence[Config], *, steps_in_memory: int) -> list[Session]:
+def open_experiments(configs: Sequence[Config], *, steps_in_memory: int) -> list[OpenExperiment]:
     """Build experiments of one layout beside each other in this process.
 
     Collective over the default process group, which is initialised and has no other groups yet.
@@ -64,7 +63,7 @@ def open_sessions(configs: Sequence[Config], *, steps_in_memory: int) -> list[Se
     ]
 
 
-def _open(config: Config, device: Device, world: World, steps: int) -> Session:
+def _open(config: Config, device: Device, world: World, steps: int) -> OpenExperiment:
     layout = validate(
         config, world_size=world.size, num_devices=0, local_world_size=world.local_size
     )
@@ -87,16 +86,13 @@ def _open(config: Config, device: Device, world: World, steps: int) -> Session:
     )
     batches = list(build_loader(train, sampler, num_workers=0, pin=False))
     state = build_state(config, layout, device, data.vocab_size)
-    return Session(config, layout, device, data, state, itertools.cycle(batches))
+    return OpenExperiment(config, layout, device, data, state, itertools.cycle(batches))
 
 
-def step_action(session: Session) -> Iterator[None]:
+def step_action(session: OpenExperiment) -> Iterator[None]:
     """Train one step at each ``next``, auxiliary losses read as the trainer does."""
-    stepper, auxiliary = session.stepper(), AuxiliaryLosses(session.config, session.layout)
-
-    def extra() -> torch.Tensor:
-        return auxiliary.read(session.device.torch_device)
-
+    stepper = session.stepper()
+    auxiliary = AuxiliaryLossHook(session.config, session.layout, session.device.torch_device)
     while True:
-        stepper.train(session.next_step(), extra=extra)
+        stepper.train(session.next_step(), reduce=auxiliary.reduce)
         yield

@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mone_megatron.config.schema import Config
+from mone_megatron.methods.hook import Hook
 from mone_megatron.train.hooks.console import ConsoleHook
-from mone_megatron.train.hooks.hook import Hook
 from mone_megatron.train.hooks.metrics_file import MetricsFileHook
-from mone_megatron.train.hooks.panel_files import PanelHook
+from mone_megatron.train.hooks.panel_files import PanelFilesHook
 from mone_megatron.train.hooks.profile import ProfileHook
 from mone_megatron.train.hooks.report import ReportHook
 from mone_megatron.train.hooks.run_file import RunFileHook
 from mone_megatron.train.hooks.showing import ShowingHook
 from mone_megatron.train.hooks.wandb_run import WandbHook
+from mone_megatron.train.panel import Panel
 
 
-def build_hooks(
+@dataclass(frozen=True)
+class Shown:
+    """Holds what rank 0 writes and shows.
+
+    Attributes:
+        hooks: in the order in which they are told of a step; they end in reverse.
+        panel: takes each panel; None where none is looked at.
+    """
+
+    hooks: list[Hook]
+    panel: Callable[[Panel], None] | None
+
+
+def hooks_on_rank_0(
     config: Config, folder: Path, facts: dict[str, Any], device: torch.device
-) -> list[Hook]:
-    """The hooks of rank 0. They end in reverse, so the report comes last: it reads the others'."""
+) -> Shown:
+    """Returns what writes and shows a run.
+
+    Args:
+        config: validated.
+        folder: run.dir.
+        facts: what is known before the first step, for run.json.
+        device: that the run computes on.
+    """
     run_file = RunFileHook(folder, facts)
     hooks: list[Hook] = []
+    # Hooks end in reverse, so the report comes last: it reads the others' files.
     if config.logging.report:
         hooks.append(ShowingHook(ReportHook(folder), "report.html or loss.png", run_file.note))
     tell = None
     if config.logging.wandb.mode != "disabled":
         hooks.append(wandb := WandbHook(config, folder, facts["id"]))
         tell = wandb.on_alerts
+    panel = None
     if config.logging.layer_interval:
-        hooks.append(PanelHook(config, folder, step=facts["steps"], tell=tell))
+        hooks.append(files := PanelFilesHook(config, folder, step=facts["steps"], tell=tell))
+        panel = files.add
     if config.train.profile:
         profile = ProfileHook(folder, config.train.profile, device)
         hooks.append(ShowingHook(profile, "the profile", run_file.note))
     console = ShowingHook(ConsoleHook(config), "progress", run_file.note)
-    return [*hooks, run_file, MetricsFileHook(folder), console]
+    return Shown([*hooks, run_file, MetricsFileHook(folder), console], panel)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mone_megatron.config.schema import Config
+from mone_megatron.methods.hook import Hook, Record, StepReport
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.metrics import (
     DEAD_SHARE,
@@ -25,6 +27,7 @@ from mone_megatron.mone.metrics import (
 )
 from mone_megatron.mone.mlp import NeuronMLP, NeuronSharedExpert
 from mone_megatron.mone.neurons import NeuronGate
+from mone_megatron.train.hooks.due import is_due
 from mone_megatron.train.panel import LayerUse, Mlp, Panel, rounded
 
 _MLPS: tuple[Mlp, ...] = ("routed", "shared", "dense")
@@ -52,17 +55,36 @@ def _mlp(parent: nn.Module) -> Mlp | None:
 
 @dataclass(frozen=True)
 class PanelReading:
-    """What a panel step found: numbers of layers for its record, and every expert."""
+    """Holds what a panel step found: numbers of layers for its record, and every expert."""
 
     metrics: dict[str, float]
     panel: Panel
 
 
-class UtilisationPanel:
-    """Expert and neuron use of every layer, on the steps that log it."""
+class PanelHook(Hook):
+    """Records how experts and neurons of every layer were used, on the steps that look at them.
 
-    def __init__(self, config: Config, chunks: Iterable[nn.Module]) -> None:
-        """Find the modules that count."""
+    Those are every ``logging.layer_interval``-th step and the last. Collective over all ranks.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        chunks: Iterable[nn.Module],
+        device: torch.device,
+        show: Callable[[Panel], None] | None = None,
+    ) -> None:
+        """Finds the modules that count.
+
+        Args:
+            config: validated.
+            chunks: this rank's part of the model.
+            device: where to add over ranks.
+            show: is given each panel; None on the ranks that show nothing.
+        """
+        self.device = device
+        self.show = show
+        self.interval, self.last = config.logging.layer_interval, config.train.steps
         self.num_layers = config.model.num_layers
         self.num_experts = {"routed": config.model.num_experts, "shared": 1, "dense": 1}
         # Ranks that share the neurons of an expert.
@@ -84,28 +106,39 @@ class UtilisationPanel:
             if (mlp == "routed" and config.model.num_experts) or self.selecting[mlp]
         ]
 
-    @property
-    def counting_seconds(self) -> float:
-        """Time that counting took this rank since :meth:`collect`."""
-        return sum(gate.usage.seconds for _, gate in self.gates)
+    def before_step(self, step: int) -> None:
+        """Counts during the step's forward passes, if it is one that looks."""
+        self.collect(is_due(step, self.interval, self.last))
+
+    def record(self, report: StepReport) -> Record:
+        """Returns the numbers of layers, and shows the panel."""
+        if not is_due(report.step, self.interval, self.last):
+            return {}
+        counting = sum(gate.usage.seconds for _, gate in self.gates)
+        began = time.perf_counter()
+        reading = self.read(report.step, report.record)
+        if self.show is not None:
+            self.show(reading.panel)
+        seconds = counting + time.perf_counter() - began
+        return reading.metrics | {"panel_seconds": seconds}
+
+    def on_rollback(self, step: int) -> None:
+        """Forgets what was counted: the next panel has none before it."""
+        for _, gate in self.gates:
+            gate.usage.forget()
 
     def collect(self, wanted: bool) -> None:
-        """Count during the next forward passes, or not."""
+        """Counts during the next forward passes, or not."""
         for _, gate in self.gates:
             gate.usage.reset()
             gate.usage.collecting = wanted
 
-    def forget(self) -> None:
-        """Training went back to an earlier state: the next panel has none before it."""
-        for _, gate in self.gates:
-            gate.usage.forget()
-
-    def read(self, record: Mapping[str, float], device: torch.device) -> PanelReading:
-        """What was counted. Collective; equal on every rank.
+    def read(self, step: int, record: Mapping[str, float]) -> PanelReading:
+        """Returns what was counted. Collective; equal on every rank.
 
         Args:
+            step: from 1.
             record: the step's, with the balance losses of its layers.
-            device: where to add.
         """
         metrics: dict[str, float] = {}
         uses: list[LayerUse] = []
@@ -120,12 +153,12 @@ class UtilisationPanel:
                 rows=self.num_layers,
                 num_experts=self.num_experts[mlp],
                 neuron_ranks=self.neuron_ranks[mlp],
-                device=device,
+                device=self.device,
             )
             layers = [index + 1 for index in present.nonzero().flatten().tolist()]
             metrics |= _by_layer(mlp, tables, layers, self.selecting[mlp])
             uses += [_layer_use(mlp, layer, tables[layer - 1], record) for layer in layers]
-        return PanelReading(metrics, Panel(int(record["step"]), tuple(uses)))
+        return PanelReading(metrics, Panel(step, tuple(uses)))
 
 
 def _layer_use(mlp: Mlp, layer: int, table: Tensor, record: Mapping[str, float]) -> LayerUse:
