@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from mone_megatron.data.datasets import build_datasets
 from mone_megatron.data.loader import MicrobatchSampler, SampleDataset, build_loader
 from mone_megatron.data.prepare import PreparedData
 from mone_megatron.kernels import ops
-from mone_megatron.kernels.te_grouped import have_transformer_engine
 from mone_megatron.methods.hook import Hook
 from mone_megatron.os_errors import naming
 from mone_megatron.parallel.device import Device, open_process_group
@@ -38,6 +36,7 @@ from mone_megatron.train.health.watchdog import BACKSTOP_SECONDS, Watchdog, Watc
 from mone_megatron.train.hooks.added import added_hooks
 from mone_megatron.train.hooks.on_every_rank import hooks_on_every_rank
 from mone_megatron.train.hooks.on_rank_0 import Shown, hooks_on_rank_0
+from mone_megatron.train.introduction import introduce, say
 from mone_megatron.train.loop import train
 from mone_megatron.train.resume.checkpointer import Checkpointer
 from mone_megatron.train.resume.identity import run_identity
@@ -45,12 +44,6 @@ from mone_megatron.train.run_directory import keep_metrics_up_to, now, open_run_
 from mone_megatron.train.session import Session
 from mone_megatron.train.state import build_state
 from mone_megatron.train.step import Batch, Stepper
-
-
-def say(message: str) -> None:
-    """Tells the user, once, from rank 0."""
-    if dist.get_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
 
 
 def _loader(
@@ -104,28 +97,6 @@ def _facts(session: Session, data: PreparedData, parameters: ParameterCount) -> 
         "seed": config.train.seed,
         "started": now(),
     }
-
-
-def _introduce(session: Session, data: PreparedData, parameters: ParameterCount) -> None:
-    """Says what was chosen, and why, in a few lines."""
-    config, layout, device = session.config, session.layout, session.device
-    parallel = config.parallel
-    modules = (
-        "Transformer Engine" if device.kind == "cuda" and have_transformer_engine() else "torch"
-    )
-    say(
-        f"{config.run.name}: {parameters.total:,} parameters, "
-        f"{parameters.activated_gate_counted:,} activated a token (gate counted; "
-        f"{parameters.activated_neurons_only:,} by neurons only)"
-    )
-    say(
-        f"on {device.hardware}; {device.dtype}, {modules} modules, "
-        f"{ops.describe(device.torch_device)}; "
-        f"TP{parallel.tensor} PP{parallel.pipeline} CP{parallel.context} EP{parallel.expert} "
-        f"ETP{parallel.expert_tensor} DP{layout.data}, "
-        f"{layout.num_microbatches} microbatches a step"
-    )
-    say(f"data: {data.tokens:,} tokens, vocabulary {data.vocab_size:,}, {data.beginning}")
 
 
 def run(
@@ -186,7 +157,7 @@ def _run(
     folder = Path(config.run.dir)
     parameters = count_parameters(config.model, config.mone, data.vocab_size)
     shown = _open_files(session, data, parameters) if dist.get_rank() == 0 else None
-    _introduce(session, data, parameters)
+    introduce(session, data, parameters)
     start, checkpointer = session.start, session.checkpointer
     assert checkpointer is not None
     if start.step >= config.train.steps:

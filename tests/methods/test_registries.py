@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.hooks import HOOKS
 from mone_megatron.methods.losses import LOSSES
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.registry import Registry
@@ -20,6 +21,7 @@ from mone_megatron.methods.sources import SOURCES
 
 REGISTRIES: tuple[Registry, ...] = (
     ACTIVATIONS,
+    HOOKS,
     LOSSES,
     OPTIMIZERS,
     ROUTERS,

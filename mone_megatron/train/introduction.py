@@ -1,0 +1,65 @@
+"""What a run says before its first step: what was chosen, and why."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from mone_megatron.config.schema import Config
+from mone_megatron.data.prepare import PreparedData
+from mone_megatron.kernels import ops
+from mone_megatron.kernels.te_grouped import have_transformer_engine
+from mone_megatron.methods.routers import ROUTERS
+from mone_megatron.methods.rules import RULES
+from mone_megatron.planning.parameters import ParameterCount
+from mone_megatron.train.session import Session
+
+
+def say(message: str) -> None:
+    """Tells the user, once, from rank 0."""
+    if dist.get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def introduce(session: Session, data: PreparedData, parameters: ParameterCount) -> None:
+    """Says what was chosen, and why, in a few lines."""
+    config, layout, device = session.config, session.layout, session.device
+    parallel = config.parallel
+    modules = (
+        "Transformer Engine" if device.kind == "cuda" and have_transformer_engine() else "torch"
+    )
+    say(
+        f"{config.run.name}: {parameters.total:,} parameters, "
+        f"{parameters.activated_gate_counted:,} activated a token (gate counted; "
+        f"{parameters.activated_neurons_only:,} by neurons only)"
+    )
+    say(
+        f"on {device.hardware}; {device.dtype}, {modules} modules, "
+        f"{ops.describe(device.torch_device)}; "
+        f"TP{parallel.tensor} PP{parallel.pipeline} CP{parallel.context} EP{parallel.expert} "
+        f"ETP{parallel.expert_tensor} DP{layout.data}, "
+        f"{layout.num_microbatches} microbatches a step"
+    )
+    say(f"data: {data.tokens:,} tokens, vocabulary {data.vocab_size:,}, {data.beginning}")
+    for line in not_causal(config):
+        say(line)
+
+
+def not_causal(config: Config) -> Iterator[str]:
+    """Yields a line for each chosen method that lets a token see others of its batch.
+
+    Its training loss, and its loss in evaluation, use what a model that writes a text cannot know.
+    """
+    rule, router = RULES[config.mone.rule], ROUTERS[config.model.router.kind]
+    if config.mone.enabled and not rule.causal:
+        yield (
+            f"mone.rule={rule.name} is not causal: which neurons a token keeps depends on other "
+            "tokens, later ones too; losses tell of a model that has seen them"
+        )
+    if config.model.num_experts and not router.causal:
+        yield (
+            f"model.router.kind={router.name} is not causal: which experts a token goes to depends "
+            "on other tokens, later ones too; losses tell of a model that has seen them"
+        )
