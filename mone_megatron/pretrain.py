@@ -35,6 +35,7 @@ from mone_megatron.display import harmless_output
 from mone_megatron.dry_run import dry_run
 from mone_megatron.helpers import HelperError
 from mone_megatron.local_sweep import LocalSweep
+from mone_megatron.megatron_release import check_megatron_release
 from mone_megatron.ownership import await_owner, owned_folder
 from mone_megatron.parallel.world import World
 from mone_megatron.train.run_directory import check_run_directory
@@ -72,6 +73,8 @@ def _pretrain(config: Config) -> int:
     check = partial(validate, config, world_size=world.size, local_world_size=world.local_size)
     # First without torch, whose import takes longer than all else before a refusal.
     check()
+    if (untried := check_megatron_release()) and world.rank == 0:
+        print(f"WARNING: {untried}", file=sys.stderr)
     if world.rank == 0:
         print(
             f"{config.run.name}: configuration checked; loading torch and megatron-core", flush=True

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mone_megatron.parallel.megatron_cpu import install_cpu_backend
+from mone_megatron.parallel.megatron_compat import forget_layer_losses, install_cpu_backend
 
 # Before Triton is imported, by us or by megatron-core: without a GPU its interpreter runs kernels.
 if not torch.cuda.is_available():
@@ -76,16 +76,13 @@ def four_processes() -> Iterator[Processes]:
 @pytest.fixture
 def one_process() -> Iterator[None]:
     """megatron-core's process groups with this process alone, and clean global state."""
-    from megatron.core.transformer.moe.moe_utils import (
-        MoEAuxLossAutoScaler,
-        get_moe_layer_wise_logging_tracker,
-    )
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     open_groups(ParallelConfig(), TrainConfig(), timeout_seconds=60)
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_layer_losses()
     yield
     # Two process-wide globals of megatron-core.
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_layer_losses()
     close_groups()

@@ -88,7 +88,7 @@ def megatron_forward(source: Source, *, dtype: torch.dtype | None) -> Iterator[M
     they are stored (None).
 
     Collectives are those of a group of one. Within it, this process has megatron-core's CPU
-    backend installed, for good (:mod:`mone_megatron.parallel.megatron_cpu`).
+    backend installed, for good (:mod:`mone_megatron.parallel.megatron_compat`).
 
     Raises:
         ValueError: a weight is missing.

@@ -7,20 +7,16 @@ exists only there; not run here). The routed experts are ours on both.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.post_training.modelopt.layers import Linear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.multi_latent_attention import (
-    MLASelfAttention,
-    MLASelfAttentionSubmodules,
-)
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -44,12 +40,15 @@ from mone_megatron.mone.layer import MicrobatchSources, MoNELayer
 from mone_megatron.mone.mlp import NeuronMLP, NeuronSharedExpert
 from mone_megatron.mone.neurons import NeuronSettings
 from mone_megatron.mone.selection import NeuronSelection
+from mone_megatron.parallel.megatron_compat import latent_attention, self_attention
 
 
 class TorchSpecProvider(LocalSpecProvider):
     """Modules that need nothing but torch, and train under every layout."""
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> type:
         """RMSNorm; megatron-core's refuses sequence parallelism."""
         return RMSNorm
 
@@ -61,12 +60,6 @@ class TorchSpecProvider(LocalSpecProvider):
         """scaled_dot_product_attention; megatron-core's builds the score matrix."""
         return SDPAttention
 
-    def grouped_mlp_modules(
-        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
-    ) -> tuple[type, None]:
-        """Ours; megatron-core's need grouped_gemm or Transformer Engine."""
-        return GroupedExperts, None
-
 
 def _transformer_engine_provider() -> BackendSpecProvider:
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
@@ -77,12 +70,6 @@ def _transformer_engine_provider() -> BackendSpecProvider:
         def fuse_layernorm_and_linear(self) -> bool:
             """Norm and linear apart, as without Transformer Engine."""
             return False
-
-        def grouped_mlp_modules(
-            self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
-        ) -> tuple[type, None]:
-            """Ours, which select neurons."""
-            return GroupedExperts, None
 
     return TransformerEngineSpecProvider()
 
@@ -118,25 +105,27 @@ def _dense_mlp(backend: BackendSpecProvider, mone: MoNEConfig) -> ModuleSpec:
 
 
 def _moe_mlp(
-    backend: BackendSpecProvider,
-    model: ModelConfig,
-    mone: MoNEConfig,
-    num_experts: int,
-    sources: MicrobatchSources,
+    backend: BackendSpecProvider, model: ModelConfig, mone: MoNEConfig, sources: MicrobatchSources
 ) -> ModuleSpec:
-    spec = get_moe_module_spec_for_backend(backend, num_experts, moe_grouped_gemm=True)
-    spec.module = MoNELayer
-    spec.params = {"sources": sources}
-    spec.submodules.router = ROUTERS[model.router.kind].module
-    spec.submodules.experts.params = {"neurons": neuron_settings(mone, "routed")}
-    shared = neuron_settings(mone, "shared")
-    if shared is not None:
-        spec.submodules.shared_experts = replace(
-            spec.submodules.shared_experts,
-            module=NeuronSharedExpert,
-            params={"neurons": shared},
-        )
-    return spec
+    linears = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+    )
+    routed, shared = (neuron_settings(mone, target) for target in ("routed", "shared"))
+    shared_expert = (
+        ModuleSpec(module=SharedExpertMLP, submodules=linears)
+        if shared is None
+        else ModuleSpec(module=NeuronSharedExpert, submodules=linears, params={"neurons": shared})
+    )
+    return ModuleSpec(
+        module=MoNELayer,
+        params={"sources": sources},
+        submodules=MoESubmodules(
+            router=ROUTERS[model.router.kind].module,
+            # megatron-core's need grouped_gemm or Transformer Engine, and select no neurons.
+            experts=ModuleSpec(module=GroupedExperts, params={"neurons": routed}),
+            shared_experts=shared_expert,
+        ),
+    )
 
 
 def _qk_norm(backend: BackendSpecProvider, model: ModelConfig, num_heads: int) -> type | ModuleSpec:
@@ -144,14 +133,15 @@ def _qk_norm(backend: BackendSpecProvider, model: ModelConfig, num_heads: int) -
     if not model.qk_norm:
         return IdentityOp
     if model.qk_norm_scope == "all_heads":
+        # Beside megatron-core's qk_layernorm=False (model.transformer says why).
         return ModuleSpec(module=AllHeadsRMSNorm, params={"num_heads": num_heads})
     return backend.layer_norm(rms_norm=True, for_qk=True)
 
 
-def _latent_attention(backend: BackendSpecProvider) -> ModuleSpec:
+def _latent_attention(backend: BackendSpecProvider, model: ModelConfig) -> ModuleSpec:
     norm = backend.layer_norm(rms_norm=True, for_qk=True)
     return ModuleSpec(
-        module=MLASelfAttention,
+        module=latent_attention(),
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=backend.column_parallel_linear(),
@@ -163,7 +153,7 @@ def _latent_attention(backend: BackendSpecProvider) -> ModuleSpec:
             linear_kv_up_proj=backend.column_parallel_linear(),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=norm,
+            q_layernorm=norm if model.mla.q_lora_rank else IdentityOp,
             kv_layernorm=norm,
         ),
     )
@@ -171,9 +161,9 @@ def _latent_attention(backend: BackendSpecProvider) -> ModuleSpec:
 
 def _attention(backend: BackendSpecProvider, model: ModelConfig) -> ModuleSpec:
     if model.attention == "mla":
-        return _latent_attention(backend)
+        return _latent_attention(backend, model)
     return ModuleSpec(
-        module=SelfAttention,
+        module=self_attention(),
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),
@@ -225,7 +215,7 @@ def decoder_spec(
     dense = _layer(backend, model, _dense_mlp(backend, mone))
     layers = {0: dense}
     if transformer.num_moe_experts:
-        moe = _moe_mlp(backend, model, mone, transformer.num_moe_experts, sources)
+        moe = _moe_mlp(backend, model, mone, sources)
         layers[1] = _layer(backend, model, moe)
     first = get_transformer_layer_offset(transformer, vp_stage=vp_stage)
     count = get_num_layers_to_build(transformer, vp_stage=vp_stage)

@@ -35,6 +35,7 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         neurons: NeuronSettings | None = None,
+        name: str | None = None,
     ) -> None:
         """Allocates the experts of this rank; :mod:`mone_megatron.model.initialize` fills them.
 
@@ -43,6 +44,7 @@ class GroupedExperts(MegatronModule):
             config: megatron-core's; ``moe_ffn_hidden_size`` is f over all ranks.
             pg_collection: with ``ep``, ``expt_tp`` and ``expt_dp``.
             neurons: neuron selection and balance; None for plain experts.
+            name: a name that megatron-core gives its modules from 0.17 on; not used.
 
         Raises:
             ValueError: for settings that it does not read (biases, clamped activations, fp8, ...),

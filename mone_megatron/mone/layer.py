@@ -12,6 +12,7 @@ tokens here, T rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,6 +62,7 @@ class MoNELayer(MoELayer):
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         sources: MicrobatchSources | None = None,
+        **more: Any,
     ) -> None:
         """Builds the router, the dispatcher and the experts.
 
@@ -70,11 +72,12 @@ class MoNELayer(MoELayer):
             layer_number: from 1; usually set later.
             pg_collection: process groups; None takes megatron-core's global ones.
             sources: see :class:`MicrobatchSources`; None for a single source.
+            more: arguments that later releases of megatron-core give to their own layer.
 
         Raises:
             ValueError: when the dispatcher does not tell tokens of different microbatches apart.
         """
-        super().__init__(config, submodules, layer_number, pg_collection)
+        super().__init__(config, submodules, layer_number, pg_collection, **more)
         self.sources = sources or MicrobatchSources((0,))
         self.rows_by_source_RE: Tensor | None = None
         dispatcher = config.moe_token_dispatcher_type

@@ -6,6 +6,8 @@ see all tokens of the microbatch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -69,13 +71,27 @@ class NeuronMLP(MLP):
         neurons: NeuronSettings,
         ffn_hidden_size: int | None = None,
         tp_group: dist.ProcessGroup | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **more: Any,
     ) -> None:
         """Builds megatron-core's MLP, with the selection's settings.
+
+        Args:
+            config: megatron-core's.
+            submodules: the two linear layers.
+            neurons: neuron selection and balance.
+            ffn_hidden_size: neurons over all ranks; None for the configuration's.
+            tp_group: the tensor-parallel ranks; what megatron-core 0.16 gives.
+            pg_collection: process groups; what later releases give instead.
+            more: what those give beside it (a name, whether it predicts further tokens), which
+                only their layers of many experts read.
 
         Raises:
             ValueError: for settings that it does not read.
         """
         refuse_unread("NeuronMLP", config, GATED_MLP)
+        if pg_collection is not None:
+            tp_group = pg_collection.tp
         width = ffn_hidden_size or config.ffn_hidden_size
         super().__init__(config, submodules, ffn_hidden_size=width, tp_group=tp_group)
         self.neuron_gate = _neuron_gate(config, width, neurons)
@@ -99,14 +115,23 @@ class NeuronSharedExpert(SharedExpertMLP):
         gate: bool,
         neurons: NeuronSettings,
         pg_collection: ProcessGroupCollection | None = None,
+        **more: Any,
     ) -> None:
         """Builds megatron-core's shared expert, with the selection's settings.
+
+        Args:
+            config: megatron-core's.
+            submodules: the two linear layers.
+            gate: whether its output is weighted by a gate of its own.
+            neurons: neuron selection and balance.
+            pg_collection: process groups.
+            more: arguments that later releases of megatron-core give to their own.
 
         Raises:
             ValueError: for settings that it does not read.
         """
         refuse_unread("NeuronSharedExpert", config, SHARED_EXPERT)
-        super().__init__(config, submodules, gate, pg_collection)
+        super().__init__(config, submodules, gate, pg_collection, **more)
         assert config.moe_shared_expert_intermediate_size is not None
         self.neuron_gate = _neuron_gate(config, config.moe_shared_expert_intermediate_size, neurons)
 

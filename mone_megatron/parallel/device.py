@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from mone_megatron.config.schema import DeviceConfig
-from mone_megatron.parallel import megatron_cpu
+from mone_megatron.parallel import megatron_compat
 from mone_megatron.parallel.world import World
 
 # Numbers the process groups of this process, one for each run of a sweep.
@@ -88,14 +88,14 @@ def open_device(config: DeviceConfig, world: World) -> Device:
                 f"{torch.cuda.device_count()} GPUs; start fewer with --nproc-per-node"
             )
         torch.cuda.set_device(world.local_rank)
-        megatron_cpu.import_megatron(compile_fused=True)
+        megatron_compat.import_megatron(compile_fused=True)
         name = torch.cuda.get_device_name()
         device = torch.device("cuda", world.local_rank)
         return Device("cuda", device, dtype, torch.get_num_threads(), f"{world.size} x {name}")
     cores = os.cpu_count() or 1
     threads = config.threads or max(1, cores // world.local_size)
     torch.set_num_threads(threads)
-    megatron_cpu.install_cpu_backend()
+    megatron_compat.install_cpu_backend()
     hardware = f"{_cpu_name()}, {cores} cores, {world.size} processes of {threads} threads"
     return Device("cpu", torch.device("cpu"), dtype, threads, hardware)
 

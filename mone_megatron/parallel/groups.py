@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
+from mone_megatron.parallel.megatron_compat import forget_layer_losses
 
 
 @dataclass(frozen=True)
@@ -84,5 +85,5 @@ def _forget_the_last_run() -> None:
     """Two process-wide globals of megatron-core, of another model's shape and batch."""
     from megatron.core.transformer.moe import moe_utils
 
-    moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    forget_layer_losses()
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from mone_megatron.helpers import end_with_parent, ending, starting
 from mone_megatron.parallel.groups import close_groups
-from mone_megatron.parallel.megatron_cpu import install_cpu_backend
+from mone_megatron.parallel.megatron_compat import install_cpu_backend
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -11,7 +11,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor, nn
 
@@ -34,6 +33,7 @@ from mone_megatron.mone.mlp import NeuronMLP, NeuronSharedExpert
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
 from mone_megatron.mone.selection import NeuronSelector
 from mone_megatron.parallel.groups import open_expert_sources, open_groups
+from mone_megatron.parallel.megatron_compat import forget_layer_losses, layer_losses
 from mone_megatron.planning.parameters import count_parameters
 from mone_megatron.testing.processes import Processes
 
@@ -379,7 +379,7 @@ def test_selection_trains_wherever_it_is_applied(
         owner = name.removesuffix(".neuron_gate.selector")
         down = gradients[f"{owner}.linear_fc2.weight"]
         assert torch.equal(down.abs().amax(0) > 0, mask.any(0)), name
-    values = get_moe_layer_wise_logging_tracker()[NEURON_BALANCE_LOSS]["values"]
+    values = layer_losses()[NEURON_BALANCE_LOSS]
     model_config = config.model
     dense_layers = model_config.first_dense_layers if model_config.num_experts else 4
     for layer, value in enumerate(values.tolist()):
@@ -408,14 +408,14 @@ def _run_in_layout(config: Config) -> tuple[float, list[Part], dict[str, Tensor]
     open_groups(config.parallel, config.train, timeout_seconds=60)
     found = open_expert_sources(config.parallel)
     model = build(config, MicrobatchSources(found.microbatch_of_source, found.shared_group)).train()
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_layer_losses()
     loss, gradients, masks = run(model)
     wanted = {
         name: gradient
         for name, gradient in gradients.items()
         if any(mark in name for mark in SPLIT_MLPS)
     }
-    balance = get_moe_layer_wise_logging_tracker()[NEURON_BALANCE_LOSS]["values"].sum().item()
+    balance = layer_losses()[NEURON_BALANCE_LOSS].sum().item()
     assert parallel_state.get_tensor_model_parallel_world_size() == config.parallel.tensor
     return loss, parts_of(model, wanted), masks, balance
 
@@ -425,7 +425,7 @@ def test_shared_and_dense_selection_under_tensor_parallelism(two_processes: Proc
     config = tiny(replace(MONE, apply_to=("shared", "dense")), **FULL)
     model = build(config).train()
     loss, gradients, masks = run(model)
-    balance = get_moe_layer_wise_logging_tracker()[NEURON_BALANCE_LOSS]["values"].sum().item()
+    balance = layer_losses()[NEURON_BALANCE_LOSS].sum().item()
 
     split = replace(config, parallel=ParallelConfig(tensor=2, expert_tensor=2))
     by_rank = two_processes.run(_run_in_layout, split)

@@ -8,10 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    get_moe_layer_wise_logging_tracker,
-)
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -29,6 +26,7 @@ from mone_megatron.mone.neurons import (
     Segments,
 )
 from mone_megatron.mone.selection import NeuronSelection
+from mone_megatron.parallel.megatron_compat import forget_layer_losses, layer_losses
 from mone_megatron.testing.processes import Processes
 
 Weights = Literal["selected", "all"]
@@ -322,7 +320,7 @@ def test_gate_attaches_the_loss_of_the_formulas(
     torch.testing.assert_close(hidden, main, rtol=1e-6, atol=1e-6)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    logged = get_moe_layer_wise_logging_tracker()[NEURON_BALANCE_LOSS]["values"][1]
+    logged = layer_losses()[NEURON_BALANCE_LOSS][1]
     assert logged.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
@@ -338,7 +336,7 @@ def test_forward_values_do_not_change_and_the_loss_is_logged_per_layer() -> None
     )
     activation = F.silu(gates.detach())
     loss = balance_loss(activation, topk_mask(activation.abs(), 3), index, 3)
-    logged = get_moe_layer_wise_logging_tracker()[NEURON_BALANCE_LOSS]["values"]
+    logged = layer_losses()[NEURON_BALANCE_LOSS]
     # Without the coefficient, at the layer's place.
     torch.testing.assert_close(logged, torch.tensor([0.0, loss.item(), 0.0]))
 
@@ -352,7 +350,7 @@ def test_evaluation_and_the_first_forward_of_recomputation_log_nothing() -> None
         gate(gates, ups, None, Segments(index, 1, None))
     gate.eval()
     gate(gates.requires_grad_(), ups, None, Segments(index, 1, None))
-    assert NEURON_BALANCE_LOSS not in get_moe_layer_wise_logging_tracker()
+    assert NEURON_BALANCE_LOSS not in layer_losses()
     assert gate.usage.tokens_E is None
 
 
@@ -365,10 +363,10 @@ def _sharded_loss(weights: Weights, normalize: bool) -> tuple[float, Tensor, Ten
     gate = _gate(1.0, weights=weights, normalize=normalize, neuron_group=dist.group.WORLD)
     gates = gates.chunk(size, dim=-1)[rank].clone().requires_grad_()
     ups = ups.chunk(size, dim=-1)[rank].clone()
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_layer_losses()
     hidden = gate(gates, ups, torch.ones(10), Segments(index, 1, None))
     (gradient,) = torch.autograd.grad(hidden, gates, torch.zeros_like(hidden))
-    loss = get_moe_layer_wise_logging_tracker()[NEURON_BALANCE_LOSS]["values"][1].item()
+    loss = layer_losses()[NEURON_BALANCE_LOSS][1].item()
     return loss, gradient, hidden.detach()
 
 
@@ -382,7 +380,7 @@ def test_neurons_over_two_ranks_equal_one_rank(
     gate = _gate(1.0, weights=weights, normalize=normalize)
     hidden = gate(gates, ups, torch.ones(10), Segments(index, 1, None))
     (expected,) = torch.autograd.grad(hidden, gates, torch.zeros_like(hidden))
-    value = get_moe_layer_wise_logging_tracker()[NEURON_BALANCE_LOSS]["values"][1].item()
+    value = layer_losses()[NEURON_BALANCE_LOSS][1].item()
 
     by_rank = two_processes.run(_sharded_loss, weights, normalize)
     assert sum(loss for loss, _, _ in by_rank) == pytest.approx(value, rel=1e-6)

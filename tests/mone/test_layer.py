@@ -10,10 +10,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
 from torch import Tensor
 
 from mone_megatron.config.load import compose
@@ -23,6 +19,7 @@ from mone_megatron.model.transformer import transformer_config
 from mone_megatron.mone.layer import MicrobatchSources, MoNELayer
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
 from mone_megatron.parallel.groups import open_expert_sources, open_groups
+from mone_megatron.parallel.megatron_compat import layer_losses, zero_layer_losses
 from mone_megatron.testing.processes import Processes
 
 SEQUENCE, BATCH = 12, 2
@@ -67,7 +64,7 @@ def microbatch(number: int, hidden: int) -> Tensor:
 
 def run_layer(layer: MoNELayer, hidden_states: Tensor) -> LayerResult:
     """Forward, and backward of the neuron balance loss alone."""
-    clear_aux_losses_tracker()
+    zero_layer_losses()
     masks: list[Tensor] = []
     topk = layer.experts.neuron_gate.selector
     assert topk is not None
@@ -76,7 +73,7 @@ def run_layer(layer: MoNELayer, hidden_states: Tensor) -> LayerResult:
     handle.remove()
     weight = layer.experts.gate_up_weight
     (gradient,) = torch.autograd.grad(output, [weight], torch.zeros_like(output))
-    values = get_moe_layer_wise_logging_tracker()[NEURON_BALANCE_LOSS]["values"]
+    values = layer_losses()[NEURON_BALANCE_LOSS]
     kept = sum(int(mask.sum()) for mask in masks)
     return LayerResult(float(values.sum()), gradient, (output.detach(),), kept)
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
 from torch import Tensor
 
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import Layout
 from mone_megatron.methods.hook import Hook, Record, StepReport
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
+from mone_megatron.parallel.megatron_compat import layer_losses, zero_layer_losses
 from mone_megatron.train.hooks.due import is_due
 
 # Our key -> megatron-core's name of each auxiliary loss.
@@ -69,12 +66,12 @@ class AuxiliaryLossHook(Hook):
 
     def reduce(self) -> Mapping[str, Tensor]:
         """Returns this rank's weighted values ``[A, L]``, and starts counting anew."""
-        tracker = get_moe_layer_wise_logging_tracker()
+        tracked = layer_losses()
         values_AL = torch.zeros(len(self.losses), self.num_layers, device=self.device)
         for row, (_, name, weight) in enumerate(self.losses):
-            if name in tracker:
-                values_AL[row] = tracker[name]["values"].float() * weight
-        clear_aux_losses_tracker()
+            if name in tracked:
+                values_AL[row] = tracked[name].float() * weight
+        zero_layer_losses()
         return {"losses": values_AL}
 
     def record(self, report: StepReport) -> Record:

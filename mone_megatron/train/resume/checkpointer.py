@@ -37,6 +37,7 @@ from mone_megatron.config.schema import Config
 from mone_megatron.data.framing import Framing
 from mone_megatron.data.tokenizer import copy_tokenizer
 from mone_megatron.os_errors import readable
+from mone_megatron.parallel.megatron_compat import own_writer
 from mone_megatron.train.resume.identity import check_same_run, holds_a_run
 from mone_megatron.train.resume.initial_weights import initialize
 from mone_megatron.train.resume.random_state import missing_streams, random_state, set_random_state
@@ -261,6 +262,7 @@ class Checkpointer:
                 async_sharded_save=True,
                 # Whether every element is saved exactly once does not change between saves.
                 validate_access_integrity=not self._access_checked,
+                **own_writer(),
             )
             self._access_checked = True
             assert request is not None

@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
 from mone_megatron.model.norm import RMSNorm
 from mone_megatron.mone.experts import GroupedExperts
-from mone_megatron.parallel import megatron_cpu
+from mone_megatron.parallel import megatron_compat
 from mone_megatron.parallel.groups import open_groups
 from mone_megatron.testing.processes import Processes
 
 CORE = Path(moe_utils.__file__).parents[2]
-CUDA_CONSTANTS = set(megatron_cpu._CONSTANTS)
+CUDA_CONSTANTS = set(megatron_compat._CONSTANTS)
 HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 
 # Facts about megatron-core as it comes, printed as JSON.
@@ -81,7 +81,7 @@ state = torch.get_rng_state()
 torch.rand(1)
 random._set_cuda_rng_state(state)
 facts["set_rng_state_reaches_cpu"] = torch.equal(torch.get_rng_state(), state)
-from mone_megatron.parallel.megatron_cpu import install_cpu_backend
+from mone_megatron.parallel.megatron_compat import install_cpu_backend
 try:
     install_cpu_backend()
 except RuntimeError as error:
@@ -136,20 +136,20 @@ def strings_in(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(module, name) for module, name, _ in megatron_cpu.CONSTANT_REWRITES]
+    ("module", "name"), [(module, name) for module, name, _ in megatron_compat.CONSTANT_REWRITES]
 )
 def test_constants_are_in_the_source_and_gone_from_the_code(module: str, name: str) -> None:
     assert CUDA_CONSTANTS & set(strings_in(find_definition(module, name)))
-    function = megatron_cpu._resolve(module, name)
-    assert megatron_cpu._rewrite_code(function.__code__)[1] == 0
+    function = megatron_compat._resolve(module, name)
+    assert megatron_compat._rewrite_code(function.__code__)[1] == 0
     # Rewriting again finds nothing: installing twice is harmless.
-    assert megatron_cpu.rewrite_constants(module, name) == 0
+    assert megatron_compat.rewrite_constants(module, name) == 0
 
 
 def test_every_rewrite_has_a_reason_and_stands_once() -> None:
-    entries = [(module, name) for module, name, _ in megatron_cpu.CONSTANT_REWRITES]
+    entries = [(module, name) for module, name, _ in megatron_compat.CONSTANT_REWRITES]
     assert len(set(entries)) == len(entries)
-    assert all(reason for _, _, reason in megatron_cpu.CONSTANT_REWRITES)
+    assert all(reason for _, _, reason in megatron_compat.CONSTANT_REWRITES)
 
 
 def _example(value: int) -> tuple[str, Any, Any]:
@@ -160,7 +160,7 @@ def _example(value: int) -> tuple[str, Any, Any]:
 
 
 def test_rewriting_reaches_nested_functions_and_tuples_and_nothing_else() -> None:
-    code, changed = megatron_cpu._rewrite_code(_example.__code__)
+    code, changed = megatron_compat._rewrite_code(_example.__code__)
     rewritten = type(_example)(code, globals())
     assert changed == 4
     assert rewritten(1) == ("cpu", "torch.HalfTensor", False)
@@ -184,12 +184,12 @@ def names_of_torch_cuda() -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("name", megatron_cpu.CUDA_REDIRECTIONS)
+@pytest.mark.parametrize("name", megatron_compat.CUDA_REDIRECTIONS)
 def test_redirected_functions_are_used_by_megatron_core(
     name: str, names_of_torch_cuda: set[str]
 ) -> None:
     assert name in names_of_torch_cuda
-    assert getattr(torch.cuda, name) is megatron_cpu.CUDA_REDIRECTIONS[name]
+    assert getattr(torch.cuda, name) is megatron_compat.CUDA_REDIRECTIONS[name]
 
 
 def test_functions_fail_without_redirection(upstream: dict[str, Any]) -> None:
@@ -348,7 +348,7 @@ def test_parts_of_different_lengths_over_gloo(two_processes: Processes) -> None:
 
 def test_installing_again_changes_nothing() -> None:
     before = (mappings._gather_along_first_dim, moe_utils.maybe_move_tensor_to_cpu)
-    megatron_cpu.install_cpu_backend()
+    megatron_compat.install_cpu_backend()
     assert (mappings._gather_along_first_dim, moe_utils.maybe_move_tensor_to_cpu) == before
 
 

@@ -1,12 +1,17 @@
-"""Every workaround for megatron-core 0.16.1, and nowhere else.
+"""Every workaround for megatron-core, and every difference between its releases; nowhere else.
+
+Releases: 0.16.1 (the last for Python 3.10 and 3.11) and 0.19 (Python 3.12). A difference is asked
+for where it lies, by what the installed release has, never by its number; the tests know the number
+of each and fail when it is no difference any more.
 
 megatron-core is written for CUDA. Its distributed data parallelism, distributed optimizer,
 pipeline schedules and token dispatchers are plain torch over ``torch.distributed``, so they run
 on CPU over gloo once the few places that name CUDA are redirected. That is what this file does:
 it changes no algorithm, and it is called before anything else imports ``megatron``.
 
-Three kinds of redirection, each listed in a table below with its reason and covered by
-``tests/parallel/test_megatron_cpu.py``, whose tests fail when upstream no longer needs it:
+Three kinds of redirection, each listed in a table below with its reason, and the differences at
+the end of the file, are covered by ``tests/parallel/test_megatron_compat.py``, whose tests fail
+when upstream no longer needs them:
 
 * ``torch.cuda`` functions (streams, events, RNG state, the current device) get CPU meanings;
 * string constants in a handful of functions (``device="cuda"``, ``"torch.cuda.FloatTensor"``)
@@ -22,12 +27,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import logging
 import queue
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,6 +131,11 @@ def _nothing() -> Callable[..., None]:
     """A function of its own that does nothing: torch._dynamo refuses one function twice."""
     return lambda *args, **kwargs: None
 
+
+# What TransformerLayer says of modules that are none of its own classes: "Unknown MLP type" (0.16)
+# that they get default process groups, which are the ones we want; "Rewrapping ModuleSpec" (0.19)
+# that it takes a spec for what it is.
+_HARMLESS = ("Unknown MLP type", "Rewrapping ModuleSpec")
 
 # torch.cuda name -> CPU meaning. megatron-core calls these in every forward and backward pass.
 CUDA_REDIRECTIONS: dict[str, Any] = {
@@ -274,6 +286,7 @@ def patch_missing_transformer_engine() -> None:
     ``multi_latent_attention`` believes Transformer Engine is there, because its classes can be
     imported as mocks when it is not, and asks whether a layer is an instance of one: a TypeError.
     """
+    from megatron.core.post_training.modelopt.layers import Linear
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
@@ -281,6 +294,10 @@ def patch_missing_transformer_engine() -> None:
         moe_utils.te_general_gemm = None
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.HAVE_TE = False
+    # The whole linear layer that latent attention accepts: 0.19 binds it only beside Transformer
+    # Engine, and takes every other for an unknown one.
+    if vars(multi_latent_attention).get("Linear", Linear) is None:
+        multi_latent_attention.Linear = Linear
 
 
 def patch_checkpoint_results() -> None:
@@ -323,10 +340,8 @@ def import_megatron(*, compile_fused: bool) -> None:
     warnings.filterwarnings("ignore", "`save_state_dict` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*reduce_scatter_tensor.*deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*deprecated", FutureWarning)
-    # TransformerLayer knows megatron-core's own MLP classes by name and warns once a layer that
-    # subclasses get default process groups, which are the ones we want.
     logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
-        lambda record: "Unknown MLP type" not in record.getMessage()
+        lambda record: not record.getMessage().startswith(_HARMLESS)
     )
 
 
@@ -371,3 +386,113 @@ def install_cpu_backend() -> None:
     )
     for module, function, _ in CONSTANT_REWRITES:
         rewrite_constants(module, function)
+
+
+# Differences between releases ----------
+
+
+def forget_layer_losses() -> None:
+    """Drops megatron-core's auxiliary losses, and the number of layers that they were made for.
+
+    Until 0.17 ``moe_utils`` hands out the one dictionary of them; from 0.18 on it hands out a copy,
+    and clearing that does nothing.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+        destroy_moe_metrics_tracker()
+    else:
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+
+
+def layer_losses() -> dict[str, torch.Tensor]:
+    """Returns megatron-core's auxiliary losses of this rank by name: ``[layers]``, no copies."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):
+        metrics = moe_utils.get_moe_metrics_tracker().metrics
+        return {name: entry.values for name, entry in metrics.items()}
+    tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+    return {name: entry["values"] for name, entry in tracker.items()}
+
+
+def zero_layer_losses() -> None:
+    """Sets megatron-core's auxiliary losses of this rank to zero, in place."""
+    for values in layer_losses().values():
+        values.zero_()
+
+
+def own_writer() -> dict[str, str]:
+    """Returns the arguments with which ``dist_checkpointing.save`` leaves the writing to us.
+
+    From 0.17 on it saves through nvidia-resiliency-ext unless it is told to prepare what its own
+    writer would write, which :mod:`mone_megatron.train.resume.writing` takes over.
+    """
+    from megatron.core import dist_checkpointing
+
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        return {"async_strategy": "mcore"}
+    return {}
+
+
+@functools.cache
+def self_attention() -> type:
+    """Returns megatron-core's self-attention, which takes the norms of queries and keys of a spec.
+
+    From 0.18 on it refuses them without ``qk_layernorm=True``; but that adds the gradients of both
+    norms up over tensor-parallel ranks, which is wrong where their weights are split over them.
+    """
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    class SpecifiedSelfAttention(SelfAttention):
+        """Is megatron-core's, with the norms of queries and keys that its spec names."""
+
+        def __init__(
+            self, config: TransformerConfig, submodules: SelfAttentionSubmodules, **more: Any
+        ) -> None:
+            norms = submodules.q_layernorm, submodules.k_layernorm
+            if config.qk_layernorm or norms == (IdentityOp, IdentityOp):
+                super().__init__(config, submodules, **more)
+                return
+            plain = replace(submodules, q_layernorm=IdentityOp, k_layernorm=IdentityOp)
+            super().__init__(config, plain, **more)
+            self.q_layernorm, self.k_layernorm = (
+                build_module(
+                    norm,
+                    hidden_size=self.hidden_size_per_attention_head,
+                    config=self.config,
+                    eps=self.config.layernorm_epsilon,
+                )
+                for norm in norms
+            )
+
+    return SpecifiedSelfAttention
+
+
+@functools.cache
+def latent_attention() -> type:
+    """Returns megatron-core's multi-latent attention, with the modules that its spec names.
+
+    From 0.18 on it takes others in place of what stands there, which need Transformer Engine or
+    norm queries that have no latent; and without ``qk_layernorm`` it refuses norms.
+    """
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.multi_latent_attention import (
+        MLASelfAttention,
+        MLASelfAttentionSubmodules,
+    )
+
+    class SpecifiedLatentAttention(MLASelfAttention):
+        """Is megatron-core's, with the projections and norms that its spec names."""
+
+        def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+            names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+            norms = ("q_layernorm", "kv_layernorm")
+            return {name: getattr(submodules, name) or IdentityOp for name in (*names, *norms)}
+
+    return SpecifiedLatentAttention
