@@ -186,9 +186,19 @@ def restricted_pickle(folder: Path) -> Iterator[None]:
 
     from torch.distributed.checkpoint.api import CheckpointException
 
+    # Some readers go on after a refusal, with nothing, and fail of that.
+    refused: list[UnsafePickleError] = []
+
     class Unpickler(RestrictedUnpickler):
         def __init__(self, file: IO[bytes], **_: Any) -> None:
             super().__init__(file, source=str(getattr(file, "name", folder)))
+
+        def load(self) -> Any:
+            try:
+                return super().load()
+            except UnsafePickleError as error:
+                refused.append(error)
+                raise
 
     def load(file: IO[bytes], **_: Any) -> Any:
         return Unpickler(file).load()
@@ -216,6 +226,8 @@ def restricted_pickle(folder: Path) -> Iterator[None]:
             for failure, _ in error.failures.values():
                 if isinstance(failure, UnsafePickleError):
                     raise failure from error
+            if refused:
+                raise refused[0] from error
             raise
 
 

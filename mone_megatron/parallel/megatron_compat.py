@@ -35,11 +35,13 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mone_megatron.megatron_release import check_megatron_release, megatron_release
 from mone_megatron.parallel.gloo import share_gloo_devices
 
 # Constants of CUDA-only code and what they mean on a CPU.
@@ -49,6 +51,9 @@ _CONSTANTS = {
     "torch.cuda.HalfTensor": "torch.HalfTensor",
     "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
 }
+
+# The file in which older releases keep what is no tensor in a checkpoint.
+COMMON = "common.pt"
 
 # (module, function or Class.method): why it is on our path.
 CONSTANT_REWRITES: tuple[tuple[str, str, str], ...] = (
@@ -132,10 +137,22 @@ def _nothing() -> Callable[..., None]:
     return lambda *args, **kwargs: None
 
 
-# What TransformerLayer says of modules that are none of its own classes: "Unknown MLP type" (0.16)
-# that they get default process groups, which are the ones we want; "Rewrapping ModuleSpec" (0.19)
-# that it takes a spec for what it is.
-_HARMLESS = ("Unknown MLP type", "Rewrapping ModuleSpec")
+# (module, what its line begins with, since when or until when): notices that are harmless here, and
+# what for. They would stand on the terminal once a process, a layer or a save.
+NOTICES: tuple[tuple[str, str, str], ...] = (
+    # Modules of ours get default process groups, which are the ones we want.
+    ("transformer.transformer_layer", "Unknown MLP type", "0.16"),
+    # A spec is taken for what it is.
+    ("transformer.transformer_layer", "Rewrapping ModuleSpec", "0.19"),
+    # In favour of HybridModel, which is another class of the same layers.
+    ("models.gpt.gpt_model", "GPTModel IS DEPRECATED", "0.19"),
+    # It is computed inside, as before.
+    ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout", "0.19"),
+    # Checkpoints of 0.16 are read through it.
+    ("dist_checkpointing.strategies.common", "load_common is deprecated", "0.19"),
+    # Its writer is not used, only what it prepares.
+    ("dist_checkpointing.strategies.torch", "MCore's async save is deprecated", "0.19"),
+)
 
 # torch.cuda name -> CPU meaning. megatron-core calls these in every forward and backward pass.
 CUDA_REDIRECTIONS: dict[str, Any] = {
@@ -311,6 +328,10 @@ def patch_checkpoint_results() -> None:
     filesystem_async._results_queue = queue.SimpleQueue()
 
 
+def _says_something_else(start: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(start)
+
+
 def import_megatron(*, compile_fused: bool) -> None:
     """Import megatron-core, quietly.
 
@@ -318,7 +339,11 @@ def import_megatron(*, compile_fused: bool) -> None:
         compile_fused: whether megatron-core's ``jit_fuser`` is torch.compile. It decorates small
             elementwise functions at import; on CPU compiling them takes minutes and gains
             nothing, so there it becomes the identity.
+
+    Raises:
+        ValueError: for a release that cannot train right.
     """
+    check_megatron_release()
     compiler = torch.compile
     with warnings.catch_warnings():
         # "Transformer Engine/Apex not installed": what was chosen is printed by the run itself.
@@ -340,9 +365,15 @@ def import_megatron(*, compile_fused: bool) -> None:
     warnings.filterwarnings("ignore", "`save_state_dict` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*reduce_scatter_tensor.*deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*deprecated", FutureWarning)
-    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
-        lambda record: not record.getMessage().startswith(_HARMLESS)
-    )
+    # 0.19 imports this class of another kind of model where it makes any optimizer.
+    warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
+    # Reading the common state of a checkpoint (0.19), by one rank for itself, which is meant.
+    warnings.filterwarnings("ignore", "The argument order of load has been changed")
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
+    for module, start, _ in NOTICES:
+        logging.getLogger(f"megatron.core.{module}").addFilter(
+            functools.partial(_says_something_else, start)
+        )
 
 
 def install_cpu_backend() -> None:
@@ -435,6 +466,23 @@ def own_writer() -> dict[str, str]:
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         return {"async_strategy": "mcore"}
     return {}
+
+
+def unreadable_form(checkpoint: Path) -> str | None:
+    """Returns why the installed megatron-core cannot read a checkpoint; None where it can.
+
+    0.19 keeps what is no tensor as one more object in the shards; older releases ask for a file
+    ``common.pt``, which newer ones still read.
+    """
+    from megatron.core.dist_checkpointing import serialization
+
+    if hasattr(serialization, "_legacy_common_state_exists") or (checkpoint / COMMON).exists():
+        return None
+    installed = ".".join(map(str, megatron_release()))
+    return (
+        f"a newer megatron-core than the installed {installed} wrote it (it has no {COMMON}); go "
+        "on with the release that its manifest.json names (0.19 needs Python 3.12)"
+    )
 
 
 @functools.cache

@@ -59,7 +59,12 @@ def wait_for_all(workers: Sequence[subprocess.Popen[bytes]], timeout: float) -> 
 
 
 def run_layouts(
-    jobs: Mapping[str, Sequence[str]], *, processes: int, folder: Path, timeout: float = 600
+    jobs: Mapping[str, Sequence[str]],
+    *,
+    processes: int,
+    folder: Path,
+    timeout: float = 600,
+    variables: Mapping[str, str] | None = None,
 ) -> None:
     """Train each job's configuration on ``processes`` ranks, writing into ``folder/NAME``.
 
@@ -68,6 +73,7 @@ def run_layouts(
         processes: ranks.
         folder: where the runs go.
         timeout: seconds for all of them together.
+        variables: environment variables of the ranks, beside those of this process.
 
     Raises:
         RuntimeError: with the output of the rank that failed.
@@ -81,14 +87,18 @@ def run_layouts(
     job_file.write_text(json.dumps(listed), encoding="utf-8")
     workers = []
     for rank in range(processes):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = (
+            os.environ
+            | dict(variables or {})
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "OMP_NUM_THREADS": "1",
+            }
+        )
         log = (folder / f"rank-{processes}-{rank}.log").open("w", encoding="utf-8")
         command = [sys.executable, "-m", "mone_megatron.testing.many_runs", str(job_file)]
         workers.append(

@@ -1,16 +1,20 @@
-"""Every redirection is needed by the installed megatron-core, and works.
+"""Every redirection and every difference is needed by the installed megatron-core, and works.
 
-When a test here fails after an update of megatron-core, the redirection it names can go.
+When a test here fails after an update of megatron-core, what it names can go. What releases do
+differently is told by their number: LATER is 0.19.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -20,26 +24,34 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.optimizer import clip_grads
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
 from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe import experts as upstream_experts
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
-from mone_megatron.model.norm import RMSNorm
+from mone_megatron.megatron_release import megatron_release
+from mone_megatron.model.attention import SDPAttention
+from mone_megatron.model.norm import AllHeadsRMSNorm, RMSNorm
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.parallel import megatron_compat
 from mone_megatron.parallel.groups import open_groups
 from mone_megatron.testing.processes import Processes
 
+LATER = megatron_release() >= (0, 19, 0)
 CORE = Path(moe_utils.__file__).parents[2]
 CUDA_CONSTANTS = set(megatron_compat._CONSTANTS)
 HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
@@ -67,6 +79,7 @@ values, weight = torch.ones(2, 3), torch.ones(4, 3)
 facts = {
     "has_te_general_gemm": hasattr(moe_utils, "te_general_gemm"),
     "mla_believes_in_te": multi_latent_attention.HAVE_TE,
+    "mla_knows_linear": multi_latent_attention.Linear is not None,
     "mla_asks_for": problem(isinstance, values, multi_latent_attention.TELinear),
     "router": problem(moe_utils.router_gating_linear, values, weight, None, torch.float32),
     "split_sizes": type(moe_utils.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True)).__name__,
@@ -257,8 +270,9 @@ def test_the_rng_tracker_forks_and_returns() -> None:
 
 @pytest.mark.skipif(HAVE_TRANSFORMER_ENGINE, reason="Transformer Engine is installed")
 def test_the_router_needs_te_general_gemm_to_exist(upstream: dict[str, Any]) -> None:
-    assert not upstream["has_te_general_gemm"]
-    assert upstream["router"] == "NameError"
+    # From 0.17 on upstream says None itself.
+    assert upstream["has_te_general_gemm"] is LATER
+    assert upstream["router"] == ("" if LATER else "NameError")
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
     logits = moe_utils.router_gating_linear(x, weight, None, torch.float32)
     torch.testing.assert_close(logits, x @ weight.T)
@@ -266,9 +280,12 @@ def test_the_router_needs_te_general_gemm_to_exist(upstream: dict[str, Any]) -> 
 
 @pytest.mark.skipif(HAVE_TRANSFORMER_ENGINE, reason="Transformer Engine is installed")
 def test_latent_attention_takes_mocks_for_transformer_engine(upstream: dict[str, Any]) -> None:
-    assert upstream["mla_believes_in_te"]
+    # 0.19 knows that Transformer Engine is missing, and then forgets its own linear layer.
+    assert upstream["mla_believes_in_te"] is not LATER
+    assert upstream["mla_knows_linear"] is not LATER
     assert upstream["mla_asks_for"] == "TypeError"
     assert not multi_latent_attention.HAVE_TE
+    assert multi_latent_attention.Linear is Linear
 
 
 def test_split_sizes_become_numpy_on_cpu(upstream: dict[str, Any]) -> None:
@@ -407,13 +424,16 @@ def _expert_marks(parallel: ParallelConfig) -> dict[str, set[bool]]:
         linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
     )
     local = 2 // parallel.expert
-    # It only checks that grouped_gemm is installed; its parameters need nothing of it.
-    upstream_experts.gg.assert_grouped_gemm_is_available = lambda: None
     modules: dict[str, nn.Module] = {
-        "SequentialMLP": upstream_experts.SequentialMLP(local, config, linears, groups),
-        "GroupedMLP": upstream_experts.GroupedMLP(local, config, groups),
+        "SequentialMLP": upstream_experts.SequentialMLP(
+            local, config, submodules=linears, pg_collection=groups
+        ),
         "ours": GroupedExperts(local, config, groups),
     }
+    if not LATER:
+        # It only checks that grouped_gemm is installed; its parameters need nothing of it.
+        upstream_experts.gg.assert_grouped_gemm_is_available = lambda: None
+        modules["GroupedMLP"] = upstream_experts.GroupedMLP(local, config, groups)
     marks = {
         name: {bool(parameter.allreduce) for parameter in module.parameters()}
         for name, module in modules.items()
@@ -452,6 +472,117 @@ def test_expert_gradients_are_reduced_over_the_ranks_that_hold_copies(
         # Reducing over all of DP is right only where those ranks hold the same experts.
         assert marks["groups_agree"] == {groups_agree}
         assert groups_agree or not our_marks
-        # When one of these fails, upstream has changed its rule.
-        assert marks["SequentialMLP"] == {upstream_marks}
-        assert marks["GroupedMLP"] == {upstream_marks}
+        # When one of these fails, upstream has changed its rule. 0.19 mended it.
+        expected = our_marks if LATER else upstream_marks
+        assert marks["SequentialMLP"] == {expected}
+        assert LATER or marks["GroupedMLP"] == {expected}
+
+
+# Differences between releases ----------
+
+
+@pytest.mark.usefixtures("one_process")
+def test_auxiliary_losses_are_forgotten_where_upstream_hands_out_a_copy() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        moe_utils.save_to_aux_losses_tracker("some_loss", torch.tensor(2.0), 1, 3)
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+        assert bool(megatron_compat.layer_losses()) is LATER  # else the clearing was enough
+        moe_utils.save_to_aux_losses_tracker("some_loss", torch.tensor(3.0), 2, 3)
+    losses = megatron_compat.layer_losses()["some_loss"]
+    assert losses.tolist() == [2.0 if LATER else 0.0, 3.0, 0.0]
+    megatron_compat.zero_layer_losses()
+    assert losses.tolist() == megatron_compat.layer_losses()["some_loss"].tolist() == [0.0] * 3
+    # Of another number of layers next time: zeros would not do.
+    megatron_compat.forget_layer_losses()
+    assert megatron_compat.layer_losses() == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        moe_utils.save_to_aux_losses_tracker("some_loss", torch.tensor(4.0), 5, 5)
+    assert megatron_compat.layer_losses()["some_loss"].tolist() == [0.0] * 4 + [4.0]
+
+
+def test_saving_is_left_to_our_writer() -> None:
+    parameter = inspect.signature(dist_checkpointing.save).parameters.get("async_strategy")
+    assert (parameter is not None) is LATER
+    assert megatron_compat.own_writer() == ({"async_strategy": "mcore"} if LATER else {})
+    assert parameter is None or parameter.default != "mcore"
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_is_no_tensor_lies_where_the_release_keeps_it(tmp_path: Path) -> None:
+    tensor = dist_checkpointing.ShardedTensor.from_rank_offsets("w", torch.ones(2))
+    dist_checkpointing.save({"w": tensor, "step": 3}, str(tmp_path))
+    assert (tmp_path / megatron_compat.COMMON).exists() is not LATER
+    assert megatron_compat.unreadable_form(tmp_path) is None
+    (tmp_path / megatron_compat.COMMON).unlink(missing_ok=True)
+    problem = megatron_compat.unreadable_form(tmp_path)
+    assert (problem is None) is LATER
+    assert problem is None or "a newer megatron-core than the installed 0.16.1 wrote it" in problem
+
+
+def _attention(kind: type, *, norm: type | ModuleSpec) -> nn.Module:
+    """An attention layer whose configuration knows of no norms, with norms in its spec."""
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        cuda_graph_scope=[],
+    )
+    spec = ModuleSpec(
+        module=kind,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=SDPAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=norm,
+            k_layernorm=norm,
+        ),
+    )
+    module = build_module(spec, config=config, layer_number=1)
+    assert isinstance(module, nn.Module)
+    return module
+
+
+@pytest.mark.usefixtures("one_process")
+def test_norms_of_a_spec_are_refused_by_upstream_and_built_by_ours() -> None:
+    all_heads = ModuleSpec(module=AllHeadsRMSNorm, params={"num_heads": 2})
+    if LATER:
+        with pytest.raises(ValueError, match="qk_layernorm/qk_l2_norm are disabled"):
+            _attention(SelfAttention, norm=all_heads)
+    else:
+        assert isinstance(_attention(SelfAttention, norm=all_heads).q_layernorm, AllHeadsRMSNorm)
+    ours = _attention(megatron_compat.self_attention(), norm=all_heads)
+    assert isinstance(ours.q_layernorm, AllHeadsRMSNorm)
+    assert isinstance(ours.k_layernorm, AllHeadsRMSNorm)
+    # In this order they are numbered and initialised.
+    assert [name for name, _ in ours.named_parameters()] == [
+        "linear_proj.weight",
+        "linear_qkv.weight",
+        "q_layernorm.weight",
+        "k_layernorm.weight",
+    ]
+
+
+def test_latent_attention_has_a_place_for_the_specs_modules() -> None:
+    name = "_resolve_qk_norm_config"
+    assert hasattr(MLASelfAttention, name) is LATER
+    assert name in vars(megatron_compat.latent_attention())
+
+
+@pytest.mark.parametrize(("module", "start", "release"), megatron_compat.NOTICES)
+def test_notices_that_are_kept_quiet_are_still_given(
+    module: str, start: str, release: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = CORE.joinpath(*module.split(".")).with_suffix(".py")
+    # One that the installed release does not give may go when the other does not, either.
+    assert (start in path.read_text(encoding="utf-8")) is ((release == "0.19") is LATER)
+    logger = logging.getLogger(f"megatron.core.{module}")
+    logger.warning(f"{start} and more")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

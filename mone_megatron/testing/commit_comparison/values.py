@@ -86,9 +86,12 @@ def checkpoint_values(checkpoint: Path) -> Values:
     values |= {f"state {key}": digest for key, digest in parts.items()}
     others = {key: loaded[key] for key in sorted(loaded.keys() - tensors.keys())}
     values |= flatten("checkpoint", others)
-    common = torch.load(checkpoint / "common.pt", weights_only=False)
-    values |= flatten("checkpoint common.pt", common)
+    # From 0.19 megatron-core keeps it among the others.
+    if (checkpoint / "common.pt").exists():
+        common = torch.load(checkpoint / "common.pt", weights_only=False)
+        values |= flatten("checkpoint common.pt", common)
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["manifest"]
+    manifest["facts"].pop("megatron-core", None)  # a version, like those of run.json
     # Its files are those whose contents were just read.
     values |= flatten("checkpoint manifest", {k: v for k, v in manifest.items() if k != "files"})
     for path in sorted((checkpoint / "tokenizer").iterdir()):

@@ -36,6 +36,7 @@ from mone_megatron.config.load import to_yaml
 from mone_megatron.config.schema import Config
 from mone_megatron.data.framing import Framing
 from mone_megatron.data.tokenizer import copy_tokenizer
+from mone_megatron.megatron_release import megatron_release
 from mone_megatron.os_errors import readable
 from mone_megatron.parallel.megatron_compat import own_writer
 from mone_megatron.train.resume.identity import check_same_run, holds_a_run
@@ -289,6 +290,7 @@ class Checkpointer:
             "tokens": pending.position.tokens,
             "identity": self.identity,
             "layout": self.layout,
+            "megatron-core": ".".join(map(str, megatron_release())),
         }
         if self.framing is not None:
             facts["framing"] = self.framing.as_facts()

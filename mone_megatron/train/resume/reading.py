@@ -32,6 +32,7 @@ from mone_megatron.checkpoint import (
     read_checkpoint,
     restricted_pickle,
 )
+from mone_megatron.parallel.megatron_compat import unreadable_form
 
 # What a checkpoint says is wrong with it, empty when nothing.
 Check = Callable[[Checkpoint], list[str]]
@@ -146,8 +147,11 @@ def load(folder: Path, content: ShardedStateDict, *, needed_for: str) -> dict[st
 
     Raises:
         UnsafePickleError: the checkpoint wants to run something.
-        ValueError: it lacks anything of ``content`` (on any rank), or holds it in another shape.
+        ValueError: it lacks anything of ``content`` (on any rank), holds it in another shape, or is
+            in a form that the installed megatron-core does not know.
     """
+    if problem := unreadable_form(folder):
+        raise ValueError(f"checkpoint {folder}: {problem}")
     with restricted_pickle(folder):
         there, wanted = stored_shapes(folder), wanted_shapes(content)
         # Ranks ask for different entries, and all must refuse, before anything is loaded.

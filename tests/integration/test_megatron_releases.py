@@ -1,0 +1,124 @@
+"""megatron-core 0.16.1 and a later one beside it compute the same, and read one another or say so.
+
+``make test`` puts the later one into a folder and names it in MEGATRON_NEXT; both run in this
+environment, on the same machine, so losses must be the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from record_losses import RECORDED, SETTINGS, essence, prepare_corpus, read_records
+
+from mone_megatron.megatron_release import megatron_release
+from mone_megatron.testing.launch import REPOSITORY, run_layouts
+from mone_megatron.testing.layouts import LAYOUTS
+
+NEXT = os.environ.get("MEGATRON_NEXT", "")
+HALF, WHOLE = 10, 20
+ON_TWO = ("ep2", "tp2_ep1_etp1", "pp2")
+# As test_layouts_agree: of the same layout on another machine.
+RECORDED_TOLERANCE = 1e-6
+
+pytestmark = [
+    pytest.mark.skipif(not NEXT, reason="MEGATRON_NEXT names no folder (make test sets it)"),
+    pytest.mark.skipif(megatron_release() >= (0, 17, 0), reason="0.16.1 is not installed"),
+]
+
+
+def with_next() -> dict[str, str]:
+    """The environment in which the later release is found first."""
+    paths = [str(Path(NEXT).resolve()), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Runs of both releases: ``old-LAYOUT`` and ``new-LAYOUT``, and what they read."""
+
+    folder: Path
+    corpus: tuple[str, ...]
+
+    def job(self, *overrides: str) -> tuple[str, ...]:
+        """A run's overrides; it saves in the middle and at the end."""
+        saving = (f"checkpoint.interval={HALF}", "checkpoint.keep_last=2")
+        return ("experiment=tiny_mone", *SETTINGS, *self.corpus, *saving, *overrides)
+
+    def checkpoint(self, run: str, step: int) -> Path:
+        """The folder of one checkpoint."""
+        return self.folder / run / "checkpoints" / f"step_{step:08d}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("releases")
+    trained = Trained(folder, prepare_corpus(folder))
+    for kind, variables in (("old", {}), ("new", with_next())):
+        for processes, names in ((1, ("one",)), (2, ON_TWO)):
+            jobs = {f"{kind}-{name}": trained.job(*LAYOUTS[processes][name]) for name in names}
+            run_layouts(jobs, processes=processes, folder=folder, variables=variables)
+    return trained
+
+
+@pytest.mark.parametrize("layout", ["one", *ON_TWO])
+def test_both_releases_train_the_same(trained: Trained, layout: str) -> None:
+    old, new = (read_records(trained.folder / f"{kind}-{layout}") for kind in ("old", "new"))
+    assert len(old) == WHOLE
+    assert essence(new) == essence(old)
+    # Sums over the layers' auxiliary losses, which 0.19 keeps elsewhere.
+    for name in ("router/load_balancing_loss", "mone/balance_loss"):
+        assert [record[name] for record in new] == [record[name] for record in old]
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))["runs"]
+    for record, expected in zip(new, recorded.get(f"tiny_mone {layout}", ()), strict=False):
+        for key in ("loss", "grad_norm"):
+            assert record[key] == pytest.approx(expected[key], rel=RECORDED_TOLERANCE), key
+
+
+def test_each_checkpoint_names_its_release(trained: Trained) -> None:
+    named = {}
+    for kind in ("old", "new"):
+        text = (trained.checkpoint(f"{kind}-one", HALF) / "manifest.json").read_text("utf-8")
+        named[kind] = json.loads(text)["manifest"]["facts"]["megatron-core"]
+    assert named["old"] == "0.16.1"
+    assert named["new"].startswith("0.19.")
+
+
+def test_a_run_goes_on_with_the_later_release_to_the_last_bit(trained: Trained) -> None:
+    job = trained.job(f"checkpoint.resume={trained.checkpoint('old-one', HALF)}")
+    run_layouts({"resumed": job}, processes=1, folder=trained.folder, variables=with_next())
+    resumed = essence(read_records(trained.folder / "resumed"))
+    assert resumed == essence(read_records(trained.folder / "old-one"))[HALF:]
+
+
+def test_the_earlier_release_says_that_it_cannot_read_the_later_ones(trained: Trained) -> None:
+    checkpoint = trained.checkpoint("new-one", HALF)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mone_megatron.pretrain"),
+            *trained.job(f"checkpoint.resume={checkpoint}", "device=cpu"),
+            f"run.dir={trained.folder / 'back'}",
+        ],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert str(checkpoint) in line
+    assert "a newer megatron-core than the installed 0.16.1 wrote it" in line
+
+
+def test_the_later_release_says_nothing_more_on_the_terminal(trained: Trained) -> None:
+    for processes in (1, 2):
+        said = (trained.folder / f"rank-{processes}-0.log").read_text(encoding="utf-8")
+        # The fixture's last run there was of the later release.
+        for notice in ("Rewrapping", "deprecated", "DEPRECATED", "Warning:", "not provided"):
+            assert notice not in said, said
