@@ -60,7 +60,7 @@ def test_run_dir_follows_the_name() -> None:
         (["steps=3"], "steps", "did you mean train.steps?"),
         (["optim.seq_length=3"], "optim.seq_length", "did you mean train.seq_length?"),
         (["modle=tiny"], "modle", "did you mean model?"),
-        (["++train.qqq=3"], "train.foo", "keys of train: steps, seed"),
+        (["++train.qqq=3"], "train.qqq", "keys of train: steps, seed"),
         (["zzz=3"], "zzz", "docs/configuration.md"),
         (["experiment=tiny_mon"], "experiment", "did you mean tiny_mone"),
         (["device=tpu"], "device", "options: auto, cpu, cuda"),
