@@ -519,9 +519,10 @@ def _mone(config: Config) -> Iterator[str]:
                 yield from _rule_budget(mone, key, width)
     yield from _rule_options(mone)
     yield from _rule_layout(model, mone, config.parallel)
+    yield from _rule_blocks(mone, config.parallel)
     yield from _keep_ratio_schedule(config)
     yield from _neuron_balance_layout(mone, config.parallel)
-    yield from _packed_memory(mone, config.parallel)
+    yield from _packed_memory(model, mone, config.parallel)
 
 
 def _neuron_widths(model: ModelConfig) -> dict[MoNETarget, tuple[str, int]]:
@@ -584,9 +585,45 @@ def _rule_layout(model: ModelConfig, mone: MoNEConfig, parallel: ParallelConfig)
             )
 
 
-def _packed_memory(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
-    """What the balance loss needs of neurons that packed mode forgets."""
-    if mone.memory == "full" or mone.balance.coeff == 0:
+def _rule_blocks(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Layouts that split the rows of a microbatch over copies of an expert, whole for the rule."""
+    if not RULES[mone.rule].reads_batch:
+        return
+    batch = parallel.tensor * parallel.context
+    if "routed" in mone.apply_to and not _is_multiple(
+        parallel.expert * parallel.expert_tensor, batch
+    ):
+        yield (
+            f"mone.rule: {mone.rule} ranks the neurons of all tokens that an expert gets of a "
+            f"microbatch, which parallel.tensor*context={batch} ranks share while parallel.expert="
+            f"{parallel.expert} brings them together on fewer; use parallel.expert="
+            f"{_near_multiples(parallel.expert, batch)}"
+        )
+    if set(mone.apply_to) != {"routed"} and parallel.context > 1:
+        yield (
+            f"mone.rule: {mone.rule} ranks the neurons of all tokens of a microbatch, which "
+            f"parallel.context={parallel.context} splits over ranks; use parallel.context=1, or "
+            "mone.apply_to=[routed]"
+        )
+
+
+def _packed_memory(model: ModelConfig, mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """What packed mode has no room for, and what it forgets that something needs."""
+    if mone.memory == "full":
+        return
+    rule, widths = RULES[mone.rule], _neuron_widths(model)
+    for target in mone.apply_to:
+        key, width = widths[target]
+        try:
+            budget = rule.budget(mone.keep_ratio, width, mone.rule_options)
+        except ValueError:
+            continue  # told by itself
+        if budget.kept < width and rule.most_kept(budget) >= width:
+            yield (
+                f"mone.memory: packed saves nothing with mone.rule={mone.rule}, which may keep all "
+                f"{width} neurons of a row ({key}); use mone.memory=full"
+            )
+    if mone.balance.coeff == 0:
         return
     if mone.balance.weights == "all":
         yield (

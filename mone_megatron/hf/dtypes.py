@@ -12,6 +12,8 @@ from functools import reduce
 
 import torch
 
+from mone_megatron.methods.rule import STATE_PREFIX
+
 # What is read, by the names that safetensors headers have for dtypes. All else is quantised, or is
 # no dtype of weights.
 STORED: dict[str, torch.dtype] = {
@@ -19,7 +21,8 @@ STORED: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-# Ours and theirs: the bias that chooses experts moves by less than a bf16 step.
+# Ours and theirs: the bias that chooses experts moves by less than a bf16 step, and so may the
+# state of a selection rule.
 _ALWAYS_FP32 = ("router.expert_bias", "gate.e_score_correction_bias")
 # Tensors that a line names; the rest are counted.
 _SHOWN = 3
@@ -33,7 +36,7 @@ def written_dtype(name: str, stored: torch.dtype, wanted: torch.dtype | None) ->
         stored: the dtype it has.
         wanted: the dtype the user asks for; None keeps what is stored.
     """
-    if name.endswith(_ALWAYS_FP32):
+    if name.endswith(_ALWAYS_FP32) or name.rpartition(".")[2].startswith(STATE_PREFIX):
         return torch.float32
     return stored if wanted is None else wanted
 

@@ -16,7 +16,7 @@ K experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from inspect import getattr_static
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
     _default_apply_gate,
@@ -37,7 +38,7 @@ from transformers.utils import logging
 
 from mone_megatron.hf.guard_mone import guard, note_selected, watch
 from mone_megatron.hf.parallel_mone import Neurons
-from mone_megatron.methods.rule import Rows, count_kept
+from mone_megatron.methods.rule import STATE_PREFIX, Rows, count_kept
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
 
@@ -96,11 +97,6 @@ class NeuronSettings:
         # Unknown names are errors of the registries.
         SCORES[self.score]
         RULES[self.rule].read_options(self.rule_options)
-        if RULES[self.rule].state:
-            raise ValueError(
-                f"mone.rule: {self.rule} selects by a state that training keeps, which a model for "
-                "transformers does not hold; such models cannot be exported"
-            )
         if unknown := set(self.apply_to) - set(TARGETS):
             raise ValueError(
                 f"mone.apply_to: {sorted(unknown)[0]!r} is not one of {', '.join(TARGETS)}"
@@ -149,6 +145,8 @@ class NeuronSettings:
         *,
         product_TF: Tensor | None = None,
         down_norm: Callable[[], Tensor] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        expert_T: Tensor | None = None,
     ) -> Tensor:
         """Returns True at the neurons that each row keeps; see :mod:`.kernels.reference`.
 
@@ -160,6 +158,8 @@ class NeuronSettings:
             product_TF: a * u, where the experts compute it in a way of their own.
             down_norm: gives the norm of each neuron's row of the down projection, broadcasting to
                 ``[T, F]``; called for scores that read it.
+            state: the rule's state by name, ``[E]`` each; see :func:`state_of`.
+            expert_T: int64, the expert of each row; None for one expert.
 
         Raises:
             ValueError: some neurons are elsewhere, and it is not known where, or the rule cannot
@@ -169,6 +169,11 @@ class NeuronSettings:
         budget = rule.budget(self.keep_ratio, neurons.count, self.rule_options)
         if problem := rule.shard_problem(budget, len(neurons.widths())):
             raise ValueError(f"{neurons.owner}: {problem}; load the model unsplit")
+        if lost := rule.state.keys() - (state or {}).keys():
+            raise ValueError(
+                f"mone.rule: {self.rule} selects by a state ({', '.join(sorted(lost))}) that "
+                f"{neurons.owner} does not hold; only a model that was trained with the rule does"
+            )
         with torch.no_grad():
             scores_TF = (
                 SCORES[self.score]
@@ -190,7 +195,10 @@ class NeuronSettings:
                 scores_TF=scores_TF,
                 budget=budget,
                 largest_of=largest_of,
-                expert_T=torch.zeros(len(scores_TF), dtype=torch.int64, device=gate_TF.device),
+                expert_T=torch.zeros(len(scores_TF), dtype=torch.int64, device=gate_TF.device)
+                if expert_T is None
+                else expert_T,
+                state=state or {},
                 shards=None if neurons.mesh is None else neurons,
             )
             return rule.mask(rows).view(gate_TF.shape)
@@ -202,12 +210,22 @@ class NeuronSettings:
         activate: Callable[[Tensor], Tensor],
         neurons: Neurons | None = None,
         down_norm: Callable[[], Tensor] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        expert_T: Tensor | None = None,
     ) -> Tensor:
         """``a * u`` at the kept neurons and zero at the others: the down projection's input."""
         hidden_TF = activate(gate_TF) * up_TF
         if self.kept(count := neurons.count if neurons else gate_TF.shape[-1]) == count:
             return hidden_TF
-        mask_TF = self.mask(gate_TF, up_TF, activate, neurons, down_norm=down_norm)
+        mask_TF = self.mask(
+            gate_TF,
+            up_TF,
+            activate,
+            neurons,
+            down_norm=down_norm,
+            state=state,
+            expert_T=expert_T,
+        )
         return hidden_TF * mask_TF
 
     @property
@@ -224,6 +242,47 @@ class NeuronSettings:
     def is_top_k(self) -> bool:
         """Whether sparse decoding can select as this does: the K largest, by gate and up alone."""
         return RULES[self.rule].top_k and not self.reads_down_norm
+
+
+def hold_state(module: nn.Module, settings: NeuronSettings, neurons: int, experts: int) -> None:
+    """Gives a module the buffers of the rule's state, at their initial values.
+
+    Args:
+        module: experts, or an MLP.
+        settings: which name the rule.
+        neurons: how many an expert has; where all are kept there is no state.
+        experts: how many there are.
+    """
+    if settings.kept(neurons) == neurons:
+        return
+    for name, initial in RULES[settings.rule].state.items():
+        value_E = torch.full((experts,), initial, dtype=torch.float32)
+        module.register_buffer(f"{STATE_PREFIX}{name}", value_E)
+
+
+def reset_state(module: nn.Module, rule: str) -> None:
+    """Gives the buffers of a rule's state their initial values."""
+    for name, initial in RULES[rule].state.items():
+        buffer = getattr(module, f"{STATE_PREFIX}{name}", None)
+        if buffer is not None:
+            # Leaves what was loaded.
+            init.constant_(buffer, initial)
+
+
+def state_of(module: Any, settings: NeuronSettings) -> dict[str, Tensor]:
+    """Returns what a module holds of the rule's state, by name, fp32 ``[E]`` each.
+
+    Raises:
+        ValueError: a part of its experts is on other devices.
+    """
+    names = RULES[settings.rule].state
+    if names and getattr(module, "_is_expert_parallel", False):
+        raise ValueError(
+            f"mone.rule: {settings.rule} selects by a state of each expert, which is not split "
+            "over devices; load the model without expert parallelism"
+        )
+    held = {name: getattr(module, f"{STATE_PREFIX}{name}", None) for name in names}
+    return {name: value_E for name, value_E in held.items() if value_E is not None}
 
 
 def selects(experts: ExpertsModule) -> bool:
@@ -350,6 +409,7 @@ class _Selecting:
         self._expert_T = expert_T
         self._settings = settings_of(experts)
         self._neurons = neurons_of(experts)
+        self._state = state_of(experts, self._settings)
         self._own_gate = has_own_gate(experts)
         if self._own_gate and self._settings.reads_activation:
             defined = [score.name for score in SCORES if "activation" not in score.reads]
@@ -369,11 +429,24 @@ class _Selecting:
         settings = self._settings
         if not self._own_gate:
             return settings.select(
-                gate_TF, up_TF, self._experts.act_fn, self._neurons, self._down_norm
+                gate_TF,
+                up_TF,
+                self._experts.act_fn,
+                self._neurons,
+                self._down_norm,
+                self._state,
+                self._expert_T,
             )
         hidden_TF: Tensor = self._experts._apply_gate(gate_up)
         mask_TF = settings.mask(
-            gate_TF, up_TF, None, self._neurons, product_TF=hidden_TF, down_norm=self._down_norm
+            gate_TF,
+            up_TF,
+            None,
+            self._neurons,
+            product_TF=hidden_TF,
+            down_norm=self._down_norm,
+            state=self._state,
+            expert_T=self._expert_T,
         )
         return hidden_TF * mask_TF
 

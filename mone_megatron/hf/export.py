@@ -108,10 +108,10 @@ def choose_architecture(source: Source, wanted: str) -> Architecture:
             f"model.router.kind: {router} is not megatron-core's own router, and transformers has "
             "none like it; such models cannot be exported"
         )
-    if mone and RULES[source.mone.rule].state:
+    if mone and not RULES[source.mone.rule].causal:
         raise ValueError(
-            f"mone.rule: {source.mone.rule} selects by a state that training keeps, and models for "
-            "transformers hold none; such models cannot be exported"
+            f"mone.rule: {source.mone.rule} looks at other tokens outside training, too, and so "
+            "cannot generate; such models cannot be exported"
         )
     if wanted == "auto":
         return source.architecture
@@ -287,7 +287,7 @@ def export(
     Raises:
         ValueError: see :func:`check_complete` and :func:`hf_tensors`; nothing is left then.
     """
-    table = list(rules(source.model, source.vocab_size, architecture))
+    table = list(rules(source.model, source.vocab_size, architecture, mone=source.mone))
     check_complete(source, table)
     with new_folder(output) as partial:
         config = hf_config(source, architecture, dtype)

@@ -125,7 +125,7 @@ def plan_import(folder: Path, weights: HFWeights, *, upcycling: Upcycling | None
     if upcycling is not None:
         model, experts = _upcycled(settings.model, upcycling), COPIES
     _check_keys(folder, model, settings.mone)
-    table = tuple(rules(model, settings.vocab_size, settings.architecture, experts))
+    table = tuple(rules(model, settings.vocab_size, settings.architecture, experts, settings.mone))
     _check_tensors(folder, weights, table, model)
     _check_tokenizer(folder, settings.vocab_size)
     framing, origin = _framing(folder), Origin.read(folder)

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mone_megatron.config.schema import ModelConfig
+from mone_megatron.config.schema import ModelConfig, MoNEConfig
 from mone_megatron.hf.architectures import Architecture, ExpertNames
+from mone_megatron.methods.rule import STATE_PREFIX, count_kept
+from mone_megatron.methods.rules import RULES
 
 Shape = tuple[int, ...]
 
@@ -69,6 +71,7 @@ def rules(
     vocab_size: int,
     architecture: Architecture,
     experts: ExpertNames | None = None,
+    mone: MoNEConfig | None = None,
 ) -> Iterator[Rule]:
     """Every tensor of a model, in the order of its layers.
 
@@ -77,14 +80,43 @@ def rules(
         vocab_size: true size, of the tokenizer.
         architecture: theirs.
         experts: how their experts are stored, when not as the architecture's are.
+        mone: the method's settings, whose rule may have a state; None for none.
     """
     embedding = "embedding.word_embeddings.weight"
     yield _vocabulary(model, vocab_size, embedding, "model.embed_tokens.weight")
     for layer in range(model.num_layers):
         yield from _layer(model, layer, architecture, experts or architecture.experts)
+        if mone is not None and mone.enabled:
+            yield from _rule_state(model, mone, layer)
     yield _same("decoder.final_layernorm.weight", "model.norm.weight", (model.hidden_size,))
     if not model.tie_embeddings:
         yield _vocabulary(model, vocab_size, "output_layer.weight", "lm_head.weight")
+
+
+def _rule_state(model: ModelConfig, mone: MoNEConfig, layer: int) -> Iterator[Rule]:
+    """The state of the selection rule in a layer, a number of each expert."""
+    block = f"layers.{layer}.mlp."
+    # Name of the module in ours and theirs, neurons and experts.
+    places = {
+        "routed": ("experts.", "experts.", model.expert_ffn_hidden_size, model.num_experts),
+        "shared": (
+            "shared_experts.",
+            "shared_expert.",
+            model.shared_expert_ffn_hidden_size,
+            1,
+        ),
+    }
+    if model.num_experts == 0 or layer < model.first_dense_layers:
+        places = {"dense": ("", "", model.dense_ffn_hidden_size, 1)}
+    for target, (ours, theirs, neurons, experts) in places.items():
+        if target not in mone.apply_to or count_kept(mone.keep_ratio, neurons) >= neurons:
+            continue
+        for name in RULES[mone.rule].state:
+            yield _same(
+                f"decoder.{block}{ours}neuron_gate.selector.{STATE_PREFIX}{name}",
+                f"model.{block}{theirs}{STATE_PREFIX}{name}",
+                (experts,),
+            )
 
 
 def _same(ours: str, theirs: str, shape: Shape) -> Rule:

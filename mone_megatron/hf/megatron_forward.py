@@ -17,6 +17,7 @@ from torch import Tensor
 from mone_megatron.config.schema import Config, DeviceConfig, ParallelConfig
 from mone_megatron.hf.source import Source
 from mone_megatron.hf.verify import LayerChoices
+from mone_megatron.methods.rule import STATE_PREFIX
 from mone_megatron.parallel.device import open_device, open_process_group
 from mone_megatron.parallel.world import World
 
@@ -115,14 +116,15 @@ def megatron_forward(source: Source, *, dtype: torch.dtype | None) -> Iterator[M
             vp_stage=None,
         )
         with torch.no_grad():
-            for local_name, tensor in [*model.named_parameters(), *_expert_biases(model)]:
+            for local_name, tensor in [*model.named_parameters(), *_trained_buffers(model)]:
                 tensor.copy_(source.read(global_name(model, local_name), dtype=dtype))
         yield MegatronForward(model.eval(), source.vocab_size)
     finally:
         close_groups()
 
 
-def _expert_biases(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _trained_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the buffers that training moves: expert biases, and the state of selection rules."""
     for name, buffer in model.named_buffers():
-        if name.endswith("router.expert_bias"):
+        if name.endswith("router.expert_bias") or f".selector.{STATE_PREFIX}" in name:
             yield name, buffer

@@ -37,7 +37,10 @@ from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     asked_to_select,
+    hold_state,
     register_experts,
+    reset_state,
+    state_of,
     watch_experts,
 )
 from mone_megatron.hf.guard_mone import guard, note_selected, refuse_replaced, watch
@@ -125,6 +128,8 @@ class MoneMLP(Qwen3MoeMLP):
         super().__init__(config, intermediate_size)
         self.mone_target = target
         self.neurons = _checked_settings(config, target, intermediate_size)
+        if self.neurons is not None:
+            hold_state(self, self.neurons, intermediate_size, 1)
         watch(self, asked_to_select)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +143,8 @@ class MoneMLP(Qwen3MoeMLP):
         if gate.shape[-1] != self.intermediate_size:
             weight = self.gate_proj.weight
             neurons = Neurons.of(neurons.owner, neurons.count, weight, neuron_dim=0)
-        hidden = self.neurons.select(gate, up, self.act_fn, neurons, self._down_norm)
+        state = state_of(self, self.neurons)
+        hidden = self.neurons.select(gate, up, self.act_fn, neurons, self._down_norm, state)
         selected: Tensor = self.down_proj(hidden)
         return selected
 
@@ -162,7 +168,9 @@ class MoneExperts(nn.Module):
         self.intermediate_dim = stock.intermediate_dim
         self.gate_up_proj, self.down_proj = stock.gate_up_proj, stock.down_proj
         self.act_fn = stock.act_fn
-        _checked_settings(config, "routed", self.intermediate_dim)
+        settings = _checked_settings(config, "routed", self.intermediate_dim)
+        if settings is not None:
+            hold_state(self, settings, self.intermediate_dim, self.num_experts)
         watch_experts(self)
 
     def forward(self, *args: Tensor) -> Tensor:
@@ -289,6 +297,8 @@ class MonePreTrainedModel(Qwen3MoePreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, (MoneExperts, MoneMLP)) and self.config.mone is not None:
+            reset_state(module, NeuronSettings.from_config(self.config.mone).rule)
         if isinstance(module, MoneExperts):
             for weight in (module.gate_up_proj, module.down_proj):
                 init.normal_(weight, std=self.config.initializer_range)

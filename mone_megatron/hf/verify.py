@@ -28,7 +28,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mone_megatron.hf.experts_mone import ExpertsModule, NeuronSettings, down_norms, experts_modules
+from mone_megatron.hf.experts_mone import (
+    ExpertsModule,
+    NeuronSettings,
+    down_norms,
+    experts_modules,
+    state_of,
+)
 
 # Largest difference of two logits at any token, in fp32, over the scale of the token's logits.
 # Rounding came to 1.5e-5 in an upcycled Llama of 30 layers and 135M parameters, and to 1.5e-4 in
@@ -205,7 +211,12 @@ def hf_logits_and_choices(
             gate_TF, up_TF = gate_up.chunk(2, dim=-1)
             expert_T = torch.full_like(rows, expert)
             masks_TF = neurons.mask(
-                gate_TF, up_TF, experts.act_fn, down_norm=partial(down_norms, experts, expert_T)
+                gate_TF,
+                up_TF,
+                experts.act_fn,
+                down_norm=partial(down_norms, experts, expert_T),
+                state=state_of(experts, neurons),
+                expert_T=expert_T,
             )
             for row, mask in zip(rows.tolist(), masks_TF, strict=True):
                 choices.masks[row, expert] = mask

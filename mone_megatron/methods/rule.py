@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 Exchange = Literal["nothing", "largest", "sums", "refused"]
 
 
+# A rule's state is kept in buffers whose names begin so, in training and in exports.
+STATE_PREFIX = "rule_"
+
+
 def count_kept(keep_ratio: float, neurons: int) -> int:
     """Returns K = round(keep_ratio * f): how many of f neurons a keep ratio stands for."""
     return round(keep_ratio * neurons)
@@ -84,6 +88,8 @@ class Rows:
         state: the rule's state, one tensor a name, of shape ``[E]``.
         training: whether the rows are of a training step. A rule that looks at other rows than a
             token's own must not do so otherwise.
+        blocks: int64 ``[T]``, which rows are of one expert and one microbatch, by equal numbers;
+            None where each expert's rows are.
     """
 
     scores_TF: Tensor
@@ -94,6 +100,12 @@ class Rows:
     shards: Shards | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
     training: bool = False
+    blocks: Tensor | None = None
+
+    @property
+    def block_T(self) -> Tensor:
+        """The block of each row, int64: its expert's rows of its microbatch."""
+        return self.expert_T if self.blocks is None else self.blocks
 
     def largest(self, k: int) -> Tensor:
         """Returns the exact mask ``[T, F]`` of the k largest scores of every row."""
@@ -133,6 +145,8 @@ class Rule:
             where any is as good. Others may be chosen: then the density is what is measured.
         fixed_count: whether each row keeps exactly ``budget.kept`` neurons.
         causal: whether a token's mask depends on no other token outside training.
+        reads_batch: whether in training a token's mask depends on the other rows of its block. A
+            layout that splits a microbatch's rows of an expert over ranks is refused then.
         exchange: what expert tensor parallelism has to exchange.
         unit: how many adjacent neurons are chosen together, and so must lie on one rank.
         most_kept: the largest number of neurons that a row can keep: what packed memory, the
@@ -156,6 +170,7 @@ class Rule:
     score: str | None = None
     fixed_count: bool = True
     causal: bool = True
+    reads_batch: bool = False
     exchange: Exchange = "refused"
     unit: Callable[[Budget], int] = _one_neuron
     most_kept: Callable[[Budget], int] = _all_neurons

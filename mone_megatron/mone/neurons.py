@@ -222,7 +222,14 @@ class NeuronGate(MegatronModule):
             assert down_norm is not None, "whoever calls has the down projection"
             with torch.no_grad():
                 norm_TF = down_norm()[expert_T]
-        mask_TF: Tensor = self.selector(gate_TF, up_TF, expert_T, norm_TF, observing=observing)
+        rule = self.selector.rule
+        # Checked by config.validate for runs.
+        assert not (rule.reads_batch and self.training and segments.shared_group is not None), (
+            f"mone.rule={rule.name} ranks all rows of a block, which lie on several ranks"
+        )
+        mask_TF: Tensor = self.selector(
+            gate_TF, up_TF, expert_T, norm_TF, observing=observing, block_T=segments.index_T
+        )
         return mask_TF
 
     def _packed(self, gate_TF: Tensor) -> Packed | None:

@@ -9,7 +9,7 @@ C candidates of a rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mone_megatron.kernels import ops
 from mone_megatron.kernels.reference import Activate, TopK, neuron_scores
-from mone_megatron.methods.rule import Budget, Rows
+from mone_megatron.methods.rule import STATE_PREFIX, Budget, Rows
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
 
@@ -148,7 +148,8 @@ class NeuronSelector(nn.Module):
         self.first_expert = first_expert
         self.num_experts = num_experts
         for name, initial in self.rule.state.items():
-            self.register_buffer(f"rule_{name}", torch.full((num_local_experts,), initial))
+            value_E = torch.full((num_local_experts,), initial, dtype=torch.float32)
+            self.register_buffer(f"{STATE_PREFIX}{name}", value_E)
         self._observed: dict[str, Tensor] = {}
 
     @property
@@ -184,7 +185,14 @@ class NeuronSelector(nn.Module):
     @property
     def state(self) -> dict[str, Tensor]:
         """The rule's state by name, fp32 ``[E]`` each."""
-        return {name: self.get_buffer(f"rule_{name}") for name in self.rule.state}
+        return {name: self.get_buffer(f"{STATE_PREFIX}{name}") for name in self.rule.state}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NeuronSelector:
+        """Moves the state with the module, and leaves it in fp32: a step moves it by little."""
+        applied: NeuronSelector = super()._apply(fn, recurse)
+        for name, value_E in self.state.items():
+            setattr(self, f"{STATE_PREFIX}{name}", value_E.float())
+        return applied
 
     @torch.no_grad()
     def forward(
@@ -195,6 +203,7 @@ class NeuronSelector(nn.Module):
         down_norm_TF: Tensor | None = None,
         *,
         observing: bool = False,
+        block_T: Tensor | None = None,
     ) -> Tensor:
         """Returns the mask of kept neurons, ``[T, F]`` bool.
 
@@ -205,6 +214,8 @@ class NeuronSelector(nn.Module):
             down_norm_TF: the norm of each neuron's row of the down projection, broadcasting to
                 ``[T, F]``, for scores that read it.
             observing: whether the rows count for the state of the rule.
+            block_T: int64, equal for rows of one expert and one microbatch; None where each
+                expert's are.
         """
         scores_TF = neuron_scores(
             gate_TF, up_TF, self.score.name, self.activate, down_norm_TF=down_norm_TF
@@ -220,6 +231,7 @@ class NeuronSelector(nn.Module):
             shards=None if self.group is None else GroupShards(self.group),
             state=self.state,
             training=self.training,
+            blocks=block_T,
         )
         mask_TF = self.rule.mask(rows)
         if observing and self.rule.observe is not None:
@@ -252,7 +264,7 @@ class NeuronSelector(nn.Module):
             for name in sorted(observed):
                 dist.all_reduce(observed[name], group=self.replica_group)
         for name, value_E in self.rule.advance(self.state, observed, self.budget).items():
-            self.get_buffer(f"rule_{name}").copy_(value_E)
+            self.get_buffer(f"{STATE_PREFIX}{name}").copy_(value_E)
 
     def sharded_state_dict(
         self,
@@ -265,8 +277,8 @@ class NeuronSelector(nn.Module):
         ranks = self.num_experts // self.num_local_experts
         replica = (0, *(0 if g is None else dist.get_rank(g) for g in self._copies))
         return {
-            f"{prefix}rule_{name}": ShardedTensor.from_rank_offsets(
-                f"{prefix}rule_{name}",
+            f"{prefix}{STATE_PREFIX}{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}{STATE_PREFIX}{name}",
                 value_E,
                 *sharded_offsets,
                 (axes, self.first_expert // self.num_local_experts, ranks),

@@ -131,3 +131,114 @@ def test_neurons_that_are_chosen_together_are_on_one_rank(rule: str, options: st
         )
     )
     assert any("adjacent neurons together, which do not divide 64 neurons" in one for one in found)
+
+
+def flattened(scores_TF: Tensor, keep_ratio: float) -> Tensor:
+    """True at the largest of a whole block, by torch's ranking of it as one row."""
+    flat = scores_TF.flatten()
+    best = flat.sort(descending=True, stable=True).indices[: round(keep_ratio * flat.numel())]
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(0, best, True).view_as(scores_TF)
+
+
+def trained(rule: str, experts: int = 3, score: str = "abs_gate", **options: Any) -> NeuronSelector:
+    selection = NeuronSelection(0.25, score, rule, options)
+    module = NeuronSelector(selection, NEURONS, num_local_experts=experts, num_experts=experts)
+    return module.train()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_batch_topk_ranks_the_rows_of_an_expert_and_a_microbatch_together(ties: bool) -> None:
+    drawn = scores(ties=ties)
+    blocks = torch.arange(ROWS) % 5
+    module = trained("batch_topk", experts=2, score="signed_gate")
+    kept = module(drawn, drawn, blocks % 2, block_T=blocks)
+    for block in range(5):
+        assert torch.equal(kept[blocks == block], flattened(drawn[blocks == block], 0.25))
+    alone = torch.cat([module(row, row) for row in drawn.split(1)])
+    assert torch.equal(alone, mask("topk", drawn))
+
+
+def test_batch_topk_is_a_threshold_outside_training() -> None:
+    module = trained("batch_topk", experts=2, decay=0.5)
+    expert = torch.arange(ROWS) % 2
+    expected = torch.zeros(2)
+    for step in range(4):
+        drawn = scores(step)
+        kept = module(drawn, drawn, expert, observing=True)
+        module.advance(applied=True)
+        smallest = torch.stack(
+            [drawn.abs()[expert == e][kept[expert == e]].min() for e in range(2)]
+        )
+        # The running mean as Adam corrects its own: by the sum of its weights.
+        expected = 0.5 * expected + 0.5 * smallest
+        tau = expected / (1 - 0.5 ** (step + 1))
+        torch.testing.assert_close(module.state["tau"], tau)
+    drawn = scores(9)
+    kept = module.eval()(drawn, drawn, expert)
+    assert torch.equal(kept, drawn.abs() > tau[expert].unsqueeze(-1))
+    assert torch.equal(kept[:1], module(drawn[:1], drawn[:1], expert[:1]))
+
+
+def test_a_threshold_finds_the_density_of_experts_that_differ() -> None:
+    module = trained("threshold")
+    expert = torch.arange(ROWS) % 3
+    size = torch.tensor([0.1, 1.0, 30.0])[expert].unsqueeze(-1)
+    for step in range(80):
+        drawn = scores(step) * size
+        kept = module(drawn, drawn, expert, observing=True)
+        if step == 0:
+            assert torch.equal(kept, mask("topk", drawn, score="abs_gate"))
+        module.advance(applied=True)
+    module.eval()
+    densities = []
+    for step in range(100, 120):
+        drawn = scores(step) * size
+        kept = module(drawn, drawn, expert)
+        assert torch.equal(kept, drawn.abs() > module.state["tau"][expert].unsqueeze(-1))
+        densities.append([kept[expert == number].float().mean() for number in range(3)])
+    assert torch.tensor(densities).mean(dim=0).tolist() == pytest.approx([0.25] * 3, rel=0.15)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.8, 0.99])
+def test_mass_keeps_the_fewest_neurons_that_hold_its_share(p: float) -> None:
+    drawn = scores()
+    kept = mask("mass", drawn, score="abs_gate", p=p)
+    share = drawn.abs() / drawn.abs().sum(dim=-1, keepdim=True)
+    held = (share * kept).sum(dim=-1)
+    smallest = share.masked_fill(~kept, torch.inf).amin(dim=-1)
+    assert (held >= p - 1e-6).all()
+    assert (held - smallest < p).all()
+    assert (share.masked_fill(kept, 0).amax(dim=-1) <= smallest).all()
+
+
+def test_the_whole_mass_is_every_neuron() -> None:
+    assert mask("mass", scores(), score="abs_gate", p=1.0).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["mone.rule=mass", "mone.rule_options.p=2"], "mone.rule_options.p: 2 is not in [0, 1]"),
+        (["mone.rule=mass", "parallel.expert_tensor=2"], "parallel.expert_tensor: 2 spreads the"),
+        (
+            ["mone.rule=threshold", "mone.rule_options.rate=0"],
+            "mone.rule_options.rate: 0 is not above 0",
+        ),
+        (
+            ["mone.rule=batch_topk", "mone.rule_options.decay=1"],
+            "mone.rule_options.decay: 1 is not in [0, 1)",
+        ),
+        (
+            ["mone.rule=batch_topk", "parallel.tensor=2"],
+            "mone.rule: batch_topk ranks the neurons of all tokens that an expert gets",
+        ),
+        (
+            ["mone.rule=threshold", "mone.memory=packed"],
+            "mone.memory: packed saves nothing with mone.rule=threshold",
+        ),
+    ],
+)
+def test_what_a_rule_cannot_do_is_refused_by_its_key(overrides: list[str], message: str) -> None:
+    found = list(problems(*overrides))
+    assert len(found) == 1, found
+    assert found[0].startswith(message)

@@ -31,6 +31,7 @@ from mone_megatron.hf.experts_mone import (
     has_own_gate,
     selects,
     settings_of,
+    state_of,
 )
 from mone_megatron.hf.guard_mone import note_selected
 from mone_megatron.kernels.packed import pack_bits
@@ -114,6 +115,8 @@ class _Watched:
             None if own else self._experts.act_fn,
             product_TF=hidden_RF if own else None,
             down_norm=partial(down_norms, self._experts, self._expert_R),
+            state=state_of(self._experts, watched),
+            expert_T=self._expert_R,
         )
         self.kept_RB, self.neurons = pack_bits(mask_RF), int(mask_RF.shape[-1])
         return hidden_RF * mask_RF if self._selects else hidden_RF

@@ -217,7 +217,7 @@ def _reader_of(weights: HFWeights) -> _Read:
 
 def _reader_of_ours(source: Source, dtype: torch.dtype) -> tuple[PreTrainedConfig, _Read]:
     architecture = source.architecture
-    table = list(rules(source.model, source.vocab_size, architecture, FUSED))
+    table = list(rules(source.model, source.vocab_size, architecture, FUSED, source.mone))
     check_complete(source, table)
 
     def read(number: int | None) -> dict[str, Tensor]:

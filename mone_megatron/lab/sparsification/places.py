@@ -27,6 +27,7 @@ from mone_megatron.hf.experts_mone import (
     experts_modules,
     is_selecting,
     settings_of,
+    state_of,
 )
 from mone_megatron.hf.guard_mone import note_selected
 from mone_megatron.hf.modeling_mone import MoneMLP
@@ -76,7 +77,14 @@ class _Expert:
         own = self._place.own
         own_TF = None
         if own is not None and self._place.own_kept < self._place.neurons:
-            own_TF = own.mask(gate_TF, up_TF, experts.act_fn, down_norm=self._column_norms)
+            own_TF = own.mask(
+                gate_TF,
+                up_TF,
+                experts.act_fn,
+                down_norm=self._column_norms,
+                state=state_of(experts, own),
+                expert_T=self._expert_T,
+            )
         activate = experts.act_fn if self._place.defines_activation else None
         rows = Rows(gate_TF, up_TF, hidden_TF, activate, own_TF, self._column_norms)
         return _keep(hidden_TF, own_TF, self._choose(rows))
@@ -166,7 +174,13 @@ class MLPPlace:
             hidden_TF = activate(gate_TF) * up_TF
             own_TF = None
             if self.own is not None and self.own_kept < self.neurons:
-                own_TF = self.own.mask(gate_TF, up_TF, activate, down_norm=self._column_norms)
+                own_TF = self.own.mask(
+                    gate_TF,
+                    up_TF,
+                    activate,
+                    down_norm=self._column_norms,
+                    state=state_of(self.module, self.own),
+                )
             (given,) = inputs
             if not checked:
                 self._check(given, _keep(hidden_TF, own_TF))

@@ -1,8 +1,8 @@
 """Begin a run with the weights of a checkpoint: ``checkpoint.initialize``.
 
-Only weights (and expert biases) are taken, each in the best precision there is: the fp32 master if
-the checkpoint has one, else the weight. Everything else is a new run's: step 0, no moments, the
-schedule and the data from their beginning.
+Only weights, expert biases and the state of the selection rule are taken, each in the best
+precision there is: the fp32 master if the checkpoint has one, else the weight. Everything else is a
+new run's: step 0, no moments, the schedule and the data from their beginning.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mone_megatron.checkpoint import restricted_pickle
 from mone_megatron.data.framing import Framing
+from mone_megatron.methods.rule import STATE_PREFIX
 from mone_megatron.train.resume.identity import check_same_model, other_framing
 from mone_megatron.train.resume.reading import (
     Shapes,
@@ -76,18 +77,30 @@ def initialize(
     model = model_state(state.chunks)
     with restricted_pickle(folder):
         stored = stored_shapes(folder)
+    new = {name for entries in model.values() for name in entries if _is_new(name, entries, stored)}
     targets: ShardedStateDict = {
-        chunk: {name: _target(entry, stored) for name, entry in entries.items()}
+        chunk: {name: _target(entry, stored) for name, entry in entries.items() if name not in new}
         for chunk, entries in model.items()
     }
     loaded = load(folder, {"model": targets}, needed_for=_NEEDED_FOR)["model"]
+    for chunk, entries in model.items():
+        loaded[chunk] |= {name: entry.data for name, entry in entries.items() if name in new}
     for number, chunk in enumerate(state.chunks):
         fill_chunk(chunk, loaded[f"chunk_{number}"])
     _fill_masters(state, model, loaded)
     say(f"begins with the weights of {folder}")
+    if new:
+        say("the state of mone.rule, which that checkpoint does not hold, begins anew")
     if warning := other_framing(facts, framing, folder):
         say(warning)
     return facts
+
+
+def _is_new(name: str, entries: ShardedStateDict, stored: Shapes) -> bool:
+    """Whether it is the state of a selection rule that the checkpoint's model did not have."""
+    if not name.rpartition(".")[2].startswith(STATE_PREFIX):
+        return False
+    return not wanted_shapes({name: entries[name]}).keys() <= stored.keys()
 
 
 def _target(

@@ -1,0 +1,107 @@
+"""Batch top-k: the largest scores of all rows that an expert gets of a microbatch, together.
+
+Some rows keep more neurons than others. Outside training a row must not look at others, so there a
+threshold takes the place of the ranking: the running mean of the smallest score that was kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from mone_megatron.methods.rule import Budget, Rows, Rule, count_kept
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """Holds the options: ``mone.rule_options.decay``, of the running mean, for each step."""
+
+    decay: float = 0.9
+
+
+def check(budget: Budget) -> None:
+    """Refuses a decay that is none.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    decay = budget.options.decay
+    if not 0 <= decay < 1:
+        raise ValueError(f"mone.rule_options.decay: {decay:g} is not in [0, 1); use such as 0.9")
+
+
+def batch_topk(rows: Rows) -> Tensor:
+    """Returns the r T f largest scores of each block in training, and those above tau otherwise."""
+    if not rows.training:
+        return above_threshold(rows)
+    scores_TF = rows.scores_TF
+    broken_T1 = scores_TF.isnan().any(dim=-1, keepdim=True)
+    ranked_TF = scores_TF.masked_fill(broken_T1, -torch.inf)
+    mask_TF = torch.zeros_like(scores_TF, dtype=torch.bool)
+    for block in rows.block_T.unique():
+        of_block_R = (rows.block_T == block).nonzero().squeeze(-1)
+        flat_1N = ranked_TF[of_block_R].reshape(1, -1)
+        kept = count_kept(rows.budget.keep_ratio, flat_1N.numel())
+        mask_TF[of_block_R] = rows.largest_of(flat_1N, kept).view(len(of_block_R), -1)
+    # A row that holds a NaN keeps nothing.
+    return mask_TF & ~broken_T1
+
+
+def above_threshold(rows: Rows) -> Tensor:
+    """Returns True where a score is above tau; the K largest of experts that have no tau yet."""
+    tau_T1 = rows.state["tau"][rows.expert_T].unsqueeze(-1)
+    new_T1 = rows.state["weight"][rows.expert_T].unsqueeze(-1) == 0
+    mask_TF = (rows.scores_TF > tau_T1) & ~rows.scores_TF.isnan().any(dim=-1, keepdim=True)
+    if new_T1.any():
+        mask_TF = torch.where(new_T1, rows.largest(rows.budget.kept), mask_TF)
+    return mask_TF
+
+
+def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
+    """Returns the smallest kept score of each row's block, added up by expert, and the rows."""
+    zeros_E = rows.state["tau"].new_zeros(rows.num_experts)
+    if len(mask_TF) == 0:
+        return {"smallest": zeros_E, "rows": zeros_E}
+    smallest_T = rows.scores_TF.float().masked_fill(~mask_TF, torch.inf).amin(dim=-1)
+    blocks_T = rows.block_T.unique(return_inverse=True)[1]
+    smallest_B = smallest_T.new_full((int(blocks_T.max()) + 1,), torch.inf)
+    smallest_B = smallest_B.scatter_reduce(0, blocks_T, smallest_T, "amin")
+    # A block that keeps nothing, a NaN in each row, says nothing.
+    of_block_T = smallest_B[blocks_T]
+    told_T = of_block_T.isfinite()
+    return {
+        "smallest": zeros_E.index_add(0, rows.expert_T, of_block_T.where(told_T, 0)),
+        "rows": zeros_E.index_add(0, rows.expert_T, told_T.float()),
+    }
+
+
+def advance(
+    state: Mapping[str, Tensor], sums: Mapping[str, Tensor], budget: Budget
+) -> Mapping[str, Tensor]:
+    """Moves tau towards the mean of the smallest kept scores, each step weighing by its rows."""
+    decay = budget.options.decay
+    before_E = decay * state["weight"]
+    weight_E = before_E + (1 - decay) * sums["rows"]
+    tau_E = (before_E * state["tau"] + (1 - decay) * sums["smallest"]) / weight_E.clamp_min(1e-30)
+    return {"tau": tau_E.where(weight_E > 0, state["tau"]), "weight": weight_E}
+
+
+METHOD = Rule(
+    name="batch_topk",
+    formula="the r T f largest scores of an expert's T tokens; outside training scores above tau",
+    source="arXiv 2412.06410, 2603.11535",
+    mask=batch_topk,
+    options=Options,
+    check=check,
+    fixed_count=False,
+    reads_batch=True,
+    state={"tau": 0.0, "weight": 0.0},
+    observe=observe,
+    advance=advance,
+)

@@ -1,0 +1,95 @@
+"""A calibrated threshold: the scores above tau, in training and outside.
+
+tau begins as the mean of the rows' K-th largest scores, and moves in proportion to how far the
+density is from the keep ratio. Rows keep different numbers of neurons, and nothing is sorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from mone_megatron.methods.rule import Budget, Rows, Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """Holds the options.
+
+    ``mone.rule_options.rate``: by how much of the mean size of a score a step moves tau when the
+    density is off by 1.
+    """
+
+    rate: float = 1.0
+
+
+def check(budget: Budget) -> None:
+    """Refuses a rate that moves nothing.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if budget.options.rate <= 0:
+        raise ValueError(
+            f"mone.rule_options.rate: {budget.options.rate:g} is not above 0; use such as 1"
+        )
+
+
+def threshold(rows: Rows) -> Tensor:
+    """Returns True where a score is above tau; the K largest of experts that have no tau yet."""
+    tau_T1 = rows.state["tau"][rows.expert_T].unsqueeze(-1)
+    new_T1 = rows.state["seen"][rows.expert_T].unsqueeze(-1) == 0
+    # A row that holds a NaN keeps nothing.
+    mask_TF = (rows.scores_TF > tau_T1) & ~rows.scores_TF.isnan().any(dim=-1, keepdim=True)
+    if new_T1.any():
+        mask_TF = torch.where(new_T1, rows.largest(rows.budget.kept), mask_TF)
+    return mask_TF
+
+
+def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
+    """Returns sums over the rows of each expert: of kept neurons, smallest kept scores, sizes."""
+    zeros_E = rows.state["tau"].new_zeros(rows.num_experts)
+    scores_TF = rows.scores_TF.float()
+    told_T = mask_TF.any(dim=-1)
+    smallest_T = scores_TF.masked_fill(~mask_TF, torch.inf).amin(dim=-1).where(told_T, 0)
+    sums = {
+        "rows": torch.ones_like(smallest_T),
+        "kept": mask_TF.sum(dim=-1).float(),
+        "told": told_T.float(),
+        "smallest": smallest_T,
+        "size": scores_TF.abs().mean(dim=-1).nan_to_num(),
+    }
+    return {name: zeros_E.index_add(0, rows.expert_T, sum_T) for name, sum_T in sums.items()}
+
+
+def advance(
+    state: Mapping[str, Tensor], sums: Mapping[str, Tensor], budget: Budget
+) -> Mapping[str, Tensor]:
+    """Raises tau where more than the keep ratio was kept, and lowers it otherwise."""
+    rows_E = sums["rows"].clamp_min(1)
+    density_E = sums["kept"] / (rows_E * budget.neurons)
+    step_E = budget.options.rate * sums["size"] / rows_E * (density_E - budget.keep_ratio)
+    first_E = sums["smallest"] / sums["told"].clamp_min(1)
+    tau_E = torch.where(state["seen"] > 0, state["tau"] + step_E, first_E)
+    seen_E = ((state["seen"] > 0) | (sums["told"] > 0)).float()
+    return {"tau": tau_E.where(sums["rows"] > 0, state["tau"]), "seen": seen_E}
+
+
+METHOD = Rule(
+    name="threshold",
+    formula="scores above tau, which steers the density to r",
+    source="CATS; arXiv 2605.08575",
+    mask=threshold,
+    options=Options,
+    check=check,
+    fixed_count=False,
+    state={"tau": 0.0, "seen": 0.0},
+    observe=observe,
+    advance=advance,
+)
