@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout, validate
+from mone_megatron.config.validate import validate
 from mone_megatron.data.prepare import PreparedData, check_cache, prepare_data
 from mone_megatron.ownership import live_owner
 from mone_megatron.parallel.world import World

@@ -5,7 +5,8 @@ import Hydra.
 """
 
 from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout, validate
+from mone_megatron.config.validate import validate
 
 __all__ = ["Config", "ConfigError", "Layout", "validate"]

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout
 from mone_megatron.methods.rule import count_kept
 from mone_megatron.planning import activations
 from mone_megatron.planning.activations import Numerics

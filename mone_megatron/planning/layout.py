@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import ParallelConfig
-from mone_megatron.config.validate import Layout
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.layout import smallest_world_size
 from mone_megatron.config.schema import Config, ModelConfig
-from mone_megatron.config.validate import smallest_world_size, validate
+from mone_megatron.config.validate import validate
 from mone_megatron.planning.flops import flops_per_step
 from mone_megatron.planning.parameters import ParameterCount, count_parameters
 from mone_megatron.planning.plan import vocabulary_of

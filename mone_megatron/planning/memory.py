@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config, ParallelConfig
-from mone_megatron.config.validate import Layout
 from mone_megatron.planning import activations
 from mone_megatron.planning.activations import Numerics
 from mone_megatron.planning.layout import Place, place_of

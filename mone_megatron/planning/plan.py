@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.layout import Layout, smallest_world_size
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout, smallest_world_size, validate
+from mone_megatron.config.validate import validate
 from mone_megatron.methods.sources import SOURCES
 from mone_megatron.planning.activations import Numerics
 from mone_megatron.planning.communication import Traffic, stage_traffic

@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout
 from mone_megatron.planning import activations
 from mone_megatron.planning.activations import Numerics
 from mone_megatron.planning.attention import projection_flops, score_flops

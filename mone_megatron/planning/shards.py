@@ -10,8 +10,8 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config, ModelConfig
-from mone_megatron.config.validate import Layout
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.planning import attention
 from mone_megatron.planning.layout import Place, experts_are_dense_like

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout, validate
+from mone_megatron.config.validate import validate
 from mone_megatron.data.loader import MicrobatchSampler
 from mone_megatron.parallel.device import Device
 from mone_megatron.parallel.groups import open_groups

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mone_megatron import __version__
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.load import to_yaml
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout
 from mone_megatron.data.datasets import build_datasets
 from mone_megatron.data.loader import MicrobatchSampler, SampleDataset, build_loader
 from mone_megatron.data.prepare import PreparedData

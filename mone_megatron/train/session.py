@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout
 from mone_megatron.methods.hook import Hook
 from mone_megatron.parallel.device import Device
 from mone_megatron.train.health.signals import StopRequest

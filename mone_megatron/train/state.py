@@ -8,8 +8,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout
 from mone_megatron.model.builder import build_model
 from mone_megatron.parallel.device import Device
 from mone_megatron.parallel.groups import open_expert_sources

@@ -21,8 +21,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
 from torch.profiler import record_function
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout
 from mone_megatron.mone.selection import NeuronSelector
 from mone_megatron.parallel.device import Device
 from mone_megatron.train.resume.saved_state import parameter_states

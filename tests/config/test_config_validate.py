@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mone_megatron.config import Config, ConfigError, Layout, validate
 from mone_megatron.config.convert import from_dict
-from mone_megatron.config.validate import (
+from mone_megatron.config.layout import (
     expert_parallel_size,
     model_parallel_size,
     smallest_world_size,

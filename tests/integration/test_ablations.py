@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from mone_megatron.config.layout import smallest_world_size
 from mone_megatron.config.load import CONF_DIR, compose
-from mone_megatron.config.validate import smallest_world_size, validate
+from mone_megatron.config.validate import validate
 from mone_megatron.testing.launch import REPOSITORY
 
 ABLATIONS = sorted((CONF_DIR / "ablation").glob("*.yaml"))

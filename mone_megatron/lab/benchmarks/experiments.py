@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout, validate
+from mone_megatron.config.validate import validate
 from mone_megatron.data.datasets import build_datasets
 from mone_megatron.data.loader import MicrobatchSampler, build_loader
 from mone_megatron.data.prepare import PreparedData, prepare_data

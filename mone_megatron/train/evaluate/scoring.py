@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout
 from mone_megatron.evaluation.requests import ScoreRequest
 from mone_megatron.parallel.device import Device
 from mone_megatron.train.state import TrainingState

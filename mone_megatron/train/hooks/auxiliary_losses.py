@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout
 from mone_megatron.methods.hook import Hook, Record, StepReport
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
 from mone_megatron.parallel.megatron_compat import layer_losses, zero_layer_losses

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from mone_megatron.config.validate import PROFILED_FROM
+from mone_megatron.config.train import PROFILED_FROM
 from mone_megatron.methods.hook import Hook, Record
 
 FOLDER = "profile"

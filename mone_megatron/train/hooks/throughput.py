@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
-from mone_megatron.config.validate import Layout
 from mone_megatron.methods.hook import Hook, Record, StepReport
 from mone_megatron.planning.flops import Flops, flops_per_step
 

@@ -1,0 +1,37 @@
+"""What is wrong between the groups of a configuration, by topic.
+
+A check yields one line for each problem, ``key: what is wrong; fix``. It looks at values whose own
+bounds are already told by their groups, so a value that is out of bounds must not make it fail.
+"""
+
+from collections.abc import Callable, Iterator
+
+from mone_megatron.config.checks import (
+    batch,
+    data,
+    dispatch,
+    evaluation,
+    hardware,
+    neurons,
+    recovery,
+    schedules,
+    sharding,
+)
+from mone_megatron.config.resources import Resources
+from mone_megatron.config.schema import Config
+
+Check = Callable[[Config, Resources], Iterator[str]]
+
+CHECKS: tuple[Check, ...] = (
+    neurons.check,
+    data.check,
+    schedules.check,
+    recovery.check,
+    evaluation.check,
+    sharding.check,
+    batch.check,
+    hardware.check,
+    dispatch.check,
+)
+
+__all__ = ["CHECKS", "Check"]

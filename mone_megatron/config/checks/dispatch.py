@@ -1,0 +1,30 @@
+"""The dispatcher of tokens against the router that it serves and the device that it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mone_megatron.config.resources import Resources
+from mone_megatron.config.schema import Config
+from mone_megatron.methods.routers import ROUTERS
+
+
+def check(config: Config, resources: Resources) -> Iterator[str]:
+    """Yields what the flex dispatcher needs and does not get."""
+    router = config.model.router
+    if config.parallel.dispatcher != "flex":
+        return
+    if config.model.num_experts > 0 and not ROUTERS[router.kind].fixed_count:
+        yield (
+            f"parallel.dispatcher: flex needs as many experts for each token, and "
+            f"model.router.kind={router.kind} gives them different numbers; use alltoall"
+        )
+    if resources.is_cpu(config.device):
+        yield "parallel.dispatcher: flex needs CUDA; use alltoall or allgather on a CPU"
+    elif not resources.have_deep_ep():
+        yield (
+            "parallel.dispatcher: flex needs DeepEP, which is not installed; "
+            "use alltoall, or install deep_ep"
+        )
+    if router.dtype == "fp64":
+        yield "model.router.dtype: the flex dispatcher takes fp32 probabilities; use fp32"

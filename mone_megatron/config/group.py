@@ -1,0 +1,72 @@
+"""What every group of the configuration has: bounds on its fields, and rules of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
+from typing import Annotated, get_args, get_origin, get_type_hints
+
+from mone_megatron.config.marks import Bound
+
+
+class Group:
+    """A dataclass of configuration fields that says by itself what is wrong with it.
+
+    Bounds stand in the annotations of the fields (:mod:`mone_megatron.config.marks`). Each message
+    is one line, ``key: what is wrong; fix``.
+    """
+
+    def unread(self) -> Collection[str]:
+        """Returns the fields that have no effect beside the others; their bounds do not count."""
+        return ()
+
+    def rules(self) -> Iterator[str]:
+        """Yields what is wrong between the fields of this group alone."""
+        return iter(())
+
+
+def problems(group: Group, written: Mapping[str, str], prefix: str = "") -> Iterator[str]:
+    """Yields what is wrong with a group and the groups in it, without a look at other groups.
+
+    Args:
+        group: a group, or the whole configuration.
+        written: dotted key -> the value as the user wrote it (``-1e-3``, which is read as -0.001),
+            where that is known.
+        prefix: what stands before the names of the fields, as in ``model.``.
+    """
+    unread = group.unread()
+    # Any class can be hashed, which mypy doubts of classes whose objects cannot.
+    cls: type = type(group)
+    for name, bounds in _bounds(cls).items():
+        if name in unread:
+            continue
+        key = f"{prefix}{name}"
+        value = getattr(group, name)
+        if isinstance(value, Group):
+            yield from problems(value, written, f"{key}.")
+            continue
+        for bound in bounds:
+            if problem := bound.problem(value):
+                yield f"{key}: {_shown(value, written.get(key, ''))}{problem}"
+    yield from group.rules()
+
+
+@cache
+def _bounds(cls: type) -> dict[str, tuple[Bound, ...]]:
+    """Field -> its bounds."""
+    return {
+        name: tuple(mark for mark in get_args(kind)[1:] if isinstance(mark, Bound))
+        if get_origin(kind) is Annotated
+        else ()
+        for name, kind in get_type_hints(cls, include_extras=True).items()
+    }
+
+
+def _shown(value: object, written: str) -> str:
+    """The number that is wrong, before what is wrong with it; a blank text is not shown."""
+    if isinstance(value, str):
+        return ""
+    # An interpolation says nothing about the number.
+    if written and "${" not in written:
+        return f"{written} "
+    return f"{value:g} " if isinstance(value, float) else f"{value} "

@@ -1,0 +1,69 @@
+"""The group ``logging``: what a run shows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from mone_megatron.config.group import Group
+from mone_megatron.config.marks import Above, AtLeast, NotEmpty, Within
+
+
+@dataclass(frozen=True)
+class AlertsConfig(Group):
+    """Warnings about experts and neurons that stop working (docs/metrics.md#alerts)."""
+
+    enabled: bool = True
+    """Judge what is logged every `logging.layer_interval` steps (docs/metrics.md#alerts)."""
+    patience: Annotated[int, AtLeast(1)] = 5
+    """An alert begins, and ends, when so many of these steps in a row say so."""
+    dead_expert: Annotated[float, Within("[0, 1]")] = 0.05
+    """Alert for an expert with less than this part of a fair share of the tokens; 0 for none."""
+    dead_neurons: Annotated[float, Within("[0, 1]")] = 0.5
+    """Alert for an expert of whose neurons more than this share is never kept; 1 for none."""
+    load_collapse: Annotated[float, Within("[0, 1]")] = 0.1
+    """Alert when the load of a router's experts, or of an expert's neurons, is spread by less than
+    this (0: always the same, 1: even); 0 for none."""
+    shrinking_weights: Annotated[float, Within("[0, 1]")] = 0.5
+    """Alert when mean |a| fell by more than this part while the raw balance loss fell and the load
+    became no more even; 1 for none."""
+
+
+@dataclass(frozen=True)
+class WandbConfig(Group):
+    """Weights & Biases."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """Where W&B writes; `disabled` does not even import the package."""
+    project: Annotated[str, NotEmpty()] = "mone_megatron"
+    """The project that runs appear in."""
+    entity: str = ""
+    """The user or team that owns the project; "" for the user's default."""
+    group: str = ""
+    """Runs of one comparison share a group; the shipped pairs and ablations set it."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run."""
+    timeout_seconds: Annotated[float, Above(0)] = 30.0
+    """The longest wait for the server at the start (then offline) and at the end (then
+    unfinished)."""
+
+    def unread(self) -> Collection[str]:
+        """Returns the project where W&B is not used."""
+        return {"project"} if self.mode == "disabled" else ()
+
+
+@dataclass(frozen=True)
+class LoggingConfig(Group):
+    """What a run shows."""
+
+    interval: Annotated[int, AtLeast(1)] = 1
+    """Print (lines) and send to W&B every so many steps; metrics.jsonl gets every step."""
+    layer_interval: Annotated[int, AtLeast(0)] = 10
+    """Neuron and expert utilisation of each layer, every so many steps; 0 for never."""
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """`auto` draws a bar on a terminal and prints lines elsewhere."""
+    report: bool = True
+    """Write loss.png and report.html at the end."""
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)

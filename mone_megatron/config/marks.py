@@ -1,0 +1,189 @@
+"""The marks of configuration fields: which numbers, texts and names a field may have.
+
+A mark stands in a field's annotation, beside its type and default::
+
+    num_layers: Annotated[int, AtLeast(1)] = 4
+    score: Annotated[str, NameIn(SCORES)] = "abs_activation"
+
+Names are looked up when a value is read (:mod:`mone_megatron.config.convert`); bounds are checked
+with the whole configuration (:mod:`mone_megatron.config.group`), and both are shown in
+``docs/configuration.md`` (:mod:`mone_megatron.config.reference`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+
+class HasNames(Protocol):
+    """A registry, as far as a configuration reads it."""
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Every name that it holds."""
+
+
+@dataclass(frozen=True)
+class NameIn:
+    """The value is a name in a registry of methods."""
+
+    registry: HasNames
+
+
+class Bound(ABC):
+    """Says which values of a field are right, whatever the other fields are."""
+
+    @property
+    @abstractmethod
+    def words(self) -> str:
+        """The right values in a few words, as in "1 or more"; "" where the type says enough."""
+
+    @property
+    @abstractmethod
+    def json_schema(self) -> dict[str, Any]:
+        """The right values as keywords of JSON Schema."""
+
+    @abstractmethod
+    def problem(self, value: Any) -> str | None:
+        """Returns what is wrong with ``value`` and the fix, without the key and the value."""
+
+
+@dataclass(frozen=True)
+class AtLeast(Bound):
+    """A number from ``least`` on.
+
+    Attributes:
+        least: the smallest right value.
+        reason: what is wrong with a smaller one; None for the usual words.
+    """
+
+    least: int
+    reason: str | None = None
+
+    @property
+    def words(self) -> str:
+        """Returns such as "1 or more"."""
+        return f"{self.least} or more"
+
+    @property
+    def json_schema(self) -> dict[str, Any]:
+        """Returns the smallest value."""
+        return {"minimum": self.least}
+
+    def problem(self, value: float) -> str | None:
+        """Returns the fix for a smaller number."""
+        reason = self.reason or ("is too small" if self.least else "is negative")
+        return None if value >= self.least else f"{reason}; use {self.words}"
+
+
+@dataclass(frozen=True)
+class AtMost(Bound):
+    """A number up to ``most``."""
+
+    most: int
+
+    @property
+    def words(self) -> str:
+        """Returns such as "9 or less"."""
+        return f"{self.most} or less"
+
+    @property
+    def json_schema(self) -> dict[str, Any]:
+        """Returns the largest value."""
+        return {"maximum": self.most}
+
+    def problem(self, value: float) -> str | None:
+        """Returns the fix for a larger number."""
+        return None if value <= self.most else f"is too large; use {self.words}"
+
+
+@dataclass(frozen=True)
+class Above(Bound):
+    """A number greater than ``limit``.
+
+    Attributes:
+        limit: the largest wrong value.
+        reason: what is wrong with it and smaller ones.
+        example: a usual value, to be offered; None for none.
+    """
+
+    limit: int
+    reason: str = "is not positive"
+    example: float | None = None
+
+    @property
+    def words(self) -> str:
+        """Returns such as "above 0"."""
+        return f"above {self.limit}"
+
+    @property
+    def json_schema(self) -> dict[str, Any]:
+        """Returns the limit, which is not included."""
+        return {"exclusiveMinimum": self.limit}
+
+    def problem(self, value: float) -> str | None:
+        """Returns the fix for a number that is not above the limit."""
+        if value > self.limit:
+            return None
+        such = "" if self.example is None else f" such as {self.example:g}"
+        return f"{self.reason}; use a number {self.words}{such}"
+
+
+@dataclass(frozen=True)
+class Within(Bound):
+    """A number between 0 and 1.
+
+    Attributes:
+        interval: which of the two ends belong to it: a square bracket includes the end.
+        example: a usual share, to be offered; None to say the interval in words.
+    """
+
+    interval: Literal["[0, 1]", "[0, 1)", "(0, 1]"]
+    example: float | None = None
+
+    @property
+    def words(self) -> str:
+        """Returns the interval in words."""
+        return {
+            "[0, 1]": "from 0 to 1",
+            "[0, 1)": "from 0 up to, not including, 1",
+            "(0, 1]": "above 0, up to 1",
+        }[self.interval]
+
+    @property
+    def json_schema(self) -> dict[str, Any]:
+        """Returns both ends, each included or not."""
+        low = "minimum" if self.interval[0] == "[" else "exclusiveMinimum"
+        high = "maximum" if self.interval[-1] == "]" else "exclusiveMaximum"
+        return {low: 0, high: 1}
+
+    def problem(self, value: float) -> str | None:
+        """Returns the fix for a number outside the interval."""
+        ends = {"[": value == 0, "]": value == 1}
+        if 0 < value < 1 or ends.get(self.interval[0]) or ends.get(self.interval[-1]):
+            return None
+        if self.example is not None:
+            return f"is outside {self.interval}; use a share such as {self.example:g}"
+        return f"is outside {self.interval}; use a number {self.words}"
+
+
+@dataclass(frozen=True)
+class NotEmpty(Bound):
+    """A text with a letter, a digit or a sign in it."""
+
+    @property
+    def words(self) -> str:
+        """Returns "not empty"."""
+        return "not empty"
+
+    @property
+    def json_schema(self) -> dict[str, Any]:
+        """Returns a pattern that a blank text does not match."""
+        return {"pattern": r"\S"}
+
+    def problem(self, value: str) -> str | None:
+        """Returns the fix for a blank text."""
+        return None if value.strip() else "empty; give it a value"

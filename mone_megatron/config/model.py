@@ -1,0 +1,199 @@
+"""The group ``model``: the shape of the transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from mone_megatron.config.attention import MLAConfig, RopeScalingConfig
+from mone_megatron.config.group import Group
+from mone_megatron.config.marks import Above, AtLeast, NameIn, Within
+from mone_megatron.config.router import RouterConfig
+from mone_megatron.config.wording import is_multiple, near_divisors, near_multiples
+from mone_megatron.methods.activations import ACTIVATIONS
+
+QKNormScope = Literal["head", "all_heads"]
+
+
+@dataclass(frozen=True)
+class ModelConfig(Group):
+    """A Qwen3-MoE-shaped GPT: GQA or MLA, RMSNorm, RoPE, SwiGLU, optional shared expert."""
+
+    num_layers: Annotated[int, AtLeast(1)] = 4
+    """Transformer layers."""
+    hidden_size: Annotated[int, AtLeast(1)] = 128
+    """h: the width of the residual stream."""
+    num_attention_heads: Annotated[int, AtLeast(1)] = 4
+    """Query heads."""
+    attention: Literal["gqa", "mla"] = "gqa"
+    """Grouped-query attention, or multi-latent attention (DeepSeek-V2), whose sizes are in
+    `model.mla`."""
+    num_query_groups: Annotated[int, AtLeast(1)] = 2
+    """Key/value heads (GQA); equal to num_attention_heads for plain multi-head attention."""
+    head_dim: Annotated[int, AtLeast(0)] = 0
+    """The size of a head; 0 means hidden_size / num_attention_heads."""
+    dense_ffn_hidden_size: Annotated[int, AtLeast(1)] = 512
+    """The width of the dense SwiGLU layers (the leading ones, or all when num_experts is 0)."""
+    num_experts: Annotated[int, AtLeast(0)] = 8
+    """Routed experts of an MoE layer; 0 makes every layer dense."""
+    experts_per_token: Annotated[int, AtLeast(1)] = 2
+    """Routed experts that a token visits."""
+    expert_ffn_hidden_size: Annotated[int, AtLeast(1)] = 128
+    """f: the neurons in one routed expert."""
+    shared_expert_ffn_hidden_size: Annotated[int, AtLeast(0)] = 0
+    """The width of the expert every token visits; 0 for none."""
+    shared_expert_gate: bool = False
+    """A sigmoid gate on the shared expert (Qwen2-MoE)."""
+    first_dense_layers: Annotated[int, AtLeast(0)] = 0
+    """The first layers that are dense rather than MoE."""
+    vocab_size: Annotated[int, AtLeast(0)] = 0
+    """The size of the vocabulary; 0 takes the tokenizer's."""
+    vocab_padding_multiple: Annotated[int, AtLeast(1)] = 128
+    """The embedding is padded to a multiple of this, whatever the layout, so that checkpoints move;
+    the padded rows are zero and the loss does not see them."""
+    tie_embeddings: bool = False
+    """The output layer shares the embedding's weights."""
+    activation: Annotated[str, NameIn(ACTIVATIONS)] = "silu"
+    """The activation of the gate projection in every MLP: `silu` is SwiGLU; `relu2` is the square
+    of ReLU."""
+    qk_norm: bool = True
+    """RMSNorm on queries and keys, before RoPE."""
+    qk_norm_scope: QKNormScope = "head"
+    """The norm is over each head by itself (Qwen3), or over all query heads and all key heads
+    together (OLMoE)."""
+    qkv_bias: bool = False
+    """A bias on the query, key and value projections (Qwen2)."""
+    norm_eps: Annotated[float, Above(0)] = 1e-6
+    """What RMSNorm adds to the mean square."""
+    rope_theta: Annotated[float, Above(0)] = 10000.0
+    """The base of RoPE's frequencies."""
+    init_std: Annotated[float, AtLeast(0)] = 0.02
+    """The standard deviation of initial weights; residual outputs use init_std / sqrt(2 *
+    num_layers)."""
+    attention_dropout: Annotated[float, Within("[0, 1)")] = 0.0
+    """Dropout of attention probabilities."""
+    hidden_dropout: Annotated[float, Within("[0, 1)")] = 0.0
+    """Dropout before each residual addition."""
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    @property
+    def dense_layers(self) -> int:
+        """How many layers are dense: the first ones, or all of a model without experts."""
+        return (
+            min(self.first_dense_layers, self.num_layers) if self.num_experts else self.num_layers
+        )
+
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Returns the rows of the embedding for a vocabulary of that size, whatever the layout."""
+        multiple = self.vocab_padding_multiple
+        return -(-vocab_size // multiple) * multiple
+
+    def unread(self) -> Collection[str]:
+        """Returns the sizes of what this model does not have."""
+        unread = set()
+        if self.num_experts < 1:
+            unread |= {"experts_per_token", "expert_ffn_hidden_size"}
+        if self.dense_layers < 1:
+            unread.add("dense_ffn_hidden_size")
+        if self.attention != "mla":
+            unread.add("mla")
+        return unread
+
+    def rules(self) -> Iterator[str]:
+        """Yields what is wrong between the fields of this group alone."""
+        yield from self._attention()
+        yield from self._latent_attention()
+        yield from self._experts()
+        if self.num_experts > 0:
+            yield from self.router.rules_with_experts(self.num_experts, self.experts_per_token)
+
+    def _attention(self) -> Iterator[str]:
+        if self.attention == "gqa":
+            head = self.head_dim or self.hidden_size // max(self.num_attention_heads, 1)
+            if self.head_dim == 0 and not is_multiple(self.hidden_size, self.num_attention_heads):
+                yield (
+                    f"model.hidden_size: {self.hidden_size} is not a multiple of "
+                    f"model.num_attention_heads={self.num_attention_heads}; use "
+                    f"{near_multiples(self.hidden_size, self.num_attention_heads)}, or "
+                    "model.head_dim"
+                )
+            elif head % 2:
+                yield (
+                    f"model.head_dim: {head} is odd and RoPE turns pairs; "
+                    f"use {near_multiples(head, 2)}"
+                )
+        if not is_multiple(self.num_attention_heads, self.num_query_groups):
+            yield (
+                f"model.num_query_groups: {self.num_query_groups} does not divide "
+                f"model.num_attention_heads={self.num_attention_heads}; "
+                f"use {near_divisors(self.num_attention_heads, self.num_query_groups)}"
+            )
+        if self.qk_norm_scope == "all_heads" and not self.qk_norm:
+            yield (
+                "model.qk_norm_scope: all_heads has no effect with model.qk_norm=false; use head, "
+                "or model.qk_norm=true"
+            )
+
+    def _latent_attention(self) -> Iterator[str]:
+        """Yields what is wrong with the fields that multi-latent attention does not read."""
+        if self.attention != "mla":
+            if self.rope_scaling.type != "none":
+                yield (
+                    f"model.rope_scaling.type: {self.rope_scaling.type} needs model.attention=mla; "
+                    "use model.rope_scaling.type=none"
+                )
+            return
+        if self.num_query_groups != self.num_attention_heads:
+            yield (
+                f"model.num_query_groups: {self.num_query_groups} with model.attention=mla, where "
+                f"each head has its own keys; use {self.num_attention_heads}, as "
+                "model.num_attention_heads"
+            )
+        if self.head_dim:
+            yield (
+                f"model.head_dim: {self.head_dim} is not read with model.attention=mla; use 0, and "
+                "model.mla.qk_nope_head_dim, qk_rope_head_dim and v_head_dim"
+            )
+        if self.qk_norm:
+            yield (
+                "model.qk_norm: true with model.attention=mla, which normalises its latents "
+                "instead; use model.qk_norm=false"
+            )
+        if self.qkv_bias:
+            yield (
+                "model.qkv_bias: true with model.attention=mla, whose projections have no bias; "
+                "use model.qkv_bias=false"
+            )
+
+    def _experts(self) -> Iterator[str]:
+        if self.num_experts > 0:
+            if self.experts_per_token > self.num_experts:
+                yield (
+                    f"model.experts_per_token: {self.experts_per_token} is more than "
+                    f"model.num_experts={self.num_experts}; use {self.num_experts} or fewer"
+                )
+            if self.first_dense_layers >= self.num_layers:
+                yield (
+                    f"model.first_dense_layers: {self.first_dense_layers} leaves no MoE layer of "
+                    f"model.num_layers={self.num_layers}; use {self.num_layers - 1} or fewer, or "
+                    "model.num_experts=0"
+                )
+        else:
+            if self.first_dense_layers:
+                yield (
+                    f"model.first_dense_layers: {self.first_dense_layers} has no effect with "
+                    "model.num_experts=0, where every layer is dense; use 0"
+                )
+            if self.shared_expert_ffn_hidden_size:
+                yield (
+                    f"model.shared_expert_ffn_hidden_size: {self.shared_expert_ffn_hidden_size} "
+                    "needs experts, and model.num_experts=0; use 0"
+                )
+        if self.shared_expert_gate and not self.shared_expert_ffn_hidden_size:
+            yield (
+                "model.shared_expert_gate: there is no shared expert to gate; "
+                "set model.shared_expert_ffn_hidden_size, or model.shared_expert_gate=false"
+            )

@@ -1,0 +1,114 @@
+"""The group ``mone``: which neurons of an expert each token keeps."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from mone_megatron.config.convert import Scalar, from_dict, keys
+from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.group import Group
+from mone_megatron.config.marks import AtLeast, NameIn, Within
+from mone_megatron.methods.losses import LOSSES
+from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.scores import SCORES
+
+MoNETarget = Literal["routed", "shared", "dense"]
+
+
+@dataclass(frozen=True)
+class NeuronBalanceConfig(Group):
+    """The neuron balance loss (:mod:`mone_megatron.mone.balance`)."""
+
+    coeff: Annotated[float, AtLeast(0)] = 0.0
+    """The weight of the loss; 0 turns it off, and its value is logged all the same."""
+    kind: Annotated[str, NameIn(LOSSES)] = "switch"
+    """The loss."""
+    weights: Literal["selected", "all"] = "selected"
+    """P_k is the mean weight of neuron k over the neurons a token keeps, or over all of them."""
+    normalize: bool = True
+    """Weights of a token divided by their sum (true), or raw |a| (false), which can be "balanced"
+    by shrinking them."""
+
+
+@dataclass(frozen=True)
+class MoNEConfig(Group):
+    """Neuron selection inside the experts."""
+
+    enabled: bool = False
+    """Neuron selection on."""
+    keep_ratio: Annotated[float, Within("(0, 1]", example=0.25)] = 0.25
+    """The target density of every rule; `topk` keeps K = round(keep_ratio * f) neurons for each
+    token in each expert."""
+    score: Annotated[str, NameIn(SCORES)] = "abs_activation"
+    """What ranks the neurons of a token."""
+    rule: Annotated[str, NameIn(RULES)] = "topk"
+    """Which of the ranked neurons are kept."""
+    rule_options: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
+    """The rule's own options by name; those of another rule are refused."""
+    apply_to: tuple[MoNETarget, ...] = ("routed",)
+    """Which MLPs select: routed experts, the shared expert, dense layers."""
+    memory: Literal["full", "packed"] = "full"
+    """What the experts save for the backward pass: the values of every neuron, or of the kept ones
+    only (docs/performance.md#memory-mode)."""
+    balance: NeuronBalanceConfig = field(default_factory=NeuronBalanceConfig)
+    keep_ratio_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The keep ratio over the first steps, so that an MoE with dense experts anneals into MoNE:
+    `constant` is `keep_ratio` from the first step, the others go down to it."""
+    keep_ratio_start: float = 1.0
+    """The ratio of the first step; 1 keeps all neurons."""
+    keep_ratio_steps: int = 0
+    """The number of steps after which the ratio is `keep_ratio`."""
+
+    def keep_ratio_at(self, step: int) -> float:
+        """The keep ratio that a step (from 1) trains with; a checkpoint of it is used with it."""
+        if self.keep_ratio_schedule == "constant" or step > self.keep_ratio_steps:
+            return self.keep_ratio
+        progress = max(step - 1, 0) / self.keep_ratio_steps
+        if self.keep_ratio_schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.keep_ratio_start + (self.keep_ratio - self.keep_ratio_start) * progress
+
+    def rules(self) -> Iterator[str]:
+        """Yields what is wrong between the fields of this group alone."""
+        if not self.enabled:
+            return
+        if not self.apply_to:
+            yield "mone.apply_to: empty with mone.enabled=true; use [routed], or mone.enabled=false"
+        for target, count in Counter(self.apply_to).items():
+            if count > 1:
+                yield f"mone.apply_to: {target} is listed {count} times; list it once"
+        yield from self._rule_options()
+        yield from self._schedule()
+        if self.memory == "packed" and self.balance.coeff != 0 and self.balance.weights == "all":
+            yield (
+                "mone.memory: packed forgets the neurons that are not kept, and the balance loss "
+                "weighs them with mone.balance.weights=all; use weights=selected, or "
+                "mone.memory=full"
+            )
+
+    def _rule_options(self) -> Iterator[str]:
+        """Yields the options that the rule does not have, or that are of another type."""
+        options = RULES[self.rule].options
+        try:
+            from_dict(options, self.rule_options)
+        except ConfigError as error:
+            names = ", ".join(keys(options)) or "none"
+            for problem in error.problems:
+                yield f"mone.rule_options.{problem} (options of mone.rule={self.rule}: {names})"
+
+    def _schedule(self) -> Iterator[str]:
+        if self.keep_ratio_schedule == "constant":
+            if self.keep_ratio_steps:
+                yield (
+                    f"mone.keep_ratio_steps: {self.keep_ratio_steps} needs "
+                    "mone.keep_ratio_schedule=linear or cosine"
+                )
+        elif not self.keep_ratio <= self.keep_ratio_start <= 1:
+            yield (
+                f"mone.keep_ratio_start: {self.keep_ratio_start:g} is not between mone.keep_ratio="
+                f"{self.keep_ratio:g} and 1; a schedule goes down"
+            )
