@@ -76,15 +76,24 @@ def on_triton(tensor: Tensor) -> bool:
 class RowGroups:
     """Says how many rows each of E experts has; they lie expert after expert."""
 
-    # int64, on any device.
+    # int64, on the host where it has them.
     counts_E: Tensor
+    # The same, on the device of the rows.
+    counts_on_device_E: Tensor
     # int32, where each one's end, on the device of the rows.
     ends_E: Tensor
 
     @classmethod
-    def of(cls, counts_E: Tensor, device: torch.device) -> RowGroups:
-        """Returns the groups of rows on ``device``."""
-        return cls(counts_E, counts_E.to(device).cumsum(0).to(torch.int32))
+    def of(cls, counts_E: Tensor, counts_on_device_E: Tensor | None = None) -> RowGroups:
+        """Returns the groups of rows that have these counts.
+
+        Args:
+            counts_E: int64, on any device.
+            counts_on_device_E: the same numbers where the rows lie; None when ``counts_E`` does.
+        """
+        if counts_on_device_E is None:
+            counts_on_device_E = counts_E
+        return cls(counts_E, counts_on_device_E, counts_on_device_E.cumsum(0).to(torch.int32))
 
 
 def grouped_mm(rows_TI: Tensor, weight_EIO: Tensor, groups: RowGroups) -> Tensor:

@@ -93,7 +93,7 @@ class GroupedExperts(MegatronModule):
     def forward(
         self,
         tokens_TH: Tensor,
-        tokens_per_expert_E: Tensor,
+        groups: ops.RowGroups,
         probs_T: Tensor,
         segments: Segments,
     ) -> tuple[Tensor, None]:
@@ -101,7 +101,7 @@ class GroupedExperts(MegatronModule):
 
         Args:
             tokens_TH: rows sorted by expert.
-            tokens_per_expert_E: int64, rows of each expert, any device.
+            groups: the rows of each expert.
             probs_T: the router's probability of each row.
             segments: which rows belong together for the balance loss.
 
@@ -120,7 +120,6 @@ class GroupedExperts(MegatronModule):
         def project_down(hidden_TF: Tensor) -> Tensor:
             return ops.grouped_mm(hidden_TF, self.down_weight, groups)
 
-        groups = ops.RowGroups.of(tokens_per_expert_E, tokens_TH.device)
         gate_up_EHF = self.gate_up_weight.flatten(1, 2).transpose(1, 2)
         gate_up_TF = ops.grouped_mm(tokens_TH, gate_up_EHF, groups)
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)

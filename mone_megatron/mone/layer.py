@@ -5,8 +5,10 @@ came from which microbatch, so that the neuron balance loss means the same in ev
 expert parallelism an expert sees tokens of several data-parallel ranks, hence of several
 microbatches, at once; with tensor parallelism and unsharded experts it sees a part of one.
 
-Shape suffixes: N tokens of this rank, E experts on this rank, A all experts, R ranks that send
-tokens here, T rows.
+The numbers of rows that a layer needs are those that megatron-core's dispatcher counts, kept on the
+device (:mod:`.row_counts`): no layer of ours makes the host wait for a GPU.
+
+Shape suffixes: E experts on this rank, R ranks that send tokens here, T rows.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mone_megatron.kernels import ops
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.mlp import NeuronSharedExpert
 from mone_megatron.mone.neurons import Segments
+from mone_megatron.mone.row_counts import RowCounts
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,14 @@ class MoNELayer(MoELayer):
         """
         super().__init__(config, submodules, layer_number, pg_collection, **more)
         self.sources = sources or MicrobatchSources((0,))
-        self.rows_by_source_RE: Tensor | None = None
         dispatcher = config.moe_token_dispatcher_type
         if self.sources.num_microbatches > 1 and dispatcher not in ("alltoall", "allgather"):
             raise ValueError(
                 f"parallel.dispatcher: {dispatcher} does not keep tokens in the order of their "
                 "ranks, which the neuron balance loss needs; use alltoall or allgather"
             )
+        self.row_counts = RowCounts(self.token_dispatcher)
+        self.register_buffer("segment_ER", self._segment_of_each_source(), persistent=False)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Numbers the layer (from 1) for logging."""
@@ -94,51 +99,42 @@ class MoNELayer(MoELayer):
         if isinstance(self.shared_experts, NeuronSharedExpert):
             self.shared_experts.neuron_gate.layer_number = layer_number
 
-    def preprocess(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Does what the base class does, and exchanges the numbers of rows for each expert."""
-        if self.sources.num_microbatches > 1:
-            self.rows_by_source_RE = self._exchange_row_counts(routing_map)
-        preprocessed: tuple[Tensor, Tensor] = super().preprocess(hidden_states, probs, routing_map)
-        return preprocessed
-
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Applies this rank's experts to the dispatched rows."""
         rows_TH, rows_per_expert_E, row_probs_T = self.token_dispatcher.dispatch_postprocess(
             hidden_states, probs
         )
-        segments = self._segments(rows_per_expert_E, rows_TH)
-        output_TH, bias = self.experts(rows_TH, rows_per_expert_E, row_probs_T, segments)
+        # The same numbers twice: those of the dispatcher are on the host by now, where it needed
+        # them, and bringing them back would wait for all that the GPU was given.
+        groups = ops.RowGroups.of(
+            rows_per_expert_E, self.row_counts.of_experts(rows_per_expert_E, rows_TH.device)
+        )
+        segments = self._segments(groups, len(rows_TH))
+        output_TH, bias = self.experts(rows_TH, groups, row_probs_T, segments)
         return self.token_dispatcher.combine_preprocess(output_TH), bias
 
-    def _exchange_row_counts(self, routing_map_NA: Tensor) -> Tensor:
-        """Returns how many rows each source rank sends to each expert of this rank, ``[R, E]``."""
-        rows_A = routing_map_NA.sum(dim=0)
-        group = self.token_dispatcher.tp_ep_group
-        gathered = [torch.empty_like(rows_A) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, rows_A, group=group)
-        first, last = self.local_expert_indices[0], self.local_expert_indices[-1]
-        return torch.stack(gathered)[:, first : last + 1]
+    def _segment_of_each_source(self) -> Tensor:
+        """Returns the segment of each expert's rows from each source, int64 ``[E, R]``.
 
-    def _segments(self, rows_per_expert_E: Tensor, rows_TH: Tensor) -> Segments:
-        """Returns the segment of each row; rows are sorted by expert, then by source rank."""
-        device, num_rows = rows_TH.device, rows_TH.shape[0]
-        num_microbatches = self.sources.num_microbatches
-        if num_microbatches == 1:
-            expert_E = torch.arange(self.num_local_experts, device=device)
-            index_T = expert_E.repeat_interleave(rows_per_expert_E.to(device), output_size=num_rows)
-            return Segments(index_T, 1, self.sources.shared_group, in_order=True)
-        rows_RE, self.rows_by_source_RE = self.rows_by_source_RE, None
-        assert rows_RE is not None
-        microbatch_R = torch.tensor(self.sources.microbatch_of_source, device=device)
-        if self.config.moe_token_dispatcher_type == "alltoall":
+        Sources are in the order in which their rows lie within an expert.
+        """
+        microbatch_R = torch.tensor(self.sources.microbatch_of_source)
+        if self.config.moe_token_dispatcher_type == "alltoall" and len(microbatch_R) > 1:
             # The group counts expert-parallel ranks first; this dispatcher gathers over the
             # tensor-parallel ranks last, so it orders rows by those first.
-            order_R = torch.arange(len(microbatch_R), device=device)
-            order_R = order_R.view(-1, self.token_dispatcher.tp_size).T.flatten()
-            rows_RE, microbatch_R = rows_RE[order_R], microbatch_R[order_R]
-        expert_E = torch.arange(self.num_local_experts, device=device)
-        segment_ER = microbatch_R.unsqueeze(0) * self.num_local_experts + expert_E.unsqueeze(-1)
-        index_T = segment_ER.flatten().repeat_interleave(rows_RE.T.flatten(), output_size=num_rows)
-        return Segments(index_T, num_microbatches, self.sources.shared_group)
+            microbatch_R = microbatch_R.view(-1, self.token_dispatcher.tp_size).T.flatten()
+        expert_E = torch.arange(self.num_local_experts)
+        return microbatch_R.unsqueeze(0) * self.num_local_experts + expert_E.unsqueeze(-1)
+
+    def _segments(self, groups: ops.RowGroups, num_rows: int) -> Segments:
+        """Returns the segment of each row; rows are sorted by expert, then by source rank."""
+        num_microbatches, shared_group = self.sources.num_microbatches, self.sources.shared_group
+        if num_microbatches == 1:
+            rows_E = groups.counts_on_device_E
+            expert_E = torch.arange(self.num_local_experts, device=rows_E.device)
+            index_T = expert_E.repeat_interleave(rows_E, output_size=num_rows)
+            return Segments(index_T, 1, shared_group, in_order=True)
+        rows_ER = self.row_counts.by_source().T
+        segment_ER = self.get_buffer("segment_ER")
+        index_T = segment_ER.flatten().repeat_interleave(rows_ER.flatten(), output_size=num_rows)
+        return Segments(index_T, num_microbatches, shared_group)

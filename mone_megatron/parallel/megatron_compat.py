@@ -18,8 +18,8 @@ when upstream no longer needs them:
   are replaced in their code objects, which costs nothing at run time;
 * a few small functions are replaced whole, and ``Tensor.cuda`` leaves tensors where they are.
 
-On a CUDA machine only :func:`patch_missing_transformer_engine` (when Transformer Engine is absent)
-and :func:`patch_checkpoint_results` act.
+On a CUDA machine only :func:`patch_missing_transformer_engine` and :func:`fuse_gradient_norm` (when
+Transformer Engine is absent) and :func:`patch_checkpoint_results` act.
 """
 
 from __future__ import annotations
@@ -330,6 +330,40 @@ def patch_checkpoint_results() -> None:
 
 def _says_something_else(start: str, record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(start)
+
+
+def _fused_l2_norm(
+    chunk_size: int, noop_flag: object, tensor_lists: list[list[torch.Tensor]], *args: object
+) -> tuple[torch.Tensor, None]:
+    """``local_multi_tensor_l2_norm`` without waiting: the norm of all tensors, ``[1]`` fp32."""
+    tensors = [tensor for tensors in tensor_lists for tensor in tensors]
+    return torch.nn.utils.get_total_norm(tensors).float().view(1), None
+
+
+def _fused_scale(
+    chunk_size: int, noop_flag: object, tensor_lists: list[list[torch.Tensor]], scale: float
+) -> None:
+    """``local_multi_tensor_scale`` at once, and in place where source and target are the same."""
+    sources, targets = tensor_lists
+    for source, target in zip(sources, targets, strict=True):
+        if source is not target:
+            target.copy_(source)
+    torch._foreach_mul_(targets, scale)
+
+
+def fuse_gradient_norm() -> None:
+    """Gradients are measured and clipped by fused kernels, on CUDA.
+
+    Without Transformer Engine or apex megatron-core takes the norm of one gradient after another to
+    the host, which waits for each, and clips each by a product and a copy.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _fused_l2_norm
+    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _fused_scale
 
 
 def import_megatron(*, compile_fused: bool) -> None:

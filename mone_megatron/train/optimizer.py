@@ -62,8 +62,8 @@ def build_optimizer(
         if method.make is not None:
             part.optimizer = _in_place_of(part.optimizer, method.make, optim)
         keep_moments(part.optimizer, method.moments)
-    if device.kind == "cpu" and method.make is None:
-        _fuse_adam(optimizer)
+        if method.make is None:
+            _fuse_adam(part.optimizer)
     return optimizer
 
 
@@ -89,9 +89,15 @@ def _in_place_of(
     return made
 
 
-def _fuse_adam(optimizer: MegatronOptimizer) -> None:
-    """One pass over memory for each parameter instead of about ten; torch has it on CPU too."""
-    for group in optimizer.param_groups:
+def _fuse_adam(adam: torch.optim.Optimizer) -> None:
+    """One pass over memory for each parameter instead of about ten, if this is torch's own Adam.
+
+    On CUDA torch's default holds temporaries as large as the moments. Transformer Engine's and
+    apex's are fused as they are.
+    """
+    if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+        return
+    for group in adam.param_groups:
         group["fused"] = True
         group["foreach"] = False
 

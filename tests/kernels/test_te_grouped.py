@@ -86,7 +86,7 @@ def test_transformer_engine_itself(counts: list[int], transposed: bool) -> None:
 def test_it_is_chosen_for_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(te_grouped, "transformer_engines", lambda: documented_gemm)
     rows, weight = torch.randn(3, 8), torch.randn(2, 8, 16)
-    groups = ops.RowGroups.of(torch.tensor([1, 2]), rows.device)
+    groups = ops.RowGroups.of(torch.tensor([1, 2]))
     expected = ops.grouped_mm(rows, weight, groups)
     ops.use_kernels("auto", "transformer_engine")
     try:

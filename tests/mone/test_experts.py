@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
+from mone_megatron.kernels import ops
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.scores import SCORES as REGISTERED
 from mone_megatron.mone.experts import GroupedExperts
@@ -83,7 +84,7 @@ def run_experts(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output and gradients of tokens, probs, gate_up_weight and down_weight."""
     tokens, probs, grad, segments = make_rows(counts)
-    output, bias = experts(tokens, torch.tensor(counts), probs, segments)
+    output, bias = experts(tokens, ops.RowGroups.of(torch.tensor(counts)), probs, segments)
     assert bias is None
     inputs = (tokens, probs, experts.gate_up_weight, experts.down_weight)
     return (output.detach(), *torch.autograd.grad(output, inputs, grad))
@@ -224,12 +225,14 @@ def test_selection_changes_the_result_and_keeps_exactly_k_in_bf16() -> None:
     assert experts.neuron_gate.selector is not None
     experts.neuron_gate.selector.register_forward_hook(lambda *call: masks.append(call[2]))
     tokens, probs, _, segments = make_rows(counts)
-    output, _ = experts(tokens.bfloat16(), torch.tensor(counts), probs, segments)
+    output, _ = experts(tokens.bfloat16(), ops.RowGroups.of(torch.tensor(counts)), probs, segments)
     assert output.dtype is torch.bfloat16
     assert masks[0].shape == (500, 16)
     assert masks[0].sum(-1).eq(4).all()
     plain = make_experts(16, 2, None, params_dtype=torch.bfloat16)
-    plain_output, _ = plain(tokens.bfloat16(), torch.tensor(counts), probs, segments)
+    plain_output, _ = plain(
+        tokens.bfloat16(), ops.RowGroups.of(torch.tensor(counts)), probs, segments
+    )
     assert not torch.allclose(output, plain_output)
 
 

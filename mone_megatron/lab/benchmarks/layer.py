@@ -115,7 +115,7 @@ class _Layer:
         self.expert_T = chosen_NK.flatten().sort().values
         counts_E = torch.bincount(self.expert_T, minlength=shape.experts)
         # Counts on the host, as after the alltoall dispatcher.
-        self.groups = ops.RowGroups.of(counts_E.cpu(), device)
+        self.groups = ops.RowGroups.of(counts_E.cpu(), counts_E.to(device))
 
     def forward(self, way: _Way) -> tuple[Tensor, Tensor | None]:
         """The output ``[T, H]``, and a loss beside it."""

@@ -20,6 +20,7 @@ from types import FrameType
 import torch
 
 from mone_megatron.helpers import HelperThread
+from mone_megatron.parallel.device import numbers_on
 
 # Exit code of a run that was asked to stop (128 + SIGINT), its files complete up to that step.
 INTERRUPTED_EXIT_CODE = 130
@@ -123,7 +124,7 @@ class StopRequest:
         stop = self._number in self._stop
         later = self._number in _REQUEUE or self._failure is not None or self._time_is_up()
         requeue = not stop and later
-        return torch.tensor([float(stop), float(requeue)], device=device)
+        return numbers_on(device, float(stop), float(requeue))
 
     def _time_is_up(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline

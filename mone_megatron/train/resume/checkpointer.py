@@ -38,6 +38,7 @@ from mone_megatron.data.framing import Framing
 from mone_megatron.data.tokenizer import copy_tokenizer
 from mone_megatron.megatron_release import megatron_release
 from mone_megatron.os_errors import readable
+from mone_megatron.parallel.device import numbers_on
 from mone_megatron.parallel.megatron_compat import own_writer
 from mone_megatron.train.resume.identity import check_same_run, holds_a_run
 from mone_megatron.train.resume.initial_weights import initialize
@@ -182,7 +183,7 @@ class Checkpointer:
     def read(self, device: torch.device) -> Tensor:
         """``[1]``, for a sum over ranks: whether this rank still writes. Not collective."""
         writing = self._pending is not None and not self._pending.saving.ended
-        return torch.tensor([float(writing)], device=device)
+        return numbers_on(device, float(writing))
 
     def advance(self, writing: Tensor) -> None:
         """Finish a save that every rank has written.

@@ -98,7 +98,10 @@ class ParameterState:
         state = self.inner.state[self.main]
         for kind in self.moments:
             state[kind] = parts[kind].to(self.main.device, torch.float32).clone()
-        state["step"] = torch.tensor(float(updates))
+        # Where fused kernels look for it; the others would wait for the device to read it there.
+        fused = any(group.get("fused") for group in self.inner.param_groups)
+        where = self.main.device if fused else torch.device("cpu")
+        state["step"] = torch.tensor(float(updates), device=where)
 
 
 def _distributed(optimizer: DistributedOptimizer) -> Iterator[ParameterState]:
@@ -279,7 +282,19 @@ def assign_optimizer_state(
         by_state.setdefault(id(state), (state, {}))[1][kind] = loaded[name]
     for state, tensors in by_state.values():
         state.assign(tensors, updates)
-        # Transformer Engine's and apex's Adam count per group (not run here).
-        for group in state.inner.param_groups if state.inner is not None else ():
-            if "step" in group:
-                group["step"] = updates
+        if state.inner is not None:
+            _count_in_groups(state.inner, updates)
+
+
+def _count_in_groups(inner: torch.optim.Optimizer, updates: int) -> None:
+    """Tells optimizers that count updates once for a group how many there were.
+
+    Transformer Engine's and apex's Adam do. They make the count at their first update, so a new one
+    has none yet, and would correct its bias as if there had been no update before. torch's count in
+    each parameter's state.
+    """
+    if type(inner).__module__.startswith("torch.optim"):
+        return
+    for group in inner.param_groups:
+        before = group.get("step")
+        group["step"] = torch.full_like(before, updates) if torch.is_tensor(before) else updates

@@ -1,0 +1,85 @@
+"""The step of the real model on a CUDA device that is not there, in every layout.
+
+What holds everywhere: no operation between devices (FakeTensors refuse it), nothing that NCCL or a
+grouped product would refuse, and no wait for the GPU by our code in a layer; at most three a step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_runs import SMALL, FakeRun, fake_run
+
+from mone_megatron.testing.fake_cuda.guard import why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no fake device: {why_not()}")
+
+MONE = ("experiment=tiny_mone", *SMALL)
+LATENT = (
+    "model.attention=mla",
+    "model.mla.kv_lora_rank=32",
+    "model.mla.qk_nope_head_dim=16",
+    "model.mla.qk_rope_head_dim=8",
+    "model.mla.v_head_dim=16",
+)
+# Name: (processes, settings). The second half takes as long and finds less.
+MAIN = {
+    "one": (1, (*MONE, "train.global_batch_size=2")),
+    "ep2": (4, (*MONE, "parallel.expert=2")),
+    "tp2_ep2": (4, (*MONE, "parallel.tensor=2", "parallel.expert=2")),
+    "pp2_interleaved": (2, (*MONE, "parallel.pipeline=2", "parallel.virtual_pipeline=2",
+                            "model.num_layers=4")),
+    "allgather": (4, (*MONE, "parallel.expert=2", "parallel.dispatcher=allgather")),
+}  # fmt: skip
+REST = {
+    "moe": (4, ("experiment=tiny_moe", *SMALL, "parallel.expert=2")),
+    "etp2": (4, (*MONE, "parallel.tensor=2", "parallel.expert_tensor=2")),
+    "etp2_allgather": (4, (*MONE, "parallel.tensor=2", "parallel.expert_tensor=2",
+                           "parallel.dispatcher=allgather")),
+    "etp2_one_expert": (8, (*MONE, "parallel.expert_tensor=2", "parallel.expert=4",
+                            "model.num_experts=4")),
+    "ep8_one_expert": (8, (*MONE, "parallel.expert=8")),
+    "pp2": (2, (*MONE, "parallel.pipeline=2")),
+    "recompute_selective": (4, (*MONE, "parallel.expert=2", "train.recompute=selective")),
+    "recompute_full": (4, (*MONE, "parallel.expert=2", "train.recompute=full")),
+    "packed": (4, (*MONE, "parallel.expert=2", "mone.memory=packed")),
+    "shared": (4, (*MONE, "parallel.tensor=2", "model.shared_expert_ffn_hidden_size=64",
+                   "mone.apply_to=[routed,shared]")),
+    "latent": (4, (*MONE, *LATENT, "parallel.tensor=2")),
+    "without_distributed_optimizer": (2, (*MONE, "parallel.distributed_optimizer=false")),
+    "signed_gate": (2, (*MONE, "mone.score=signed_gate")),
+    "qwen3_30b_a3b": (8, ("experiment=qwen3_30b_a3b_mone", "parallel=single",
+                          "parallel.expert=8", "model.num_layers=2", "train.global_batch_size=8",
+                          "train.micro_batch_size=1")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fake_cuda")
+
+
+@pytest.fixture(
+    params=[
+        *(pytest.param(setting, id=name) for name, setting in MAIN.items()),
+        *(pytest.param(setting, id=name, marks=pytest.mark.slow) for name, setting in REST.items()),
+    ]
+)
+def run(request: pytest.FixtureRequest, folder: Path) -> FakeRun:
+    world, overrides = request.param
+    return fake_run(folder, world, *overrides)
+
+
+def test_a_step_is_one_that_a_gpu_would_take(run: FakeRun) -> None:
+    assert run.found(kind="fault") == []
+    waits = run.found("step", kind="wait")
+    ours = [wait for wait in waits if wait.in_layer and wait.by_us]
+    assert ours == []
+    # The loss and what rides along, the gradient norm, and the end of the step.
+    outside = [wait for wait in waits if not wait.in_layer]
+    assert len(outside) <= 3, outside
+    # megatron-core's: twice for its permutation and once for the counts, forward only.
+    forwards = 2 if any("recompute" in key for key in run.written["overrides"]) else 1
+    assert len(waits) - len(outside) <= 3 * run.dispatches * forwards
+    assert run.launches("forward_kernel") > 0
