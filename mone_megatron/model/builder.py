@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mone_megatron.config.schema import Config
 from mone_megatron.model.gpt import LanguageModel
 from mone_megatron.model.initialize import initialize_weights
+from mone_megatron.model.replicated import mark_replicated
 from mone_megatron.model.specs import decoder_spec
 from mone_megatron.model.transformer import moe_layer_pattern, transformer_config
 from mone_megatron.mone.layer import MicrobatchSources
@@ -53,6 +54,7 @@ def build_gpt(
         rotary_base=config.model.rope_theta,
         vp_stage=vp_stage,
     )
+    mark_replicated(model)
     initialize_weights(
         model, seed=config.train.seed, std=config.model.init_std, vocab_size=vocab_size
     )

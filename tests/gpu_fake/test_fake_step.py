@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no fake device: 
 MONE = ("experiment=tiny_mone", *SMALL)
 LATENT = (
     "model.attention=mla",
+    "model.num_query_groups=4",
+    "model.qk_norm=false",
     "model.mla.kv_lora_rank=32",
     "model.mla.qk_nope_head_dim=16",
     "model.mla.qk_rope_head_dim=8",
@@ -83,3 +85,5 @@ def test_a_step_is_one_that_a_gpu_would_take(run: FakeRun) -> None:
     forwards = 2 if any("recompute" in key for key in run.written["overrides"]) else 1
     assert len(waits) - len(outside) <= 3 * run.dispatches * forwards
     assert run.launches("forward_kernel") > 0
+    # One kernel for all of a parameter's update, without temporaries.
+    assert [part["fused"] for part in run.written["optimizers"]] in ([True], [True, True])

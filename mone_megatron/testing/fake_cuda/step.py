@@ -185,7 +185,13 @@ def _steps(config: Config, layout: Layout, device: Any, findings: Findings) -> d
     from mone_megatron.train.hooks.on_every_rank import hooks_on_every_rank
     from mone_megatron.train.hooks.panel import PanelHook
     from mone_megatron.train.loop import train
-    from mone_megatron.train.resume.saved_state import inner_parts, model_state, optimizer_state
+    from mone_megatron.train.resume.saved_state import (
+        assign_optimizer_state,
+        inner_parts,
+        model_state,
+        optimizer_state,
+        optimizer_targets,
+    )
     from mone_megatron.train.session import Session
     from mone_megatron.train.state import build_state
     from mone_megatron.train.step import Stepper
@@ -227,6 +233,11 @@ def _steps(config: Config, layout: Layout, device: Any, findings: Findings) -> d
     stepper.state_is_finite()
     findings.phase = "save"
     optimizer_state(state.optimizer, model_state(state.chunks))
+    findings.phase = "resume"
+    entries, owners = optimizer_targets(state.optimizer, model_state(state.chunks))
+    loaded = {name: entry.data for name, entry in entries.items()}
+    assign_optimizer_state(loaded, owners, updates=3)
+    stepper.attempt(_batches(config, layout.num_microbatches))
     return {
         "dtype": str(device.dtype),
         "microbatches": layout.num_microbatches,
