@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
 from megatron.core.post_training.modelopt.layers import Linear
 from torch import Tensor
 
-from mone_megatron.model.specs import TorchSpecProvider
 from mone_megatron.testing.trainer import build_trainer, random_batches
 
 
-class MarkedLinear(Linear):
-    """A linear layer that every rank has whole, with Transformer Engine's mark and mode."""
+def _as_transformer_engine(make: Callable[..., None]) -> Callable[..., None]:
+    """Returns a constructor of a layer that every rank has whole, with that mark and mode."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def marked(self: Linear, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
         self.parallel_mode = None
         for parameter in self.parameters():
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
             parameter.partition_dim = 0  # type: ignore[attr-defined]
             parameter.partition_stride = 1  # type: ignore[attr-defined]
 
+    return marked
+
 
 def weights_and_norms(
     overrides: Sequence[str], marked: bool
 ) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
     """Returns this rank's initial down projections, and losses and gradient norms of two steps."""
-    linear = MarkedLinear if marked else Linear
-    with patch.object(TorchSpecProvider, "linear", lambda _: linear):
+    # megatron-core takes this very class, and no other.
+    make = Linear.__init__
+    with patch.object(Linear, "__init__", _as_transformer_engine(make) if marked else make):
         trainer = build_trainer(overrides, data_fingerprint="random tokens")
     weights = {
         name: parameter.detach().clone()

@@ -60,9 +60,8 @@ ADAMS = {
 
 
 def _trainer(folder: str, overrides: tuple[str, ...]) -> Trainer:
-    return build_trainer(
-        (*TINY, *overrides, f"run.dir={folder}", "checkpoint.resume=auto"), data_fingerprint="none"
-    )
+    settings = (*TINY, *overrides, f"run.dir={folder}", "checkpoint.resume=auto")
+    return build_trainer(settings, data_fingerprint="none")
 
 
 def _train(trainer: Trainer) -> list[float]:
