@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,10 +11,12 @@ from unittest.mock import patch
 import megatron.core.optimizer
 import pytest
 import torch
+from megatron.core.optimizer import distrib_optimizer
 
 from mone_megatron.testing.processes import Processes
 from mone_megatron.testing.trainer import Trainer, build_trainer, random_batches
 from mone_megatron.train.resume.checkpointer import Position
+from mone_megatron.train.resume.saved_state import inner_parts
 
 TINY = ("experiment=tiny_mone", "device=cpu", "model.num_layers=1", "train.seq_length=16")
 
@@ -20,8 +24,9 @@ TINY = ("experiment=tiny_mone", "device=cpu", "model.num_layers=1", "train.seq_l
 class GroupAdam(torch.optim.Optimizer):
     """AdamW that counts updates once for a group, from the first on, as Transformer Engine's."""
 
-    def __init__(self, params: Any, lr: float, weight_decay: float, betas: Any, eps: float) -> None:
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+    def __init__(self, params: Any, *, adam_w_mode: bool, **defaults: Any) -> None:
+        assert adam_w_mode
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -52,11 +57,23 @@ class TensorGroupAdam(GroupAdam):
             group["step"] = torch.zeros(1, dtype=torch.int32)
 
 
-ADAMS = {
-    "torch": torch.optim.AdamW,
-    "group": GroupAdam,
-    "tensor": TensorGroupAdam,
-}
+# None: torch's, which megatron-core takes without Transformer Engine.
+ADAMS = {"torch": None, "group": GroupAdam, "tensor": TensorGroupAdam}
+
+
+@contextmanager
+def _using(adam: str) -> Iterator[None]:
+    """Within the block megatron-core finds this Adam, as it finds Transformer Engine's."""
+    found = ADAMS[adam]
+    if found is None:
+        yield
+        return
+    changes = {"Adam": found, "USING_PYTORCH_OPTIMIZER": False}
+    with (
+        patch.multiple(megatron.core.optimizer, **changes),
+        patch.object(distrib_optimizer, "Adam", found),
+    ):
+        yield
 
 
 def _trainer(folder: str, overrides: tuple[str, ...]) -> Trainer:
@@ -70,8 +87,10 @@ def _train(trainer: Trainer) -> list[float]:
 
 def save_and_go_on(adam: str, folder: str, overrides: tuple[str, ...]) -> list[float]:
     """Returns the losses of three steps after three others and a save."""
-    with patch.object(megatron.core.optimizer, "Adam", ADAMS[adam]):
+    with _using(adam):
         trainer = _trainer(folder, overrides)
+        for part in inner_parts(trainer.state.optimizer):
+            assert type(part.optimizer) is (ADAMS[adam] or torch.optim.AdamW)
         _train(trainer)
         trainer.checkpointer.save(Position(step=3, tokens=1))
         trainer.checkpointer.finish()
@@ -80,7 +99,7 @@ def save_and_go_on(adam: str, folder: str, overrides: tuple[str, ...]) -> list[f
 
 def resume(adam: str, folder: str, overrides: tuple[str, ...]) -> list[float]:
     """Returns the losses of the three steps after that save."""
-    with patch.object(megatron.core.optimizer, "Adam", ADAMS[adam]):
+    with _using(adam):
         trainer = _trainer(folder, overrides)
         assert trainer.checkpointer.resume().step == 3
         return _train(trainer)
