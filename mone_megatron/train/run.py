@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mone_megatron import __version__
+from mone_megatron.checkpoint.names import checkpoint_name
 from mone_megatron.config.layout import Layout
 from mone_megatron.config.load import to_yaml
 from mone_megatron.config.schema import Config
@@ -31,7 +32,7 @@ from mone_megatron.planning.flops import flops_per_step
 from mone_megatron.planning.parameters import ParameterCount, count_parameters
 from mone_megatron.train.evaluate.scoring import Scorer
 from mone_megatron.train.evaluate.tasks import TaskEvaluation
-from mone_megatron.train.health.signals import RESUME_EXIT_CODE, StopRequest
+from mone_megatron.train.health.signals import StopRequest
 from mone_megatron.train.health.watchdog import BACKSTOP_SECONDS, Watchdog, WatchdogHook
 from mone_megatron.train.hooks.added import added_hooks
 from mone_megatron.train.hooks.on_every_rank import hooks_on_every_rank
@@ -201,9 +202,18 @@ def _run(
         f"stopped by {outcome.stopped_by} after step {outcome.position.step} of "
         f"{config.train.steps}; metrics are complete in {folder / 'metrics.jsonl'}"
     )
-    if outcome.exit_code == RESUME_EXIT_CODE:
-        say("start it again with checkpoint.resume=auto to go on")
+    say(_how_to_go_on(config, outcome.position.step))
     return outcome.exit_code
+
+
+def _how_to_go_on(config: Config, step: int) -> str:
+    """Returns what was saved of a run that was stopped after a step, and what takes it up again."""
+    if config.checkpoint.interval == 0:
+        return "nothing was saved (checkpoint.interval=0); a run with checkpoint=auto can go on"
+    folder = Path(config.run.dir) / "checkpoints" / checkpoint_name(step)
+    if config.checkpoint.resume == "auto":
+        return f"saved to {folder}; the same command goes on from there"
+    return f"saved to {folder}; the same command with checkpoint.resume=auto goes on from there"
 
 
 def _open_session(

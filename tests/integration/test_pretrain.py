@@ -278,6 +278,9 @@ def test_ctrl_c_leaves_readable_metrics_and_says_so(tmp_path: Path) -> None:
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0
     assert "stopped by SIGINT after step" in output
+    assert (
+        "nothing was saved (checkpoint.interval=0); a run with checkpoint=auto can go on" in output
+    )
     assert str(metrics) in output
     records = _records(tmp_path)
     assert len(records) >= 3

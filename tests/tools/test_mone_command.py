@@ -212,4 +212,8 @@ def test_processes_of_one_command_end_without_a_traceback(tmp_path: Path) -> Non
     out, err = run.communicate(timeout=300)
     assert run.returncode == 130
     assert "Traceback" not in err
-    assert "stopped by SIGINT after step" in out + err
+    *_, stopped, go_on = [line for line in (out + err).splitlines() if line]
+    step = int(stopped.removeprefix("stopped by SIGINT after step ").split()[0])
+    folder = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
+    assert go_on == f"saved to {folder}; the same command goes on from there"
+    assert folder.is_dir()
