@@ -32,9 +32,10 @@ from torch._subclasses.fake_tensor import (  # noqa: E402
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
+from mone_megatron.config.layout import Layout  # noqa: E402
 from mone_megatron.config.load import compose  # noqa: E402
 from mone_megatron.config.schema import Config  # noqa: E402
-from mone_megatron.config.validate import Layout, validate  # noqa: E402
+from mone_megatron.config.validate import validate  # noqa: E402
 from mone_megatron.parallel.world import World  # noqa: E402
 from mone_megatron.testing.fake_cuda.device import GPUS, install_device  # noqa: E402
 from mone_megatron.testing.fake_cuda.findings import WAIT, Findings  # noqa: E402
