@@ -12,6 +12,7 @@ from mone_megatron.config.marks import Above, AtLeast, NameIn, Within
 from mone_megatron.config.router import RouterConfig
 from mone_megatron.config.wording import is_multiple, near_divisors, near_multiples
 from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 
 QKNormScope = Literal["head", "all_heads"]
 
@@ -57,6 +58,12 @@ class ModelConfig(Group):
     activation: Annotated[str, NameIn(ACTIVATIONS)] = "silu"
     """The activation of the gate projection in every MLP: `silu` is SwiGLU; `relu2` is the square
     of ReLU."""
+    sparsity_loss: Annotated[str, NameIn(SPARSITY_LOSSES)] = "none"
+    """A loss on the hidden values act(gate) * up of routed experts, of MoE and MoNE alike: `l1` is
+    the mean over tokens of the sum of their absolute values, over a token's experts and kept
+    neurons. Each layer adds it."""
+    sparsity_coeff: Annotated[float, AtLeast(0)] = 0.0
+    """The coefficient of the sparsity loss; with 0 it is only logged."""
     qk_norm: bool = True
     """RMSNorm on queries and keys, before RoPE."""
     qk_norm_scope: QKNormScope = "head"
@@ -107,6 +114,7 @@ class ModelConfig(Group):
         yield from self._attention()
         yield from self._latent_attention()
         yield from self._experts()
+        yield from self._sparsity()
         if self.num_experts > 0:
             yield from self.router.rules_with_experts(self.num_experts, self.experts_per_token)
 
@@ -166,6 +174,19 @@ class ModelConfig(Group):
             yield (
                 "model.qkv_bias: true with model.attention=mla, whose projections have no bias; "
                 "use model.qkv_bias=false"
+            )
+
+    def _sparsity(self) -> Iterator[str]:
+        lossless = SPARSITY_LOSSES[self.sparsity_loss].function is None
+        if lossless and self.sparsity_coeff:
+            yield (
+                f"model.sparsity_coeff: {self.sparsity_coeff:g} has no effect with "
+                f"model.sparsity_loss={self.sparsity_loss}; name a loss such as l1, or use 0"
+            )
+        if not lossless and self.num_experts < 1:
+            yield (
+                f"model.sparsity_loss: {self.sparsity_loss} is a loss on routed experts, and "
+                "model.num_experts is 0; use none"
             )
 
     def _experts(self) -> Iterator[str]:

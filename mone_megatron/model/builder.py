@@ -13,7 +13,7 @@ from mone_megatron.config.schema import Config
 from mone_megatron.model.gpt import LanguageModel
 from mone_megatron.model.initialize import initialize_weights
 from mone_megatron.model.replicated import mark_replicated
-from mone_megatron.model.specs import decoder_spec
+from mone_megatron.model.specs import decoder_spec, sparsity_settings
 from mone_megatron.model.transformer import moe_layer_pattern, transformer_config
 from mone_megatron.mone.layer import MicrobatchSources
 from mone_megatron.parallel.device import Device
@@ -43,6 +43,7 @@ def build_gpt(
             sources=sources,
             on_cpu=on_cpu,
             vp_stage=vp_stage,
+            sparsity=sparsity_settings(config),
         ),
         vocab_size=config.model.padded_vocab_size(vocab_size),
         max_sequence_length=config.train.seq_length,

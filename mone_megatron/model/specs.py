@@ -29,9 +29,10 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from mone_megatron.config.schema import ModelConfig, MoNEConfig
+from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
 from mone_megatron.kernels.te_grouped import have_transformer_engine
 from mone_megatron.methods.routers import ROUTERS
+from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 from mone_megatron.model.attention import SDPAttention
 from mone_megatron.model.norm import AllHeadsRMSNorm, RMSNorm
 from mone_megatron.mone.balance import NeuronBalance
@@ -40,6 +41,7 @@ from mone_megatron.mone.layer import MicrobatchSources, MoNELayer
 from mone_megatron.mone.mlp import NeuronMLP, NeuronSharedExpert
 from mone_megatron.mone.neurons import NeuronSettings
 from mone_megatron.mone.selection import NeuronSelection
+from mone_megatron.mone.sparsity import Sparsity
 from mone_megatron.parallel.megatron_compat import latent_attention, self_attention
 
 
@@ -104,8 +106,21 @@ def _dense_mlp(backend: BackendSpecProvider, mone: MoNEConfig) -> ModuleSpec:
     return ModuleSpec(module=NeuronMLP, submodules=submodules, params={"neurons": neurons})
 
 
+def sparsity_settings(config: Config) -> Sparsity | None:
+    """Returns the settings of the sparsity loss of routed experts; None where there is none."""
+    model, train = config.model, config.train
+    if SPARSITY_LOSSES[model.sparsity_loss].function is None:
+        return None
+    tokens = train.micro_batch_size * train.seq_length
+    return Sparsity(model.sparsity_loss, model.sparsity_coeff, tokens)
+
+
 def _moe_mlp(
-    backend: BackendSpecProvider, model: ModelConfig, mone: MoNEConfig, sources: MicrobatchSources
+    backend: BackendSpecProvider,
+    model: ModelConfig,
+    mone: MoNEConfig,
+    sources: MicrobatchSources,
+    sparsity: Sparsity | None,
 ) -> ModuleSpec:
     linears = MLPSubmodules(
         linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
@@ -122,7 +137,9 @@ def _moe_mlp(
         submodules=MoESubmodules(
             router=ROUTERS[model.router.kind].module,
             # megatron-core's need grouped_gemm or Transformer Engine, and select no neurons.
-            experts=ModuleSpec(module=GroupedExperts, params={"neurons": routed}),
+            experts=ModuleSpec(
+                module=GroupedExperts, params={"neurons": routed, "sparsity": sparsity}
+            ),
             shared_experts=shared_expert,
         ),
     )
@@ -199,6 +216,7 @@ def decoder_spec(
     sources: MicrobatchSources,
     on_cpu: bool,
     vp_stage: int | None = None,
+    sparsity: Sparsity | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage (and virtual stage).
 
@@ -210,12 +228,13 @@ def decoder_spec(
         sources: see :class:`mone_megatron.mone.layer.MicrobatchSources`.
         on_cpu: CPU backend.
         vp_stage: model chunk of an interleaved pipeline.
+        sparsity: the loss on hidden values of routed experts; None for none.
     """
     backend = spec_provider(on_cpu=on_cpu)
     dense = _layer(backend, model, _dense_mlp(backend, mone))
     layers = {0: dense}
     if transformer.num_moe_experts:
-        moe = _moe_mlp(backend, model, mone, sources)
+        moe = _moe_mlp(backend, model, mone, sources, sparsity)
         layers[1] = _layer(backend, model, moe)
     first = get_transformer_layer_offset(transformer, vp_stage=vp_stage)
     count = get_num_layers_to_build(transformer, vp_stage=vp_stage)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mone_megatron.kernels import ops
 from mone_megatron.mone.megatron_settings import ROUTED_EXPERTS, refuse_unread
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
+from mone_megatron.mone.sparsity import Sparsity
 
 
 class GroupedExperts(MegatronModule):
@@ -35,6 +36,7 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         neurons: NeuronSettings | None = None,
+        sparsity: Sparsity | None = None,
         name: str | None = None,
     ) -> None:
         """Allocates the experts of this rank; :mod:`mone_megatron.model.initialize` fills them.
@@ -44,6 +46,7 @@ class GroupedExperts(MegatronModule):
             config: megatron-core's; ``moe_ffn_hidden_size`` is f over all ranks.
             pg_collection: with ``ep``, ``expt_tp`` and ``expt_dp``.
             neurons: neuron selection and balance; None for plain experts.
+            sparsity: the loss on hidden values; None for none.
             name: a name that megatron-core gives its modules from 0.17 on; not used.
 
         Raises:
@@ -70,6 +73,7 @@ class GroupedExperts(MegatronModule):
             first_expert=num_local_experts * self.expert_group.rank(),
             neuron_group=self.tensor_group,
             replica_group=self.replica_group,
+            sparsity=sparsity,
         )
 
     def _parameter(self, shape: tuple[int, ...], neuron_dim: int) -> nn.Parameter:

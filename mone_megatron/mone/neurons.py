@@ -38,6 +38,7 @@ from mone_megatron.mone.balance import (
 )
 from mone_megatron.mone.metrics import Usage
 from mone_megatron.mone.selection import NeuronSelection, NeuronSelector
+from mone_megatron.mone.sparsity import Sparsity
 
 # The balance loss's name in megatron-core's tracker of auxiliary losses.
 NEURON_BALANCE_LOSS = "neuron_balance_loss"
@@ -68,6 +69,10 @@ class Segments:
     in_order: bool = False
 
 
+def _scaled(hidden_TF: Tensor, scale_T: Tensor) -> Tensor:
+    return (hidden_TF * scale_T.unsqueeze(-1)).to(hidden_TF.dtype)
+
+
 class NeuronGate(MegatronModule):
     """Computes the gated linear unit between an expert's projections, and selects its neurons."""
 
@@ -82,6 +87,7 @@ class NeuronGate(MegatronModule):
         first_expert: int,
         neuron_group: dist.ProcessGroup,
         replica_group: dist.ProcessGroup,
+        sparsity: Sparsity | None = None,
     ) -> None:
         """Prepares for experts of ``neurons`` neurons over ``neuron_group``.
 
@@ -94,6 +100,7 @@ class NeuronGate(MegatronModule):
             first_expert: global index of the first of them.
             neuron_group: ranks that share the neurons of these experts.
             replica_group: ranks that hold these same neurons for other tokens.
+            sparsity: the loss on hidden values; None for none.
 
         Raises:
             ValueError: when the keep ratio keeps no neuron.
@@ -114,6 +121,7 @@ class NeuronGate(MegatronModule):
         self.activate: Activate = config.activation_func
         self.balance = settings.balance if settings else NeuronBalance()
         self.loss = LOSSES[self.balance.kind]
+        self.sparsity = sparsity
         self.selector: NeuronSelector | None = None
         self.memory = settings.memory if settings else "full"
         if settings is not None and settings.selection.budget(neurons).kept < neurons:
@@ -156,11 +164,49 @@ class NeuronGate(MegatronModule):
         def mask() -> Tensor:
             return self._mask(gate_TF, up_TF, segments, down_norm, observing=observing)
 
-        hidden_TF = self._hidden(gate_TF, up_TF, scale_T, segments, packed, mask, observing)
+        if self.sparsity is None:
+            hidden_TF = self._hidden(gate_TF, up_TF, scale_T, segments, packed, mask, observing)
+        else:
+            # The loss sees hidden values before they are scaled.
+            hidden_TF = self._hidden(gate_TF, up_TF, None, segments, packed, mask, observing)
+            hidden_TF, packed = self._sparse(hidden_TF, scale_T, segments, packed, observing)
         if packed is None:
             return project(hidden_TF)
         with ops.rebuilt_when_needed(hidden_TF, packed):
             return project(hidden_TF)
+
+    def _sparse(
+        self,
+        hidden_TF: Tensor,
+        scale_T: Tensor | None,
+        segments: Segments,
+        packed: Packed | None,
+        observing: bool,
+    ) -> tuple[Tensor, Packed | None]:
+        """Attaches the sparsity loss, then scales rows.
+
+        Returns:
+            The scaled hidden values, and how they are rebuilt; None when they are kept.
+        """
+        assert self.sparsity is not None
+        if packed is not None:
+            with ops.rebuilt_when_needed(hidden_TF, packed):
+                scaled_TF, _ = self._sparse(hidden_TF, scale_T, segments, None, observing)
+            again = packed.rebuild
+            if again is None or scale_T is None:
+                return scaled_TF, packed
+            row_scale_T = scale_T.detach()
+            return scaled_TF, Packed(packed.width, lambda: _scaled(again(), row_scale_T))
+        if observing:
+            hidden_TF = self.sparsity.attach(
+                hidden_TF,
+                segments.index_T,
+                num_segments=segments.num_microbatches * self.num_local_experts,
+                num_experts=self.num_experts,
+                layer_number=self.layer_number,
+                num_layers=self.num_layers,
+            )
+        return (hidden_TF if scale_T is None else _scaled(hidden_TF, scale_T)), None
 
     def _hidden(
         self,

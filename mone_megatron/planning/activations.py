@@ -20,6 +20,7 @@ from mone_megatron.config.schema import Config, MoNEConfig
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.rule import count_kept
 from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 from mone_megatron.planning.attention import head_dim_of, value_dim_of
 from mone_megatron.planning.shards import expert_width, local_experts
 
@@ -245,6 +246,12 @@ def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
         segments = local_experts(config) * _microbatches_that_meet(config)
         split = config.parallel.expert_tensor > 1
         saved |= _balance(config, numerics, rows, width, segments=segments, split=split)
+    if SPARSITY_LOSSES[model.sparsity_loss].function is not None:
+        # Hidden values are kept before they are scaled, too, and which segment a row is of.
+        packed = selecting and config.mone.memory == "packed"
+        segments = local_experts(config) * _microbatches_that_meet(config)
+        sums = 4 * segments if model.sparsity_coeff else 0
+        saved["sparsity loss"] = rows * ((0 if packed else width * e) + sums)
     if model.shared_expert_ffn_hidden_size:
         shared = model.shared_expert_ffn_hidden_size
         selecting_shared = selects_neurons(config, "shared", shared)

@@ -18,6 +18,7 @@ from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
 from mone_megatron.methods.sources import SOURCES
+from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 
 REGISTRIES: tuple[Registry, ...] = (
     ACTIVATIONS,
@@ -28,6 +29,7 @@ REGISTRIES: tuple[Registry, ...] = (
     RULES,
     SCORES,
     SOURCES,
+    SPARSITY_LOSSES,
 )
 
 

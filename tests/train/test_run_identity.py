@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mone_megatron.config.load import compose
-from mone_megatron.train.resume.identity import check_same_run, run_identity
+from mone_megatron.train.resume.identity import check_same_model, check_same_run, run_identity
 
 WHERE = Path("runs/a/checkpoints/step_00000003")
 
@@ -51,8 +51,12 @@ def test_another_run_is_refused_by_key(current: dict[str, Any], key: str, chosen
 
 
 @pytest.mark.parametrize(
-    "change", ["mone.keep_ratio=0.5", "mone.balance.coeff=0.5", "optim.lr=0.5", "mone=disabled"]
-)
+    "change",
+    [
+        "mone.keep_ratio=0.5", "mone.balance.coeff=0.5", "optim.lr=0.5", "mone=disabled",
+        "model.sparsity_loss=l1",
+    ],
+)  # fmt: skip
 def test_another_recipe_is_for_those_who_name_the_checkpoint(change: str) -> None:
     current = identity(change)
     with pytest.raises(ValueError, match=f"checkpoint.resume={WHERE}"):
@@ -67,6 +71,27 @@ def test_a_key_that_only_one_of_them_has_is_told() -> None:
     del saved["model.norm_eps"]
     with pytest.raises(ValueError, match=r"^model\.norm_eps: None saved"):
         check(saved, identity())
+
+
+# Each key with another value than every run had before there was the key.
+LATER_KEYS = {
+    "mone.rule": "n_of_m", "model.router.kind": "other", "optim.name": "other",
+    "model.sparsity_loss": "l1", "model.sparsity_coeff": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", LATER_KEYS)
+def test_a_checkpoint_of_before_a_key_is_one_of_its_default(key: str) -> None:
+    saved = identity()
+    del saved[key]
+    assert check(saved, identity()) == []
+    check_same_model(saved, identity(), WHERE)
+    with pytest.raises(ValueError, match=rf"^{key}: "):
+        check(saved, identity() | {key: LATER_KEYS[key]})
+
+
+def test_weights_may_begin_a_run_with_a_sparsity_loss() -> None:
+    check_same_model(identity(), identity("model.sparsity_loss=l1"), WHERE)
 
 
 def test_layout_and_logging_are_free() -> None:

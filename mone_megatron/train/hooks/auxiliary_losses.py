@@ -1,4 +1,4 @@
-"""Auxiliary losses of a step: those of routers, and the balance of neurons.
+"""Auxiliary losses of a step: those of routers, sparsity, and the balance of neurons.
 
 Shape suffixes: A auxiliary losses, L layers.
 """
@@ -13,7 +13,9 @@ from torch import Tensor
 from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
 from mone_megatron.methods.hook import Hook, Record, StepReport
+from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
+from mone_megatron.mone.sparsity import SPARSITY_LOSS
 from mone_megatron.parallel.megatron_compat import layer_losses, zero_layer_losses
 from mone_megatron.train.hooks.due import is_due
 
@@ -61,6 +63,8 @@ class AuxiliaryLossHook(Hook):
             if config.model.router.z_loss_coeff > 0:
                 # Ranks hold means over their tokens.
                 self.losses.append(("router/z_loss", _Z_LOSS, 1 / (per_stage * token_shards)))
+        if config.model.num_experts and SPARSITY_LOSSES[config.model.sparsity_loss].function:
+            self.losses.append(("experts/sparsity_loss", SPARSITY_LOSS, 1 / per_stage))
         if config.mone.enabled:
             self.losses.append(("mone/balance_loss", NEURON_BALANCE_LOSS, 1 / per_stage))
 

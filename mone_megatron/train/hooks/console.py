@@ -20,6 +20,7 @@ _SHOWN = (
     ("router/global_load_balancing_loss", "global balance", ".3f"),
     ("router/z_loss", "z", ".3f"),
     ("mone/balance_loss", "neuron balance", ".3f"),
+    ("experts/sparsity_loss", "sparsity", ".3f"),
     ("grad_norm", "grad", ".2f"),
     ("lr", "lr", ".1e"),
     ("tokens_per_second", "tok/s", ",.0f"),

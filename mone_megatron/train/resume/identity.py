@@ -14,7 +14,7 @@ from mone_megatron.data.framing import Framing, framing_of
 
 # What may be changed by someone who names a checkpoint to start from; a run that goes on by
 # itself (checkpoint.resume=auto) must be as it was.
-_RECIPE = ("mone.", "optim.")
+_RECIPE = ("mone.", "optim.", "model.sparsity_")
 # What decides neither a weight's shape nor what the model computes from its weights; balancing by
 # sinkhorn, which routes, is told apart below.
 _OF_TRAINING = (
@@ -25,6 +25,8 @@ _OF_TRAINING = (
     "model.router.balance_coeff",
     "model.router.z_loss_coeff",
     "model.router.expert_bias_rate",
+    "model.sparsity_loss",
+    "model.sparsity_coeff",
 )
 _ROUTES = "sinkhorn"
 # Keys that older checkpoints do not name, with what every run did before there was a choice.
@@ -32,6 +34,8 @@ _BEFORE_THE_KEY = {
     "mone.rule": "topk",
     "mone.balance.kind": "switch",
     "model.router.kind": "topk",
+    "model.sparsity_loss": "none",
+    "model.sparsity_coeff": 0.0,
     "optim.name": "adam",
 }
 # What to look at when a value that nobody configured differs.
@@ -79,8 +83,8 @@ def check_same_run(
         saved: what the checkpoint says.
         current: this run's.
         where: the checkpoint, for messages.
-        chosen: the user named this checkpoint: a changed recipe (``mone.*``, ``optim.*``) is then
-            meant, and only told.
+        chosen: the user named this checkpoint: a changed recipe (``mone.*``, ``optim.*``, the
+            sparsity loss) is then meant, and only told.
         say: is told of changes that are let through.
 
     Raises:
