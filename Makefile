@@ -19,7 +19,7 @@ ON_NEXT     = PYTHONPATH=$(CURDIR)/$(NEXT):$(CURDIR) OMP_NUM_THREADS=1 \
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart claims ablation test test-slow test-megatron-next test-transformers test-vllm faults \
+.PHONY: quickstart claims ablation test test-slow test-gpu test-megatron-next test-transformers test-vllm faults \
 	slurm-test lint docs bench clean
 
 quickstart: $(VENV)/installed
@@ -84,6 +84,10 @@ $(VLLM)/installed:
 
 test-slow: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# The tests marked gpu, in a process without the CPU backend: needs a CUDA device.
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest --gpu tests/kernels tests/gpu_fake
 
 # Every row of the fault table with its full counts; writes the table into docs/reliability.md.
 # FAULTS=tests/faults/test_kills.py tries some of them again and updates their lines.

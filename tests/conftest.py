@@ -12,19 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mone_megatron.config.schema import ParallelConfig, TrainConfig
+from mone_megatron.parallel.groups import close_groups, open_groups
 from mone_megatron.parallel.megatron_compat import forget_layer_losses, install_cpu_backend
-
-# Before Triton is imported, by us or by megatron-core: without a GPU its interpreter runs kernels.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# Before a test module is collected: importing it may import megatron-core.
-install_cpu_backend()
-torch.set_num_threads(1)
-
-from mone_megatron.config.schema import ParallelConfig, TrainConfig  # noqa: E402
-from mone_megatron.parallel.groups import close_groups, open_groups  # noqa: E402
-from mone_megatron.testing.processes import Processes  # noqa: E402
+from mone_megatron.testing.processes import Processes
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
@@ -49,11 +40,43 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """On a GPU megatron-core must find torch.cuda as it is, so that process is another one."""
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="run the tests marked gpu, on CUDA and without the CPU backend, and no others",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses the device before a test module is collected: importing one may import megatron."""
+    torch.set_num_threads(1)
+    if not config.getoption("gpu"):
+        # Before Triton is imported, too: its interpreter runs kernels.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        install_cpu_backend()
+
+
+def _only_of_this_device(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_gpu = config.getoption("gpu")
+    if on_gpu:
+        others = [item for item in items if item.get_closest_marker("gpu") is None]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not on_gpu or not torch.cuda.is_available():
+        why = "there is no GPU" if on_gpu else "needs a GPU: pytest --gpu, or make test-gpu"
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long files first, then those of many tests: none is begun when the other process is done.
 
     pytest-xdist keeps this order with ``--no-loadscope-reorder``, as in ``make test``.
     """
+    _only_of_this_device(config, items)
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (places.get(item.path, len(places)), -counts[item.path]))

@@ -103,7 +103,34 @@ def grouped_mm(rows_TI: Tensor, weight_EIO: Tensor, groups: RowGroups) -> Tensor
     """
     if _grouped_gemm == "transformer_engine":
         return te_grouped.grouped_mm(rows_TI, weight_EIO, groups.counts_E)
+    if weight_EIO.requires_grad and leaves_gradients_unwritten(weight_EIO.device):
+        weight_EIO = _ZeroWithoutRows.apply(weight_EIO, groups.counts_on_device_E)
     return F.grouped_mm(rows_TI, weight_EIO, offs=groups.ends_E)
+
+
+def leaves_gradients_unwritten(device: torch.device) -> bool:
+    """Whether torch's grouped product may not write the gradient of experts without rows.
+
+    Reported of Blackwell GPUs, where what the memory held before would be taken for a gradient. Not
+    run here; ``pytest --gpu`` asks the GPU that there is.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+
+
+class _ZeroWithoutRows(torch.autograd.Function):
+    """The weight itself, whose gradient is zero for experts without rows. Nobody waits."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, weight_EIO: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(counts_E)
+        return weight_EIO.view_as(weight_EIO)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_EIO: Tensor) -> tuple[Tensor, None]:
+        (counts_E,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad_EIO.masked_fill((counts_E == 0).view(-1, 1, 1), 0.0), None
 
 
 def topk_mask(scores_TF: Tensor, k: int) -> Tensor:

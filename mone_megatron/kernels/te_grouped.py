@@ -12,7 +12,9 @@ Shape suffixes: T rows, sorted by expert; E experts; I values in, O values out.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -43,9 +45,25 @@ class GroupedGemm(Protocol):
         """Write the products to ``out``."""
 
 
+@cache
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed."""
-    return importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine's modules for torch are installed, and can be imported.
+
+    Raises:
+        ValueError: it is installed, but not for this torch or this GPU's driver. megatron-core
+            would go on without it, in silence.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            "transformer_engine: it is installed, but its modules for torch cannot be imported "
+            f"({why}); install those that were built for this torch, or uninstall it"
+        ) from error
+    return True
 
 
 def transformer_engines() -> GroupedGemm:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from mone_megatron.config.schema import DeviceConfig
+from mone_megatron.kernels.te_grouped import have_transformer_engine
 from mone_megatron.parallel import megatron_compat
 from mone_megatron.parallel.world import World
 
@@ -84,8 +85,8 @@ def open_device(config: DeviceConfig, world: World) -> Device:
     """Take this process's device and import megatron-core for it. Call before any megatron import.
 
     Raises:
-        ValueError: when CUDA is asked for and there is none, or too few GPUs for the processes of
-            this machine.
+        ValueError: when CUDA is asked for and there is none, too few GPUs for the processes of
+            this machine, or a Transformer Engine that cannot be imported.
     """
     kind = choose_kind(config)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -96,6 +97,7 @@ def open_device(config: DeviceConfig, world: World) -> Device:
                 f"device.kind: {world.local_size} processes on this machine but "
                 f"{torch.cuda.device_count()} GPUs; start fewer with --nproc-per-node"
             )
+        have_transformer_engine()  # one that is broken is told before anything is opened
         torch.cuda.set_device(world.local_rank)
         megatron_compat.import_megatron(compile_fused=True)
         megatron_compat.fuse_gradient_norm()
@@ -110,11 +112,22 @@ def open_device(config: DeviceConfig, world: World) -> Device:
     return Device("cpu", torch.device("cpu"), dtype, threads, hardware)
 
 
+def connects_at_once(device: Device, world: World) -> bool:
+    """Whether each process group makes its NCCL communicator when the group is made.
+
+    On one machine that is quick, and tells of a broken link before training. megatron-core makes
+    groups that nothing uses, and each rank makes those of all others: their number grows with the
+    world (docs/gpu.md), and connecting each would take minutes over several machines. There a
+    communicator is made when it is first used.
+    """
+    return device.kind == "cuda" and world.size == world.local_size
+
+
 def open_process_group(device: Device, world: World, timeout_seconds: int) -> None:
     """Join the run's process group: NCCL on CUDA, gloo on CPU. One process needs no launcher."""
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.kind == "cuda" else "gloo"
-    device_id = device.torch_device if device.kind == "cuda" else None
+    device_id = device.torch_device if connects_at_once(device, world) else None
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(
             backend,

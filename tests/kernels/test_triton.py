@@ -30,24 +30,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # Those that a kernel can be asked for: they read nothing but gate and up.
 SCORES = [score.name for score in REGISTERED if "down_norm" not in score.reads]
 BF16_TOLERANCE = 2.0**-7
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter's, or that of ``pytest --gpu``.
+DEVICE = "cpu" if fused.triton.knobs.runtime.interpret else "cuda"
 
 
 @pytest.fixture(
     autouse=True,
     scope="module",
     params=[
-        pytest.param(
-            "cpu",
-            marks=pytest.mark.skipif(DEVICE == "cuda", reason="the GPU runs the kernels"),
-        ),
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU"),
-            ],
-        ),
+        pytest.param("cpu"),
+        pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
 def _device(request: pytest.FixtureRequest) -> None:

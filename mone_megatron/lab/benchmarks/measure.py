@@ -114,6 +114,8 @@ def graphed(action: Callable[[], object], device: torch.device) -> Callable[[], 
     if device.type != "cuda":
         return action
     side = torch.cuda.Stream(device)
+    # What the action reads may still be being made.
+    side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(3):
             action()

@@ -78,7 +78,7 @@ def measure_train(moe: Config, mone: Config, *, repeats: int, steps: int) -> Tra
         for name, session in sessions.items()
     }
     samples = interleave(actions, repeats=repeats, warmup=2)
-    ops.use_kernels("auto")
+    ops.use_kernels("auto", moe.device.grouped_gemm)
     tokens = moe.train.global_batch_size * moe.train.seq_length
     hardware = sessions[MOE].device.hardware
     costs = []
@@ -110,7 +110,7 @@ def _steps(
     device = session.device.torch_device
 
     def run() -> None:
-        ops.use_kernels(kernels)
+        ops.use_kernels(kernels, session.config.device.grouped_gemm)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         for _ in range(steps):
