@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from mone_megatron.methods.rule import Budget, Rows, Rule
 
 if TYPE_CHECKING:
@@ -43,6 +41,8 @@ def check(budget: Budget) -> None:
 
 def threshold(rows: Rows) -> Tensor:
     """Returns True where a score is above tau; the K largest of experts that have no tau yet."""
+    import torch
+
     tau_T1 = rows.state["tau"][rows.expert_T].unsqueeze(-1)
     new_T1 = rows.state["seen"][rows.expert_T].unsqueeze(-1) == 0
     # A row that holds a NaN keeps nothing.
@@ -54,6 +54,8 @@ def threshold(rows: Rows) -> Tensor:
 
 def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
     """Returns sums over the rows of each expert: of kept neurons, smallest kept scores, sizes."""
+    import torch
+
     zeros_E = rows.state["tau"].new_zeros(rows.num_experts)
     scores_TF = rows.scores_TF.float()
     told_T = mask_TF.any(dim=-1)
@@ -72,6 +74,8 @@ def advance(
     state: Mapping[str, Tensor], sums: Mapping[str, Tensor], budget: Budget
 ) -> Mapping[str, Tensor]:
     """Raises tau where more than the keep ratio was kept, and lowers it otherwise."""
+    import torch
+
     rows_E = sums["rows"].clamp_min(1)
     density_E = sums["kept"] / (rows_E * budget.neurons)
     step_E = budget.options.rate * sums["size"] / rows_E * (density_E - budget.keep_ratio)
