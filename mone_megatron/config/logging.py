@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from mone_megatron.config.group import Group
@@ -65,5 +66,15 @@ class LoggingConfig(Group):
     """`auto` draws a bar on a terminal and prints lines elsewhere."""
     report: bool = True
     """Write loss.png and report.html at the end."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard under run.dir/tensorboard."""
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def rules(self) -> Iterator[str]:
+        """Yields what is wrong between the fields of this group alone."""
+        if self.tensorboard and find_spec("tensorboard") is None:
+            yield (
+                "logging.tensorboard: needs the package tensorboard, which is not installed; "
+                "pip install 'mone_megatron[tensorboard]', or leave it false"
+            )

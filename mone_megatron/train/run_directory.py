@@ -15,7 +15,7 @@ from typing import Any
 from mone_megatron.os_errors import naming, unusable
 from mone_megatron.ownership import OWNER_FILE, live_owner
 
-_FOLDERS = ("checkpoints", "hangs")
+_FOLDERS = ("checkpoints", "hangs", "tensorboard")
 _RUN_FILES = (
     "config.yaml",
     "run.json",

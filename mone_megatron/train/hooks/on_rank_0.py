@@ -18,6 +18,7 @@ from mone_megatron.train.hooks.profile import ProfileHook
 from mone_megatron.train.hooks.report import ReportHook
 from mone_megatron.train.hooks.run_file import RunFileHook
 from mone_megatron.train.hooks.showing import ShowingHook
+from mone_megatron.train.hooks.tensorboard import TensorBoardHook
 from mone_megatron.train.hooks.wandb_run import WandbHook
 from mone_megatron.train.panel import Panel
 
@@ -55,6 +56,9 @@ def hooks_on_rank_0(
     if config.logging.wandb.mode != "disabled":
         hooks.append(wandb := WandbHook(config, folder, facts["id"]))
         tell = wandb.on_alerts
+    if config.logging.tensorboard:
+        tensorboard = TensorBoardHook(config, folder, step=facts["steps"])
+        hooks.append(ShowingHook(tensorboard, "TensorBoard", run_file.note))
     panel = None
     if config.logging.layer_interval:
         hooks.append(files := PanelFilesHook(config, folder, step=facts["steps"], tell=tell))
