@@ -27,7 +27,7 @@ _DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant
 def build_optimizer(
     config: Config, device: Device, chunks: list[DistributedDataParallel]
 ) -> MegatronOptimizer:
-    """megatron-core's optimizer: no weight decay on norms and biases, gradients clipped by norm.
+    """Builds megatron-core's optimizer: no decay of norms and biases, gradients clipped by norm.
 
     Args:
         config: validated. Adam is built first whatever ``optim.name`` is, since megatron-core
@@ -90,7 +90,7 @@ def _in_place_of(
 
 
 def _fuse_adam(adam: torch.optim.Optimizer) -> None:
-    """One pass over memory for each parameter instead of about ten, if this is torch's own Adam.
+    """Has torch's own Adam pass over memory once for each parameter, instead of about ten times.
 
     On CUDA torch's default holds temporaries as large as the moments. Transformer Engine's and
     apex's are fused as they are.
@@ -103,7 +103,7 @@ def _fuse_adam(adam: torch.optim.Optimizer) -> None:
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """The learning rate of step s (from 1), set by ``scheduler.step(1)`` before the update.
+    """Builds what sets the learning rate of a step, by ``scheduler.step(1)`` before the update.
 
     Linear warm-up reaches ``optim.lr`` at step ``warmup_steps``; the last step has ``min_lr``
     (except ``constant``). "wsd" decays linearly over the last ``decay_fraction`` of the steps.

@@ -18,7 +18,7 @@ _DIGITS = 4
 
 @dataclass(frozen=True)
 class LayerUse:
-    """The experts of one layer at one step; a shared expert or a dense layer is one expert.
+    """Holds the experts of one layer at one step; a shared expert or a dense layer is one expert.
 
     Attributes:
         mlp: which of the layer's MLPs.
@@ -36,18 +36,18 @@ class LayerUse:
 
 @dataclass(frozen=True)
 class Panel:
-    """All layers at one step. Values are rounded, so that reading one back gives the same."""
+    """Holds all layers at one step. Values are rounded, so that reading one back gives the same."""
 
     step: int
     layers: tuple[LayerUse, ...]
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Panel:
-        """From a line of ``panel.jsonl``, parsed."""
+        """Returns the panel of a line of ``panel.jsonl``, parsed."""
         return cls(record["step"], tuple(_layer(layer) for layer in record["layers"]))
 
     def to_json_line(self) -> str:
-        """One line of ``panel.jsonl``: strict JSON, null for what is not finite."""
+        """Returns one line of ``panel.jsonl``: strict JSON, null for what is not finite."""
         layers = [
             {
                 "mlp": use.mlp,
@@ -62,7 +62,7 @@ class Panel:
 
 
 def rounded(value: float) -> float:
-    """To the digits that a panel keeps; NaN for what is not finite. Whole numbers stay whole."""
+    """Rounds to the digits that a panel keeps; whole numbers stay, NaN is what is not finite."""
     if not math.isfinite(value):
         return math.nan
     return value if value == int(value) else float(f"{value:.{_DIGITS}g}")

@@ -64,7 +64,7 @@ def _check_nobody_inside(folder: Path) -> None:
 
 
 def open_run_directory(folder: Path) -> str | None:
-    """Make ``folder``, moving the files of an earlier run in it aside.
+    """Makes ``folder``, moving the files of an earlier run in it aside.
 
     Returns:
         A sentence about what was moved, or None.
@@ -91,7 +91,7 @@ def open_run_directory(folder: Path) -> str | None:
 
 
 def run_id(folder: Path) -> str:
-    """The id of the run in ``folder``, kept when it is resumed; a new one for a new run."""
+    """Returns the id of the run in ``folder``, kept when it is resumed; a new one for a new run."""
     try:
         known = json.loads((folder / "run.json").read_text(encoding="utf-8"))["id"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -100,14 +100,14 @@ def run_id(folder: Path) -> str:
 
 
 def keep_metrics_up_to(path: Path, step: int) -> float:
-    """Drop the records after ``step`` of metrics.jsonl; the seconds that the kept steps took."""
+    """Drops the records after ``step`` of metrics.jsonl, and returns the kept steps' seconds."""
     seconds: list[float] = []
     keep_records_up_to(path, step, lambda record: seconds.append(record["step_seconds"]))
     return sum(seconds)
 
 
 def keep_records_up_to(path: Path, step: int, see: Callable[[dict[str, Any]], None]) -> None:
-    """Drop the records after ``step``, which a resumed run makes again; whole or not at all.
+    """Drops the records after ``step``, which a resumed run makes again; whole or not at all.
 
     Args:
         path: a file of one JSON object a line, each with its ``step``; it need not exist.
@@ -134,7 +134,7 @@ def keep_records_up_to(path: Path, step: int, see: Callable[[dict[str, Any]], No
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write whole or not at all."""
+    """Writes whole or not at all."""
     draft = path.with_name(path.name + ".tmp")
     with naming(draft):
         draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -142,7 +142,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def to_json_line(record: dict[str, float]) -> str:
-    """One record as strict JSON: what is not finite becomes null, counts become integers."""
+    """Returns one record as strict JSON: null for what is not finite, integers for counts."""
     clean: dict[str, float | int | None] = {}
     for key, value in record.items():
         if not math.isfinite(value):
@@ -153,5 +153,5 @@ def to_json_line(record: dict[str, float]) -> str:
 
 
 def now() -> str:
-    """UTC time, ISO 8601."""
+    """Returns UTC time, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -17,7 +17,7 @@ from mone_megatron.train.step import Batch, Stepper
 
 @dataclass(frozen=True)
 class Session:
-    """A run that is ready to train. Process groups are megatron-core's ``parallel_state``.
+    """Holds a run that is ready to train. Process groups are megatron-core's ``parallel_state``.
 
     Attributes:
         config: validated.

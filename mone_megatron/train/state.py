@@ -18,7 +18,7 @@ from mone_megatron.train.optimizer import build_optimizer, build_scheduler
 
 @dataclass(frozen=True)
 class TrainingState:
-    """This rank's part of it."""
+    """Holds this rank's part of what training changes."""
 
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
@@ -26,7 +26,7 @@ class TrainingState:
 
 
 def build_state(config: Config, layout: Layout, device: Device, vocab_size: int) -> TrainingState:
-    """Build it as it is before the first step. Collective; the process groups are open."""
+    """Builds it as it is before the first step. Collective; the process groups are open."""
     chunks = build_model(
         config,
         device=device,

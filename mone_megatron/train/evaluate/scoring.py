@@ -26,7 +26,7 @@ _LOG, _GREEDY = range(2)
 def token_scores(
     logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of labels, and whether each is the most likely token.
+    """Returns log-probabilities of labels, and whether each is the most likely token.
 
     Args:
         logits_BSV: of this rank's part of the padded vocabulary.
@@ -77,7 +77,7 @@ class Scorer:
         vocab_size: int,
         progress: Callable[[str], None],
     ) -> None:
-        """Use the model of ``state``.
+        """Uses the model of ``state``.
 
         Args:
             config: validated.
@@ -100,7 +100,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each request's scored tokens, and whether they are the greedy ones.
+        """Returns each request's log-likelihood of its scored tokens, and if they are greedy ones.
 
         The model is left in training mode.
 
@@ -126,7 +126,7 @@ class Scorer:
     def _score_some(
         self, requests: Sequence[ScoreRequest], places: Sequence[int], table: Tensor
     ) -> None:
-        """One call of the schedule. All ranks compute on tensors of one shape."""
+        """Calls the schedule once. All ranks compute on tensors of one shape."""
         longest = len(requests[places[0]].tokens) - 1
         tensor = self.config.parallel.tensor
         length = -(-longest // tensor) * tensor
@@ -156,7 +156,7 @@ class Scorer:
                 table[place, _GREEDY] = greedy_BS[row, scored].all()
 
     def _places_of(self, places: Sequence[int], microbatch: int) -> Iterator[int]:
-        """What this data-parallel rank scores in one microbatch."""
+        """Yields the places of what this data-parallel rank scores in one microbatch."""
         rank = parallel_state.get_data_parallel_rank()
         first = (microbatch * self.layout.data + rank) * self.rows
         yield from places[first : first + self.rows]
@@ -164,7 +164,7 @@ class Scorer:
     def _batch(
         self, requests: Sequence[ScoreRequest], rows: Sequence[int], length: int
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and labels ``[B, S]``, filled up with token 0 behind and below."""
+        """Returns tokens and labels ``[B, S]``, filled up with token 0 behind and below."""
         both = torch.zeros(2, self.rows, length, dtype=torch.int64)
         for row, place in enumerate(rows):
             tokens = torch.tensor(requests[place].tokens)

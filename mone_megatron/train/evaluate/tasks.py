@@ -40,7 +40,7 @@ class TaskEvaluation:
         scorer: Scorer,
         framing: Framing | None = None,
     ) -> None:
-        """Load the tasks, on rank 0.
+        """Loads the tasks, on rank 0.
 
         Args:
             config: ``eval_tasks`` and what belongs to it.
@@ -68,7 +68,7 @@ class TaskEvaluation:
             raise ValueError(problem[0])
 
     def run(self) -> dict[str, float]:
-        """Ask everything: ``eval/TASK/METRIC`` and ``..._stderr`` on rank 0, nothing elsewhere."""
+        """Asks everything: ``eval/TASK/METRIC`` and ``..._stderr`` on rank 0, nothing elsewhere."""
         with _same_random_state():
             if self._lm is None:
                 self._serve()
@@ -109,7 +109,7 @@ class TaskEvaluation:
         return record
 
     def _score(self, requests: Sequence[ScoreRequest]) -> list[tuple[float, bool]]:
-        """On rank 0: all ranks score."""
+        """Has all ranks score; called on rank 0."""
         _tell(list(requests))
         self._scoring = True
         scores = self.scorer.score(requests)
@@ -117,7 +117,7 @@ class TaskEvaluation:
         return scores
 
     def _serve(self) -> None:
-        """On the other ranks: score until there is no more.
+        """Scores until there is no more; called on the other ranks.
 
         Raises:
             RuntimeError: rank 0 could not go on.

@@ -29,7 +29,7 @@ IMPROVED = 0.2
 
 @dataclass(frozen=True)
 class Place:
-    """What an alert is about; ``expert`` is None for all experts of a layer together."""
+    """Names what an alert is about; ``expert`` is None for all experts of a layer together."""
 
     kind: Kind
     part: Part
@@ -39,7 +39,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Alert:
-    """One line of ``alerts.jsonl``: something begins, or ends.
+    """Is one line of ``alerts.jsonl``: something begins, or ends.
 
     Attributes:
         step: of the panel that decided it.
@@ -66,7 +66,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class _Finding:
-    """One rule at one place at one step."""
+    """Holds what one rule finds at one place at one step."""
 
     place: Place
     value: float
@@ -80,7 +80,7 @@ class _Finding:
 
 @dataclass
 class _State:
-    """How often in a row a finding contradicted what is told (``active``)."""
+    """Counts how often in a row a finding contradicted what is told (``active``)."""
 
     active: bool = False
     contradicted: int = 0
@@ -90,7 +90,7 @@ class _State:
 
 @dataclass(frozen=True)
 class _Reference:
-    """A layer at the panel where its weights were largest."""
+    """Holds a layer at the panel where its weights were largest."""
 
     step: int
     activation: float
@@ -103,7 +103,7 @@ class AlertMonitor:
     """Sees panel after panel; tells what begins and what ends."""
 
     def __init__(self, config: Config) -> None:
-        """Nothing seen yet."""
+        """Starts with nothing seen."""
         self.config = config
         self.settings = config.logging.alerts
         self._states: dict[Place, _State] = {}
@@ -111,11 +111,11 @@ class AlertMonitor:
 
     @property
     def active(self) -> list[Place]:
-        """What has begun and not ended."""
+        """Returns the places of what has begun and not ended."""
         return [place for place, state in self._states.items() if state.active]
 
     def update(self, panel: Panel) -> list[Alert]:
-        """Judge one panel. Steps must ascend."""
+        """Judges one panel. Steps must ascend."""
         alerts = []
         for use in panel.layers:
             for finding in self._findings(panel.step, use):
@@ -211,7 +211,7 @@ class AlertMonitor:
             )
 
     def _shrinking(self, step: int, use: LayerUse) -> Iterator[_Finding]:
-        """The one loss that small weights lower: of raw weights, and trained on."""
+        """Yields what tells that small weights lower a loss of raw weights that is trained on."""
         balance = self.config.mone.balance
         if balance.normalize or balance.coeff == 0 or use.balance_loss is None:
             return
@@ -275,7 +275,7 @@ def _where(place: Place, expert: int | None) -> str:
 
 
 def _neurons(config: Config, mlp: Mlp) -> int:
-    """f of one expert."""
+    """Returns f, the neurons of one expert."""
     widths: Mapping[Mlp, int] = {
         "routed": config.model.expert_ffn_hidden_size,
         "shared": config.model.shared_expert_ffn_hidden_size,
@@ -285,8 +285,8 @@ def _neurons(config: Config, mlp: Mlp) -> int:
 
 
 def _spread(entropy: float, chosen: int, available: int) -> float:
-    """Where an entropy of loads lies between its least, when the same are chosen every time (0),
-    and its largest, when all are chosen alike (1)."""
+    """Returns where an entropy of loads lies between its least (0), when the same are chosen every
+    time, and its largest (1), when all are chosen alike."""
     if chosen >= available:
         return 1.0
     return (entropy - math.log(chosen)) / (math.log(available) - math.log(chosen))

@@ -25,7 +25,7 @@ class LossFaults:
     """Judges the loss of each step and chooses between ending, skipping and rolling back."""
 
     def __init__(self, train: TrainConfig) -> None:
-        """Nothing seen yet."""
+        """Starts with nothing seen."""
         self.train = train
         # (step, loss) of the good steps; only kept where spikes are looked for.
         self._good: list[tuple[int, float]] = []
@@ -34,7 +34,7 @@ class LossFaults:
         self._rollbacks = 0
 
     def judge(self, step: int, loss: float) -> str | None:
-        """Why this step must not be applied, from its loss alone; None when it may be."""
+        """Returns why a step must not be applied, from its loss alone; None when it may be."""
         if step in self._left_out:
             return "its batch is left out since the rollback"
         if not math.isfinite(loss):
@@ -50,7 +50,7 @@ class LossFaults:
         return None
 
     def accept(self, step: int, loss: float) -> None:
-        """The step was applied."""
+        """Takes note that a step was applied."""
         self._skips_in_a_row = 0
         if self.train.spike_factor > 0:
             self._good.append((step, loss))
@@ -58,7 +58,7 @@ class LossFaults:
                 del self._good[:_REMEMBERED]
 
     def decide(self, step: int, fault: str) -> Action:
-        """What to do about a step that was not applied.
+        """Returns what to do about a step that was not applied.
 
         Raises:
             FloatingPointError: when the run must end; the message names the step, the fault and
@@ -85,6 +85,6 @@ class LossFaults:
         return "skip"
 
     def rolled_back(self, step: int) -> None:
-        """The state is that after ``step`` again: later losses have not happened."""
+        """Forgets the losses after ``step``, whose state is taken up again."""
         self._good = [(at, loss) for at, loss in self._good if at <= step]
         self._skips_in_a_row = 0

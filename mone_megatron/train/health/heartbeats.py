@@ -30,7 +30,7 @@ _UNEQUAL = "PIPELINE_MODEL_PARALLEL_GROUP"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a thread is: the line that says most, and the collective, if any, that it waits in."""
+    """Says where a thread is: the line that tells most, and the collective that it waits in."""
 
     line: str
     call: str | None = None
@@ -40,7 +40,7 @@ class Place:
 
 
 def place_of(frame: FrameType | None, lineno: int | None = None) -> Place:
-    """The place of a stack's innermost frame.
+    """Returns the place of a stack's innermost frame.
 
     Args:
         frame: innermost.
@@ -64,7 +64,7 @@ def place_of(frame: FrameType | None, lineno: int | None = None) -> Place:
 
 
 def program_place(frame: FrameType | None) -> list[tuple[str, int]]:
-    """The stack of our own and Megatron's functions, outermost first, for :func:`_is_ahead`."""
+    """Returns the stack of our own and Megatron's functions, outermost first."""
     stack = []
     while frame is not None:
         path = frame.f_code.co_filename
@@ -75,7 +75,7 @@ def program_place(frame: FrameType | None) -> list[tuple[str, int]]:
 
 
 def _is_ahead(one: Heartbeat, other: Heartbeat) -> bool:
-    """Whether a rank is further on in the program: in the same function at a later line."""
+    """Returns whether a rank is further on in the program: in the same function at a later line."""
     for (function, line), (other_function, other_line) in zip(one.stack, other.stack, strict=False):
         if function != other_function:
             return False
@@ -89,7 +89,7 @@ def _is_stdlib(path: str) -> bool:
 
 
 def joined_collectives() -> dict[str, int]:
-    """How many collectives this rank has started in each of its groups of two or more."""
+    """Returns how many collectives this rank has started in each group of two or more."""
     groups = list(distributed_c10d._world.pg_names.items())
     return {
         f"{name} ({group.group_desc})": group._get_sequence_number_for_group()  # type: ignore[attr-defined]
@@ -100,7 +100,7 @@ def joined_collectives() -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """One rank, about once a second."""
+    """Tells of one rank, about once a second."""
 
     rank: int
     host: str
@@ -122,12 +122,12 @@ class Heartbeat:
     bereft: bool = False
 
     def to_json(self) -> str:
-        """For the store."""
+        """Returns it as the store holds it."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Heartbeat:
-        """From the store."""
+        """Returns what the store holds as a heartbeat."""
         return cls(**json.loads(text))
 
     def __str__(self) -> str:
@@ -135,13 +135,13 @@ class Heartbeat:
 
     @property
     def doing(self) -> str:
-        """Phase and place."""
+        """Returns phase and place in words."""
         return f"{self.phase}, {Place(self.line, self.call)}"
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """A rank that others wait for, and a sentence about it."""
+    """Names a rank that others wait for, with a sentence about it."""
 
     rank: int
     why: str
@@ -155,7 +155,7 @@ def find_culprits(
     asking: int,
     seconds: float,
 ) -> list[Culprit]:
-    """The ranks that the others wait for, from two looks at all heartbeats.
+    """Returns the ranks that the others wait for, from two looks at all heartbeats.
 
     In this order: ranks that do not run or have left the run; ranks that have joined fewer
     collectives of some group than another rank and wait for no one in this sense; where all wait
@@ -223,7 +223,7 @@ def _gone(
 
 
 def _behind(beat: Heartbeat, all_beats: Mapping[int, Heartbeat]) -> tuple[str, set[int]] | None:
-    """The group in which most ranks are ahead of this one, and every rank that is in any."""
+    """Returns the group in which most ranks are ahead of one, and all ranks ahead in any."""
     ahead: dict[str, set[int]] = {
         group: {rank for rank, other in all_beats.items() if other.joined.get(group, 0) > count}
         for group, count in beat.joined.items()

@@ -40,7 +40,7 @@ _STOP_WATCHING = 0
 
 
 def _leave_signals_to_parent() -> None:
-    """In a forked child (loader, checkpoint writer): its signals are not requests to the run."""
+    """Keeps the signals of a forked child (loader, checkpoint writer) from the run."""
     descriptor = signal.set_wakeup_fd(-1)
     if descriptor != -1 and descriptor not in _watched:
         signal.set_wakeup_fd(descriptor)
@@ -66,7 +66,7 @@ class StopRequest:
         started: float | None = None,
         launched: bool = False,
     ) -> None:
-        """Nothing asked for yet.
+        """Starts with nothing asked for.
 
         Args:
             exit_after_minutes: when to ask by itself; 0 for never.
@@ -109,18 +109,18 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """What asked this process to stop: a signal's name, a thread, the time limit, or None."""
+        """Returns what asked this process to stop: a signal, a thread, the time limit, or None."""
         if self.signal_name is not None:
             return self.signal_name
         return self._failure or (TIME_LIMIT if self._time_is_up() else None)
 
     def helper_failed(self, why: str) -> None:
-        """Ask to stop and go on later: a thread that the run needs has ended before its time."""
+        """Asks to stop and go on later: a thread that the run needs has ended before its time."""
         self._failure = why
         print(f"error: {why}; the run stops and saves after this step", file=sys.stderr, flush=True)
 
     def read(self, device: torch.device) -> torch.Tensor:
-        """``[2]``, for a sum over ranks: whether to stop, and whether to stop and go on later."""
+        """Returns ``[2]``, for a sum over ranks: whether to stop, and to stop and go on later."""
         stop = self._number in self._stop
         later = self._number in _REQUEUE or self._failure is not None or self._time_is_up()
         requeue = not stop and later
@@ -135,7 +135,7 @@ class StopRequest:
             self.signal_name = signal.Signals(number).name
 
     def _watch(self) -> None:
-        """End the process on a second request. Signals arrive as bytes, whatever Python does."""
+        """Ends the process on a second request. Signals arrive as bytes, whatever Python does."""
         asked_at: float | None = None
         while True:
             number = self._read.recv(1)[0]
@@ -151,7 +151,9 @@ class StopRequest:
 
 
 def exit_code(requests: torch.Tensor) -> int | None:
-    """The exit code all ranks agree on, from the summed :meth:`StopRequest.read`; None goes on.
+    """Returns the exit code all ranks agree on, from the sum of :meth:`StopRequest.read`.
+
+    It is None when the run goes on.
 
     Someone who wants the run to end wins over a time limit.
     """

@@ -56,7 +56,7 @@ _NOTICE, _ELECTED = "notice", "elected"
 
 @dataclass(frozen=True)
 class Notice:
-    """What the rank that found the fault tells the others."""
+    """Holds what the rank that found the fault tells the others."""
 
     by: int
     culprits: list[int]
@@ -65,7 +65,7 @@ class Notice:
 
 
 class _Peers:
-    """The heartbeats in the run's store, through a connection of their own."""
+    """Reaches the heartbeats in the run's store, through a connection of its own."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -85,7 +85,7 @@ class _Peers:
         return {beat.rank: beat for beat in beats}
 
     def elect(self) -> bool:
-        """Whether this rank speaks for all: the first that asks does."""
+        """Returns whether this rank speaks for all: the first that asks does."""
         mine = str(self.rank)
         return bool(self._store.compare_set(_ELECTED, "", mine) == mine.encode())
 
@@ -109,7 +109,7 @@ class Watchdog:
         computes_on_cpu: bool,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
-        """For a run whose process group is open.
+        """Watches a run whose process group is open.
 
         Args:
             folder: of the run; stacks go into ``hangs`` in it.
@@ -156,7 +156,7 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """After a collective that failed because another rank is lost: say which, and end here."""
+        """Says which rank is lost after a collective failed because of it, and ends here."""
         if self._hanging.is_set():
             # It waits for the others, to end this process. Theirs may have made this one fail.
             self._threads[0].join()
@@ -172,7 +172,7 @@ class Watchdog:
             thread.join(2 * self.interval)
 
     def beat(self, phase: str) -> None:
-        """Progress: something of the run is done, ``phase`` what."""
+        """Takes note of progress: ``phase`` is what the run has done."""
         self._phase = phase
         self._beats += 1
 
@@ -216,7 +216,7 @@ class Watchdog:
         )
 
     def _talk(self) -> None:
-        """Tell the others how this rank is, and hear whether the run is over."""
+        """Tells the others how this rank is, and hears whether the run is over."""
         assert self._peers is not None
         try:
             while not self._stop.is_set():
@@ -238,7 +238,7 @@ class Watchdog:
             self._store_ended = one_line(error)[:200]
 
     def _obey(self, notice: Notice) -> None:
-        """Another rank has found that the run is over: leave as well."""
+        """Leaves, too, when another rank has found that the run is over."""
         if notice.by == self.rank:
             return
         if not notice.hang and self._stop.wait(_END_SECONDS):
@@ -268,14 +268,14 @@ class Watchdog:
             self._leave()
 
     def _lost(self, error: BaseException) -> None:
-        """A collective failed: when another rank is to blame, end here."""
+        """Ends here when a collective failed and another rank is to blame."""
         told = f"{self._heartbeat()} {self._phase}: {one_line(error)[:200]}"
         where = self._keep("".join(traceback.format_exception(error)))
         if self._conclude(told, where, hang=False):
             self._leave()
 
     def _conclude(self, told: str, where: str, *, hang: bool) -> bool:
-        """Find and name the culprits; False when there are none."""
+        """Finds and names the culprits; False when there are none."""
         if self._peers is None:
             self._say(told, [], where, hang=hang)
             return True
@@ -353,14 +353,14 @@ class Watchdog:
         print(f"{line}\nrank {self.rank} is at\n{stack}", file=sys.stderr, end="", flush=True)
 
     def _keep_stacks(self, why: str) -> str:
-        """All threads' stacks, in this rank's file."""
+        """Writes all threads' stacks into this rank's file."""
         where = self._keep(f"{why}\n")
         with suppress(OSError), Path(where).open("a", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         return where
 
     def _keep(self, text: str) -> str:
-        """Add to this rank's file; on a disk that takes no more, stderr has to do."""
+        """Adds to this rank's file; on a disk that takes no more, stderr has to do."""
         path = self.folder / "hangs" / f"rank_{self.rank:05d}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +371,7 @@ class Watchdog:
         return str(path)
 
     def _leave(self) -> NoReturn:
-        """End now: nothing that waits for another rank is waited for."""
+        """Ends now: nothing that waits for another rank is waited for."""
         try:
             if self.rank == 0:
                 # It may hold the store that the others are still asking.
@@ -384,7 +384,7 @@ class Watchdog:
             os._exit(HANG_EXIT_CODE)
 
     def _mark(self, why: str) -> None:
-        """run.json of a run that cannot write it itself any more."""
+        """Writes the end into run.json of a run that cannot do so itself any more."""
         path = self.folder / "run.json"
         if path.exists():
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -396,24 +396,24 @@ class WatchdogHook(Hook):
     """Tells the watchdog of every step."""
 
     def __init__(self, watchdog: Watchdog) -> None:
-        """Tell ``watchdog``."""
+        """Tells ``watchdog``."""
         self.watchdog = watchdog
 
     def on_start(self) -> None:
-        """The first step begins."""
+        """Takes note that the first step begins."""
         self.watchdog.beat("in the first step")
 
     def on_step(self, record: Record) -> None:
-        """One more step."""
+        """Takes note of one more step."""
         self.watchdog.beat(f"after step {int(record['step'])}")
 
     def on_rollback(self, step: int) -> None:
-        """Back to an earlier step."""
+        """Takes note of the way back to an earlier step."""
         self.watchdog.beat(f"after rolling back to step {step}")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those it came from."""
+    """Yields an error and those it came from."""
     one: BaseException | None = error
     while one is not None:
         yield one
@@ -421,7 +421,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _in_a_collective(error: BaseException) -> bool:
-    """Whether a collective raised it: gloo gives plain RuntimeErrors."""
+    """Returns whether a collective raised it: gloo gives plain RuntimeErrors."""
     if isinstance(error, dist.DistError):
         return True
     if not isinstance(error, RuntimeError):

@@ -29,24 +29,24 @@ _SHOWN = (
 
 
 def format_duration(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
+    """Returns ``1:02:03`` or ``2:03``."""
     whole = int(seconds + 0.5)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def describe(record: Record) -> str:
-    """A record as one line: ``loss 4.1234 | grad 1.02 | ...``."""
+    """Returns a record as one line: ``loss 4.1234 | grad 1.02 | ...``."""
     return " | ".join(
         f"{label} {record[key]:{spec}}" for key, label, spec in _SHOWN if key in record
     )
 
 
 class ConsoleHook(Hook):
-    """A bar on a terminal, lines elsewhere: step, losses, tokens/s, TFLOPS, time left."""
+    """Draws a bar on a terminal, and lines elsewhere: losses, tokens/s, TFLOPS, time left."""
 
     def __init__(self, config: Config, stream: TextIO | None = None) -> None:
-        """Choose between bar, lines and nothing, on ``stream`` (standard error)."""
+        """Chooses between bar, lines and nothing, on ``stream`` (standard error)."""
         stream = sys.stderr if stream is None else stream
         style = config.logging.progress
         if style == "auto":
@@ -60,7 +60,7 @@ class ConsoleHook(Hook):
         self.started = 0.0
 
     def on_start(self) -> None:
-        """Open the bar."""
+        """Opens the bar."""
         self.started = time.perf_counter()
         if self.style == "bar":
             self.bar = tqdm(
@@ -72,7 +72,7 @@ class ConsoleHook(Hook):
             )
 
     def on_step(self, record: Record) -> None:
-        """Move the bar or print a line."""
+        """Moves the bar or prints a line."""
         step = int(record["step"])
         if self.bar is not None:
             self.bar.set_postfix_str(describe(record), refresh=False)
@@ -84,16 +84,16 @@ class ConsoleHook(Hook):
             print(f"{line} | {format_duration(left)} left", file=self.stream, flush=True)
 
     def on_fault(self, step: int, fault: str, action: str) -> None:
-        """Say it, in every style."""
+        """Says it, in every style."""
         done = "not applied" if action == "skip" else "rolling back"
         print(f"WARNING: step {step}: {fault}: {done}", file=self.stream, flush=True)
 
     def on_rollback(self, step: int) -> None:
-        """Move the bar back."""
+        """Moves the bar back."""
         if self.bar is not None:
             self.bar.n = step
 
     def on_end(self, status: str) -> None:
-        """Close the bar."""
+        """Closes the bar."""
         if self.bar is not None:
             self.bar.close()

@@ -10,27 +10,27 @@ from mone_megatron.train.run_directory import keep_metrics_up_to, to_json_line
 
 
 class MetricsFileHook(Hook):
-    """``metrics.jsonl``: one JSON object a step, on disk as soon as the step is done."""
+    """Writes ``metrics.jsonl``: one JSON object a step, on disk when the step is done."""
 
     def __init__(self, folder: Path) -> None:
-        """Write into ``folder``."""
+        """Writes into ``folder``."""
         self.path = folder / "metrics.jsonl"
 
     def on_start(self) -> None:
-        """Open the file; a resumed run goes on with it."""
+        """Opens the file; a resumed run goes on with it."""
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def on_step(self, record: Record) -> None:
-        """Append the record."""
+        """Appends the record."""
         with naming(self.path):
             self.file.write(to_json_line(record))
 
     def on_rollback(self, step: int) -> None:
-        """Drop the records that will come anew."""
+        """Drops the records that will come anew."""
         self.file.close()
         keep_metrics_up_to(self.path, step)
         self.on_start()
 
     def on_end(self, status: str) -> None:
-        """Close the file."""
+        """Closes the file."""
         self.file.close()

@@ -37,7 +37,7 @@ class PanelFilesHook(Hook):
         tell: Callable[[Sequence[Alert]], None] | None = None,
         stream: TextIO | None = None,
     ) -> None:
-        """Write into ``folder``.
+        """Writes into ``folder``.
 
         Args:
             config: the run's.
@@ -54,11 +54,11 @@ class PanelFilesHook(Hook):
         self.stream = sys.stderr if stream is None else stream
 
     def on_start(self) -> None:
-        """Open the files; a resumed run goes on with them."""
+        """Opens the files; a resumed run goes on with them."""
         self._take_up(self.step)
 
     def add(self, panel: Panel) -> None:
-        """Append it, and tell what it begins and ends."""
+        """Appends it, and tells what it begins and ends."""
         with naming(self.path):
             self.file.write(panel.to_json_line())
         if self.monitor is None:
@@ -75,12 +75,12 @@ class PanelFilesHook(Hook):
             self.tell(alerts)
 
     def on_rollback(self, step: int) -> None:
-        """Drop the panels that will come anew, and what they told."""
+        """Drops the panels that will come anew, and what they told."""
         self._close()
         self._take_up(step)
 
     def on_end(self, status: str) -> None:
-        """Close the files."""
+        """Closes the files."""
         self._close()
 
     def _take_up(self, step: int) -> None:

@@ -19,7 +19,7 @@ class ProfileHook(Hook):
     """Writes ``profile/trace.json.gz`` (for Perfetto) and ``profile/operations.txt``."""
 
     def __init__(self, folder: Path, steps: int, device: torch.device) -> None:
-        """Trace ``steps`` steps, after those in which memory is first allocated.
+        """Traces ``steps`` steps, after those in which memory is first allocated.
 
         Args:
             folder: of the run.
@@ -42,16 +42,16 @@ class ProfileHook(Hook):
         self.running = False
 
     def on_start(self) -> None:
-        """Begin to count steps."""
+        """Begins to count steps."""
         self.profiler.start()
         self.running = True
 
     def on_step(self, record: Record) -> None:
-        """A step is over."""
+        """Counts a step."""
         self.profiler.step()
 
     def on_end(self, status: str) -> None:
-        """Write what a run that ended early has."""
+        """Writes what a run that ended early has."""
         if self.running:
             self.profiler.stop()
 

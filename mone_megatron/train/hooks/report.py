@@ -11,19 +11,19 @@ from mone_megatron.report.run_page import write_report
 
 
 class ReportHook(Hook):
-    """``loss.png`` and ``report.html`` at the end, also of an interrupted run."""
+    """Draws ``loss.png`` and ``report.html`` at the end, also of an interrupted run."""
 
     def __init__(self, folder: Path) -> None:
-        """Report on ``folder``."""
+        """Reports on ``folder``."""
         self.folder = folder
         self.steps = 0
 
     def on_step(self, record: Record) -> None:
-        """There is something to draw."""
+        """Takes note that there is something to draw."""
         self.steps += 1
 
     def on_end(self, status: str) -> None:
-        """Draw."""
+        """Draws."""
         if self.steps:
             write_loss_plot(self.folder)
             page = write_report(self.folder)

@@ -12,28 +12,28 @@ from mone_megatron.train.run_directory import write_json
 
 
 class RunFileHook(Hook):
-    """``run.json``: what ran, on what, and how it ended."""
+    """Writes ``run.json``: what ran, on what, and how it ended."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Start from ``facts``: what is known before the first step, and how far a resumed run is
+        """Starts from ``facts``: what is known before the first step, and how far a resumed run is
         (``steps``, ``tokens``, ``seconds``)."""
         self.path = folder / "run.json"
         self.facts = facts | {"status": "running"}
         self.missed: set[str] = set()
 
     def on_start(self) -> None:
-        """Write what is known."""
+        """Writes what is known."""
         write_json(self.path, self.facts)
 
     def on_step(self, record: Record) -> None:
-        """Remember how far it came."""
+        """Remembers how far it came."""
         self.facts["steps"] = int(record["step"])
         self.facts["tokens"] = int(record["tokens"])
         self.facts["seconds"] += record["step_seconds"]
         self._note_streams()
 
     def note(self, what: str, why: str) -> None:
-        """Add to ``not_shown``, on disk at once: what the run could not show, and why.
+        """Adds to ``not_shown``, on disk at once: what the run could not show, and why.
 
         Each is noted the first time only. A note that cannot be written is let go.
         """
@@ -50,11 +50,11 @@ class RunFileHook(Hook):
             self.note(stream, why)
 
     def on_fault(self, step: int, fault: str, action: str) -> None:
-        """Count and name it."""
+        """Counts and names it."""
         self.facts.setdefault("faults", []).append({"step": step, "why": fault, "action": action})
 
     def on_end(self, status: str) -> None:
-        """Write how it ended."""
+        """Writes how it ended."""
         self.facts["status"] = status
         self._note_streams()
         write_json(self.path, self.facts)

@@ -13,10 +13,10 @@ Note = Callable[[str, str], None]
 
 
 class ShowingHook(Hook):
-    """Another hook, whose first error ends it and not the run."""
+    """Passes on to a hook that only shows, whose first error ends it and not the run."""
 
     def __init__(self, hook: Hook, what: str, note: Note) -> None:
-        """Pass everything on to ``hook``.
+        """Passes everything on to ``hook``.
 
         Args:
             hook: one that writes nothing a run or a tool reads again.
@@ -29,30 +29,30 @@ class ShowingHook(Hook):
         self._ended = False
 
     def on_start(self) -> None:
-        """Pass on."""
+        """Passes on."""
         with self._harmless():
             self._hook.on_start()
 
     def on_step(self, record: Record) -> None:
-        """Pass on."""
+        """Passes on."""
         with self._harmless():
             if not self._ended:
                 self._hook.on_step(record)
 
     def on_fault(self, step: int, fault: str, action: str) -> None:
-        """Pass on."""
+        """Passes on."""
         with self._harmless():
             if not self._ended:
                 self._hook.on_fault(step, fault, action)
 
     def on_rollback(self, step: int) -> None:
-        """Pass on."""
+        """Passes on."""
         with self._harmless():
             if not self._ended:
                 self._hook.on_rollback(step)
 
     def on_end(self, status: str) -> None:
-        """Pass on, also after an error: what it opened is to be closed."""
+        """Passes on, also after an error: what it opened is to be closed."""
         with self._harmless():
             self._hook.on_end(status)
 

@@ -24,7 +24,7 @@ _ALERTS_IN_MESSAGE = 20
 
 
 class WandbHook(Hook):
-    """Weights & Biases through its own package; offline unless asked otherwise.
+    """Logs to Weights & Biases through its own package; offline unless asked otherwise.
 
     A thread of its own does all of it, so that a server that refuses, fails or stalls neither stops
     nor slows training. What cannot be sent stays in ``metrics.jsonl``, and in ``wandb/`` for
@@ -34,7 +34,7 @@ class WandbHook(Hook):
     def __init__(
         self, config: Config, folder: Path, run_id: str, stream: TextIO | None = None
     ) -> None:
-        """Log into ``folder``/wandb; a resumed run has the id of the one it goes on with."""
+        """Logs into ``folder``/wandb; a resumed run has the id of the one it goes on with."""
         self.config = config
         self.folder = folder
         self.run_id = run_id
@@ -45,7 +45,7 @@ class WandbHook(Hook):
         self.warned = False
 
     def on_start(self) -> None:
-        """Open the W&B run, in the background."""
+        """Opens the W&B run, in the background."""
         # W&B's only switch for reporting its own errors, which holds up the end of the process for
         # 20 seconds when its servers do not answer.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -58,18 +58,18 @@ class WandbHook(Hook):
             self._warn(str(error))
 
     def on_step(self, record: Record) -> None:
-        """Send the record, in the background."""
+        """Sends the record, in the background."""
         step = int(record["step"])
         due = step % self.config.logging.interval == 0 or step == self.config.train.steps
         if due or "panel_seconds" in record:
             self.queue.put(dict(record))
 
     def on_alerts(self, alerts: Sequence[Alert]) -> None:
-        """Send alerts, in the background, several in one message."""
+        """Sends alerts, in the background, several in one message."""
         self.queue.put(tuple(alerts))
 
     def on_end(self, status: str) -> None:
-        """Close the W&B run; anything but completion is marked as failed."""
+        """Closes the W&B run; anything but completion is marked as failed."""
         self.queue.put(0 if status == "completed" else 1)
         # The start, possibly twice, and the end; each has its own limit.
         if self.thread.ident is not None:
@@ -105,7 +105,7 @@ class WandbHook(Hook):
                 wandb.teardown()
 
     def _open(self) -> Any:
-        """A W&B run; offline when the server does not answer in time."""
+        """Returns a W&B run; offline when the server does not answer in time."""
         import wandb
 
         settings = self.config.logging.wandb
@@ -153,7 +153,7 @@ class WandbHook(Hook):
 
 
 def _alert(run: Any, alerts: Sequence[Alert]) -> None:
-    """One message of W&B's with all of ``alerts``."""
+    """Sends all of ``alerts`` as one message of W&B's."""
     import wandb
 
     begun = sum(alert.event == "begin" for alert in alerts)

@@ -80,7 +80,7 @@ class Position:
 
     @property
     def updates(self) -> int:
-        """Optimizer updates: what Adam counts. The schedule counts steps."""
+        """Returns how often the optimizer updated, which Adam counts; the schedule counts steps."""
         return self.step - self.skipped
 
 
@@ -96,7 +96,7 @@ class Keeper(Protocol):
 
 @dataclass(frozen=True)
 class _Pending:
-    """A save that is being written."""
+    """Holds a save that is being written."""
 
     position: Position
     partial: Path
@@ -117,7 +117,7 @@ class Checkpointer:
         framing: Framing | None = None,
         say: Callable[[str], None],
     ) -> None:
-        """Touch nothing yet.
+        """Touches nothing yet.
 
         Args:
             config: validated; the store is ``run.dir/checkpoints``.
@@ -165,7 +165,7 @@ class Checkpointer:
     # Saving
 
     def save(self, position: Position) -> None:
-        """Write a checkpoint of this step: whole and verified, or not at all.
+        """Writes a checkpoint of this step: whole and verified, or not at all.
 
         With ``checkpoint.async_save`` this returns when the state is handed to the processes that
         write it; :meth:`finish` makes it a checkpoint. A save that is still being written is
@@ -181,12 +181,12 @@ class Checkpointer:
             self.finish()
 
     def read(self, device: torch.device) -> Tensor:
-        """``[1]``, for a sum over ranks: whether this rank still writes. Not collective."""
+        """Returns ``[1]``, to be summed: whether this rank still writes. Not collective."""
         writing = self._pending is not None and not self._pending.saving.ended
         return numbers_on(device, float(writing))
 
     def advance(self, writing: Tensor) -> None:
-        """Finish a save that every rank has written.
+        """Finishes a save that every rank has written.
 
         Args:
             writing: the sum over ranks of :meth:`read`.
@@ -198,7 +198,7 @@ class Checkpointer:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save that is being written, if any, and make it the newest checkpoint.
+        """Waits for the save that is being written, if any, and makes it the newest checkpoint.
 
         Raises:
             CheckpointWriteError: on every rank, when it failed on one; nothing of it is left.
@@ -210,7 +210,7 @@ class Checkpointer:
             self._finish(pending)
 
     def abandon(self) -> None:
-        """Give up a save that is being written. Not collective: for a run that failed."""
+        """Gives up a save that is being written. Not collective: for a run that failed."""
         if self._pending is not None:
             self._pending.saving.kill()
             if dist.get_rank() == 0:
@@ -219,16 +219,16 @@ class Checkpointer:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save is not finished, the same on every rank. Not collective."""
+        """Returns whether a save is not finished, the same on every rank. Not collective."""
         return self._pending is not None
 
     @property
     def writer_pid(self) -> int | None:
-        """This rank's process that writes a checkpoint, if one does. Not collective."""
+        """Returns the id of this rank's process that writes a checkpoint, if one does. Not collective."""
         return None if self._pending is None else self._pending.saving.pid
 
     def take_blocked_seconds(self) -> float:
-        """How long training stood still for saves since the last call. Not collective."""
+        """Returns how long training stood still for saves since the last call. Not collective."""
         seconds, self._blocked_seconds = self._blocked_seconds, 0.0
         return seconds
 
@@ -300,7 +300,7 @@ class Checkpointer:
         self._on_rank_0(lambda: self._commit(partial, facts, files))
 
     def _commit(self, partial: Path, facts: dict[str, Any], files: dict[str, FileDigest]) -> None:
-        """On rank 0: add what people and other programs read, and the metadata's digests."""
+        """Adds what people and other programs read, and the metadata's digests; on rank 0."""
         try:
             (partial / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             if self.tokenizer_dir is not None:
@@ -318,7 +318,7 @@ class Checkpointer:
 
     @contextmanager
     def _giving_up(self, partial: Path) -> Iterator[None]:
-        """On an error inside, remove the save and tell what could not be written."""
+        """Removes the save on an error inside, and tells what could not be written."""
         try:
             yield
         except BaseException as error:  # torch's CheckpointException is no Exception
@@ -334,7 +334,7 @@ class Checkpointer:
     # Taking up
 
     def roll_back(self) -> Position:
-        """Take up the newest checkpoint of this run that verifies; there must be one.
+        """Takes up the newest checkpoint of this run that verifies; there must be one.
 
         Raises:
             ValueError: when there is none.
@@ -345,7 +345,7 @@ class Checkpointer:
         return self._resume("auto")
 
     def resume(self) -> Position:
-        """Take up the checkpoint that ``checkpoint.resume`` asks for; the beginning if none.
+        """Takes up the checkpoint that ``checkpoint.resume`` asks for; the beginning if none.
 
         The beginning has the weights of ``checkpoint.initialize``, if that is set.
 
@@ -439,12 +439,12 @@ class Checkpointer:
     # Finding
 
     def _look(self, check: Check) -> Checkpoint | None:
-        """On rank 0, what ``checkpoint.resume=auto`` goes on from."""
+        """Returns what ``checkpoint.resume=auto`` goes on from; on rank 0."""
         self.store.clean()
         return self.store.newest_verified(check=check)
 
     def _on_rank_0(self, action: Callable[[], Any]) -> Any:
-        """Run on rank 0 and tell the others what came out; an error is raised on all."""
+        """Runs on rank 0 and tells the others what came out; an error is raised on all."""
         outcome: tuple[Exception | None, Any] = (None, None)
         if dist.get_rank() == 0:
             try:

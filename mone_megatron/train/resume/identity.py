@@ -50,7 +50,7 @@ _MADE_OF = {
 def run_identity(
     config: Config, *, data_fingerprint: str, vocab_size: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What a checkpoint says of the run it belongs to: plain values by configuration key."""
+    """Returns what a checkpoint says of the run it belongs to: plain values by key."""
     mone = asdict(config.mone)
     # Changes what is kept in memory, and no number.
     del mone["memory"]
@@ -77,7 +77,7 @@ def check_same_run(
     chosen: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Refuse a checkpoint of other data, another model, another schedule or another recipe.
+    """Refuses a checkpoint of other data, another model, another schedule or another recipe.
 
     Args:
         saved: what the checkpoint says.
@@ -114,12 +114,12 @@ def check_same_run(
 
 
 def holds_a_run(facts: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's facts are those of a run, and not of weights alone (an import)."""
+    """Returns whether facts are those of a run, and not of weights alone (an import)."""
     return "layout" in facts and any(key.startswith("train.") for key in facts.get("identity", {}))
 
 
 def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
-    """Refuse the weights of another model for the start of a run.
+    """Refuses the weights of another model for the start of a run.
 
     What the weights were trained on and how (data, ``train.*``, ``optim.*``, ``mone.*``, dtype) is
     free, and so are the settings of the model that act in training only.
@@ -187,7 +187,7 @@ def _is_free(key: str, old: Any, new: Any) -> bool:
 
 
 def _written(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Returns a value as it is written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
@@ -196,7 +196,7 @@ def _written(value: Any) -> str:
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted key, as JSON gives them back (tuples are lists)."""
+    """Returns nested settings by dotted key, as JSON gives them back (tuples are lists)."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}.{key}"

@@ -51,7 +51,7 @@ def initialize(
     framing: Framing | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Fill the weights, and the masters of a model that is not fp32. Collective over all ranks.
+    """Fills the weights, and the masters of a model that is not fp32. Collective over all ranks.
 
     The optimizer must be as it was built. While it loads, a rank holds its part of the weights once
     more, in fp32 on the host.
@@ -97,7 +97,7 @@ def initialize(
 
 
 def _is_new(name: str, entries: ShardedStateDict, stored: Shapes) -> bool:
-    """Whether it is the state of a selection rule that the checkpoint's model did not have."""
+    """Returns whether it is the state of a selection rule that the checkpoint does not have."""
     if not name.rpartition(".")[2].startswith(STATE_PREFIX):
         return False
     return not wanted_shapes({name: entries[name]}).keys() <= stored.keys()
@@ -106,7 +106,7 @@ def _is_new(name: str, entries: ShardedStateDict, stored: Shapes) -> bool:
 def _target(
     like: ShardedTensor | ShardedTensorFactory, stored: Shapes
 ) -> ShardedTensor | ShardedTensorFactory:
-    """Where to load a weight or buffer: in fp32, from its master if the checkpoint has one."""
+    """Returns where to load a weight or buffer: in fp32, from its master if there is one."""
     master = replace(like, key=master_key(like.key))
     source = master if wanted_shapes({"master": master}).keys() <= stored.keys() else like
     changes: dict[str, object] = {"data": torch.empty(like.data.shape, dtype=torch.float32)}

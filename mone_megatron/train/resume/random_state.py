@@ -11,7 +11,7 @@ from megatron.core import tensor_parallel
 
 
 def random_state() -> dict[str, Any]:
-    """Every random stream of this process, as tensors and numbers."""
+    """Returns every random stream of this process, as tensors and numbers."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     assert name == "MT19937"
     version, python_words, python_gauss = random.getstate()
@@ -30,12 +30,12 @@ def random_state() -> dict[str, Any]:
 
 
 def missing_streams(state: dict[str, Any]) -> list[str]:
-    """The streams that a saved state lacks."""
+    """Returns the streams that a saved state lacks."""
     return sorted(set(random_state()) - set(state) - {"cuda"})
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on with the streams of :func:`random_state`."""
+    """Goes on with the streams of :func:`random_state`."""
     words = tuple(state["python_words"].tolist())
     random.setstate((state["python_version"], words, state["python_gauss"]))
     position, has_gauss, cached = state["numpy_rest"]

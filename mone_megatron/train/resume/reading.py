@@ -41,21 +41,21 @@ Shapes = dict[str, tuple[int, ...] | None]
 
 
 def broadcast(value: Any = None) -> Any:
-    """Rank 0's value, on every rank."""
+    """Returns rank 0's value, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def union(mine: Iterable[str]) -> list[str]:
-    """What any rank has, sorted, on every rank."""
+    """Returns what any rank has, sorted, on every rank."""
     everyones: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everyones, list(mine))
     return sorted({one for theirs in everyones for one in theirs})
 
 
 def find(look: Callable[[Check], Checkpoint | None]) -> tuple[Path, dict[str, Any]] | None:
-    """A checkpoint of which every rank has verified its share of the files.
+    """Returns a checkpoint of which every rank has verified its share of the files.
 
     Rank 0 looks; for each checkpoint it wants verified it sends the others the path, and at the
     end what was found.
@@ -87,7 +87,7 @@ def find(look: Callable[[Check], Checkpoint | None]) -> tuple[Path, dict[str, An
 
 
 def find_at(path: Path) -> tuple[Path, dict[str, Any]]:
-    """:func:`find` for one that the user named.
+    """Does what :func:`find` does, for one that the user named.
 
     Raises:
         DamagedCheckpointError: naming each damaged file.
@@ -104,7 +104,7 @@ def _check_from_rank_0(checkpoint: Checkpoint) -> list[str]:
 
 
 def _verify_share(folder: Path) -> list[str]:
-    """Verify a checkpoint together: what is wrong with it, on every rank."""
+    """Verifies a checkpoint together, and returns what is wrong with it, on every rank."""
     try:
         mine = read_checkpoint(folder).damage(dist.get_rank(), dist.get_world_size())
     except DamagedCheckpointError as error:
@@ -113,7 +113,7 @@ def _verify_share(folder: Path) -> list[str]:
 
 
 def stored_shapes(folder: Path) -> Shapes:
-    """What a verified checkpoint holds. Call it within ``restricted_pickle``."""
+    """Returns what a verified checkpoint holds. Call it within ``restricted_pickle``."""
     return {
         key: tuple(entry.global_shape) if isinstance(entry, ShardedTensor) else None
         for key, entry in load_sharded_metadata(str(folder)).items()
@@ -121,7 +121,7 @@ def stored_shapes(folder: Path) -> Shapes:
 
 
 def wanted_shapes(content: ShardedStateDict) -> Shapes:
-    """What a checkpoint must hold to fill ``content``."""
+    """Returns what a checkpoint must hold to fill ``content``."""
     shapes: Shapes = {}
     for entry in nested_values(content):
         if isinstance(entry, ShardedTensorFactory):
@@ -135,7 +135,7 @@ def wanted_shapes(content: ShardedStateDict) -> Shapes:
 
 
 def load(folder: Path, content: ShardedStateDict, *, needed_for: str) -> dict[str, Any]:
-    """Fill ``content`` from a verified checkpoint.
+    """Fills ``content`` from a verified checkpoint.
 
     Args:
         folder: from :func:`find`.
@@ -176,7 +176,7 @@ def load(folder: Path, content: ShardedStateDict, *, needed_for: str) -> dict[st
 
 @torch.no_grad()
 def fill_chunk(chunk: DistributedDataParallel, weights: dict[str, Tensor]) -> None:
-    """Copy weights and buffers into a chunk, in its dtype. Not collective."""
+    """Copies weights and buffers into a chunk, in its dtype. Not collective."""
     result = unwrap_model(chunk).load_state_dict(weights, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
     assert not missing, missing
@@ -184,7 +184,7 @@ def fill_chunk(chunk: DistributedDataParallel, weights: dict[str, Tensor]) -> No
 
 
 def incomplete(folder: Path, missing: list[str], needed_for: str) -> ValueError:
-    """A checkpoint that lacks something. Not collective."""
+    """Returns the error of a checkpoint that lacks something. Not collective."""
     return ValueError(
         f"checkpoint {folder} holds no {', '.join(missing[:5])}{_more(missing)}; {needed_for}"
     )

@@ -47,7 +47,7 @@ MASTER = "master"
 
 @dataclass(frozen=True)
 class ParameterState:
-    """The optimizer's state of one parameter on this rank.
+    """Holds the optimizer's state of one parameter on this rank.
 
     Attributes:
         parameter: the model's.
@@ -70,12 +70,12 @@ class ParameterState:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Which tensors there are."""
+        """Returns the names of the tensors that there are."""
         fp32 = self.parameter.dtype is torch.float32
         return self.moments if fp32 else (MASTER, *self.moments)
 
     def tensor(self, kind: str) -> Tensor | None:
-        """This rank's tensor of a kind; zeros before the first update."""
+        """Returns this rank's tensor of a kind; zeros before the first update."""
         if self.main is None or self.inner is None:
             return None
         if kind == MASTER:
@@ -84,7 +84,7 @@ class ParameterState:
         return found if found is not None else torch.zeros_like(self.main, dtype=torch.float32)
 
     def assign(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Take over whole tensors from a checkpoint made after ``updates`` optimizer steps."""
+        """Takes over whole tensors from a checkpoint made after ``updates`` optimizer steps."""
         if self.main is None or self.inner is None:
             return
         first, last = self.span
@@ -151,7 +151,7 @@ def inner_parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
 
 
 def parameter_states(optimizer: MegatronOptimizer) -> Iterator[ParameterState]:
-    """Every parameter's state, in the same order on all ranks of its group."""
+    """Yields every parameter's state, in the same order on all ranks of its group."""
     for part in inner_parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             yield from _distributed(part)
@@ -172,7 +172,7 @@ def parameter_states(optimizer: MegatronOptimizer) -> Iterator[ParameterState]:
 
 
 def _put_together(state: ParameterState, kind: str, owner: int) -> Tensor:
-    """The whole tensor of a parameter from its slices. Collective over ``state.group``.
+    """Returns the whole tensor of a parameter from its slices. Collective over ``state.group``.
 
     Slices are added as integers: x + 0 is x for every bit pattern, also of -0.0. The result is
     whole on rank ``owner`` of the group, and of no use on the others.
@@ -190,7 +190,7 @@ def _put_together(state: ParameterState, kind: str, owner: int) -> Tensor:
 
 
 def model_state(chunks: list[DistributedDataParallel]) -> ShardedStateDict:
-    """The weights and buffers (expert bias) of this rank's chunks as sharded tensors."""
+    """Returns the weights and buffers (expert bias) of this rank's chunks as sharded tensors."""
     metadata = {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         # Otherwise the layers of a dense model are stacked into one tensor.
@@ -222,14 +222,14 @@ def _key(kind: str, name: str) -> str:
 
 
 def master_key(name: str) -> str:
-    """Under which name the fp32 master of a weight is saved."""
+    """Returns under which name the fp32 master of a weight is saved."""
     return _key(MASTER, name)
 
 
 def _entry(
     like: ShardedTensor | ShardedTensorFactory, kind: str, tensor: Tensor, replica: int
 ) -> ShardedTensor | ShardedTensorFactory:
-    """A sharded tensor beside a weight's: same shape and place, another name."""
+    """Returns a sharded tensor beside a weight's: same shape and place, another name."""
     changes: dict[str, object] = {
         "key": _key(kind, like.key),
         "data": tensor,
@@ -257,7 +257,7 @@ def optimizer_state(optimizer: MegatronOptimizer, model: ShardedStateDict) -> Sh
 def optimizer_targets(
     optimizer: MegatronOptimizer, model: ShardedStateDict
 ) -> tuple[ShardedStateDict, list[tuple[ParameterState, str, str]]]:
-    """Empty tensors to load masters and moments into, and whose each one is."""
+    """Returns empty tensors to load masters and moments into, and whose each one is."""
     weights = _by_parameter(model)
     entries: ShardedStateDict = {}
     owners: list[tuple[ParameterState, str, str]] = []
@@ -276,7 +276,7 @@ def optimizer_targets(
 def assign_optimizer_state(
     loaded: dict[str, Tensor], owners: list[tuple[ParameterState, str, str]], updates: int
 ) -> None:
-    """Give each parameter what was loaded for it."""
+    """Gives each parameter what was loaded for it."""
     by_state: dict[int, tuple[ParameterState, dict[str, Tensor]]] = {}
     for state, kind, name in owners:
         by_state.setdefault(id(state), (state, {}))[1][kind] = loaded[name]

@@ -40,7 +40,7 @@ _Written = dict[str, tuple[list[Any], FileDigest]]
 
 
 def _write_file(transforms: list[Any], bucket: _Bucket) -> tuple[list[Any], FileDigest]:
-    """Write one file, bring it to disk, and read it back for its digest."""
+    """Writes one file, brings it to disk, and reads it back for its digest."""
     path = Path(bucket[0])
     try:
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -58,7 +58,7 @@ def _write_file(transforms: list[Any], bucket: _Bucket) -> tuple[list[Any], File
 
 
 def _write(transforms: list[Any], buckets: list[_Bucket], parent: Connection) -> None:
-    """In the child: write all files, and report."""
+    """Writes all files, and reports; in the child."""
     # Requests to stop are for the run, which stops after this save.
     for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
@@ -75,10 +75,10 @@ def _write(transforms: list[Any], buckets: list[_Bucket], parent: Connection) ->
 
 
 class BackgroundSave:
-    """This rank's part of one save, from when it was handed over to when all of it is on disk."""
+    """Is this rank's part of one save, from its handing over to when all of it is on disk."""
 
     def __init__(self, request: AsyncRequest) -> None:
-        """Start writing. The tensors may change as soon as this returns.
+        """Starts writing. The tensors may change as soon as this returns.
 
         Args:
             request: what ``dist_checkpointing.save(..., async_sharded_save=True)`` returned.
@@ -118,30 +118,30 @@ class BackgroundSave:
 
     @property
     def pid(self) -> int | None:
-        """The process that writes, if there is something to write."""
+        """Returns the id of the process that writes, if there is something to write."""
         return None if self._process is None else self._process.pid
 
     @property
     def ended(self) -> bool:
-        """Whether this rank's files are written, or never will be."""
+        """Returns whether this rank's files are written, or never will be."""
         return self._outcome is not None
 
     def wait(self) -> None:
-        """Return when :attr:`ended`."""
+        """Returns when :attr:`ended`."""
         if self._process is not None:
             self._thread.join()
 
     def error(self) -> CheckpointWriteError | None:
-        """Why the save failed on this rank, if it did; wait first."""
+        """Returns why the save failed on this rank, if it did; wait first."""
         return self._outcome if isinstance(self._outcome, CheckpointWriteError) else None
 
     def digests(self) -> dict[str, FileDigest]:
-        """This rank's files by name; wait first, and look at :meth:`error`."""
+        """Returns this rank's files by name; wait first, and look at :meth:`error`."""
         assert isinstance(self._outcome, dict)
         return {name: digest for name, (_, digest) in self._outcome.items()}
 
     def finalize(self) -> None:
-        """Let megatron-core write the metadata of all ranks' files. Collective."""
+        """Has megatron-core write the metadata of all ranks' files. Collective."""
         assert isinstance(self._outcome, dict)
         if self._outcome:
             results = enumerate(results for results, _ in self._outcome.values())
@@ -150,7 +150,7 @@ class BackgroundSave:
             finalize()
 
     def kill(self) -> None:
-        """Give the save up."""
+        """Gives the save up."""
         if self._process is not None:
             self._process.kill()
             self.wait()
