@@ -224,7 +224,7 @@ class Checkpointer:
 
     @property
     def writer_pid(self) -> int | None:
-        """Returns the id of this rank's process that writes a checkpoint, if one does. Not collective."""
+        """Returns the id of this rank's process that writes, if one does. Not collective."""
         return None if self._pending is None else self._pending.saving.pid
 
     def take_blocked_seconds(self) -> float:
