@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     add_reading(text)
 
     compute = parser.add_argument_group("computation")
+    compute.add_argument(
+        "--server",
+        metavar="URL",
+        help="ask a server of tools/serve.py, or another vLLM, that serves the one MODEL given",
+    )
     add_placement(compute)
     return parser
 
@@ -80,6 +85,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("MODEL: give at least one run, export or model")
     if not options.tasks and not options.perplexity:
         raise ValueError("--tasks, --perplexity: nothing to measure; give at least one")
+    if options.server is not None and (len(options.models) > 1 or options.perplexity):
+        raise ValueError("--server: takes one MODEL, and --tasks only; a perplexity needs weights")
     check_at_least_1(options, "limit", "seq_length", "max_tokens", "batch_size")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise ValueError(f"--num-fewshot: {options.num_fewshot} is negative; use 0 or more")
@@ -103,6 +110,7 @@ def _run(options: argparse.Namespace) -> None:
     from mone_megatron.evaluation import evaluate, score_files
     from mone_megatron.evaluation.corpora import open_corpus, reads_files
     from mone_megatron.evaluation.models import choose_device, choose_dtype, look_at
+    from mone_megatron.evaluation.served import ServedModel
     from mone_megatron.evaluation.tasks import expand, load_tasks
 
     device = choose_device(options.device)
@@ -130,12 +138,21 @@ def _run(options: argparse.Namespace) -> None:
         device=device,
         trust_remote_code=trusted,
     )
-    results = [
-        evaluate.evaluate_model(
-            facts, label=label, tasks=tasks, corpora=text, settings=how, say=say
-        )
-        for facts, label, text in zip(models, labels, texts, strict=True)
-    ]
+    if options.server is not None:
+        assert tasks is not None
+        served = ServedModel.at(options.server, batch_size=options.batch_size)
+        results = [
+            evaluate.evaluate_served(
+                models[0], served, label=labels[0], tasks=tasks, limit=options.limit, say=say
+            )
+        ]
+    else:
+        results = [
+            evaluate.evaluate_model(
+                facts, label=label, tasks=tasks, corpora=text, settings=how, say=say
+            )
+            for facts, label, text in zip(models, labels, texts, strict=True)
+        ]
     compared = evaluate.compare(results)
     print(score_files.table(results, compared))
     print()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def _export(options: argparse.Namespace) -> None:
     # Only now: transformers takes seconds to import.
     from mone_megatron.hf import checks, export, text_format
     from mone_megatron.hf.source import Source, open_source
+    from mone_megatron.serving.misread import misreadings
 
     source: Source = open_source(options.source, say=say)
     architecture = export.choose_architecture(source, options.architecture)
@@ -105,6 +107,9 @@ def _export(options: argparse.Namespace) -> None:
     print(f"wrote {exported.folder}: {exported.tensors} tensors, {exported.bytes / 1e6:,.1f} MB")
     for line in outcome:
         print(f"checked: {line}")
+    written = json.loads((exported.folder / "config.json").read_text(encoding="utf-8"))
+    for misreading in misreadings(written):
+        say(f"warning: {misreading}")
 
 
 def _owning(options: argparse.Namespace) -> None:

@@ -24,6 +24,8 @@ from mone_megatron.evaluation.harness import Score, run_tasks
 from mone_megatron.evaluation.harness_tokens import fitted, rolling_windows
 from mone_megatron.evaluation.models import ModelFacts, load
 from mone_megatron.evaluation.perplexity import Perplexity, measure_perplexity
+from mone_megatron.evaluation.scored_lm import ScoredLM
+from mone_megatron.evaluation.served import ServedModel
 from mone_megatron.evaluation.tasks import LoadedTasks
 from mone_megatron.evaluation.token_bytes import bytes_of_tokens
 
@@ -74,7 +76,8 @@ class ModelResult:
     facts: ModelFacts
     source: str
     dtype: str
-    parameters: int
+    # None for a server's, which does not say.
+    parameters: int | None
     seconds: float
     scores: Sequence[Score]
     measured: Sequence[Measured]
@@ -174,6 +177,52 @@ def evaluate_model(
         seconds=time.perf_counter() - started,
         scores=scores,
         measured=measured,
+    )
+
+
+def evaluate_served(
+    facts: ModelFacts,
+    served: ServedModel,
+    *,
+    label: str,
+    tasks: LoadedTasks,
+    limit: int | None,
+    say: Callable[[str], None],
+) -> ModelResult:
+    """Asks a server everything that :func:`evaluate_model` asks a model in this process.
+
+    Args:
+        facts: of the model that is served: its tokenizer, and how its texts begin.
+        served: where.
+        label: what to call it.
+        tasks: loaded, none of which has the model write text.
+        limit: questions of each task; None for all.
+        say: is told what begins.
+
+    Raises:
+        ValueError: a task has the model write text, or the server does not answer.
+    """
+    started = time.perf_counter()
+    for name, task in tasks.tasks.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            raise ValueError(f"--server: {name} has the model write text; leave out --server")
+    say(f"{label}: {', '.join(tasks.tasks)}, by {served.url}")
+    lm = ScoredLM(
+        facts.tokenizer_dir,
+        max_length=min(facts.max_length, served.max_length),
+        score=served.score,
+        framing=facts.framing,
+    )
+    scores = run_tasks(lm, tasks, limit=limit)
+    return ModelResult(
+        label=label,
+        facts=facts,
+        source=f"{served.name} at {served.url}",
+        dtype="the server's dtype",
+        parameters=None,
+        seconds=time.perf_counter() - started,
+        scores=scores,
+        measured=[],
     )
 
 

@@ -26,6 +26,7 @@ class ModelFacts:
 
     Attributes:
         where: as the user gave it.
+        tokenizer_dir: folder or name on the Hub of its tokenizer.
         tokenizer: its tokenizer, which begins texts as in the model's training.
         vocab_size: token ids that it knows.
         max_length: the longest sequence it is made for, in tokens.
@@ -34,6 +35,7 @@ class ModelFacts:
     """
 
     where: str
+    tokenizer_dir: Path
     tokenizer: PreTrainedTokenizerFast
     vocab_size: int
     max_length: int
@@ -63,7 +65,8 @@ def look_at(where: str, *, trust_remote_code: bool = False) -> ModelFacts:
         tokenizer = _tokenizer(where, str(source.tokenizer_dir), trust_remote_code)
         length = source.config.train.seq_length
         step, framing = source.checkpoint.step, source.framing
-        facts = ModelFacts(where, tokenizer, source.vocab_size, length, step, framing)
+        folder = source.tokenizer_dir
+        facts = ModelFacts(where, folder, tokenizer, source.vocab_size, length, step, framing)
     else:
         if path.exists() and not (path / "config.json").is_file():
             raise ValueError(
@@ -81,7 +84,7 @@ def look_at(where: str, *, trust_remote_code: bool = False) -> ModelFacts:
         tokenizer = _tokenizer(where, where, trust_remote_code)
         length = text.max_position_embeddings
         framing = framing_of_folder(path, tokenizer.backend_tokenizer, tokenizer.eos_token_id)
-        facts = ModelFacts(where, tokenizer, text.vocab_size, length, None, framing)
+        facts = ModelFacts(where, path, tokenizer, text.vocab_size, length, None, framing)
     largest = max(facts.tokenizer.get_vocab().values())
     if largest >= facts.vocab_size:
         raise ValueError(

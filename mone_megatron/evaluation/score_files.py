@@ -54,12 +54,16 @@ def table(results: Sequence[ModelResult], compared: Sequence[Compared]) -> str:
     return f"{_columns(header, rows)}\n\n{_LEGEND}"
 
 
+def _size(parameters: int | None) -> str:
+    return "of unknown size" if parameters is None else f"{format_count(parameters)} parameters"
+
+
 def notes(results: Sequence[ModelResult]) -> list[str]:
     """What the table has no column for: sizes of corpora, and the trainer's own losses."""
     lines = []
     for result in results:
         lines.append(
-            f"{result.label}: {result.source}, {format_count(result.parameters)} parameters, "
+            f"{result.label}: {result.source}, {_size(result.parameters)}, "
             f"{result.dtype}, {result.seconds:.0f} s"
         )
         lines.append(f"  {result.facts.beginning}")

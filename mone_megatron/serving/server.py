@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mone_megatron.serving.engine import Engine
+from mone_megatron.serving.misread import VLLM, Misreading, misreadings
 
 _DTYPES = {"saved": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # vLLM for CPUs would take 92% of the memory, and refuses to start when as much is not free.
@@ -77,7 +78,12 @@ def ready_folder(where: Path, engine: Engine, *, dry_run: bool, say: Callable[[s
     if not where.is_dir():
         raise ValueError(f"{where}: there is no such folder; give a run, a checkpoint or an export")
     if (where / "config.json").is_file():
-        check_plugin(engine, _config(where).get("model_type", ""), where)
+        config = _config(where)
+        check_plugin(engine, config.get("model_type", ""), where)
+        if wrong := _misread(config):
+            raise ValueError(
+                f"{where}: {wrong[0]}; export it with --architecture mone, which the plugin reads"
+            )
         return where
     from mone_megatron.extras import calm_bars, require
 
@@ -97,6 +103,9 @@ def ready_folder(where: Path, engine: Engine, *, dry_run: bool, say: Callable[[s
     checkpoint = source.checkpoint.path
     folder = checkpoint.parents[1] / "exports" / checkpoint.name
     architecture = export.choose_architecture(source, "auto")
+    if wrong := _misread(export.hf_config(source, architecture, None).to_dict()):
+        say(f"as MoneForCausalLM, since {wrong[0]}")
+        architecture = export.choose_architecture(source, "mone")
     check_plugin(engine, architecture.model_type, where)
     if (folder / "config.json").is_file():
         say(f"{folder}: exported before")
@@ -177,6 +186,11 @@ def server_of(
         *options,
     ]
     return Server(command, environment, f"http://{host}:{port}", name, notes)
+
+
+def _misread(config: Mapping[str, Any]) -> list[Misreading]:
+    """What vLLM would compute otherwise without a word."""
+    return [wrong for wrong in misreadings(config) if wrong.program == VLLM]
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +108,6 @@ def test_errors_of_one_sample_are_unknown_and_not_nan() -> None:
     assert "3.0000 (error unknown)" in text
     assert "+0.0100 (error unknown)" in text
     score = Score("text", "loss", ratio([3.0], [1]), False, None, "")
-    facts = ModelFacts("nowhere", None, 10, 16, None, Framing((), 0))  # type: ignore[arg-type]
+    facts = ModelFacts("nowhere", Path("nowhere"), None, 10, 16, None, Framing((), 0))  # type: ignore[arg-type]
     result = ModelResult("a", facts, "nowhere", "float32", 1, 0.0, [score], [])
     assert "3.0000 (error unknown)" in table([result], [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from _pytest.terminal import TerminalReporter
 from reference_answers import Answer, answers_of, prompts_of
 from served_models import make_exports
 
@@ -28,3 +29,18 @@ def prompts(exports: dict[str, Path]) -> list[list[int]]:
 def expected(exports: dict[str, Path], prompts: list[list[int]]) -> dict[str, list[Answer]]:
     """The answers in fp32."""
     return {name: answers_of(folder, prompts, NEW) for name, folder in exports.items()}
+
+
+_MEASURED: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def measured() -> list[str]:
+    """Lines to show when all tests have run: docs/serving.md has them."""
+    return _MEASURED
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    """Shows what was measured."""
+    for line in _MEASURED:
+        terminalreporter.write_line(line)

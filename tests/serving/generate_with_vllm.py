@@ -32,8 +32,7 @@ def recording(path: str | None) -> Iterator[None]:
 
     def recorded(self: Any, gate_TF: Any, up_TF: Any, **rows: Any) -> Any:
         kept = mask(self, gate_TF, up_TF, **rows)
-        norms = rows.get("down_norm_TF")
-        seen.append({"gate": gate_TF.clone(), "up": up_TF.clone(), "norms": norms, "mask": kept})
+        seen.append({"gate": gate_TF.clone(), "up": up_TF.clone(), "rows": rows, "mask": kept})
         return kept
 
     Selection.mask = recorded

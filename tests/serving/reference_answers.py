@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mone_megatron.hf  # noqa: F401  # tokenizers of exports are found by their configuration
 from mone_megatron.data.stdlib import stdlib_files
 
 # Lengths that share no multiple.

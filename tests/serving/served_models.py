@@ -70,6 +70,20 @@ RUNS: dict[str, list[str]] = {
         "mone.rule=statistical",
     ],
     "blocks": ["experiment=tiny_mone", "mone.rule=blocks", "mone.rule_options.size=8"],
+    # A rule with a state: thresholds of each expert that training moves.
+    "learned_threshold": [
+        "experiment=tiny_mone",
+        *_EVERYWHERE,
+        "mone.rule=batch_topk",
+        "train.steps=4",
+        "checkpoint.interval=4",
+    ],
+    "learned_in_experts": [
+        "experiment=tiny_mone",
+        "mone.rule=batch_topk",
+        "train.steps=4",
+        "checkpoint.interval=4",
+    ],
     # Our class for a model that keeps all neurons.
     "all_neurons": ["experiment=tiny_moe", *_SIGMOID],
     # What a stock class holds.
@@ -80,7 +94,7 @@ RUNS: dict[str, list[str]] = {
 def make_exports(folder: Path) -> dict[str, Path]:
     """Trains for two steps, exports, and returns the folder of each model by its name."""
     run_layouts(
-        {name: [*changes, *_COMMON] for name, changes in RUNS.items()},
+        {name: [*_COMMON, *changes] for name, changes in RUNS.items()},
         processes=1,
         folder=folder / "runs",
     )

@@ -73,7 +73,7 @@ def test_the_distribution_needs_nothing_and_is_found_by_vllm(wheel: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rule", [rule.name for rule in RULES if not rule.state])
+@pytest.mark.parametrize("rule", RULES.names)
 @pytest.mark.parametrize("score", SCORES.names)
 def test_masks_are_bitwise_those_of_an_export_in_transformers(
     selection: ModuleType, score: str, rule: str, dtype: torch.dtype
@@ -86,17 +86,29 @@ def test_masks_are_bitwise_those_of_an_export_in_transformers(
             for _ in range(2)
         )
         norm = torch.rand(neurons, generator=generator)
+        # Of three experts, the last of which has learned nothing yet.
+        state = {
+            name: torch.rand(3, generator=generator) * torch.tensor([1, 1, 0])
+            for name in RULES[rule].state
+        }
+        expert = torch.randint(3, (257,), generator=generator)
         mone = {"keep_ratio": keep_ratio, "score": score, "rule": rule}
         try:
             expected = NeuronSettings.from_config(mone).mask(
-                gate, up, F.silu, down_norm=lambda norm=norm: norm
+                gate,
+                up,
+                F.silu,
+                down_norm=lambda norm=norm: norm,
+                state=state,
+                expert_T=expert,
             )
         except ValueError:
             with pytest.raises(ValueError, match=r"mone\."):
                 selection.Selection.of(mone, "routed", neurons, F.silu, None)
             continue
         chosen = selection.Selection.of(mone, "routed", neurons, F.silu, None)
-        assert torch.equal(chosen.mask(gate, up, down_norm_TF=norm), expected)
+        mask = chosen.mask(gate, up, down_norm_TF=norm, state=state, expert_T=expert, num_experts=3)
+        assert torch.equal(mask, expected)
 
 
 class _Ranks:

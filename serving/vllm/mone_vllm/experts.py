@@ -8,6 +8,7 @@ experts), F neurons of an expert on this rank, E experts on this rank, H hidden 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,11 +32,13 @@ class SelectingExperts:
             for another reason.
         activate: a as a function of g.
         layer_name: by which the layer is found in vLLM's forward context.
+        state: of the selection's rule, by name, ``[E]`` each.
     """
 
     selection: Selection | None
     activate: Any
     layer_name: str
+    state: Mapping[str, Tensor]
     down_norm_EF: Tensor | None = None
 
     def remember_norms(self, down_EHF: Tensor) -> None:
@@ -56,7 +59,11 @@ class SelectingExperts:
             return self.activate(gate_TF) * up_TF
         norm_TF = None if self.down_norm_EF is None else self.down_norm_EF[expert_T]
         return self.selection.hidden(
-            gate_up, down_norm_TF=norm_TF, expert_T=expert_T, num_experts=num_experts
+            gate_up,
+            down_norm_TF=norm_TF,
+            state=self.state,
+            expert_T=expert_T,
+            num_experts=num_experts,
         )
 
 
@@ -188,7 +195,11 @@ _OURS: dict[type, type] = {
 
 
 def experts_class(
-    theirs: type, selection: Selection | None, activate: Any, layer_name: str
+    theirs: type,
+    selection: Selection | None,
+    activate: Any,
+    layer_name: str,
+    state: Mapping[str, Tensor],
 ) -> type:
     """Returns the class that computes what one of vLLM's does, with selection.
 
@@ -197,6 +208,7 @@ def experts_class(
         selection: None keeps all neurons.
         activate: a as a function of g.
         layer_name: the layer's.
+        state: of the selection's rule, which is filled in when the weights are loaded.
 
     Raises:
         ValueError: there is none, and it must not be computed without.
@@ -205,6 +217,7 @@ def experts_class(
         "selection": selection,
         "activate": staticmethod(activate),
         "layer_name": layer_name,
+        "state": state,
     }
     for base, ours in _OURS.items():
         if issubclass(theirs, base):

@@ -13,17 +13,19 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mone_vllm.selection import Selection
 
-# More rows share experts and neurons, so that less is left out than is lost by gathering.
-_MOST_ROWS = 32
-# What choosing rows costs, in bytes that could be read instead (docs/serving.md has the measure).
-_OVERHEAD_BYTES = 8_000_000
+# With more rows for an expert its neurons are read again and again.
+_MOST_ROWS_OF_AN_EXPERT = 1.0
+# What choosing and gathering costs for each row, in bytes that could be read instead.
+_OVERHEAD_BYTES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ class GatheredRows:
         """Whether gathering reads enough less than whole matrices, for so many tokens."""
         rows = tokens * chosen
         saved = 1 - self.selection.budget.kept / self.selection.budget.neurons
-        neurons, hidden = self.down_EFH.shape[1:]
-        saved_bytes = 2 * saved * rows * neurons * hidden * self.down_EFH.element_size()
-        return 0 < rows <= _MOST_ROWS and saved_bytes >= _OVERHEAD_BYTES
+        experts, neurons, hidden = self.down_EFH.shape
+        saved_bytes = 2 * saved * neurons * hidden * self.down_EFH.element_size()
+        few = 0 < rows <= _MOST_ROWS_OF_AN_EXPERT * experts
+        return few and saved_bytes >= _OVERHEAD_BYTES
 
     def compute(self, hidden_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor) -> Tensor:
         """Returns the experts' output, ``[N, H]``.
@@ -71,15 +74,19 @@ class GatheredRows:
         """
         tokens, chosen = ids_NK.shape
         neurons, hidden = self.down_EFH.shape[1:]
-        expert_S = ids_NK.flatten().clamp(min=0)
-        weight_S = weights_NK.flatten().masked_fill(ids_NK.flatten() < 0, 0.0)
-        x_SH = hidden_NH.repeat_interleave(chosen, dim=0)
+        # Rows of one expert beside each other, so that its gate is read once.
+        expert_S, order_S = ids_NK.flatten().sort(stable=True)
+        x_SH = hidden_NH[order_S // chosen]
+        weight_S = weights_NK.flatten()[order_S].masked_fill(expert_S < 0, 0.0)
+        expert_S = expert_S.clamp(min=0)
         gate_SF = x_SH.new_empty(len(x_SH), neurons)
-        for row, expert in enumerate(expert_S.tolist()):
-            torch.mv(self.gate_up_EFH[expert, :neurons], x_SH[row], out=gate_SF[row])
+        end = 0
+        for expert, rows in groupby(expert_S.tolist()):
+            first, end = end, end + sum(1 for _ in rows)
+            gate_EF = self.gate_up_EFH[expert, :neurons]
+            gate_SF[first:end] = F.linear(x_SH[first:end], gate_EF)
         k = self.selection.budget.kept
-        mask_SF = self.selection.mask(gate_SF, gate_SF)
-        place_M = mask_SF.flatten().nonzero().squeeze(-1)
+        place_M = self._kept(gate_SF)
         starts = torch.arange(0, len(x_SH) * k + 1, k)
         if len(place_M) != len(x_SH) * k:  # a row of NaNs keeps none
             return torch.full_like(hidden_NH, torch.nan)
@@ -96,7 +103,25 @@ class GatheredRows:
             per_sample_weights=hidden_M,
             include_last_offset=True,
         )
-        return out_SH.view(tokens, chosen, hidden).sum(dim=1)
+        if tokens == 1:
+            return out_SH.sum(dim=0, keepdim=True)
+        unsorted_SH = torch.empty_like(out_SH).index_copy_(0, order_S, out_SH)
+        return unsorted_SH.view(tokens, chosen, hidden).sum(dim=1)
+
+    def _kept(self, gate_SF: Tensor) -> Tensor:
+        """Returns the places of kept neurons in ``[S, F]``, counted through, ``[M]``.
+
+        They are those of the selection's mask. numpy's partition finds a row's K-th score faster
+        than anything in torch; only where others tie with it is the mask itself computed.
+        """
+        k, rows = self.selection.budget.kept, len(gate_SF)
+        scores_SF = self.selection.scores(gate_SF, gate_SF, None).numpy()
+        least = scores_SF.shape[1] - k
+        kth_S1 = np.partition(scores_SF, least, axis=1)[:, least : least + 1]
+        place_M = np.flatnonzero(scores_SF >= kth_S1)
+        if len(place_M) == rows * k:
+            return torch.from_numpy(place_M)
+        return self.selection.mask(gate_SF, gate_SF).flatten().nonzero().squeeze(-1)
 
 
 def _dots(x_SH: Tensor, rows_RH: Tensor, row_M: Tensor, starts: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeAttention
 from vllm.model_executor.models.utils import extract_layer_index
 
+from mone_vllm.definition.methods.rule import STATE_PREFIX
 from mone_vllm.experts import SelectingExperts, experts_class
 from mone_vllm.ranks import TensorParallelRanks
 from mone_vllm.routing import route_of
@@ -113,6 +114,33 @@ def _(gate_up: Tensor, layer_name: str) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
+def _take(
+    state: dict[str, Tensor], prefix: str, held: dict[str, Tensor], here_A: Tensor | None = None
+) -> None:
+    """Fills in a rule's state from what an export holds.
+
+    Args:
+        state: by name; replaced.
+        prefix: of the module's tensors in the export.
+        held: of the whole export, by name; what is taken is removed.
+        here_A: the number here of each expert, -1 for those of other ranks; None for all here.
+
+    Raises:
+        ValueError: a part is missing.
+    """
+    for name, initial_E in state.items():
+        full_A = held.pop(f"{prefix}{STATE_PREFIX}{name}", None)
+        if full_A is None:
+            raise ValueError(f"{prefix}{STATE_PREFIX}{name}: the export has no such tensor")
+        value_E = initial_E.clone()
+        if here_A is None:
+            value_E.copy_(full_A)
+        else:
+            there = here_A.to(full_A.device) >= 0
+            value_E[here_A[here_A >= 0].long()] = full_A[there].to(value_E.device)
+        state[name] = value_E
+
+
 class MoneMLP(nn.Module):
     """A dense layer or shared expert, with neuron selection where the settings say so."""
 
@@ -155,6 +183,7 @@ class MoneMLP(nn.Module):
         self.register_buffer(
             "down_norm_F", torch.full((self.down_proj.weight.shape[1],), torch.nan)
         )
+        self.state = {} if self.selection is None else self.selection.initial_state(1)
         self.layer_name = prefix
         get_current_vllm_config().compilation_config.static_forward_context[prefix] = self
 
@@ -163,13 +192,17 @@ class MoneMLP(nn.Module):
         norms = torch.linalg.vector_norm(self.down_proj.weight, dim=0, dtype=torch.float32)
         self.down_norm_F = norms
 
+    def take_state(self, held: dict[str, Tensor]) -> None:
+        """Takes this MLP's part of the rule's state out of what an export holds, by name."""
+        _take(self.state, f"{self.layer_name}.", held)
+
     def hidden(self, gate_up: Tensor) -> Tensor:
         """Returns the input of the down projection."""
         if self.selection is None:
             gate_TF, up_TF = gate_up.chunk(2, dim=-1)
             return self.activate(gate_TF) * up_TF
         norms = self.down_norm_F if self.selection.reads_down_norm else None
-        return self.selection.hidden(gate_up, down_norm_TF=norms)
+        return self.selection.hidden(gate_up, down_norm_TF=norms, state=self.state)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H]`` to ``[N, H]``."""
@@ -230,11 +263,18 @@ class MoneSparseMoeBlock(nn.Module):
         )
         # vLLM's own experts know all neurons of a SwiGLU.
         self.needs_ours = self.selection is not None or config.hidden_act != "silu"
+        local = experts.moe_config.num_local_experts
+        self.state = {} if self.selection is None else self.selection.initial_state(local)
         if self.needs_ours:
             method = experts.quant_method
             method.experts_cls = experts_class(
-                method.experts_cls, self.selection, activate, experts.layer_name
+                method.experts_cls, self.selection, activate, experts.layer_name, self.state
             )
+
+    def take_state(self, held: dict[str, Tensor]) -> None:
+        """Takes the experts' part of the rule's state, of those that are on this rank."""
+        here_A = self.experts.routed_experts.expert_map
+        _take(self.state, f"{self.experts.layer_name}.", held, here_A)
 
     def check_experts(self) -> None:
         """Asserts that ours are what runs.

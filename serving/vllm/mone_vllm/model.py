@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.interfaces import SupportsPP
@@ -16,6 +17,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
+from mone_vllm.definition.methods.rule import STATE_PREFIX
 from mone_vllm.layers import MoneDecoderLayer, MoneMLP, MoneSparseMoeBlock
 
 
@@ -100,17 +102,32 @@ class MoneForCausalLM(nn.Module, SupportsPP):
         Raises:
             ValueError: a weight has no place, or a parameter has no weight.
         """
-        loaded: set[str] = AutoWeightsLoader(self).load_weights(self._with_place(weights))
+        held: dict[str, Tensor] = {}
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(self._with_place(weights, held))
         # Tied embeddings are one parameter of two names.
         if missing := sorted(set(dict(self.named_parameters())) - loaded):
             raise ValueError(f"{missing[0]}: the export has no weight for it")
         for module in self.modules():
             if isinstance(module, MoneMLP):
                 module.remember_norms()
+            if isinstance(module, (MoneMLP, MoneSparseMoeBlock)):
+                module.take_state(held)
+        if held and get_pp_group().world_size == 1:
+            raise ValueError(f"{min(held)}: config.mone names no rule with such a state")
         return loaded
 
-    def _with_place(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yields weights; refuses biases without a place, which vLLM would pass over in silence."""
+    def _with_place(
+        self, weights: Iterable[tuple[str, Tensor]], held: dict[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields the weights that vLLM loads.
+
+        Args:
+            weights: of the export.
+            held: is given the state of selection rules, which vLLM does not know.
+
+        Raises:
+            ValueError: a bias has no place, which vLLM would pass over in silence.
+        """
         places = {
             "self_attn.q_proj.bias": self.config.qkv_bias,
             "self_attn.k_proj.bias": self.config.qkv_bias,
@@ -118,6 +135,9 @@ class MoneForCausalLM(nn.Module, SupportsPP):
             "mlp.gate.e_score_correction_bias": self.config.router_bias,
         }
         for name, weight in weights:
+            if name.rpartition(".")[2].startswith(STATE_PREFIX):
+                held[name] = weight
+                continue
             if name.endswith("bias") and not any(
                 there and name.endswith(place) for place, there in places.items()
             ):

@@ -92,8 +92,6 @@ class Selection:
         rule = RULES[mone.get("rule", "topk")]
         budget = rule.budget(mone["keep_ratio"], neurons, mone.get("rule_options"))
         chosen = cls(SCORES[mone.get("score", "abs_activation")], rule, budget, activate, ranks)
-        if rule.state:
-            raise ValueError(f"mone.rule: {rule.name} selects by a state that exports do not hold")
         if not rule.causal:
             raise ValueError(
                 f"mone.rule: {rule.name} looks at other tokens of the batch; a server batches "
@@ -101,10 +99,14 @@ class Selection:
             )
         if problem := rule.shard_problem(budget, 1 if ranks is None else ranks.size):
             raise ValueError(
-                f"{problem}; use --tensor-parallel-size 1, or --enable-expert-parallel for routed "
-                "experts"
+                f"{target} MLPs: {problem}; use --tensor-parallel-size 1 (or, where routed experts "
+                "alone select, --enable-expert-parallel)"
             )
         return None if rule.fixed_count and budget.kept == neurons else chosen
+
+    def initial_state(self, num_experts: int) -> dict[str, Tensor]:
+        """Returns the rule's state before an export's is loaded, fp32 ``[E]`` each."""
+        return {name: torch.full((num_experts,), value) for name, value in self.rule.state.items()}
 
     @property
     def reads_down_norm(self) -> bool:
@@ -128,6 +130,7 @@ class Selection:
         up_TF: Tensor,
         *,
         down_norm_TF: Tensor | None = None,
+        state: Mapping[str, Tensor] | None = None,
         expert_T: Tensor | None = None,
         num_experts: int = 1,
     ) -> Tensor:
@@ -137,6 +140,7 @@ class Selection:
             gate_TF: gate projections.
             up_TF: up projections.
             down_norm_TF: for scores that read it.
+            state: the rule's, ``[E]`` each.
             expert_T: int64, the expert on this rank of each row; None for an MLP alone.
             num_experts: E.
         """
@@ -150,6 +154,7 @@ class Selection:
                 largest_of=self._largest,
                 expert_T=expert_T,
                 num_experts=num_experts,
+                state=state or {},
                 shards=self.ranks,
             )
         )
