@@ -61,7 +61,7 @@ $(NEXT)/installed: | $(VENV)/torch
 
 # transformers' own tests of any model class, on ours (tests/transformers_suite); pip fetches them.
 test-transformers: $(VENV)/installed-dev
-	$(BIN)/pip install --quiet --editable '.[dev,transformers-suite]'
+	$(INSTALL) --editable '.[dev,transformers-suite]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/transformers_suite -m transformers_suite \
 		-o addopts=-q -W default -W ignore::pytest.PytestUnknownMarkWarning -rxX
 
@@ -115,21 +115,27 @@ bench: $(VENV)/installed
 	$(BIN)/python tools/bench.py spine
 	$(BIN)/python tools/bench.py cost
 
+# Without setuptools' remark on folders beside the package, which looks like an error.
+INSTALL := PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet
+
 # torch first and by itself: packages that depend on it then keep the build that is there.
 $(VENV)/torch:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) \
 		else f"Python {v[0]}.{v[1]} found; 3.10, 3.11 or 3.12 is needed: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH)
+	@echo "setting up $(VENV), a minute or two: torch first"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --upgrade pip
+	@$(BIN)/pip install --quiet $(TORCH)
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml
-	$(BIN)/pip install --quiet --editable .
+	@echo "setting up $(VENV): what training and its pages need"
+	@$(INSTALL) --editable .
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/torch pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	@echo "setting up $(VENV): what the tests and the tools need"
+	@$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/installed
 
 clean:
