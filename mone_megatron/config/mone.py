@@ -54,6 +54,9 @@ class MoNEConfig(Group):
     memory: Literal["full", "packed"] = "full"
     """What the experts save for the backward pass: the values of every neuron, or of the kept ones
     only (docs/performance.md#memory-mode)."""
+    straight_through: bool = False
+    """Whether neurons that are left out get gradients as if they were kept
+    (docs/method.md#gradients)."""
     balance: NeuronBalanceConfig = field(default_factory=NeuronBalanceConfig)
     keep_ratio_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """The keep ratio over the first steps, so that an MoE with dense experts anneals into MoNE:
@@ -83,6 +86,11 @@ class MoNEConfig(Group):
                 yield f"mone.apply_to: {target} is listed {count} times; list it once"
         yield from self._rule_options()
         yield from self._schedule()
+        if self.memory == "packed" and self.straight_through:
+            yield (
+                "mone.memory: packed forgets the neurons that are not kept, and "
+                "mone.straight_through=true gives them gradients; use mone.memory=full"
+            )
         if self.memory == "packed" and self.balance.coeff != 0 and self.balance.weights == "all":
             yield (
                 "mone.memory: packed forgets the neurons that are not kept, and the balance loss "

@@ -27,6 +27,10 @@ class Activation:
         formula: what it computes, for tables and figures.
         source: the paper or place that it comes from.
         reference: ``module:attribute`` of the function of a tensor, elementwise.
+        up: ``module:attribute`` of the function of the up projection, elementwise, where it is not
+            taken as it is; the unit is reference(g) * up(u). ``reference`` must then be a function
+            of this activation alone, by which experts find it. Only the experts and the MLPs that
+            select neurons compute it, and no model of transformers.
         keeps_input: whether its backward pass needs the gate projection, rather than its result.
         intermediates: how many tensors of the gate's size autograd keeps beside its input and its
             result; the planner counts them.
@@ -40,6 +44,7 @@ class Activation:
     formula: str
     source: str
     reference: str
+    up: str | None = None
     keeps_input: bool = True
     intermediates: int = 0
     fused_on_cpu: bool = False

@@ -144,6 +144,8 @@ class Rule:
         score: the score that it is written for, whose densities come near to the keep ratio; None
             where any is as good. Others may be chosen: then the density is what is measured.
         fixed_count: whether each row keeps exactly ``budget.kept`` neurons.
+        keeps_budget: whether the rule itself comes to the keep ratio; otherwise the density is what
+            the model makes it.
         causal: whether a token's mask depends on no other token outside training.
         reads_batch: whether in training a token's mask depends on the other rows of its block. A
             layout that splits a microbatch's rows of an expert over ranks is refused then.
@@ -169,6 +171,7 @@ class Rule:
     check: Callable[[Budget], None] = _nothing_wrong
     score: str | None = None
     fixed_count: bool = True
+    keeps_budget: bool = True
     causal: bool = True
     reads_batch: bool = False
     exchange: Exchange = "refused"

@@ -93,6 +93,7 @@ def neuron_settings(mone: MoNEConfig, target: str) -> NeuronSettings | None:
             mone.balance.coeff, mone.balance.kind, mone.balance.weights, mone.balance.normalize
         ),
         mone.memory,
+        mone.straight_through,
     )
 
 

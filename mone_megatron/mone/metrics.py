@@ -27,9 +27,10 @@ from torch import Tensor
     MASS_KEPT,
     LOAD_BALANCE,
     KEPT_ACTIVATION,
+    DENSITY,
     LOAD_OVERLAP,
-) = range(8)
-NUM_COLUMNS = 8
+) = range(9)
+NUM_COLUMNS = 9
 # What the statistics are made of, sums over all ranks: tokens, shares of mass, mass, kept neurons,
 # c log c and c squared of the counts c, dead neurons, neurons, load in common with the one before.
 _NUM_SUMS = 9
@@ -227,9 +228,10 @@ def statistics(sums: Tensor, largest: Tensor) -> Tensor:
 
     Columns: tokens; entropy of the neuron load over log f; share of neurons never kept; largest
     over mean load; share of |a| mass kept; f times the sum of squared loads (the balance loss were
-    all weights equal: 1 when even); mean |a| of the kept neurons; overlap of the load with that of
-    the summary before (sum of the smaller shares). All but the first are 0 for an expert without
-    tokens or without selection; the last is NaN there and where there is nothing to compare with.
+    all weights equal: 1 when even); mean |a| of the kept neurons; share of its neurons that a token
+    keeps; overlap of the load with that of the summary before (sum of the smaller shares). All but
+    the first are 0 for an expert without tokens or without selection; the last is NaN there and
+    where there is nothing to compare with.
     """
     tokens, shares, mass, kept, kept_log, kept_squared, dead, neurons, common = sums.unbind(dim=-1)
     used = (kept > 0).double()
@@ -245,6 +247,7 @@ def statistics(sums: Tensor, largest: Tensor) -> Tensor:
         shares / tokens.clamp_min(1),
         neurons * kept_squared / total.square(),
         mass / total,
+        kept / (tokens.clamp_min(1) * neurons),
         common.where(kept > 0, torch.nan),
     ]
     return torch.stack(columns, dim=-1)
@@ -262,7 +265,8 @@ def expert_metrics(table: Tensor, *, with_neurons: bool) -> dict[str, float]:
         ``router/load_entropy`` (with several experts); with neurons ``mone/load_entropy``,
         ``mone/dead_neuron_share``, ``mone/load_max_over_mean``, ``mone/mass_kept``,
         ``mone/load_balance``, ``mone/kept_activation`` and, after the first time,
-        ``mone/load_overlap``: means over the experts that had tokens; and of the worst expert
+        ``mone/load_overlap``: means over the experts that had tokens; ``mone/density``, the mean
+        over tokens of the share of neurons that is kept; and of the worst expert
         ``mone/load_entropy_min`` and ``mone/dead_neuron_share_max``.
     """
     tokens = table[:, TOKENS]
@@ -288,6 +292,9 @@ def expert_metrics(table: Tensor, *, with_neurons: bool) -> dict[str, float]:
         metrics["mone/mass_kept"] = used[:, MASS_KEPT].mean().item()
         metrics["mone/load_balance"] = used[:, LOAD_BALANCE].mean().item()
         metrics["mone/kept_activation"] = used[:, KEPT_ACTIVATION].mean().item()
+        # Of all rows of the layer, so that an expert counts by its tokens: what a token computes.
+        rows = used[:, TOKENS]
+        metrics["mone/density"] = ((used[:, DENSITY] * rows).sum() / rows.sum()).item()
         overlap = used[:, LOAD_OVERLAP]
         if len(compared := overlap[~overlap.isnan()]):
             metrics["mone/load_overlap"] = compared.mean().item()

@@ -30,6 +30,7 @@ from mone_megatron.kernels.reference import (
     WeightSums,
     segment_matrix,
 )
+from mone_megatron.methods.activations import up_function
 from mone_megatron.methods.loss import SelectionSums
 from mone_megatron.methods.losses import LOSSES
 from mone_megatron.mone.balance import (
@@ -39,6 +40,7 @@ from mone_megatron.mone.balance import (
 from mone_megatron.mone.metrics import Usage
 from mone_megatron.mone.selection import NeuronSelection, NeuronSelector
 from mone_megatron.mone.sparsity import Sparsity
+from mone_megatron.mone.straight_through import masked_straight_through
 
 # The balance loss's name in megatron-core's tracker of auxiliary losses.
 NEURON_BALANCE_LOSS = "neuron_balance_loss"
@@ -52,6 +54,8 @@ class NeuronSettings:
     balance: NeuronBalance = field(default_factory=NeuronBalance)
     # What the backward pass finds: all gate and up values, or only those of kept neurons.
     memory: Literal["full", "packed"] = "full"
+    # Whether neurons that are left out get gradients as if they were kept.
+    straight_through: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,14 @@ class NeuronGate(MegatronModule):
             replica_group=replica_group if dist.get_world_size(replica_group) > 1 else None,
         )
         self.activate: Activate = config.activation_func
+        self.activate_up = up_function(self.activate)
         self.balance = settings.balance if settings else NeuronBalance()
         self.loss = LOSSES[self.balance.kind]
         self.sparsity = sparsity
         self.selector: NeuronSelector | None = None
         self.memory = settings.memory if settings else "full"
+        self.straight_through = settings.straight_through if settings else False
+        assert not (self.straight_through and self.memory == "packed"), "checked by config.validate"
         if settings is not None and settings.selection.budget(neurons).kept < neurons:
             self.selector = NeuronSelector(
                 settings.selection,
@@ -157,6 +164,8 @@ class NeuronGate(MegatronModule):
             down_norm: gives the norm of each neuron's row of the down projection, fp32 ``[E, F]``;
                 needed by scores that read it.
         """
+        if self.activate_up is not None:
+            up_TF = self.activate_up(up_TF)
         packed = self._packed(gate_TF)
         # Under activation recomputation the first forward runs without gradients: observe once.
         observing = self.training and torch.is_grad_enabled()
@@ -228,7 +237,7 @@ class NeuronGate(MegatronModule):
                 self.usage.add_tokens(tokens_ME.sum(dim=0))
         keep = self._keep(mask, look=collecting)
         if keep is None or not observing or not (collecting or self._balancing):
-            return ops.selected_glu(gate_TF, up_TF, keep, scale_T, self.activate, packed=packed)
+            return self._glu(gate_TF, up_TF, keep, scale_T, packed)
         hidden_TF, weight_sum_SF, kept_SF = self._with_sums(
             gate_TF, up_TF, keep, scale_T, segments, packed, mask
         )
@@ -238,6 +247,21 @@ class NeuronGate(MegatronModule):
                 self._count(gate_TF, keep, kept_SF, segment_ST, segments.num_microbatches)
         return self._attach_balance(hidden_TF, weight_sum_SF, kept_SF, segments)
 
+    def _glu(
+        self,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        keep: Keep,
+        scale_T: Tensor | None,
+        packed: Packed | None,
+    ) -> Tensor:
+        """Returns the hidden values ``[T, F]`` at the kept neurons, times the router's weights."""
+        if not self.straight_through or keep is None:
+            return ops.selected_glu(gate_TF, up_TF, keep, scale_T, self.activate, packed=packed)
+        assert isinstance(keep, Tensor)
+        hidden_TF = ops.selected_glu(gate_TF, up_TF, None, scale_T, self.activate)
+        return masked_straight_through(hidden_TF, keep)
+
     def _keep(self, mask: Callable[[], Tensor], *, look: bool) -> Keep:
         """Returns which neurons are kept: None for all, a mask, or a selection for a kernel.
 
@@ -246,7 +270,7 @@ class NeuronGate(MegatronModule):
         if self.selector is None or not self._selecting:
             return None
         for_kernels = self.selector.for_kernels
-        if look or for_kernels is None or self.selector.watched:
+        if look or for_kernels is None or self.selector.watched or self.straight_through:
             return mask()
         return for_kernels
 
@@ -298,7 +322,8 @@ class NeuronGate(MegatronModule):
         """Returns hidden values, and each segment's sums of weights and counts of kept neurons."""
         num_segments = segments.num_microbatches * self.num_local_experts
         balance = self.balance
-        if self.neuron_group is None and (balance.weights == "selected" or packed is None):
+        at_once = balance.weights == "selected" or packed is None
+        if self.neuron_group is None and at_once and not self.straight_through:
             sums = WeightSums(
                 segments.index_T,
                 num_segments,
@@ -311,7 +336,7 @@ class NeuronGate(MegatronModule):
             )
         # A row's sum runs over ranks, or over neurons that packed mode forgets.
         mask_TF = keep if isinstance(keep, Tensor) else mask()
-        hidden_TF = ops.selected_glu(gate_TF, up_TF, mask_TF, scale_T, self.activate, packed=packed)
+        hidden_TF = self._glu(gate_TF, up_TF, mask_TF, scale_T, packed)
         segment_ST = segment_matrix(segments.index_T, num_segments)
         with torch.set_grad_enabled(balance.coeff > 0):
             weight_sum_SF = segment_ST @ neuron_weights(

@@ -43,8 +43,27 @@ def introduce(session: Session, data: PreparedData, parameters: ParameterCount) 
         f"{layout.num_microbatches} microbatches a step"
     )
     say(f"data: {data.tokens:,} tokens, vocabulary {data.vocab_size:,}, {data.beginning}")
-    for line in not_causal(config):
+    for line in (*of_the_rule(config), *not_causal(config)):
         say(line)
+
+
+def of_the_rule(config: Config) -> Iterator[str]:
+    """Yields a line for what a selection rule does otherwise than the usual one."""
+    if not config.mone.enabled:
+        return
+    rule, score = RULES[config.mone.rule], config.mone.score
+    if not rule.top_k:
+        yield f"mone.rule={rule.name}: the kernels are given its mask, which torch computes"
+    if rule.score not in (None, score):
+        yield (
+            f"mone.rule={rule.name} is written for mone.score={rule.score}; with {score} the "
+            "density may be far from mone.keep_ratio (mone/density tells it)"
+        )
+    if rule.reads_batch:
+        yield (
+            f"mone.rule={rule.name} ranks the tokens of a microbatch together in training; "
+            "evaluation is causal"
+        )
 
 
 def not_causal(config: Config) -> Iterator[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mone_megatron.kernels.reference import segment_matrix, topk_mask
 from mone_megatron.mone.metrics import (
     DEAD_SHARE,
+    DENSITY,
     KEPT_ACTIVATION,
     LOAD_BALANCE,
     LOAD_ENTROPY,
@@ -89,6 +90,7 @@ def test_by_hand() -> None:
         # f * sum of squared loads: 4 * (1/4 + 1/16 + 1/16) and 4 * 1.
         LOAD_BALANCE: (1.5, 4.0),
         KEPT_ACTIVATION: ((3 + 2 + 9 + 0.1) / 4, 5.0),
+        DENSITY: (0.25, 0.25),
     }
     assert table.shape == (2, NUM_COLUMNS)
     assert table[:, LOAD_OVERLAP].isnan().all()  # nothing to compare with
@@ -112,6 +114,7 @@ def test_by_hand() -> None:
             "mone/mass_kept": (0.6625 + 0.625) / 2,
             "mone/load_balance": 2.75,
             "mone/kept_activation": (3.525 + 5) / 2,
+            "mone/density": 0.25,
         },
         abs=1e-6,
     )
@@ -122,7 +125,7 @@ def test_even_load_has_entropy_one_and_no_dead_neurons() -> None:
     mask = torch.eye(8).bool()
     _count(usage, torch.ones(8, 8), mask, torch.zeros(8, dtype=torch.long))
     row = _table(usage)[0].tolist()
-    assert row == pytest.approx([8, 1.0, 0.0, 1.0, 1 / 8, 1.0, 1.0, math.nan], nan_ok=True)
+    assert row == pytest.approx([8, 1.0, 0.0, 1.0, 1 / 8, 1.0, 1.0, 1 / 8, math.nan], nan_ok=True)
 
 
 def test_load_overlap_with_the_table_before() -> None:

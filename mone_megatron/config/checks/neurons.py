@@ -13,12 +13,14 @@ from mone_megatron.config.parallel import ParallelConfig
 from mone_megatron.config.resources import Resources
 from mone_megatron.config.schema import Config
 from mone_megatron.config.wording import is_multiple, near_multiples
+from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.rule import Budget, count_kept
 from mone_megatron.methods.rules import RULES
 
 
 def check(config: Config, _: Resources) -> Iterator[str]:
     """Yields what the model and the layout do not give a selection that is enabled."""
+    yield from _rectified_up(config)
     if not config.mone.enabled:
         return
     yield from _targets(config)
@@ -27,6 +29,24 @@ def check(config: Config, _: Resources) -> Iterator[str]:
     yield from _packed_room(config.model, config.mone)
     yield from _balance_layout(config.mone, config.parallel)
     yield from _packed_layout(config.mone, config.parallel)
+
+
+def _rectified_up(config: Config) -> Iterator[str]:
+    """Yields MLPs of megatron-core's own, which take the up projection as it is."""
+    model, mone = config.model, config.mone
+    if ACTIVATIONS[model.activation].up is None:
+        return
+    there: dict[MoNETarget, tuple[str, int]] = {
+        "shared": ("model.shared_expert_ffn_hidden_size", model.shared_expert_ffn_hidden_size),
+        "dense": ("model.first_dense_layers", model.dense_layers),
+    }
+    for target, (key, count) in there.items():
+        if count > 0 and not (mone.enabled and target in mone.apply_to):
+            yield (
+                f"model.activation: {model.activation} changes the up projection, which {target} "
+                f"MLPs that keep all neurons do not compute; use {key}=0, or mone.enabled=true "
+                f"with {target} in mone.apply_to"
+            )
 
 
 def neuron_widths(model: ModelConfig) -> dict[MoNETarget, tuple[str, int]]:

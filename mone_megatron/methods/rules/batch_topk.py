@@ -36,14 +36,13 @@ def check(budget: Budget) -> None:
 
 def batch_topk(rows: Rows) -> Tensor:
     """Returns the r T f largest scores of each block in training, and those above tau otherwise."""
-    import torch
 
     if not rows.training:
         return above_threshold(rows)
     scores_TF = rows.scores_TF
     broken_T1 = scores_TF.isnan().any(dim=-1, keepdim=True)
-    ranked_TF = scores_TF.masked_fill(broken_T1, -torch.inf)
-    mask_TF = torch.zeros_like(scores_TF, dtype=torch.bool)
+    ranked_TF = scores_TF.masked_fill(broken_T1, -float("inf"))
+    mask_TF = broken_T1.new_zeros(scores_TF.shape)
     for block in rows.block_T.unique():
         of_block_R = (rows.block_T == block).nonzero().squeeze(-1)
         flat_1N = ranked_TF[of_block_R].reshape(1, -1)
@@ -55,26 +54,24 @@ def batch_topk(rows: Rows) -> Tensor:
 
 def above_threshold(rows: Rows) -> Tensor:
     """Returns True where a score is above tau; the K largest of experts that have no tau yet."""
-    import torch
 
     tau_T1 = rows.state["tau"][rows.expert_T].unsqueeze(-1)
     new_T1 = rows.state["weight"][rows.expert_T].unsqueeze(-1) == 0
     mask_TF = (rows.scores_TF > tau_T1) & ~rows.scores_TF.isnan().any(dim=-1, keepdim=True)
     if new_T1.any():
-        mask_TF = torch.where(new_T1, rows.largest(rows.budget.kept), mask_TF)
+        mask_TF = rows.largest(rows.budget.kept).where(new_T1, mask_TF)
     return mask_TF
 
 
 def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
     """Returns the smallest kept score of each row's block, added up by expert, and the rows."""
-    import torch
 
     zeros_E = rows.state["tau"].new_zeros(rows.num_experts)
     if len(mask_TF) == 0:
         return {"smallest": zeros_E, "rows": zeros_E}
-    smallest_T = rows.scores_TF.float().masked_fill(~mask_TF, torch.inf).amin(dim=-1)
+    smallest_T = rows.scores_TF.float().masked_fill(~mask_TF, float("inf")).amin(dim=-1)
     blocks_T = rows.block_T.unique(return_inverse=True)[1]
-    smallest_B = smallest_T.new_full((int(blocks_T.max()) + 1,), torch.inf)
+    smallest_B = smallest_T.new_full((int(blocks_T.max()) + 1,), float("inf"))
     smallest_B = smallest_B.scatter_reduce(0, blocks_T, smallest_T, "amin")
     # A block that keeps nothing, a NaN in each row, says nothing.
     of_block_T = smallest_B[blocks_T]

@@ -42,7 +42,6 @@ def check(budget: Budget) -> None:
 
 def mass(rows: Rows) -> Tensor:
     """Returns, in descending order, the neurons before which the kept share is below p."""
-    import torch
 
     fixed: float = rows.budget.options.p
     if fixed >= 1:
@@ -54,31 +53,29 @@ def mass(rows: Rows) -> Tensor:
     new_T1 = rows.state["seen"][rows.expert_T].unsqueeze(-1) == 0
     mask_TF = at_least(rows.scores_TF, p_T1)
     if new_T1.any():
-        mask_TF = torch.where(new_T1, rows.largest(rows.budget.kept), mask_TF)
+        mask_TF = rows.largest(rows.budget.kept).where(new_T1, mask_TF)
     return mask_TF
 
 
 def at_least(scores_TF: Tensor, p_T1: Tensor) -> Tensor:
     """Returns the fewest neurons whose scores sum to a share p; negative scores weigh nothing."""
-    import torch
 
     weights_TF = scores_TF.float().clamp_min(0)
     sorted_TF, order_TF = weights_TF.sort(dim=-1, descending=True, stable=True)
     before_TF = sorted_TF.cumsum(dim=-1) - sorted_TF
     # A NaN makes the sum one, with which nothing compares.
     kept_TF = before_TF < p_T1 * weights_TF.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(kept_TF).scatter(-1, order_TF, kept_TF)
+    return kept_TF.new_zeros(kept_TF.shape).scatter(-1, order_TF, kept_TF)
 
 
 def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
     """Returns sums over the rows of each expert: of kept neurons, and of the share they hold."""
-    import torch
 
     zeros_E = rows.state["p"].new_zeros(rows.num_experts)
     weights_TF = rows.scores_TF.float().clamp_min(0).nan_to_num()
     share_T = (weights_TF * mask_TF).sum(dim=-1) / weights_TF.sum(dim=-1).clamp_min(1e-30)
     sums = {
-        "rows": torch.ones_like(share_T),
+        "rows": share_T.new_ones(len(share_T)),
         "kept": mask_TF.sum(dim=-1).float(),
         "share": share_T,
     }
@@ -89,12 +86,11 @@ def advance(
     state: Mapping[str, Tensor], sums: Mapping[str, Tensor], budget: Budget
 ) -> Mapping[str, Tensor]:
     """Lowers p where more than the keep ratio was kept, and raises it otherwise."""
-    import torch
 
     rows_E = sums["rows"].clamp_min(1)
     density_E = sums["kept"] / (rows_E * budget.neurons)
     moved_E = state["p"] + budget.options.rate * (budget.keep_ratio - density_E)
-    p_E = torch.where(state["seen"] > 0, moved_E.clamp(1e-3, 1), sums["share"] / rows_E)
+    p_E = moved_E.clamp(1e-3, 1).where(state["seen"] > 0, sums["share"] / rows_E)
     seen_E = ((state["seen"] > 0) | (sums["rows"] > 0)).float()
     return {"p": p_E.where(sums["rows"] > 0, state["p"]), "seen": seen_E}
 

@@ -41,27 +41,25 @@ def check(budget: Budget) -> None:
 
 def threshold(rows: Rows) -> Tensor:
     """Returns True where a score is above tau; the K largest of experts that have no tau yet."""
-    import torch
 
     tau_T1 = rows.state["tau"][rows.expert_T].unsqueeze(-1)
     new_T1 = rows.state["seen"][rows.expert_T].unsqueeze(-1) == 0
     # A row that holds a NaN keeps nothing.
     mask_TF = (rows.scores_TF > tau_T1) & ~rows.scores_TF.isnan().any(dim=-1, keepdim=True)
     if new_T1.any():
-        mask_TF = torch.where(new_T1, rows.largest(rows.budget.kept), mask_TF)
+        mask_TF = rows.largest(rows.budget.kept).where(new_T1, mask_TF)
     return mask_TF
 
 
 def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
     """Returns sums over the rows of each expert: of kept neurons, smallest kept scores, sizes."""
-    import torch
 
     zeros_E = rows.state["tau"].new_zeros(rows.num_experts)
     scores_TF = rows.scores_TF.float()
     told_T = mask_TF.any(dim=-1)
-    smallest_T = scores_TF.masked_fill(~mask_TF, torch.inf).amin(dim=-1).where(told_T, 0)
+    smallest_T = scores_TF.masked_fill(~mask_TF, float("inf")).amin(dim=-1).where(told_T, 0)
     sums = {
-        "rows": torch.ones_like(smallest_T),
+        "rows": smallest_T.new_ones(len(smallest_T)),
         "kept": mask_TF.sum(dim=-1).float(),
         "told": told_T.float(),
         "smallest": smallest_T,
@@ -74,13 +72,12 @@ def advance(
     state: Mapping[str, Tensor], sums: Mapping[str, Tensor], budget: Budget
 ) -> Mapping[str, Tensor]:
     """Raises tau where more than the keep ratio was kept, and lowers it otherwise."""
-    import torch
 
     rows_E = sums["rows"].clamp_min(1)
     density_E = sums["kept"] / (rows_E * budget.neurons)
     step_E = budget.options.rate * sums["size"] / rows_E * (density_E - budget.keep_ratio)
     first_E = sums["smallest"] / sums["told"].clamp_min(1)
-    tau_E = torch.where(state["seen"] > 0, state["tau"] + step_E, first_E)
+    tau_E = (state["tau"] + step_E).where(state["seen"] > 0, first_E)
     seen_E = ((state["seen"] > 0) | (sums["told"] > 0)).float()
     return {"tau": tau_E.where(sums["rows"] > 0, state["tau"]), "seen": seen_E}
 

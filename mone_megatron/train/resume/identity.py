@@ -32,6 +32,7 @@ _ROUTES = "sinkhorn"
 # Keys that older checkpoints do not name, with what every run did before there was a choice.
 _BEFORE_THE_KEY = {
     "mone.rule": "topk",
+    "mone.straight_through": False,
     "mone.balance.kind": "switch",
     "model.router.kind": "topk",
     "model.sparsity_loss": "none",
