@@ -36,7 +36,6 @@ def check(budget: Budget) -> None:
 
 def batch_topk(rows: Rows) -> Tensor:
     """Returns the r T f largest scores of each block in training, and those above tau otherwise."""
-
     if not rows.training:
         return above_threshold(rows)
     scores_TF = rows.scores_TF
@@ -54,7 +53,6 @@ def batch_topk(rows: Rows) -> Tensor:
 
 def above_threshold(rows: Rows) -> Tensor:
     """Returns True where a score is above tau; the K largest of experts that have no tau yet."""
-
     tau_T1 = rows.state["tau"][rows.expert_T].unsqueeze(-1)
     new_T1 = rows.state["weight"][rows.expert_T].unsqueeze(-1) == 0
     mask_TF = (rows.scores_TF > tau_T1) & ~rows.scores_TF.isnan().any(dim=-1, keepdim=True)
@@ -65,7 +63,6 @@ def above_threshold(rows: Rows) -> Tensor:
 
 def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
     """Returns the smallest kept score of each row's block, added up by expert, and the rows."""
-
     zeros_E = rows.state["tau"].new_zeros(rows.num_experts)
     if len(mask_TF) == 0:
         return {"smallest": zeros_E, "rows": zeros_E}

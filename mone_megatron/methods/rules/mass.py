@@ -42,7 +42,6 @@ def check(budget: Budget) -> None:
 
 def mass(rows: Rows) -> Tensor:
     """Returns, in descending order, the neurons before which the kept share is below p."""
-
     fixed: float = rows.budget.options.p
     if fixed >= 1:
         # Rounding must not decide whether all shares add up to 1.
@@ -59,7 +58,6 @@ def mass(rows: Rows) -> Tensor:
 
 def at_least(scores_TF: Tensor, p_T1: Tensor) -> Tensor:
     """Returns the fewest neurons whose scores sum to a share p; negative scores weigh nothing."""
-
     weights_TF = scores_TF.float().clamp_min(0)
     sorted_TF, order_TF = weights_TF.sort(dim=-1, descending=True, stable=True)
     before_TF = sorted_TF.cumsum(dim=-1) - sorted_TF
@@ -70,7 +68,6 @@ def at_least(scores_TF: Tensor, p_T1: Tensor) -> Tensor:
 
 def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
     """Returns sums over the rows of each expert: of kept neurons, and of the share they hold."""
-
     zeros_E = rows.state["p"].new_zeros(rows.num_experts)
     weights_TF = rows.scores_TF.float().clamp_min(0).nan_to_num()
     share_T = (weights_TF * mask_TF).sum(dim=-1) / weights_TF.sum(dim=-1).clamp_min(1e-30)
@@ -86,7 +83,6 @@ def advance(
     state: Mapping[str, Tensor], sums: Mapping[str, Tensor], budget: Budget
 ) -> Mapping[str, Tensor]:
     """Lowers p where more than the keep ratio was kept, and raises it otherwise."""
-
     rows_E = sums["rows"].clamp_min(1)
     density_E = sums["kept"] / (rows_E * budget.neurons)
     moved_E = state["p"] + budget.options.rate * (budget.keep_ratio - density_E)

@@ -41,7 +41,6 @@ def check(budget: Budget) -> None:
 
 def threshold(rows: Rows) -> Tensor:
     """Returns True where a score is above tau; the K largest of experts that have no tau yet."""
-
     tau_T1 = rows.state["tau"][rows.expert_T].unsqueeze(-1)
     new_T1 = rows.state["seen"][rows.expert_T].unsqueeze(-1) == 0
     # A row that holds a NaN keeps nothing.
@@ -53,7 +52,6 @@ def threshold(rows: Rows) -> Tensor:
 
 def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
     """Returns sums over the rows of each expert: of kept neurons, smallest kept scores, sizes."""
-
     zeros_E = rows.state["tau"].new_zeros(rows.num_experts)
     scores_TF = rows.scores_TF.float()
     told_T = mask_TF.any(dim=-1)
@@ -72,7 +70,6 @@ def advance(
     state: Mapping[str, Tensor], sums: Mapping[str, Tensor], budget: Budget
 ) -> Mapping[str, Tensor]:
     """Raises tau where more than the keep ratio was kept, and lowers it otherwise."""
-
     rows_E = sums["rows"].clamp_min(1)
     density_E = sums["kept"] / (rows_E * budget.neurons)
     step_E = budget.options.rate * sums["size"] / rows_E * (density_E - budget.keep_ratio)
