@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+
+from mone_megatron.kernels.reference import topk_mask
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
@@ -82,6 +86,23 @@ def test_links_that_lead_nowhere_fail_the_build(tmp_path: Path) -> None:
     assert built.returncode == 1
     for problem in ("gone_page", "gone-heading", "gone_image", "gone_entry", "lonely.md"):
         assert problem in built.stderr
+
+
+def test_the_three_lines_of_the_readme_are_the_method() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    lines = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert lines is not None
+    torch.manual_seed(0)
+    hidden, neurons, kept = 8, 12, 3
+    x = torch.randn(hidden)
+    w_gate, w_up = torch.randn(2, hidden, neurons)
+    w_down = torch.randn(neurons, hidden)
+    names = {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down, "K": kept, "silu": F.silu}
+    exec(lines[1], names)
+    gate_TF, up_TF = (x @ w_gate).unsqueeze(0), (x @ w_up).unsqueeze(0)
+    mask_TF = topk_mask(F.silu(gate_TF).abs(), kept)
+    expected_TH = (F.silu(gate_TF) * up_TF * mask_TF) @ w_down
+    torch.testing.assert_close(names["y"], expected_TH[0])
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
