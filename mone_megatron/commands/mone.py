@@ -41,6 +41,7 @@ COMMANDS = {
     "sparsify": Command("mone_megatron.commands.sparsify_hf", "prune neurons of trained models"),
     "scaling-law": Command("mone_megatron.commands.scaling_law", "fit scaling laws to runs"),
     "bench": Command("mone_megatron.commands.bench", "what things cost, as ratios"),
+    "gpu-check": Command("mone_megatron.commands.gpu_check", "what to ask a first GPU, in minutes"),
 }
 
 
