@@ -26,6 +26,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from mone_megatron.config.schema import Config
+from mone_megatron.data.apart import DocumentsApart
 from mone_megatron.data.files import quick_digest, sync_file, write_text_atomically
 from mone_megatron.data.loader import SampleDataset
 from mone_megatron.data.prepare import PreparedData
@@ -47,7 +48,8 @@ def build_datasets(
     """Builds the datasets of a run; with torch.distributed initialised, a collective call.
 
     A sample is a dict of CPU tensors [seq]: ``tokens``, ``labels``, ``position_ids`` (int64) and
-    ``loss_mask`` (float32). Documents are packed; the label of a position is the next token.
+    ``loss_mask`` (float32). Documents are packed; the label of a position is the next token. With
+    ``data.reset_attention`` it says, too, which document each token belongs to.
 
     Args:
         config: ``data``, and of ``train`` the seed and the sequence length.
@@ -99,6 +101,11 @@ def build_datasets(
             for path in cache.iterdir():
                 sync_file(path)
             write_text_atomically(cache / _MARKER, json.dumps(_digests(cache)) + "\n")
+    if config.data.reset_attention:
+        train, valid = (
+            None if samples is None else DocumentsApart(samples, prepared.eod)
+            for samples in (train, valid)
+        )
     return train, valid
 
 

@@ -30,6 +30,8 @@ Batch = dict[str, torch.Tensor]
 # As loader processes send it.
 _Arrays = dict[str, npt.NDArray[Any]]
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+# What samples of :mod:`mone_megatron.data.apart` have beside them.
+DOCUMENTS = "documents"
 
 
 class SampleDataset(Protocol):
@@ -266,7 +268,8 @@ def _load_here(dataset: SampleDataset, sampler: MicrobatchSampler, pin: bool) ->
 
 
 def _collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> Batch:
-    return {key: torch.stack([sample[key] for sample in samples]) for key in _KEYS}
+    keys = [*_KEYS, DOCUMENTS] if DOCUMENTS in samples[0] else _KEYS
+    return {key: torch.stack([sample[key] for sample in samples]) for key in keys}
 
 
 def _collate_arrays(samples: Sequence[Mapping[str, torch.Tensor]]) -> _Arrays:

@@ -37,9 +37,6 @@ ROUTED_EXPERTS: dict[str, Any] = GATED_MLP | {
 }
 SHARED_EXPERT: dict[str, Any] = GATED_MLP | {"moe_shared_expert_overlap": False}
 CORE_ATTENTION: dict[str, Any] = _COMMON | {
-    "window_size": None,
-    "window_attn_skip_freq": None,
-    "softmax_type": "vanilla",
     "apply_query_key_layer_scaling": False,
     "qk_clip": False,
     "log_max_attention_logit": False,

@@ -23,6 +23,7 @@ from torch.profiler import record_function
 
 from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
+from mone_megatron.data.loader import DOCUMENTS
 from mone_megatron.mone.selection import NeuronSelector
 from mone_megatron.parallel.device import Device
 from mone_megatron.train.resume.saved_state import parameter_states
@@ -63,7 +64,10 @@ def _forward_step(
 ) -> tuple[Tensor, LossFunction]:
     batch = next(batches)
     losses_BS = model(
-        batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
+        batch["tokens"],
+        batch["position_ids"],
+        attention_mask=batch.get(DOCUMENTS),
+        labels=batch["labels"],
     )
     mask_BS = batch["loss_mask"]
 
@@ -243,7 +247,9 @@ class Stepper:
             for name, tensor in batch.items()
         }
         if self.config.parallel.context > 1:
-            moved = get_batch_on_this_cp_rank(moved)
+            # Attention sees the keys of all ranks, and so the documents of all tokens.
+            whole = {name: moved.pop(name) for name in (DOCUMENTS,) if name in moved}
+            moved = get_batch_on_this_cp_rank(moved) | whole
         return moved
 
     def _loss_share(self, losses: list[Tensor]) -> Tensor:
