@@ -92,7 +92,8 @@ def forbidden_key(key: str) -> str | None:
     parts = key.split(".")
     if "_target_" in parts:
         return f"{key}: a config is data and nothing is instantiated from it; remove the `_target_`"
-    if any(_SECRET.search(part) for part in parts):
+    # Fields of megatron-core are known by name (calculate_per_token_loss), and none is a secret.
+    if parts[0] != "megatron" and any(_SECRET.search(part) for part in parts):
         return (
             f"{key}: secrets do not belong in a config, which is saved with the run; "
             "use `wandb login` or the environment variable of the service"

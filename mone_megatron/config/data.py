@@ -42,6 +42,9 @@ class DataConfig(Group):
     """The stdlib corpus takes files until this many MB of text; 0 for all."""
     cache_dir: Annotated[str, NotEmpty()] = ".cache/mone_megatron"
     """The folder of corpora and dataset indices that can be made again."""
+    reset_attention: bool = False
+    """Tokens see only their own document, up to its end-of-text; else all that is packed before
+    them."""
     num_workers: Annotated[int, AtLeast(0)] = 0
     """Loader processes per rank; 0 loads in the training process."""
 

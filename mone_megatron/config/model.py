@@ -69,6 +69,14 @@ class ModelConfig(Group):
     qk_norm_scope: QKNormScope = "head"
     """The norm is over each head by itself (Qwen3), or over all query heads and all key heads
     together (OLMoE)."""
+    attention_window: Annotated[int, AtLeast(0)] = 0
+    """The number of tokens that attention sees, the query's own among them; 0 sees all before
+    it."""
+    full_attention_every: Annotated[int, AtLeast(0)] = 0
+    """Every so many-th layer sees all tokens in spite of a window; 0 for none."""
+    attention_sink: Literal["none", "zero", "learnable"] = "none"
+    """A logit beside those of the tokens in each softmax of attention, which takes weight and gives
+    nothing: 0 (`zero`), or learnt for each head (`learnable`)."""
     qkv_bias: bool = False
     """A bias on the query, key and value projections (Qwen2)."""
     norm_eps: Annotated[float, Above(0)] = 1e-6
@@ -138,6 +146,16 @@ class ModelConfig(Group):
                 f"model.num_query_groups: {self.num_query_groups} does not divide "
                 f"model.num_attention_heads={self.num_attention_heads}; "
                 f"use {near_divisors(self.num_attention_heads, self.num_query_groups)}"
+            )
+        if self.full_attention_every and not self.attention_window:
+            yield (
+                f"model.full_attention_every: {self.full_attention_every} has no effect without a "
+                "window; use 0, or set model.attention_window"
+            )
+        if self.full_attention_every == 1:
+            yield (
+                "model.full_attention_every: 1 leaves no layer with the window; use 2 or more, or "
+                "model.attention_window=0"
             )
         if self.qk_norm_scope == "all_heads" and not self.qk_norm:
             yield (

@@ -16,6 +16,7 @@ from mone_megatron.config.data import DataConfig
 from mone_megatron.config.device import DeviceConfig
 from mone_megatron.config.group import Group
 from mone_megatron.config.logging import AlertsConfig, LoggingConfig, WandbConfig
+from mone_megatron.config.megatron import MegatronConfig
 from mone_megatron.config.model import ModelConfig, QKNormScope
 from mone_megatron.config.mone import MoNEConfig, MoNETarget, NeuronBalanceConfig
 from mone_megatron.config.optim import OptimConfig
@@ -32,6 +33,7 @@ __all__ = [
     "DeviceConfig",
     "LoggingConfig",
     "MLAConfig",
+    "MegatronConfig",
     "MoNEConfig",
     "MoNETarget",
     "ModelConfig",
@@ -62,3 +64,4 @@ class Config(Group):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)

@@ -113,6 +113,17 @@ def choose_architecture(source: Source, wanted: str) -> Architecture:
             f"mone.rule: {source.mone.rule} looks at other tokens outside training, too, and so "
             "cannot generate; such models cannot be exported"
         )
+    for key, off in (("attention_window", 0), ("attention_sink", "none")):
+        if (value := getattr(source.model, key)) != off:
+            raise ValueError(
+                f"model.{key}: {value} is not known to the models of transformers that we write; "
+                "such models cannot be exported"
+            )
+    if changing := source.config.megatron.changing():
+        raise ValueError(
+            f"{changing[0]}: it may change what the model computes, which an export would not say; "
+            "such models cannot be exported"
+        )
     if wanted == "auto":
         return source.architecture
     if wanted not in BY_TYPE:

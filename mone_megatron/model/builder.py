@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mone_megatron.config.megatron import with_given
 from mone_megatron.config.schema import Config
 from mone_megatron.model.gpt import LanguageModel
 from mone_megatron.model.initialize import initialize_weights
@@ -42,6 +43,7 @@ def build_gpt(
             layer_pattern=moe_layer_pattern(config),
             sources=sources,
             on_cpu=on_cpu,
+            own_attention=config.data.reset_attention,
             vp_stage=vp_stage,
             sparsity=sparsity_settings(config),
         ),
@@ -85,13 +87,14 @@ def build_model(
     )
     microbatches = MicrobatchSources(sources.microbatch_of_source, sources.shared_group)
     parallel = config.parallel
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-        check_for_nan_in_grad=False,  # the trainer checks the gradient norm and the loss
-    )
+    ddp_fields = {
+        "grad_reduce_in_fp32": True,
+        "overlap_grad_reduce": parallel.overlap_grad_reduce,
+        "overlap_param_gather": parallel.overlap_param_gather,
+        "use_distributed_optimizer": parallel.distributed_optimizer,
+        "check_for_nan_in_grad": False,  # the trainer checks the gradient norm and the loss
+    }
+    ddp_config = DistributedDataParallelConfig(**with_given("ddp", ddp_fields, config.megatron.ddp))
     chunks: list[DistributedDataParallel] = []
     for chunk in range(parallel.virtual_pipeline):
         model: torch.nn.Module = build_gpt(

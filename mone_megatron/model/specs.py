@@ -1,8 +1,8 @@
 """Which module stands where: megatron-core layer specs through a BackendSpecProvider.
 
 Without Transformer Engine: megatron-core's parallel linear layers, torch RMSNorm and
-scaled_dot_product_attention. With it: its linear layers, norms and attention (context parallelism
-exists only there; not run here). The routed experts are ours on both.
+scaled_dot_product_attention. With it: its linear layers, norms and attention (not run here). The
+routed experts are ours on both.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TorchSpecProvider(LocalSpecProvider):
         return SDPAttention
 
 
-def _transformer_engine_provider() -> BackendSpecProvider:
+def _transformer_engine_provider(*, own_attention: bool) -> BackendSpecProvider:
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     class TransformerEngineSpecProvider(TESpecProvider):
@@ -73,13 +73,23 @@ def _transformer_engine_provider() -> BackendSpecProvider:
             """Norm and linear apart, as without Transformer Engine."""
             return False
 
+        def core_attention(self) -> type:
+            """Its attention, unless only ours computes what is asked for."""
+            return SDPAttention if own_attention else super().core_attention()
+
     return TransformerEngineSpecProvider()
 
 
-def spec_provider(*, on_cpu: bool) -> BackendSpecProvider:
-    """Transformer Engine's modules on a GPU where it is installed, torch's otherwise."""
+def spec_provider(*, on_cpu: bool, own_attention: bool = False) -> BackendSpecProvider:
+    """Transformer Engine's modules on a GPU where it is installed, torch's otherwise.
+
+    Args:
+        on_cpu: CPU backend.
+        own_attention: attention is ours in any case (documents apart, which Transformer Engine
+            takes in another form; not run here beside it).
+    """
     if not on_cpu and have_transformer_engine():
-        return _transformer_engine_provider()
+        return _transformer_engine_provider(own_attention=own_attention)
     return TorchSpecProvider()
 
 
@@ -216,6 +226,7 @@ def decoder_spec(
     layer_pattern: list[int],
     sources: MicrobatchSources,
     on_cpu: bool,
+    own_attention: bool,
     vp_stage: int | None = None,
     sparsity: Sparsity | None = None,
 ) -> TransformerBlockSubmodules:
@@ -228,10 +239,11 @@ def decoder_spec(
         layer_pattern: 1 for MoE, 0 for dense, one entry a layer of the whole model.
         sources: see :class:`mone_megatron.mone.layer.MicrobatchSources`.
         on_cpu: CPU backend.
+        own_attention: see :func:`spec_provider`.
         vp_stage: model chunk of an interleaved pipeline.
         sparsity: the loss on hidden values of routed experts; None for none.
     """
-    backend = spec_provider(on_cpu=on_cpu)
+    backend = spec_provider(on_cpu=on_cpu, own_attention=own_attention)
     dense = _layer(backend, model, _dense_mlp(backend, mone))
     layers = {0: dense}
     if transformer.num_moe_experts:

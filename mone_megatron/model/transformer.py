@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from mone_megatron.config.megatron import with_given
 from mone_megatron.config.schema import Config, ModelConfig, RouterConfig
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.model.megatron_words import megatron_refusals
+
+# model.attention_sink in megatron-core's words.
+_SINKS = {"none": "vanilla", "zero": "off-by-one", "learnable": "learnable"}
 
 
 def _leave(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,7 +113,7 @@ def transformer_config(
             **_router_fields(model.router),
         }
     kind = MLATransformerConfig if model.attention == "mla" else TransformerConfig
-    return kind(
+    fields = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -127,6 +131,9 @@ def transformer_config(
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         attention_softmax_in_fp32=True,
+        window_size=(model.attention_window - 1, 0) if model.attention_window else None,
+        window_attn_skip_freq=model.full_attention_every or None,
+        softmax_type=_SINKS[model.attention_sink],
         init_method=_leave,
         output_layer_init_method=_leave,
         init_method_std=model.init_std,
@@ -162,3 +169,4 @@ def transformer_config(
         **experts,
         **recompute,
     )
+    return kind(**with_given("transformer", fields, config.megatron.transformer))

@@ -272,6 +272,9 @@ def notes(plan: Plan) -> list[str]:
             "device.dtype: fp32 products are several times slower than the bf16 ones whose peak is "
             "taken; time, MFU and cost are too good"
         )
+    found += [
+        f"{key}: not modelled; the plan is that of a run without it" for key in unmodelled(config)
+    ]
     if SOURCES[config.data.source].reads_paths:
         found += [
             f"data.paths: {path}.bin is not on this machine; it must be on the cluster"
@@ -279,6 +282,22 @@ def notes(plan: Plan) -> list[str]:
             if not Path(f"{path}.bin").exists()
         ]
     return found
+
+
+def unmodelled(config: Config) -> list[str]:
+    """Returns the keys that are set and that memory and time are planned without."""
+    model = config.model
+    keys = {
+        "model.attention_window": model.attention_window > 0,
+        "model.attention_sink": model.attention_sink != "none",
+        "data.reset_attention": config.data.reset_attention,
+    }
+    given = [
+        f"megatron.{part}.{name}"
+        for part, fields in config.megatron.given().items()
+        for name in fields
+    ]
+    return [key for key, is_set in keys.items() if is_set] + given
 
 
 def default_gpus(config: Config) -> int:

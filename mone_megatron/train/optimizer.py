@@ -16,6 +16,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mone_megatron.config.megatron import with_given
 from mone_megatron.config.schema import Config, OptimConfig
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.parallel.device import Device
@@ -36,7 +37,7 @@ def build_optimizer(
         chunks: from :func:`mone_megatron.model.builder.build_model`.
     """
     optim = config.optim
-    optimizer_config = OptimizerConfig(
+    fields = dict(
         optimizer="adam",
         lr=optim.lr,
         min_lr=optim.min_lr,
@@ -51,6 +52,7 @@ def build_optimizer(
         # megatron-core computes the norm only when it clips; infinity clips nothing.
         clip_grad=optim.clip_grad or math.inf,
     )
+    optimizer_config = OptimizerConfig(**with_given("optimizer", fields, config.megatron.optimizer))
     optimizer = get_megatron_optimizer(
         optimizer_config,
         chunks,

@@ -174,7 +174,7 @@ _LAYOUTS: list[BadConfig] = [
     (1, ("parallel.virtual_pipeline=2",), "parallel.virtual_pipeline"),
     (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch_size=6"),
      "parallel.virtual_pipeline"),
-    (2, ("parallel.context=2",), "parallel.context"),
+    (2, ("parallel.context=2", "train.seq_length=98"), "train.seq_length"),
     (3, ("parallel.expert=3", "train.global_batch_size=6"), "parallel.expert"),
     (2, ("parallel.expert=4",), "parallel.expert"),
     (2, ("parallel.expert=2", "parallel.expert_tensor=2"), "parallel.expert"),

@@ -199,7 +199,14 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "no data named": (("data.source=indexed",), ("data.paths",)),
     "token past the vocabulary": (("model.vocab_size=100",), ("model.vocab_size",)),
-    "context without Transformer Engine": (("parallel.context=2",), ("parallel.context",)),
+    "a sequence that context ranks cannot split": (
+        ("parallel.context=2", "train.seq_length=98"),
+        ("train.seq_length",),
+    ),
+    "a setting that megatron-core has not": (
+        ("megatron.transformer.moe_permute_fusoin=true",),
+        ("megatron.transformer.moe_permute_fusoin", "did you mean moe_permute_fusion?"),
+    ),
     "config that would run code": (("+model._target_=os.system",), ("_target_",)),
 }
 

@@ -12,6 +12,7 @@ from mone_megatron.config.checks import (
     dispatch,
     evaluation,
     hardware,
+    megatron,
     neurons,
     recovery,
     schedules,
@@ -32,6 +33,7 @@ CHECKS: tuple[Check, ...] = (
     batch.check,
     hardware.check,
     dispatch.check,
+    megatron.check,
 )
 
 __all__ = ["CHECKS", "Check"]

@@ -34,12 +34,7 @@ def _devices(config: Config, resources: Resources) -> Iterator[str]:
 
 def _context(config: Config, resources: Resources) -> Iterator[str]:
     context = config.parallel.context
-    if context > 1 and not resources.have_transformer_engine():
-        yield (
-            f"parallel.context: {context} needs Transformer Engine, which is not "
-            "installed; use parallel.context=1, or install transformer_engine"
-        )
-    elif context > 1 and config.model.attention == "mla":
+    if context > 1 and config.model.attention == "mla":
         yield (
             f"parallel.context: {context} with model.attention=mla is not supported; "
             "use parallel.context=1"

@@ -15,6 +15,7 @@ from mone_megatron.data.framing import Framing, framing_of
 # What may be changed by someone who names a checkpoint to start from; a run that goes on by
 # itself (checkpoint.resume=auto) must be as it was.
 _RECIPE = ("mone.", "optim.", "model.sparsity_")
+_RECIPE = ("mone.", "optim.", "megatron.")
 # What decides neither a weight's shape nor what the model computes from its weights; balancing by
 # sinkhorn, which routes, is told apart below.
 _OF_TRAINING = (
@@ -38,6 +39,10 @@ _BEFORE_THE_KEY = {
     "model.sparsity_loss": "none",
     "model.sparsity_coeff": 0.0,
     "optim.name": "adam",
+    "data.reset_attention": False,
+    "model.attention_window": 0,
+    "model.full_attention_every": 0,
+    "model.attention_sink": "none",
 }
 # What to look at when a value that nobody configured differs.
 _MADE_OF = {
@@ -59,6 +64,8 @@ def run_identity(
         **_flat("model", asdict(config.model)),
         **_flat("mone", mone),
         **_flat("optim", asdict(config.optim)),
+        **_flat("megatron", {part: dict(given) for part, given in config.megatron.given().items()}),
+        "data.reset_attention": config.data.reset_attention,
         "train.seed": config.train.seed,
         "train.seq_length": config.train.seq_length,
         "train.global_batch_size": config.train.global_batch_size,

@@ -1,0 +1,61 @@
+"""Settings of megatron-core by its own names, against the release that is installed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+
+from mone_megatron.config.convert import Scalar
+from mone_megatron.config.megatron import SET_HERE
+from mone_megatron.config.resources import Resources
+from mone_megatron.config.schema import Config
+from mone_megatron.megatron_fields import CLASSES, MLA_CLASS, Field, fields_of
+from mone_megatron.megatron_release import megatron_release
+
+
+def check(config: Config, resources: Resources) -> Iterator[str]:
+    """Yields fields that the installed megatron-core lacks, types wrongly, or that we set."""
+    for part, given in config.megatron.given().items():
+        if given:
+            yield from _part(part, given, latent=config.model.attention == "mla")
+
+
+def _part(part: str, given: Mapping[str, Scalar], *, latent: bool) -> Iterator[str]:
+    place = MLA_CLASS if latent and part == "transformer" else CLASSES[part]
+    try:
+        fields = fields_of(*place)
+        release = ".".join(map(str, megatron_release()))
+    except ValueError as error:
+        yield f"megatron.{part}: {error}"
+        return
+    where = f"{place[1]} of megatron-core {release}"
+    for name, value in given.items():
+        key = f"megatron.{part}.{name}"
+        if reason := SET_HERE[part].get(name):
+            yield f"{key}: {_set_here(reason)}"
+        elif name not in fields:
+            free = [other for other in fields if other not in SET_HERE[part]]
+            near = difflib.get_close_matches(name, free, n=2, cutoff=0.6)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see its source for the fields"
+            yield f"{key}: {where} has no such field; {hint}"
+        elif not fields[name].takes(value):
+            field = fields[name]
+            yield f"{key}: {value!r} is not {_expected(field)} ({where}); {_fix(field)}"
+
+
+def _set_here(reason: str) -> str:
+    if "." in reason and " " not in reason:
+        return f"{reason} sets it; use that key"
+    return f"it cannot be set ({reason}); leave it out"
+
+
+def _expected(field: Field) -> str:
+    names = [kind.__name__ for kind in sorted(field.types, key=lambda kind: kind.__name__)]
+    names += [repr(choice) for choice in field.choices]
+    return " or ".join(names) or f"a value of type {field.annotation}"
+
+
+def _fix(field: Field) -> str:
+    if field.types or field.choices:
+        return "use one that is"
+    return "a configuration cannot say it: leave it out"

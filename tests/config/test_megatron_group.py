@@ -1,0 +1,128 @@
+"""The group ``megatron``: any field of the installed megatron-core, and none that is set here."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from mone_megatron.config.errors import ConfigError
+from mone_megatron.config.load import compose
+from mone_megatron.config.megatron import SET_HERE
+from mone_megatron.config.validate import validate
+from mone_megatron.megatron_fields import CLASSES, MLA_CLASS, fields_of
+from mone_megatron.model.transformer import transformer_config
+from mone_megatron.planning.plan import unmodelled
+
+UPSTREAM: dict[str, Any] = {
+    "transformer": TransformerConfig,
+    "optimizer": OptimizerConfig,
+    "ddp": DistributedDataParallelConfig,
+}
+
+
+def problems_of(*overrides: str) -> tuple[str, ...]:
+    try:
+        validate(compose(["experiment=tiny_mone", "device=cpu", *overrides]), world_size=1)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+@pytest.mark.parametrize("part", UPSTREAM)
+def test_fields_are_read_from_source_as_python_has_them(part: str) -> None:
+    assert set(fields_of(*CLASSES[part])) == {
+        field.name for field in dataclasses.fields(UPSTREAM[part])
+    }
+
+
+def test_latent_attention_has_fields_of_its_own() -> None:
+    theirs = {field.name for field in dataclasses.fields(MLATransformerConfig)}
+    assert set(fields_of(*MLA_CLASS)) == theirs
+    assert "rope_type" in theirs - set(fields_of(*CLASSES["transformer"]))
+
+
+@pytest.mark.parametrize("part", UPSTREAM)
+def test_a_default_is_of_its_own_type(part: str) -> None:
+    fields = fields_of(*CLASSES[part])
+    checked = 0
+    for field in dataclasses.fields(UPSTREAM[part]):
+        if isinstance(field.default, (bool, int, float, str)) and fields[field.name].types:
+            # Some defaults break their own annotation upstream (an int for a bool, say).
+            checked += fields[field.name].takes(field.default)
+    assert checked > 15
+
+
+def test_fields_reach_megatron_core_and_the_identity_of_the_plan() -> None:
+    config = compose(
+        [
+            "experiment=tiny_mone",
+            "device=cpu",
+            "megatron.transformer.distribute_saved_activations=false",
+            "megatron.transformer.barrier_with_L1_time=false",
+            "megatron.transformer.moe_input_jitter_eps=0.01",
+            "megatron.ddp.bucket_size=1000",
+        ]
+    )
+    validate(config, world_size=1)
+    built = transformer_config(config, dtype=torch.float32, on_cpu=True, sequence_parallel=False)
+    assert built.barrier_with_L1_time is False
+    assert built.moe_input_jitter_eps == 0.01
+    assert unmodelled(config) == [
+        "megatron.transformer.distribute_saved_activations",
+        "megatron.transformer.barrier_with_L1_time",
+        "megatron.transformer.moe_input_jitter_eps",
+        "megatron.ddp.bucket_size",
+    ]
+    assert config.megatron.changing() == [
+        "megatron.transformer.barrier_with_L1_time",
+        "megatron.transformer.moe_input_jitter_eps"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("megatron.transformer.hidden_size=64", "model.hidden_size sets it; use that key"),
+        ("megatron.transformer.bf16=true", "device.dtype sets it; use that key"),
+        ("megatron.transformer.add_bias_linear=true", "it cannot be set (this project decides it)"),
+        ("megatron.transformer.calculate_per_token_loss=true", "it cannot be set"),
+        ("megatron.optimizer.lr=0.1", "optim.lr sets it; use that key"),
+        ("megatron.ddp.overlap_grad_reduce=true", "parallel.overlap_grad_reduce sets it"),
+        ("megatron.transformer.moe_permute_fusoin=true", "did you mean moe_permute_fusion?"),
+        ("megatron.optimizer.nonsense=1", "has no such field; see its source for the fields"),
+        ("megatron.transformer.moe_permute_fusion=3", "3 is not bool"),
+        ("megatron.transformer.fp8=float8", "'float8' is not 'e4m3' or 'hybrid'"),
+        ("megatron.ddp.bucket_size=large", "'large' is not int"),
+        ("megatron.transformer.timers=1", "a configuration cannot say it: leave it out"),
+    ],
+)
+def test_what_it_refuses(override: str, says: str) -> None:
+    (line,) = problems_of(override)
+    assert line.startswith(override.split("=")[0] + ":")
+    assert says in line
+
+
+def test_every_field_that_is_set_here_is_one_of_some_release() -> None:
+    for part, fields in SET_HERE.items():
+        there = set(fields_of(*(MLA_CLASS if part == "transformer" else CLASSES[part])))
+        # `cuda_graph_scope` and the like come and go with releases.
+        assert len(set(fields) - there) <= 2, sorted(set(fields) - there)
+
+
+def test_it_is_refused_before_torch_is_imported() -> None:
+    code = (
+        "import sys\n"
+        "from mone_megatron.pretrain import main\n"
+        "code = main(['experiment=tiny_mone', 'megatron.transformer.hidden_size=3'])\n"
+        "sys.exit(code if 'torch' not in sys.modules else 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "model.hidden_size sets it" in done.stderr
