@@ -29,6 +29,9 @@ class NeuronBalanceConfig(Group):
     """The loss."""
     weights: Literal["selected", "all"] = "selected"
     """P_k is the mean weight of neuron k over the neurons a token keeps, or over all of them."""
+    scope: Literal["microbatch", "group"] = "microbatch"
+    """The tokens that an expert is balanced over: those of one microbatch, so that every layout has
+    the same loss, or all that it sees at once, whatever microbatches they are of."""
     normalize: bool = True
     """Weights of a token divided by their sum (true), or raw |a| (false), which can be "balanced"
     by shrinking them."""

@@ -85,7 +85,14 @@ def build_model(
     transformer = transformer_config(
         config, dtype=device.dtype, on_cpu=on_cpu, sequence_parallel=sequence_parallel
     )
-    microbatches = MicrobatchSources(sources.microbatch_of_source, sources.shared_group)
+    # Where nothing is balanced, nobody asks which microbatch a row is of.
+    selecting = config.mone.enabled and "routed" in config.mone.apply_to
+    unasked = not selecting and config.parallel.dispatcher == "flex"
+    microbatches = MicrobatchSources(
+        sources.microbatch_of_source,
+        sources.shared_group,
+        together=unasked or config.mone.balance.scope == "group",
+    )
     parallel = config.parallel
     ddp_fields = {
         "grad_reduce_in_fp32": True,

@@ -39,15 +39,22 @@ class MicrobatchSources:
             expert-and-tensor-parallel group, the (local) number of its microbatch.
         shared_group: the ranks that hold the same experts for other tokens of the same
             microbatch, or None when this rank sees whole microbatches.
+        together: whether the tokens of all those microbatches are balanced as one.
     """
 
     microbatch_of_source: tuple[int, ...]
     shared_group: dist.ProcessGroup | None = None
+    together: bool = False
 
     @property
     def num_microbatches(self) -> int:
         """The number of microbatches whose tokens meet in this rank's experts."""
         return max(self.microbatch_of_source) + 1
+
+    @property
+    def num_parts(self) -> int:
+        """The number of sets of tokens that each expert is balanced over."""
+        return 1 if self.together else self.num_microbatches
 
 
 class MoNELayer(MoELayer):
@@ -84,10 +91,11 @@ class MoNELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, **more)
         self.sources = sources or MicrobatchSources((0,))
         dispatcher = config.moe_token_dispatcher_type
-        if self.sources.num_microbatches > 1 and dispatcher not in ("alltoall", "allgather"):
+        if self.sources.num_parts > 1 and dispatcher not in ("alltoall", "allgather"):
             raise ValueError(
                 f"parallel.dispatcher: {dispatcher} does not keep tokens in the order of their "
-                "ranks, which the neuron balance loss needs; use alltoall or allgather"
+                "ranks, which the neuron balance loss of a microbatch needs; use alltoall or "
+                "allgather, or mone.balance.scope=group"
             )
         self.row_counts = RowCounts(self.token_dispatcher)
         self.register_buffer("segment_ER", self._segment_of_each_source(), persistent=False)
@@ -129,11 +137,11 @@ class MoNELayer(MoELayer):
     def _segments(self, groups: ops.RowGroups, num_rows: int) -> Segments:
         """Returns the segment of each row; rows are sorted by expert, then by source rank."""
         num_microbatches, shared_group = self.sources.num_microbatches, self.sources.shared_group
-        if num_microbatches == 1:
+        if self.sources.num_parts == 1:
             rows_E = groups.counts_on_device_E
             expert_E = torch.arange(self.num_local_experts, device=rows_E.device)
             index_T = expert_E.repeat_interleave(rows_E, output_size=num_rows)
-            return Segments(index_T, 1, shared_group, in_order=True)
+            return Segments(index_T, 1, shared_group, in_order=True, weight=num_microbatches)
         rows_ER = self.row_counts.by_source().T
         segment_ER = self.get_buffer("segment_ER")
         index_T = segment_ER.flatten().repeat_interleave(rows_ER.flatten(), output_size=num_rows)

@@ -64,13 +64,15 @@ class Segments:
 
     ``index_T`` numbers each row's segment; segment ``m * E + e`` holds the tokens that expert e
     got from microbatch m. ``shared_group``: ranks with other tokens of the same segments.
-    ``in_order``: whether ``index_T`` never decreases.
+    ``in_order``: whether ``index_T`` never decreases. ``weight``: how many microbatches each
+    segment stands for: losses add up over microbatches.
     """
 
     index_T: Tensor
     num_microbatches: int
     shared_group: dist.ProcessGroup | None
     in_order: bool = False
+    weight: int = 1
 
 
 def _scaled(hidden_TF: Tensor, scale_T: Tensor) -> Tensor:
@@ -400,6 +402,8 @@ class NeuronGate(MegatronModule):
                 num_experts=self.num_experts,
             )
         )
+        if segments.weight != 1:
+            loss = loss * segments.weight
         save_to_aux_losses_tracker(NEURON_BALANCE_LOSS, loss, self.layer_number, self.num_layers)
         if self.balance.coeff > 0:
             hidden_TF = MoEAuxLossAutoScaler.apply(hidden_TF, loss * self.balance.coeff)

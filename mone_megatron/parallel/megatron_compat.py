@@ -294,6 +294,15 @@ def _with_uneven_splits(even: Callable[..., Any], uneven: Callable[..., Any]) ->
     return along_first_dim
 
 
+def _angles_of_context_rank(
+    pos_emb: torch.Tensor, seq_dim: int, cp_group: dist.ProcessGroup
+) -> torch.Tensor:
+    """``rope_utils.get_pos_emb_on_this_cp_rank``, whose index goes through pinned memory."""
+    chunks = pos_emb.chunk(2 * cp_group.size(), dim=seq_dim)
+    mine = cp_group.rank(), 2 * cp_group.size() - cp_group.rank() - 1
+    return torch.cat([chunks[number] for number in mine], dim=seq_dim)
+
+
 def patch_missing_transformer_engine() -> None:
     """Make megatron-core work without Transformer Engine, on any device.
 
@@ -427,6 +436,11 @@ def install_cpu_backend() -> None:
     share_gloo_devices()
     import_megatron(compile_fused=False)
 
+    from megatron.core.models.common.embeddings import (
+        rope_utils,
+        rotary_pos_embedding,
+        yarn_rotary_pos_embedding,
+    )
     from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -449,6 +463,8 @@ def install_cpu_backend() -> None:
     mappings._reduce_scatter_along_first_dim = _with_uneven_splits(
         mappings._reduce_scatter_along_first_dim, _reduce_scatter_uneven
     )
+    for rope in (rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding):
+        rope.get_pos_emb_on_this_cp_rank = _angles_of_context_rank
     for module, function, _ in CONSTANT_REWRITES:
         rewrite_constants(module, function)
 

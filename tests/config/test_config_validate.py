@@ -294,6 +294,12 @@ def test_flex_needs_deep_ep_and_something_to_exchange() -> None:
     (line,) = problems_of(make(**flex, parallel__expert=2), 2, have_deep_ep=False)
     assert "DeepEP" in line
     assert problems_of(make(**flex, parallel__expert=2), 2, have_deep_ep=True) == ()
+    selecting = make(**flex, parallel__expert=2, mone__enabled=True)
+    (line,) = problems_of(selecting, 2, have_deep_ep=True)
+    assert line.startswith("parallel.dispatcher: flex mixes the tokens of the microbatches")
+    assert "mone.balance.scope=group" in line
+    together = make(**flex, parallel__expert=2, mone__enabled=True, mone__balance__scope="group")
+    assert problems_of(together, 2, have_deep_ep=True) == ()
     (line,) = problems_of(make(**flex), 1, have_deep_ep=True)
     assert line.startswith("parallel.dispatcher: ")
 

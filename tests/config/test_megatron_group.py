@@ -83,7 +83,8 @@ def test_fields_reach_megatron_core_and_the_identity_of_the_plan() -> None:
     ]
     assert config.megatron.changing() == [
         "megatron.transformer.barrier_with_L1_time",
-        "megatron.transformer.moe_input_jitter_eps"]
+        "megatron.transformer.moe_input_jitter_eps",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_fields_reach_megatron_core_and_the_identity_of_the_plan() -> None:
         ("megatron.transformer.calculate_per_token_loss=true", "it cannot be set"),
         ("megatron.optimizer.lr=0.1", "optim.lr sets it; use that key"),
         ("megatron.ddp.overlap_grad_reduce=true", "parallel.overlap_grad_reduce sets it"),
-        ("megatron.transformer.moe_permute_fusoin=true", "did you mean moe_permute_fusion?"),
+        ("megatron.transformer.moe_permute_fusoin=true", "did you mean moe_permute_fusion"),
         ("megatron.optimizer.nonsense=1", "has no such field; see its source for the fields"),
         ("megatron.transformer.moe_permute_fusion=3", "3 is not bool"),
         ("megatron.transformer.fp8=float8", "'float8' is not 'e4m3' or 'hybrid'"),
@@ -116,13 +117,12 @@ def test_every_field_that_is_set_here_is_one_of_some_release() -> None:
         assert len(set(fields) - there) <= 2, sorted(set(fields) - there)
 
 
-def test_it_is_refused_before_torch_is_imported() -> None:
+def test_fields_are_known_without_importing_torch_or_megatron() -> None:
     code = (
         "import sys\n"
-        "from mone_megatron.pretrain import main\n"
-        "code = main(['experiment=tiny_mone', 'megatron.transformer.hidden_size=3'])\n"
-        "sys.exit(code if 'torch' not in sys.modules else 9)\n"
+        "from mone_megatron.megatron_fields import CLASSES, fields_of\n"
+        "assert all(len(fields_of(*place)) > 20 for place in CLASSES.values())\n"
+        "sys.exit(9 if {'torch', 'megatron'} & set(sys.modules) else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2, done.stderr
-    assert "model.hidden_size sets it" in done.stderr
+    assert done.returncode == 0, done.stderr

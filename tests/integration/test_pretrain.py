@@ -205,7 +205,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "a setting that megatron-core has not": (
         ("megatron.transformer.moe_permute_fusoin=true",),
-        ("megatron.transformer.moe_permute_fusoin", "did you mean moe_permute_fusion?"),
+        ("megatron.transformer.moe_permute_fusoin", "did you mean moe_permute_fusion"),
     ),
     "config that would run code": (("+model._target_=os.system",), ("_target_",)),
 }

@@ -83,7 +83,12 @@ def _run_in_layout(config: Config) -> tuple[LayerResult, tuple[int, ...], bool]:
     parallel = config.parallel
     open_groups(parallel, config.train, timeout_seconds=60)
     found = open_expert_sources(parallel)
-    layer = build_layer(config, MicrobatchSources(found.microbatch_of_source, found.shared_group))
+    sources = MicrobatchSources(
+        found.microbatch_of_source,
+        found.shared_group,
+        together=config.mone.balance.scope == "group",
+    )
+    layer = build_layer(config, sources)
     whole = microbatch(parallel_state.get_data_parallel_rank(), config.model.hidden_size)
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     result = run_layer(layer, whole.chunk(parallel.tensor, dim=0)[tensor_rank])
@@ -166,6 +171,27 @@ def test_layouts_equal_their_microbatches_alone(name: str, request: pytest.Fixtu
 
 
 @pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", ["ep2", "etp2_tp1", "tp2_ep1_etp1", "tp2_ep4", "etp2_ep2"])
+def test_a_group_is_balanced_as_the_union_of_its_microbatches(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    ranks, parallel, sources, _ = LAYOUTS[name]
+    mone = MoNEConfig(enabled=True, balance=NeuronBalanceConfig(coeff=1.0, scope="group"))
+    config = layer_config(parallel, mone)
+    processes: Processes = request.getfixturevalue({2: "two_processes", 4: "four_processes"}[ranks])
+    count = max(sources) + 1
+    layer = build_layer(replace(config, parallel=ParallelConfig()), MicrobatchSources((0,)))
+    union = [microbatch(m, config.model.hidden_size) for m in range(count)]
+    expected = run_layer(layer, torch.cat(union, dim=1))
+    for result, found, _ in processes.run(_run_in_layout, config):
+        assert found == sources
+        # As many microbatches are balanced as before, by one loss.
+        assert result.balance_loss == pytest.approx(count * expected.balance_loss, rel=1e-5)
+        gradient = count * expected.gate_up_gradient
+        torch.testing.assert_close(result.gate_up_gradient, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("one_process")
 def test_the_balance_of_a_microbatch_differs_from_that_of_the_union() -> None:
     # What makes the test above bite: the loss is not linear in its tokens.
     mone = MoNEConfig(enabled=True, balance=NeuronBalanceConfig(coeff=1.0))
@@ -202,5 +228,6 @@ def test_a_dispatcher_that_mixes_microbatches_is_refused() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moe_layer, "MoEFlexTokenDispatcher", NoDispatcher)
         MoNELayer(config, layer.submodules, 1, sources=MicrobatchSources((0,)))
+        MoNELayer(config, layer.submodules, 1, sources=MicrobatchSources((0, 1), together=True))
         with pytest.raises(ValueError, match=r"parallel\.dispatcher: flex .* use alltoall"):
             MoNELayer(config, layer.submodules, 1, sources=MicrobatchSources((0, 1)))

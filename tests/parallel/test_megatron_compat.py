@@ -26,6 +26,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.common.embeddings import (
+    rope_utils,
+    rotary_pos_embedding,
+    yarn_rotary_pos_embedding,
+)
 from megatron.core.optimizer import clip_grads
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -295,6 +300,24 @@ def test_split_sizes_become_numpy_on_cpu(upstream: dict[str, Any]) -> None:
         assert type(module.maybe_move_tensor_to_cpu(sizes, as_numpy=True)).__name__ == "ndarray"
         assert module.maybe_move_tensor_to_cpu(sizes) is sizes
         assert module.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+
+
+def test_angles_of_a_context_rank_need_no_pinned_memory() -> None:
+    module = "models.common.embeddings.rope_utils"
+    source = ast.unparse(find_definition(module, "get_pos_emb_on_this_cp_rank"))
+    assert "pin_memory=True" in source
+
+    class Group:
+        def size(self) -> int:
+            return 2
+
+        def rank(self) -> int:
+            return 1
+
+    angles = torch.arange(8.0).view(8, 1)
+    for holder in (rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding):
+        mine = holder.get_pos_emb_on_this_cp_rank(angles, 0, Group())
+        assert mine.flatten().tolist() == [2.0, 3.0, 4.0, 5.0]
 
 
 def test_gradient_norm_stays_on_cpu(upstream: dict[str, Any]) -> None:

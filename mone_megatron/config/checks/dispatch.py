@@ -26,5 +26,19 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
             "parallel.dispatcher: flex needs DeepEP, which is not installed; "
             "use alltoall, or install deep_ep"
         )
+    yield from _order(config)
     if router.dtype == "fp64":
         yield "model.router.dtype: the flex dispatcher takes fp32 probabilities; use fp32"
+
+
+def _order(config: Config) -> Iterator[str]:
+    """Yields that the rows of several microbatches would have to be told apart."""
+    parallel, mone = config.parallel, config.mone
+    if not mone.enabled or "routed" not in mone.apply_to or mone.balance.scope == "group":
+        return
+    if parallel.expert * parallel.expert_tensor > parallel.tensor * parallel.context:
+        yield (
+            "parallel.dispatcher: flex mixes the tokens of the microbatches that meet in an "
+            "expert, and mone.balance.scope=microbatch keeps them apart; use "
+            "mone.balance.scope=group, or alltoall"
+        )

@@ -35,6 +35,7 @@ _BEFORE_THE_KEY = {
     "mone.rule": "topk",
     "mone.straight_through": False,
     "mone.balance.kind": "switch",
+    "mone.balance.scope": "microbatch",
     "model.router.kind": "topk",
     "model.sparsity_loss": "none",
     "model.sparsity_coeff": 0.0,
