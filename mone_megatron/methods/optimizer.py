@@ -31,6 +31,8 @@ class Optimizer:
         moments: the names of the tensors that it keeps for each parameter, of the parameter's shape
             and fp32, in ``optimizer.state[parameter]``. Checkpoints hold them, and the planner
             counts them. Anything else that it keeps would be lost when a run resumes.
+        whole: whether it needs each weight whole, with its axes; refused where weights are cut over
+            ranks (the distributed optimizer gives it flat slices).
     """
 
     name: str
@@ -38,3 +40,4 @@ class Optimizer:
     source: str
     moments: tuple[str, ...]
     make: Callable[[list[dict[str, Any]], Any], torch.optim.Optimizer] | None = None
+    whole: bool = False

@@ -20,8 +20,10 @@ from mone_megatron.config.megatron import with_given
 from mone_megatron.config.schema import Config, OptimConfig
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.parallel.device import Device
-from mone_megatron.train.resume.saved_state import inner_parts, keep_moments
+from mone_megatron.train.resume.saved_state import inner_parts, keep_moments, parameter_states
 
+# megatron-core's mark of parameters that are tables of tokens.
+_TABLE = "is_embedding_or_output_parameter"
 _DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
 
@@ -66,7 +68,15 @@ def build_optimizer(
         keep_moments(part.optimizer, method.moments)
         if method.make is None:
             _fuse_adam(part.optimizer)
+    _mark_masters(optimizer)
     return optimizer
+
+
+def _mark_masters(optimizer: MegatronOptimizer) -> None:
+    """Marks the fp32 masters of embeddings as megatron-core marks those, which optimizers read."""
+    for state in parameter_states(optimizer):
+        if state.main is not None and hasattr(state.parameter, _TABLE):
+            setattr(state.main, _TABLE, getattr(state.parameter, _TABLE))
 
 
 def _in_place_of(

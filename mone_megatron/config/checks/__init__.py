@@ -14,6 +14,7 @@ from mone_megatron.config.checks import (
     hardware,
     megatron,
     neurons,
+    optimizer,
     recovery,
     schedules,
     sharding,
@@ -34,6 +35,7 @@ CHECKS: tuple[Check, ...] = (
     hardware.check,
     dispatch.check,
     megatron.check,
+    optimizer.check,
 )
 
 __all__ = ["CHECKS", "Check"]
