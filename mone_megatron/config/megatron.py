@@ -16,6 +16,8 @@ _COMPUTES_THE_SAME = re.compile(
     r"|deterministic_mode|moe_(deepep|hybridep|flex_dispatcher)_|delay_wgrad_compute|\w+_fusion$"
 )
 _OURS = "this project decides it"
+_STATE = "checkpoints do not hold what it keeps"
+_MISSING = "the models of this project have no such part"
 _CPU = "it follows from device.kind"
 
 # Part -> field of megatron-core -> the key of ours that sets it, or why it cannot be set. Users may
@@ -89,6 +91,11 @@ SET_HERE: Mapping[str, Mapping[str, str]] = {
         "bf16": "device.dtype",
         "fp16": "device.dtype",
         "calculate_per_token_loss": _OURS,
+        "perform_initialization": _OURS,
+        "variable_seq_lengths": _OURS,
+        "mtp_num_layers": _MISSING,
+        "is_hybrid_model": _MISSING,
+        "heterogeneous_block_specs": _MISSING,
         "normalization": _OURS,
         "add_bias_linear": _OURS,
         "gated_linear_unit": _OURS,
@@ -120,12 +127,18 @@ SET_HERE: Mapping[str, Mapping[str, str]] = {
         "params_dtype": "device.dtype",
         "use_distributed_optimizer": "parallel.distributed_optimizer",
         "decoupled_weight_decay": _OURS,
+        "use_precision_aware_optimizer": _STATE,
+        "optimizer_cpu_offload": _STATE,
+        "use_layer_wise_distributed_optimizer": _STATE,
+        "loss_scale": _OURS,
     },
     "ddp": {
         "overlap_grad_reduce": "parallel.overlap_grad_reduce",
         "overlap_param_gather": "parallel.overlap_param_gather",
         "use_distributed_optimizer": "parallel.distributed_optimizer",
         "grad_reduce_in_fp32": _OURS,
+        "use_megatron_fsdp": _STATE,
+        "use_custom_fsdp": _STATE,
         "check_for_nan_in_grad": "train.on_bad_loss",
     },
 }

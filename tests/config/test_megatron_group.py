@@ -94,6 +94,9 @@ def test_fields_reach_megatron_core_and_the_identity_of_the_plan() -> None:
         ("megatron.transformer.bf16=true", "device.dtype sets it; use that key"),
         ("megatron.transformer.add_bias_linear=true", "it cannot be set (this project decides it)"),
         ("megatron.transformer.calculate_per_token_loss=true", "it cannot be set"),
+        ("megatron.transformer.mtp_num_layers=1", "the models of this project have no such part"),
+        ("megatron.optimizer.optimizer_cpu_offload=true", "checkpoints do not hold what it keeps"),
+        ("megatron.ddp.use_megatron_fsdp=true", "checkpoints do not hold what it keeps"),
         ("megatron.optimizer.lr=0.1", "optim.lr sets it; use that key"),
         ("megatron.ddp.overlap_grad_reduce=true", "parallel.overlap_grad_reduce sets it"),
         ("megatron.transformer.moe_permute_fusoin=true", "did you mean moe_permute_fusion"),
@@ -114,7 +117,7 @@ def test_every_field_that_is_set_here_is_one_of_some_release() -> None:
     for part, fields in SET_HERE.items():
         there = set(fields_of(*(MLA_CLASS if part == "transformer" else CLASSES[part])))
         # `cuda_graph_scope` and the like come and go with releases.
-        assert len(set(fields) - there) <= 2, sorted(set(fields) - there)
+        assert len(set(fields) - there) <= 3, sorted(set(fields) - there)
 
 
 def test_fields_are_known_without_importing_torch_or_megatron() -> None:

@@ -8,9 +8,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from mone_megatron.config.load import compose
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
 from mone_megatron.data.apart import document_numbers, places_in_documents
 from mone_megatron.model.attention import SDPAttention, context_positions, is_windowed
+from mone_megatron.model.builder import build_gpt
+from mone_megatron.model.transformer import transformer_config
+from mone_megatron.mone.layer import MicrobatchSources
 from mone_megatron.parallel.groups import open_groups
 from mone_megatron.testing.processes import Processes
 
@@ -172,6 +176,44 @@ def test_which_layers_have_the_window() -> None:
     assert [is_windowed(config, layer) for layer in range(1, 5)] == [True, False, True, False]
     config.window_attn_skip_freq = [0, 1, 1, 0]
     assert [is_windowed(config, layer) for layer in range(1, 5)] == [False, True, True, False]
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+def test_a_model_scores_packed_documents_as_each_alone(attention: str) -> None:
+    latent = ["model.attention=mla", "model.qk_norm=false", "model.num_query_groups=4"]
+    config = compose(
+        ["experiment=tiny_mone", "model.attention_sink=zero", "model.attention_window=5"]
+        + (latent if attention == "mla" else [])
+    )
+    transformer = transformer_config(
+        config, dtype=torch.float32, on_cpu=True, sequence_parallel=False
+    )
+    model = build_gpt(
+        config,
+        transformer,
+        vocab_size=64,
+        sources=MicrobatchSources((0,)),
+        on_cpu=True,
+        vp_stage=None,
+    ).eval()
+    tokens = torch.randint(2, 64, (1, 24), generator=torch.Generator().manual_seed(5))
+    tokens[0, [7, 8, 19]] = 1  # four documents, one of a single token
+    documents = document_numbers(tokens, end_of_text=1)
+    labels = tokens.roll(-1, dims=1)
+
+    def losses(rows: Tensor, documents: Tensor | None) -> Tensor:
+        places = torch.arange(len(rows))[None]
+        found: Tensor = model(tokens[:, rows], places, documents, labels=labels[:, rows])
+        return found[0]
+
+    everything = torch.arange(tokens.shape[1])
+    with torch.no_grad():
+        packed = losses(everything, documents)
+        alone = [losses(everything[documents[0] == number], None) for number in range(4)]
+        mixed = losses(everything, None)
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=2e-6, atol=2e-6)
+    assert (packed - mixed).abs().max() > 1e-4
 
 
 # Context parallelism ----------

@@ -14,8 +14,7 @@ from mone_megatron.data.framing import Framing, framing_of
 
 # What may be changed by someone who names a checkpoint to start from; a run that goes on by
 # itself (checkpoint.resume=auto) must be as it was.
-_RECIPE = ("mone.", "optim.", "model.sparsity_")
-_RECIPE = ("mone.", "optim.", "megatron.")
+_RECIPE = ("mone.", "optim.", "model.sparsity_", "megatron.")
 # What decides neither a weight's shape nor what the model computes from its weights; balancing by
 # sinkhorn, which routes, is told apart below.
 _OF_TRAINING = (
