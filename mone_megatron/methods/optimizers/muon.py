@@ -54,7 +54,7 @@ def make(groups: list[dict[str, Any]], optim: Any) -> torch.optim.Optimizer:
         """Moves matrices by Muon and all else by AdamW."""
 
         @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
             assert closure is None
             for group in self.param_groups:
                 for parameter in group["params"]:
