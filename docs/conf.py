@@ -75,6 +75,13 @@ def leave_out_unwritten(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = "\n".join(lines)
 
 
+def read_the_index_again(app: Sphinx, *changes: object) -> list[str]:
+    """Has an unchanged index read again, because a page that it names may be new."""
+    del app, changes
+    return ["index"]
+
+
 def setup(app: Sphinx) -> None:
     """Connects what is above."""
     app.connect("source-read", leave_out_unwritten)
+    app.connect("env-get-outdated", read_the_index_again)
