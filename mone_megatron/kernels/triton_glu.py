@@ -21,7 +21,8 @@ that NaN spreads as in the reference.
 lie in one thread. Arithmetic is fp32.
 
 **Launch.** 8 lanes a thread and at most 16 warps (``fused.launch_shape``): for bf16 and f=1024 on
-sm_90 64 registers forward and 60 backward, so 8 programs of 4 warps on a multiprocessor
+sm_90 64 registers forward, without the balance sums, and 60 backward, so 8 programs of 4 warps on a
+multiprocessor
 (docs/performance.md has the others). The shape is a function of the width alone, not autotuned:
 choosing by timing would add rows up in another order in the next run, and two runs of one seed
 would part.

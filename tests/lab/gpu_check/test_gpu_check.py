@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from mone_megatron.commands.gpu_check import main
+from mone_megatron.config.load import compose
+from mone_megatron.config.validate import validate
 from mone_megatron.lab.gpu_check.checks import Check, all_checks, missing
 from mone_megatron.lab.gpu_check.runner import FAILED, LATE, LEFT, PASSED, Result, run_all
 
@@ -88,6 +90,23 @@ def test_every_check_names_needs_that_are_known(tmp_path: Path, gpu: bool) -> No
     for check in checks:
         for need in check.needs:
             missing(need, gpu=gpu)
+
+
+def test_what_is_trained_fits_one_gpu(tmp_path: Path) -> None:
+    commands = [check.command for check in all_checks(tmp_path, gpu=True)]
+    trained = [command for command in commands if "speed" in command]
+    assert len(trained) == 3
+    for command in trained:
+        overrides = [word for word in command if "=" in word]
+        config = compose([*overrides, "device.kind=cuda"])
+        layout = validate(
+            config,
+            world_size=1,
+            num_devices=1,
+            local_world_size=1,
+            have_transformer_engine=True,
+        )
+        assert layout.num_microbatches == 2
 
 
 def test_the_kernels_check_sees_a_wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
