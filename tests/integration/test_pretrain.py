@@ -70,7 +70,7 @@ def test_a_run_writes_all_its_files(tmp_path: Path) -> None:
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     # One line a step on a log, with what the issue asks for.
     line = next(line for line in result.stderr.splitlines() if line.startswith("step 4/4"))
-    for part in ("loss", "expert balance", "neuron balance", "tok/s", "TFLOPS", "left", "val"):
+    for part in ("loss", "expert balance", "neuron balance", "tok/s", "FLOPS", "left", "val"):
         assert part in line
     assert "Warning" not in result.stderr
 
