@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from mone_megatron.config.group import Group
-from mone_megatron.config.marks import Above, AtLeast
+from mone_megatron.config.marks import AtLeast
 from mone_megatron.config.wording import near_multiples
 
 
@@ -42,8 +42,8 @@ class RopeScalingConfig(Group):
 
     type: Literal["none", "yarn"] = "none"
     """`yarn` (arXiv 2309.00071) as DeepSeek-V2 has it; needs `attention=mla`."""
-    factor: Annotated[float, Above(1, "does not lengthen anything", example=40)] = 1.0
-    """How many times longer sequences become (`yarn` only)."""
+    factor: float = 1.0
+    """How many times longer sequences become; more than 1 with `yarn`."""
     original_max_position: Annotated[int, AtLeast(1)] = 4096
     """The length that sequences had before."""
     beta_fast: float = 32.0
@@ -58,13 +58,18 @@ class RopeScalingConfig(Group):
     keys."""
 
     def unread(self) -> Collection[str]:
-        """Returns the sizes of the scaling where there is none."""
-        return {"factor", "original_max_position"} if self.type == "none" else ()
+        """Returns the length before the scaling where there is none."""
+        return {"original_max_position"} if self.type == "none" else ()
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this section alone."""
         if self.type == "none":
             return
+        if self.factor <= 1:
+            yield (
+                f"model.rope_scaling.factor: {self.factor:g} does not lengthen anything; use a "
+                "number above 1 such as 40"
+            )
         if not 0 < self.beta_slow < self.beta_fast:
             yield (
                 f"model.rope_scaling.beta_fast: {self.beta_fast:g} and beta_slow="

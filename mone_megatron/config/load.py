@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -28,6 +29,8 @@ from mone_megatron.shipped_files import shipped
 
 # A config is saved with its run and shown by loggers, so it cannot take in the environment.
 OmegaConf.clear_resolver("oc.env")
+# What `schema` means in the defaults of conf/config.yaml: every key with its default.
+ConfigStore.instance().store("schema", dataclasses.asdict(Config()))
 
 CONFIG_NAME = "config"
 # The group whose options sweep.

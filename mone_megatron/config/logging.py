@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from mone_megatron.config.group import Group
 from mone_megatron.config.marks import Above, AtLeast, NotEmpty, Within
+from mone_megatron.config.resources import is_installed
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class LoggingConfig(Group):
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this group alone."""
-        if self.tensorboard and find_spec("tensorboard") is None:
+        if self.tensorboard and not is_installed("tensorboard"):
             yield (
                 "logging.tensorboard: needs the package tensorboard, which is not installed; "
                 "pip install 'mone_megatron[tensorboard]', or leave it false"

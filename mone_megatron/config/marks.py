@@ -25,6 +25,10 @@ class HasNames(Protocol):
     def names(self) -> Iterable[str]:
         """Every name that it holds."""
 
+    @property
+    def package(self) -> str:
+        """The folder of its files, as Python imports it."""
+
 
 @dataclass(frozen=True)
 class NameIn:
@@ -106,13 +110,9 @@ class Above(Bound):
 
     Attributes:
         limit: the largest wrong value.
-        reason: what is wrong with it and smaller ones.
-        example: a usual value, to be offered; None for none.
     """
 
     limit: int
-    reason: str = "is not positive"
-    example: float | None = None
 
     @property
     def words(self) -> str:
@@ -126,10 +126,8 @@ class Above(Bound):
 
     def problem(self, value: float) -> str | None:
         """Returns the fix for a number that is not above the limit."""
-        if value > self.limit:
-            return None
-        such = "" if self.example is None else f" such as {self.example:g}"
-        return f"{self.reason}; use a number {self.words}{such}"
+        reason = "is too small" if self.limit else "is not positive"
+        return None if value > self.limit else f"{reason}; use a number {self.words}"
 
 
 @dataclass(frozen=True)

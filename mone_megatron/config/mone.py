@@ -26,7 +26,7 @@ class NeuronBalanceConfig(Group):
     coeff: Annotated[float, AtLeast(0)] = 0.0
     """The weight of the loss; 0 turns it off, and its value is logged all the same."""
     kind: Annotated[str, NameIn(LOSSES)] = "switch"
-    """The loss."""
+    """Which loss it is: what counts as balance among neurons."""
     weights: Literal["selected", "all"] = "selected"
     """P_k is the mean weight of neuron k over the neurons a token keeps, or over all of them."""
     scope: Literal["microbatch", "group"] = "microbatch"

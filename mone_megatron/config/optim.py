@@ -16,7 +16,7 @@ class OptimConfig(Group):
     """The optimizer, by default Adam with decoupled weight decay, and its learning rate."""
 
     name: Annotated[str, NameIn(OPTIMIZERS)] = "adam"
-    """The optimizer."""
+    """The optimizer that applies the gradients."""
     lr: Annotated[float, Above(0)] = 3e-4
     """The peak learning rate."""
     min_lr: Annotated[float, AtLeast(0)] = 3e-5

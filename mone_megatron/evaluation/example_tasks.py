@@ -18,7 +18,7 @@ from mone_megatron.data.stdlib import stdlib_files
 from mone_megatron.report.files import write_whole
 
 _NEXT_LINE, _LAST_WORD = "stdlib_next_line", "stdlib_last_word"
-# The validation share of conf/data/stdlib.yaml.
+# The validation share of mone_megatron/config/data.py.
 _SHARE = 0.05
 _QUESTIONS, _EXAMPLES = 500, 32
 _LINES, _CHOICES = 8, 4
