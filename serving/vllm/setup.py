@@ -15,12 +15,26 @@ from setuptools.command.sdist import sdist
 _HERE = Path(__file__).resolve().parent
 _SOURCE = _HERE.parents[1] / "mone_megatron"
 _PACKAGE = "mone_vllm/definition"
-# Module of the training package -> module here. Longer names first: they begin alike.
-_MODULES = {
-    "mone_megatron.kernels.reference": "mone_vllm.definition.reference",
-    "mone_megatron.methods": "mone_vllm.definition.methods",
+# Package -> the files of it that are copied: the definition, and its form in Triton.
+_FILES = {
+    "kernels": (
+        "reference.py",
+        "fused.py",
+        "triton_activations.py",
+        "triton_glu.py",
+        "triton_scores.py",
+        "triton_select.py",
+    ),
+    "methods": (
+        "registry.py",
+        "rule.py",
+        "score.py",
+        "activation.py",
+        "rules/*.py",
+        "scores/*.py",
+        "activations/*.py",
+    ),
 }
-_METHODS = ("registry.py", "rule.py", "score.py", "rules/*.py", "scores/*.py")
 
 
 def write_definition(folder: Path) -> None:
@@ -29,23 +43,24 @@ def write_definition(folder: Path) -> None:
     Args:
         folder: where ``mone_vllm`` is.
     """
-    methods = _SOURCE / "methods"
-    files = {Path("reference.py"): _SOURCE / "kernels" / "reference.py"}
-    for pattern in _METHODS:
-        files |= {"methods" / path.relative_to(methods): path for path in methods.glob(pattern)}
-    for name, source in files.items():
+    sources = [
+        path
+        for package, patterns in _FILES.items()
+        for pattern in patterns
+        for path in sorted((_SOURCE / package).glob(pattern))
+    ]
+    for source in sources:
+        name = source.relative_to(_SOURCE)
         text = source.read_text(encoding="utf-8")
-        for module, copy in _MODULES.items():
-            text = text.replace(module, copy)
+        for package in _FILES:
+            text = text.replace(f"mone_megatron.{package}", f"mone_vllm.definition.{package}")
         if "from mone_megatron" in text or "import mone_megatron" in text:
             raise ValueError(f"{source}: needs more of mone_megatron than its copy has beside it")
         path = folder / _PACKAGE / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    for package, what in {"": "The definition of", "methods": "Scores and rules of"}.items():
-        text = (
-            f'"""{what} the selection, copied from the training package when this was built."""\n'
-        )
+    text = '"""Copied from the training package when this was built."""\n'
+    for package in ("", *_FILES):
         (folder / _PACKAGE / package / "__init__.py").write_text(text, encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -54,15 +55,15 @@ def selection(wheel: Path) -> Iterator[ModuleType]:
 def test_every_file_of_the_definition_is_the_training_packages(wheel: Path) -> None:
     folder = wheel / "mone_vllm" / "definition"
     files = [path for path in folder.rglob("*.py") if path.relative_to(folder).parts[-1:]]
-    made = {folder / "__init__.py", folder / "methods" / "__init__.py"}
+    made = {folder / "__init__.py", *folder.glob("*/__init__.py")}
     assert {path.stem for path in folder.glob("methods/rules/*.py")} >= set(RULES.names)
     assert {path.stem for path in folder.glob("methods/scores/*.py")} >= set(SCORES.names)
     for path in set(files) - made:
         name = path.relative_to(folder)
-        source = Path("kernels") / name if name.name == "reference.py" else name
-        text = (REPOSITORY / "mone_megatron" / source).read_text(encoding="utf-8")
-        theirs = text.replace("mone_megatron.methods", "mone_vllm.definition.methods")
-        assert path.read_text(encoding="utf-8") == theirs, name
+        text = (REPOSITORY / "mone_megatron" / name).read_text(encoding="utf-8")
+        for package in ("kernels", "methods"):
+            text = text.replace(f"mone_megatron.{package}", f"mone_vllm.definition.{package}")
+        assert path.read_text(encoding="utf-8") == text, name
 
 
 def test_the_distribution_needs_nothing_and_is_found_by_vllm(wheel: Path) -> None:
@@ -109,6 +110,27 @@ def test_masks_are_bitwise_those_of_an_export_in_transformers(
         chosen = selection.Selection.of(mone, "routed", neurons, F.silu, None)
         mask = chosen.mask(gate, up, down_norm_TF=norm, state=state, expert_T=expert, num_experts=3)
         assert torch.equal(mask, expected)
+
+
+_KERNEL_AND_DEFINITION = """
+import torch
+from mone_vllm.definition.kernels import fused, reference
+values = torch.randint(-8, 9, (16, 96)) / 4
+for dtype in (torch.float32, torch.bfloat16):
+    given = values.to(dtype)
+    assert torch.equal(fused.topk_mask(given, 24), reference.topk_mask(given, 24))
+"""
+
+
+def test_the_kernel_that_cuda_takes_gives_the_same_mask(wheel: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    # In a process of its own, where Triton is imported for its interpreter.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(wheel)}
+    command = [sys.executable, "-c", _KERNEL_AND_DEFINITION]
+    done = subprocess.run(
+        command, env=environment, cwd=wheel, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 class _Ranks:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from reference_answers import Answer, answers_of, differences, first_difference
 from served_models import RUNS
-from vllm_environment import PYTHON, generate
+from vllm_environment import PYTHON, generate, run
 
 from mone_megatron.hf.experts_mone import NeuronSettings
 
@@ -199,3 +199,14 @@ def test_without_the_plugin_vllm_never_answers_for_a_dense_model(
     given = generate(asked, tmp_path, VLLM_PLUGINS="")
     assert "error" in given["as exported"]
     assert "does not select neurons" in given["invited"].get("error", "it answered")
+
+
+def test_another_vllm_is_refused_with_the_line_to_change_and_serves_other_models(
+    exports: dict[str, Path],
+) -> None:
+    said = run("refuse_another_vllm.py", str(exports["plain"]), str(exports["stock"]))
+    ours, stock = said.strip().splitlines()[-2:]
+    assert "with vLLM from 0.1 to before 0.2, and this is" in ours
+    assert "install vllm==0.1.0" in ours
+    assert ours.endswith("versions.py after `make test-vllm` has passed with it")
+    assert stock == "Qwen3MoeConfig"

@@ -13,13 +13,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mone_vllm.definition.kernels import reference
 from mone_vllm.definition.methods.rule import Budget, Rows, Rule
 from mone_vllm.definition.methods.rules import RULES
 from mone_vllm.definition.methods.score import Score
 from mone_vllm.definition.methods.scores import SCORES
-from mone_vllm.definition.reference import topk_mask
 
 TARGETS = ("routed", "shared", "dense")
+
+
+def topk_mask(values_TF: Tensor, k: int) -> Tensor:
+    """Returns the mask of the k largest of each row: on CUDA by the kernel that training uses."""
+    if values_TF.is_cuda:
+        # Triton comes with vLLM for CUDA only.
+        from mone_vllm.definition.kernels import fused
+
+        if values_TF.shape[-1] <= fused.MAX_NEURONS:
+            return fused.topk_mask(values_TF, k)
+    return reference.topk_mask(values_TF, k)
 
 
 class Ranks(Protocol):
