@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from mone_megatron.config.group import Group
-from mone_megatron.config.marks import AtLeast, NameIn
+from mone_megatron.config.marks import AtLeast, NameIn, Within
 from mone_megatron.config.wording import listed, near_divisors
 from mone_megatron.methods.routers import ROUTERS
 
@@ -22,6 +22,8 @@ class RouterConfig(Group):
 
     kind: Annotated[str, NameIn(ROUTERS)] = "topk"
     """The router; `topk` is megatron-core's own."""
+    top_p: Annotated[float, Within("(0, 1]", example=0.4)] = 0.4
+    """The share of a token's weights that its experts hold, of `kind: top_p`."""
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     """The function that turns logits into expert weights."""
     pre_softmax: bool = False

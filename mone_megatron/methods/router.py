@@ -25,6 +25,9 @@ class Router:
         fixed_count: whether each token goes to exactly ``model.experts_per_token`` experts. A
             dispatcher that counts on it (flex) is refused otherwise.
         causal: whether a token's experts depend on no other token.
+        reads_batch: whether a token's experts depend on the other tokens of its microbatch. A
+            layout that splits them over ranks is refused then.
+        settings: the keys of ``model.router`` that its class reads, as attributes of these names.
         stock: whether it is megatron-core's own, which exports can hold.
     """
 
@@ -34,6 +37,8 @@ class Router:
     reference: str
     fixed_count: bool = True
     causal: bool = True
+    reads_batch: bool = False
+    settings: tuple[str, ...] = ()
     stock: bool = False
 
     @cached_property

@@ -126,6 +126,15 @@ def sparsity_settings(config: Config) -> Sparsity | None:
     return Sparsity(model.sparsity_loss, model.sparsity_coeff, tokens)
 
 
+def _router(model: ModelConfig) -> type:
+    """The router's class, with the keys of ``model.router`` that it reads."""
+    router = ROUTERS[model.router.kind]
+    if not router.settings:
+        return router.module
+    values = {name: getattr(model.router, name) for name in router.settings}
+    return type(router.module.__name__, (router.module,), values)
+
+
 def _moe_mlp(
     backend: BackendSpecProvider,
     model: ModelConfig,
@@ -146,7 +155,7 @@ def _moe_mlp(
         module=MoNELayer,
         params={"sources": sources},
         submodules=MoESubmodules(
-            router=ROUTERS[model.router.kind].module,
+            router=_router(model),
             # megatron-core's need grouped_gemm or Transformer Engine, and select no neurons.
             experts=ModuleSpec(
                 module=GroupedExperts, params={"neurons": routed, "sparsity": sparsity}

@@ -10,8 +10,15 @@ from mone_megatron.methods.routers import ROUTERS
 
 
 def check(config: Config, resources: Resources) -> Iterator[str]:
-    """Yields what the flex dispatcher needs and does not get."""
-    router = config.model.router
+    """Yields what routers and the flex dispatcher need and do not get."""
+    router, parallel = config.model.router, config.parallel
+    split = parallel.tensor * parallel.context
+    if config.model.num_experts > 0 and ROUTERS[router.kind].reads_batch and split > 1:
+        yield (
+            f"model.router.kind: {router.kind} looks at all tokens of a microbatch, which "
+            f"parallel.tensor*context={split} ranks share; use parallel.tensor=1 and "
+            "parallel.context=1"
+        )
     if config.parallel.dispatcher != "flex":
         return
     if config.model.num_experts > 0 and not ROUTERS[router.kind].fixed_count:

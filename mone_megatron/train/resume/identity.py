@@ -36,6 +36,7 @@ _BEFORE_THE_KEY = {
     "mone.balance.kind": "switch",
     "mone.balance.scope": "microbatch",
     "model.router.kind": "topk",
+    "model.router.top_p": 0.4,
     "model.sparsity_loss": "none",
     "model.sparsity_coeff": 0.0,
     "optim.name": "adam",

@@ -1,0 +1,38 @@
+"""Top-p over experts: the fewest experts that hold a share p of a token's weights.
+
+Tokens that are hard to route go to more experts. p is ``model.router.top_p``; nothing steers it to
+``model.experts_per_token``, so the number of experts a token is what is measured.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mone_megatron.methods.router import Router
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def top_p(logits_NA: Tensor, p: float) -> Tensor:
+    """Returns the weights ``[N, A]`` of the chosen experts, and 0 at others.
+
+    Args:
+        logits_NA: of N tokens and A experts.
+        p: experts are taken, largest weight first, while those before hold less; at least one.
+    """
+    scores_NA = logits_NA.float().softmax(dim=-1)
+    sorted_NA, order_NA = scores_NA.detach().sort(dim=-1, descending=True, stable=True)
+    taken_NA = sorted_NA.cumsum(dim=-1) - sorted_NA < p
+    chosen_NA = taken_NA.new_zeros(taken_NA.shape).scatter(-1, order_NA, taken_NA)
+    return (scores_NA * chosen_NA).type_as(logits_NA)
+
+
+METHOD = Router(
+    name="top_p",
+    formula="the fewest experts that hold a share p of the token's weights",
+    source="arXiv 2403.07652",
+    reference="mone_megatron.mone.routers:TopPRouter",
+    fixed_count=False,
+    settings=("top_p",),
+)
