@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mone_megatron.config.errors import ConfigError
-from mone_megatron.config.load import compose
+from mone_megatron.config.load import compose, typed_values
 from mone_megatron.config.schema import Config
 from mone_megatron.config.sweep import (
     Combination,
@@ -105,6 +105,7 @@ def _check(overrides: Sequence[str], options: argparse.Namespace) -> None:
         local_world_size=options.tasks_per_node,
         have_transformer_engine=True,
         have_deep_ep=True,
+        written=typed_values(overrides),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mone_megatron.config.layout import Layout
@@ -13,7 +14,9 @@ from mone_megatron.parallel.world import World
 from mone_megatron.train.run_directory import check_run_directory
 
 
-def dry_run(config: Config, world: World, processes: int) -> list[str]:
+def dry_run(
+    config: Config, world: World, processes: int, written: Mapping[str, str] | None = None
+) -> list[str]:
     """Checks configuration, layout, data and ``run.dir`` of a run, and trains nothing.
 
     A corpus that its source makes (``data.source=stdlib``) is made, as the run would.
@@ -22,6 +25,7 @@ def dry_run(config: Config, world: World, processes: int) -> list[str]:
         config: of the run.
         world: of this process, which need not be one of the run's.
         processes: of the run.
+        written: key -> the value as it stands on the command line, for what is wrong with it.
 
     Returns:
         What the run would be, for people: a line for each of them.
@@ -31,7 +35,10 @@ def dry_run(config: Config, world: World, processes: int) -> list[str]:
     """
     known = processes == world.size
     layout = validate(
-        config, world_size=processes, local_world_size=world.local_size if known else None
+        config,
+        world_size=processes,
+        local_world_size=world.local_size if known else None,
+        written=written,
     )
     folder = Path(config.run.dir)
     check_run_directory(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -52,8 +52,12 @@ _FLAGS = (*_FLAGS_WITH_VALUE, "-m", "--multirun", "--resolve", "-h", "--help", "
 _DRY_RUN = "--dry-run"
 
 
-def pretrain(config: Config) -> int:
+def pretrain(config: Config, written: Mapping[str, str] | None = None) -> int:
     """Check everything that can be checked without a device, then train.
+
+    Args:
+        config: of the run.
+        written: key -> the value as it stands on the command line, for what is wrong with it.
 
     Returns:
         The exit code of :func:`mone_megatron.train.run.run`, or 1 when a file of the run could not
@@ -64,13 +68,19 @@ def pretrain(config: Config) -> int:
             another run owns, before any device or process group is touched.
     """
     with harmless_output(patience=_READER_PATIENCE_SECONDS):
-        return _pretrain(config)
+        return _pretrain(config, written)
 
 
-def _pretrain(config: Config) -> int:
+def _pretrain(config: Config, written: Mapping[str, str] | None) -> int:
     started = time.monotonic()
     world = World.from_environment()
-    check = partial(validate, config, world_size=world.size, local_world_size=world.local_size)
+    check = partial(
+        validate,
+        config,
+        world_size=world.size,
+        local_world_size=world.local_size,
+        written=written,
+    )
     # First without torch, whose import takes longer than all else before a refusal.
     check()
     if (untried := check_megatron_release()) and world.rank == 0:
@@ -132,8 +142,9 @@ def _through_hydra(sweep: LocalSweep | None) -> None:
     def call(composed: DictConfig) -> None:
         try:
             given = HydraConfig.get().overrides.task
-            config = from_dictconfig(composed, typed_values(given))
-            code = pretrain(config if sweep is None else sweep.named(config, given))
+            written = typed_values(given)
+            config = from_dictconfig(composed, written)
+            code = pretrain(config if sweep is None else sweep.named(config, given), written)
         except (ValueError, OSError) as error:
             if isinstance(error, OSError) and error.filename is None:
                 raise
@@ -185,7 +196,7 @@ def _main(arguments: list[str]) -> int:
             if sweep is not None and world.rank == 0:
                 sweep.compare()
             return 0
-        return pretrain(compose(arguments))
+        return pretrain(compose(arguments), typed_values(arguments))
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise
@@ -200,7 +211,8 @@ def _dry_run(overrides: list[str], flag: str, world: World) -> int:
     _, given, number = flag.partition("=")
     if given and not (number.isdecimal() and int(number) > 0):
         raise ConfigError(f"{flag}: names no number of processes; write {_DRY_RUN}=8")
-    lines = dry_run(compose(overrides), world, int(number) if given else world.size)
+    processes = int(number) if given else world.size
+    lines = dry_run(compose(overrides), world, processes, typed_values(overrides))
     if world.rank == 0:
         print("\n".join(lines))
     return 0

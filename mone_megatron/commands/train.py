@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mone_megatron import pretrain
 from mone_megatron.config.errors import ConfigError
-from mone_megatron.config.load import compose
+from mone_megatron.config.load import compose, typed_values
 from mone_megatron.config.validate import validate
 
 _PROCESSES = "--processes"
@@ -29,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return pretrain.main(rest)
         if not any(argument.startswith("-") for argument in rest):
             # Before torch is imported, and once instead of by every process.
-            validate(compose(rest), world_size=processes, local_world_size=processes)
+            validate(
+                compose(rest),
+                world_size=processes,
+                local_world_size=processes,
+                written=typed_values(rest),
+            )
     except ConfigError as error:
         for line in error.problems:
             print(f"error: {line}", file=sys.stderr)

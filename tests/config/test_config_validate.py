@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import assume, given, settings
@@ -17,6 +17,8 @@ from mone_megatron.config.layout import (
     model_parallel_size,
     smallest_world_size,
 )
+from mone_megatron.config.marks import NameIn
+from mone_megatron.config.reference import fields
 
 
 def make(**values: Any) -> Config:
@@ -58,6 +60,14 @@ BAD: list[tuple[int, dict[str, Any], str, str]] = [
     (1, {"parallel__tensor": 0}, "parallel.tensor", "1 or more"),
     (1, {"parallel__pipeline": 0}, "parallel.pipeline", "1 or more"),
     (1, {"parallel__expert": -1}, "parallel.expert", "1 or more"),
+    # Sizes that other checks divide by.
+    (3, {"parallel__expert": 0}, "parallel.expert", "1 or more"),
+    (2, {"mone__enabled": True, "parallel__expert_tensor": 0},
+     "parallel.expert_tensor", "1 or more"),
+    (1, {"mone__enabled": True, "mone__memory": "packed", "model__expert_ffn_hidden_size": 0},
+     "model.expert_ffn_hidden_size", "1 or more"),
+    (1, {"mone__enabled": True, "mone__apply_to": ["dense"], "model__first_dense_layers": 1,
+         "model__dense_ffn_hidden_size": 0}, "model.dense_ffn_hidden_size", "1 or more"),
     (1, {"train__steps": 0}, "train.steps", "1 or more"),
     (1, {"train__micro_batch_size": 0}, "train.micro_batch_size", "1 or more"),
     (1, {"train__eval_interval": 5, "train__eval_steps": 0}, "train.eval_steps", "1 or more"),
@@ -314,6 +324,62 @@ def test_device_against_the_machine() -> None:
     narrow = make(model__expert_ffn_hidden_size=44)
     assert problems_of(narrow, 1, num_devices=0) == ()
     assert len(problems_of(narrow, 1, num_devices=1)) == 1
+
+
+_NUMBERS = {
+    int: st.sampled_from([-1, 0, 1, 2, 3, 8, 300]),
+    float: st.sampled_from([-0.5, 0.0, 0.1, 0.5, 1.0, 2.0]),
+    bool: st.booleans(),
+    str: st.sampled_from(["", " ", "a"]),
+}
+
+
+def _any_value(kind: Any, marks: Sequence[Any] = ()) -> st.SearchStrategy[Any]:
+    """Every value of a field's type, out of bounds or not."""
+    if get_origin(kind) is Annotated:
+        return _any_value(get_args(kind)[0], get_args(kind)[1:])
+    names = [name for mark in marks if isinstance(mark, NameIn) for name in mark.registry.names]
+    if names or get_origin(kind) is Literal:
+        return st.sampled_from(names or get_args(kind))
+    if get_origin(kind) is Mapping:
+        return st.dictionaries(st.just("temperature"), st.sampled_from([1, "a", True]))
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        sizes = (0, 2) if items[-1] is Ellipsis else (len(items), len(items))
+        return st.lists(_any_value(items[0]), min_size=sizes[0], max_size=sizes[1])
+    return _NUMBERS[kind]
+
+
+def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, st.SearchStrategy[Any]]]:
+    for field in fields(cls):
+        if field.is_section:
+            yield from _leaves(field.kind, f"{prefix}{field.name}__")
+        else:
+            yield f"{prefix}{field.name}", _any_value(field.kind, field.marks)
+
+
+_LEAVES = dict(_leaves(Config))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(),
+    chosen=st.lists(st.sampled_from(sorted(_LEAVES)), max_size=8, unique=True),
+    world_size=st.sampled_from([1, 2, 3, 8]),
+    num_devices=st.sampled_from([None, 0, 2]),
+    selects=st.booleans(),
+)
+def test_no_values_make_the_checks_fail(
+    data: st.DataObject,
+    chosen: list[str],
+    world_size: int,
+    num_devices: int | None,
+    selects: bool,
+) -> None:
+    values = {"mone__enabled": selects} | {key: data.draw(_LEAVES[key]) for key in chosen}
+    # Each problem is a line; nothing but a ConfigError may come of values of the right types.
+    lines = problems_of(make(**values), world_size, num_devices=num_devices)
+    assert all(": " in line and "\n" not in line for line in lines)
 
 
 sizes = st.sampled_from([1, 2, 3, 4])

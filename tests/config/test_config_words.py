@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mone_megatron import pretrain
+from mone_megatron.commands import train
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose, from_yaml
 from mone_megatron.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -45,6 +47,35 @@ def test_of_the_command_line(override: str, problem: str) -> None:
 def test_what_is_suggested_works() -> None:
     for written in ("1e-3", "0x10", "1_000", "007", "[a,b]", "null", "true"):
         assert compose([f'run.name="{written}"']).run.name == written
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("optim.lr=-1e-3", "optim.lr: -1e-3 is not positive; use a number above 0"),
+        ("optim.beta1=1.50", "optim.beta1: 1.50 is outside [0, 1); use a number from 0 up to,"),
+        ("train.steps=-1e3", "train.steps: -1e3 is too small; use 1 or more"),
+        ("train.seed=3_000_000_000", "train.seed: 3_000_000_000 is too large; use 2147483647"),
+        ("++mone.keep_ratio=2e0", "mone.keep_ratio: 2e0 is outside (0, 1]; use a share such as"),
+    ],
+)
+def test_of_a_number_out_of_bounds(
+    override: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (
+        lambda given: pretrain.main(given),
+        lambda given: pretrain.main([*given, "--dry-run"]),
+        lambda given: train.main([*given, "--processes", "2"]),
+    ):
+        assert command(["experiment=tiny_moe", override]) == 2
+        assert f"error: {problem}" in capsys.readouterr().err
+
+
+def test_a_number_from_elsewhere_is_told_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain.main(["experiment=tiny_moe", "optim.lr=-2e-3", "optim.eps=${optim.lr}"]) == 2
+    told = capsys.readouterr().err
+    assert "optim.lr: -2e-3 is not positive" in told
+    assert "optim.eps: -0.002 is not positive" in told
 
 
 @pytest.mark.parametrize(
