@@ -21,7 +21,7 @@ class ParallelConfig(Group):
     virtual_pipeline: Annotated[int, AtLeast(1)] = 1
     """Model chunks per pipeline rank; more than 1 interleaves the pipeline."""
     context: Annotated[int, AtLeast(1)] = 1
-    """Context parallelism; needs Transformer Engine."""
+    """Ranks that share each sequence; each gathers the keys and values of all."""
     expert: Annotated[int, AtLeast(1)] = 1
     """Expert parallelism: processes that share the experts of a layer."""
     expert_tensor: Annotated[int, AtLeast(1)] = 1

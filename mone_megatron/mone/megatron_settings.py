@@ -1,15 +1,17 @@
 """Settings of megatron-core that a module of ours does not read, refused when it is built.
 
 megatron-core's own modules read them. One that takes their place and leaves a setting out would
-compute something else than was asked for, without a word.
+compute something else than was asked for, without a word. It imports no torch: a configuration that
+asks for one of them is refused before (:mod:`mone_megatron.config.checks.megatron`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 # Field -> the one value that our module computes. Fields that this megatron-core has not are passed
 # over: nobody can set them.

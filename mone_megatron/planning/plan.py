@@ -275,6 +275,11 @@ def notes(plan: Plan) -> list[str]:
     found += [
         f"{key}: not modelled; the plan is that of a run without it" for key in unmodelled(config)
     ]
+    if config.parallel.context > 1:
+        found.append(
+            "parallel.context: memory is that of Transformer Engine's ring; without it each rank "
+            "keeps the keys and values of the whole sequence, too"
+        )
     if SOURCES[config.data.source].reads_paths:
         found += [
             f"data.paths: {path}.bin is not on this machine; it must be on the cluster"

@@ -11,6 +11,7 @@ from mone_megatron.config.resources import Resources
 from mone_megatron.config.schema import Config
 from mone_megatron.megatron_fields import CLASSES, MLA_CLASS, Field, fields_of
 from mone_megatron.megatron_release import megatron_release
+from mone_megatron.mone.megatron_settings import CORE_ATTENTION, NORM, ROUTED_EXPERTS
 
 
 def check(config: Config, resources: Resources) -> Iterator[str]:
@@ -18,6 +19,21 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
     for part, given in config.megatron.given().items():
         if given:
             yield from _part(part, given, latent=config.model.attention == "mla")
+    yield from _not_computed(config, resources)
+
+
+def _not_computed(config: Config, resources: Resources) -> Iterator[str]:
+    """Yields fields that the modules which stand in for megatron-core's do not read."""
+    computed = ROUTED_EXPERTS | NORM
+    if resources.is_cpu(config.device) or not resources.have_transformer_engine():
+        computed = computed | CORE_ATTENTION
+    for name, value in config.megatron.transformer.items():
+        if name in computed and value != computed[name] and name not in SET_HERE["transformer"]:
+            only = "leave it out" if computed[name] is None else f"only {computed[name]} is"
+            yield (
+                f"megatron.transformer.{name}: {value} is not computed by the experts, norms or "
+                f"attention of this project; {only}"
+            )
 
 
 def _part(part: str, given: Mapping[str, Scalar], *, latent: bool) -> Iterator[str]:
