@@ -37,7 +37,9 @@ def url(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> I
     run_dir = exports["plain"].parents[1] / "runs" / "plain"
     command = [sys.executable, str(REPOSITORY / "tools" / "serve.py"), str(run_dir)]
     command += ["--vllm-python", str(PYTHON), "--port", str(port), "--name", "mone"]
-    command += ["--dtype", "fp32", "--", "--enforce-eager", "--enable-prefix-caching"]
+    command += ["--dtype", "fp32", "--", "--enforce-eager"]
+    # Prefixes are cached in whole blocks; the usual ones are longer than most prompts here.
+    command += ["--enable-prefix-caching", "--block-size", "32"]
     with log.open("wb") as output:
         server = subprocess.Popen(
             command,
