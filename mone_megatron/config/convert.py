@@ -1,4 +1,4 @@
-"""Plain dictionaries to frozen dataclasses and back, strictly.
+"""Turns plain dictionaries into frozen dataclasses and back, strictly.
 
 Nothing is coerced except an integer where a float is wanted and an integral float such as ``1e9``
 where an integer is wanted. Problems are collected, not raised one by one.
@@ -51,7 +51,7 @@ def from_dict(
     hints: Sequence[str] = (),
     typed: Mapping[str, str] | None = None,
 ) -> T:
-    """Build ``cls`` from nested dictionaries; absent keys take the dataclass's defaults.
+    """Builds ``cls`` from nested dictionaries; absent keys take the dataclass's defaults.
 
     Args:
         cls: a dataclass.
@@ -72,7 +72,7 @@ def from_dict(
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
-    """Dotted key -> scalar, for loggers; tuples become comma-separated text."""
+    """Returns dotted key -> scalar, for loggers; tuples become comma-separated text."""
     flat: dict[str, Scalar] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -88,7 +88,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
 
 
 def forbidden_key(key: str) -> str | None:
-    """Why the dotted ``key`` may never be in a config, or None. Never shows a value."""
+    """Returns why the dotted ``key`` may never be in a config, or None; it shows no value."""
     parts = key.split(".")
     if "_target_" in parts:
         return f"{key}: a config is data and nothing is instantiated from it; remove the `_target_`"
@@ -102,12 +102,12 @@ def forbidden_key(key: str) -> str | None:
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """One line about ``key``, which is not among ``known``, with the nearest names."""
+    """Returns a line about ``key``, which is not among ``known``, with the nearest names."""
     return forbidden_key(key) or f"{key}: unknown key; {suggest(key, known)}"
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """``did you mean ...?`` for ``name`` among dotted ``known`` names; never empty."""
+    """Returns ``did you mean ...?`` with the dotted ``known`` names that are like ``name``."""
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
     if not near:
         # The right leaf in the wrong section, or without one: `steps`, `optim.seq_length`.
@@ -150,14 +150,14 @@ def _is_open(kind: type) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """A value, and how the user wrote it; None where that is not known."""
+    """A value, and the text that the user wrote for it, or None where that is not known."""
 
     value: Any
     text: str | None = None
 
     @property
     def shown(self) -> str:
-        """For a message: a text in quotes, anything else as it was written."""
+        """The value as messages show it: a text in quotes, anything else as it was written."""
         if isinstance(self.value, str):
             return f"the text {self.value!r}"
         if self.text is not None:
@@ -168,7 +168,7 @@ class _Given:
 
     @property
     def written(self) -> str:
-        """As it was written, or would be."""
+        """The value as it was written, or as one would write it."""
         if self.text is not None:
             return self.text
         if self.value is None or isinstance(self.value, bool):
@@ -176,7 +176,7 @@ class _Given:
         return str(self.value)
 
     def items(self) -> list[_Given]:
-        """Those of a list."""
+        """Returns the items of a list, each with its own text where that can be told."""
         texts: list[str | None] = [None] * len(self.value)
         if self.text is not None and not set(self.text) & set("\"'{}()\\#\n"):
             # No comma is within an item.
@@ -218,7 +218,7 @@ def _build(
 
 
 def _convert(given: _Given, kind: Any) -> Any:
-    """The value as ``kind``; ValueError says what is wrong and the fix, without the key."""
+    """Returns the value as ``kind``; a ValueError says what is wrong and the fix, not the key."""
     value = given.value
     if get_origin(kind) is Literal:
         return _convert_literal(given, get_args(kind))

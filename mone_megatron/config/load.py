@@ -1,4 +1,4 @@
-"""YAML files and command-line overrides to a typed :class:`Config`.
+"""Turns YAML files and command-line overrides into a typed :class:`Config`.
 
 With ``pretrain.py`` the only importer of Hydra and OmegaConf. Hydra composes; everything after it
 is plain dataclasses. Every mistake of a user becomes one line of a :class:`ConfigError`.
@@ -22,7 +22,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mone_megatron.config import convert
-from mone_megatron.config.convert import Scalar
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.schema import Config
 from mone_megatron.shipped_files import shipped
@@ -39,7 +38,7 @@ CONF_DIR = shipped("conf")
 
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
-    """The config of a command line such as ``["experiment=tiny_mone", "train.steps=5"]``.
+    """Returns the config of a command line: ``["experiment=tiny_mone", "train.steps=5"]``.
 
     ``config_dir`` is a folder laid out like ``conf/`` (the default, beside the package).
 
@@ -61,7 +60,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
 def check_overrides(
     overrides: Sequence[str], config_dir: Path | None = None, *, multirun: bool = False
 ) -> list[str]:
-    """Problems of command-line overrides, one line each; empty when Hydra may have them.
+    """Returns what is wrong with command-line overrides; nothing when Hydra may have them.
 
     Run before ``hydra.main`` this replaces Hydra's multi-line messages. ``multirun`` allows sweeps
     (``key=a,b``).
@@ -126,7 +125,7 @@ def typed_values(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def from_dictconfig(config: DictConfig, typed: Mapping[str, str] | None = None) -> Config:
-    """The typed config of a composed (or loaded) OmegaConf tree; interpolations are resolved.
+    """Returns the typed config of an OmegaConf tree, whose interpolations are resolved.
 
     Args:
         config: the tree.
@@ -149,7 +148,7 @@ def from_dictconfig(config: DictConfig, typed: Mapping[str, str] | None = None) 
 
 
 def _in_letters(text: str) -> str:
-    """Where Python takes a command line for ASCII, other letters come as the bytes they are.
+    """Returns a text in letters that Python took for bytes, as it does where all is ASCII.
 
     Right for a path, which goes back to the system; what is shown needs letters.
     """
@@ -160,12 +159,12 @@ def _in_letters(text: str) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config as YAML that :func:`from_yaml` reads back to an equal config."""
+    """Returns the whole config as YAML that :func:`from_yaml` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 def from_yaml(path: str | Path) -> Config:
-    """The config saved at ``path`` by :func:`to_yaml`; absent keys take the schema's defaults.
+    """Returns the config saved at ``path``, where absent keys take the schema's defaults.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or does not fit the schema.
@@ -191,7 +190,7 @@ def from_yaml(path: str | Path) -> Config:
 
 
 def _scalars(node: yaml.Node | None, text: str, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted key -> its value as it stands in a YAML file."""
+    """Yields each dotted key with its value as it stands in a YAML file."""
     if not isinstance(node, yaml.MappingNode):
         return
     for name, value in node.value:
@@ -199,11 +198,6 @@ def _scalars(node: yaml.Node | None, text: str, prefix: str = "") -> Iterator[tu
         if isinstance(value, yaml.ScalarNode) or value.flow_style:
             yield key, text[value.start_mark.index : value.end_mark.index]
         yield from _scalars(value, text, f"{key}.")
-
-
-def flatten(config: Config) -> dict[str, Scalar]:
-    """Dotted key -> scalar, for loggers; tuples become comma-separated text."""
-    return convert.flatten(config)
 
 
 def _config_dir(config_dir: Path | None) -> Path:
@@ -217,7 +211,7 @@ def _config_dir(config_dir: Path | None) -> Path:
 
 
 def _group_options(folder: Path) -> dict[str, list[str]]:
-    """Group name -> its options: the folders of ``conf/`` and the YAML files in them."""
+    """Returns the folders of ``conf/``, which are the groups, each with its YAML files."""
     return {
         group.name: sorted(file.name.removesuffix(".yaml") for file in group.glob("*.yaml"))
         for group in sorted(folder.iterdir())
@@ -226,7 +220,7 @@ def _group_options(folder: Path) -> dict[str, list[str]]:
 
 
 def _forbidden(key: str, value: object, known: Sequence[str]) -> str | None:
-    """Why an override's key, or a key in its value, may never be in a config; or None."""
+    """Returns why an override's key, or one in its value, may never be in a config; or None."""
     # A key of ours may look like a secret's: model.experts_per_token.
     if key not in known and (problem := convert.forbidden_key(key)):
         return problem
@@ -272,7 +266,7 @@ def _parse_problem(text: str, error: Exception) -> str:
 
 
 def _explain(error: Exception) -> str:
-    """One line for what Hydra or OmegaConf raised while composing."""
+    """Returns one line for what Hydra or OmegaConf raised while composing."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return _unknown_option(group.lstrip("/") or "config", name, list(error.options or ()))

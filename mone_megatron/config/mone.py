@@ -42,7 +42,7 @@ class MoNEConfig(Group):
     """Neuron selection inside the experts."""
 
     enabled: bool = False
-    """Neuron selection on."""
+    """Whether tokens keep only some neurons of an expert."""
     keep_ratio: Annotated[float, Within("(0, 1]", example=0.25)] = 0.25
     """The target density of every rule; `topk` keeps K = round(keep_ratio * f) neurons for each
     token in each expert."""
@@ -70,7 +70,7 @@ class MoNEConfig(Group):
     """The number of steps after which the ratio is `keep_ratio`."""
 
     def keep_ratio_at(self, step: int) -> float:
-        """The keep ratio that a step (from 1) trains with; a checkpoint of it is used with it."""
+        """Returns the keep ratio that a step (from 1) trains with, as its checkpoint is used."""
         if self.keep_ratio_schedule == "constant" or step > self.keep_ratio_steps:
             return self.keep_ratio
         progress = max(step - 1, 0) / self.keep_ratio_steps

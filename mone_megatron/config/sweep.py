@@ -1,4 +1,4 @@
-"""Overrides with several values (``key=a,b``) to the command lines of a sweep.
+"""Turns overrides with several values (``key=a,b``) into the command lines of a sweep.
 
 In Hydra's own grammar, so ``choice(...)``, ``range(...)`` and quoted commas mean what they mean
 under ``--multirun``; the job launcher needs the command lines before anything runs.
@@ -38,7 +38,7 @@ class Combination:
 
 
 def expand(overrides: Sequence[str]) -> list[Combination]:
-    """Every combination, the last swept key varying fastest; one without a swept key.
+    """Returns every combination, the last swept key varying fastest; one where none is swept.
 
     Raises:
         ConfigError: for an override that Hydra cannot read, and for a sweep without a list of
@@ -91,7 +91,7 @@ def file_name(name: str) -> str:
 
 
 def spell_out_ablation(overrides: Sequence[str]) -> list[str]:
-    """``ablation=NAME`` replaced by what its file in ``conf/ablation`` sets and sweeps.
+    """Returns overrides with what an ablation sets and sweeps in place of ``ablation=NAME``.
 
     A file of that group is for ``--multirun``: Hydra names its runs while it sweeps. A run that is
     started by itself gets plain overrides instead, and where the file puts its runs:
@@ -138,7 +138,7 @@ def _flat(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, A
 
 
 def _label(chosen: Sequence[str], swept: Sequence[str]) -> str:
-    """``keep_ratio_0.125-seed_1``."""
+    """Returns what is swept as a file name: ``keep_ratio_0.125-seed_1``."""
     parts = []
     for text in chosen:
         key, _, value = text.partition("=")
@@ -148,7 +148,7 @@ def _label(chosen: Sequence[str], swept: Sequence[str]) -> str:
 
 
 def _distinct(combinations: Sequence[Combination]) -> list[Combination]:
-    """Numbered where values differ in nothing that a file name can hold."""
+    """Returns the runs, numbered where a file name cannot hold what they differ in."""
     labels = [combination.label for combination in combinations]
     if len(set(labels)) == len(labels):
         return list(combinations)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mone_megatron.config import Config, validate
+from mone_megatron.config.convert import flatten
 from mone_megatron.config.layout import smallest_world_size
-from mone_megatron.config.load import CONF_DIR, compose, flatten
+from mone_megatron.config.load import CONF_DIR, compose
 from mone_megatron.planning import count_parameters, flops_per_step
 
 EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))

@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mone_megatron.config import Config, ConfigError
-from mone_megatron.config.convert import from_dict, keys
+from mone_megatron.config.convert import flatten, from_dict, keys
 from mone_megatron.config.load import (
     CONF_DIR,
     check_overrides,
     compose,
-    flatten,
     from_yaml,
     to_yaml,
 )

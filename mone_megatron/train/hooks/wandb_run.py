@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from mone_megatron.config.load import flatten
+from mone_megatron.config.convert import flatten
 from mone_megatron.config.schema import Config
 from mone_megatron.helpers import HelperError, HelperThread
 from mone_megatron.methods.hook import Hook, Record
