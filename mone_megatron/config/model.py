@@ -214,7 +214,7 @@ class ModelConfig(Group):
                     f"model.experts_per_token: {self.experts_per_token} is more than "
                     f"model.num_experts={self.num_experts}; use {self.num_experts} or fewer"
                 )
-            if self.first_dense_layers >= self.num_layers:
+            if self.first_dense_layers >= self.num_layers > 0:
                 yield (
                     f"model.first_dense_layers: {self.first_dense_layers} leaves no MoE layer of "
                     f"model.num_layers={self.num_layers}; use {self.num_layers - 1} or fewer, or "

@@ -40,7 +40,7 @@ class OptimConfig(Group):
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this group alone."""
-        if self.min_lr > self.lr:
+        if self.min_lr > self.lr > 0:
             yield (
                 f"optim.min_lr: {self.min_lr:g} is above optim.lr={self.lr:g}; use optim.lr or less"
             )
