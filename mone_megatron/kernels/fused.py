@@ -39,13 +39,27 @@ from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.registry import imported
 from mone_megatron.methods.scores import SCORES
 
-# Widest row that one program holds.
-MAX_NEURONS = 16384
-_DTYPES = (torch.bfloat16, torch.float32)
+# Widest row that one program holds. In fp32 wider ones than 8192 compile for more than a minute and
+# spill registers; torch computes with them.
+MOST_NEURONS = {torch.bfloat16: 16384, torch.float32: 8192}
 # Programs that add up the balance sums: enough to fill a GPU, few enough that their partial sums
 # are small beside the rows.
 _SUMMING_PROGRAMS = 1024
 _MOST_ROWS = 64
+_expected_rows: int | None = None
+
+
+def expect_rows(rows: int | None) -> None:
+    """Fixes how many rows a program of the balance sums takes, for the rest of this process.
+
+    How many suits depends on the number of rows, and each choice is another kernel: where experts
+    are used unevenly, one rank would compile in the middle of a run while all others wait.
+
+    Args:
+        rows: what a call usually has; None chooses at each call.
+    """
+    global _expected_rows
+    _expected_rows = rows
 
 
 class LaunchShape(NamedTuple):
@@ -80,9 +94,8 @@ def fused_score(name: str) -> triton.JITFunction | None:
 def supports(gate_TF: Tensor, up_TF: Tensor, activate: Activate) -> bool:
     """Whether the kernels know these dtypes, this width and this activation."""
     return (
-        gate_TF.dtype in _DTYPES
-        and up_TF.dtype is gate_TF.dtype
-        and gate_TF.shape[-1] <= MAX_NEURONS
+        up_TF.dtype is gate_TF.dtype
+        and gate_TF.shape[-1] <= MOST_NEURONS.get(gate_TF.dtype, 0)
         and fused_activation(activate) is not None
     )
 
@@ -124,7 +137,7 @@ def given_scores(gate_TF: Tensor, up_TF: Tensor, score: str, activate: Activate)
 def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
     """Returns the mask of :func:`mone_megatron.kernels.reference.topk_mask`, bit for bit."""
     scores_TF = _rows(scores_TF.detach())
-    if scores_TF.dtype not in _DTYPES:
+    if scores_TF.dtype not in MOST_NEURONS:
         scores_TF = scores_TF.float()
     rows, neurons = scores_TF.shape
     mask_TF = torch.empty(rows, neurons, dtype=torch.bool, device=scores_TF.device)
@@ -338,7 +351,8 @@ class _Slots:
         numbers = torch.arange(sums.segments + 1, device=segment_T.device)
         self.starts = torch.searchsorted(segment_T, numbers.to(segment_T.dtype))
         self.segment_T = segment_T
-        each = triton.next_power_of_2(triton.cdiv(max(1, rows), _SUMMING_PROGRAMS))
+        usual = rows if _expected_rows is None else _expected_rows
+        each = triton.next_power_of_2(triton.cdiv(max(1, usual), _SUMMING_PROGRAMS))
         self.rows_each = min(_MOST_ROWS, each)
         count = triton.cdiv(rows, self.rows_each) + sums.segments
         self.weights = gate_TF.new_empty(count, neurons, dtype=torch.float32)

@@ -53,6 +53,17 @@ def use_kernels(kernels: Kernels, grouped_gemm: GroupedGemm = "torch") -> None:
     _chosen, _grouped_gemm = kernels, grouped_gemm
 
 
+def expect_rows(rows: int, device: torch.device) -> None:
+    """Tells the kernels how many rows a call has when experts are used evenly.
+
+    Kernels are chosen once by that, not by what each call has. Nothing where Triton computes not.
+    """
+    if _chosen == "auto" and device.type == "cuda" and _HAVE_TRITON:
+        from mone_megatron.kernels import fused
+
+        fused.expect_rows(rows)
+
+
 def describe(device: torch.device) -> str:
     """Returns in words what does the work on ``device``."""
     products = ", Transformer Engine's grouped GEMM" if _grouped_gemm != "torch" else ""
@@ -138,7 +149,9 @@ def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
     if on_triton(scores_TF):
         from mone_megatron.kernels import fused
 
-        if scores_TF.shape[-1] <= fused.MAX_NEURONS:
+        # Scores of other dtypes become fp32.
+        dtype = torch.bfloat16 if scores_TF.dtype is torch.bfloat16 else torch.float32
+        if scores_TF.shape[-1] <= fused.MOST_NEURONS[dtype]:
             return fused.topk_mask(scores_TF, k)
     if _chosen == "auto" and not scores_TF.is_cuda:
         return cpu.topk_mask(scores_TF, k)

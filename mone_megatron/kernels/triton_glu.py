@@ -57,7 +57,8 @@ def kept_from(bits_B: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
     return tl.reshape(kept_B8, [BLOCK])
 
 
-@triton.jit
+# What changes from call to call must not make another kernel.
+@triton.jit(do_not_specialize=["rows", "k", "packed_width"])
 def forward_kernel(
     # [T, F] each but scale [T]; scores: see .triton_select; mask: bytes, 1 at kept neurons.
     gate: tl.tensor,
@@ -166,7 +167,7 @@ def forward_kernel(
         tl.store(count_slots + last_at + lane_N, count_N, mask=inside_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["packed_width"])
 def rebuild_kernel(
     # [T, K] each, [T], [T, ceil(F/8)].
     packed_gate: tl.tensor,

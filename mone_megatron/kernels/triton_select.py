@@ -86,7 +86,7 @@ def largest(
     return kept_N & (nans == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def topk_mask_kernel(
     scores: tl.tensor,
     mask: tl.tensor,

@@ -44,7 +44,7 @@ from mone_megatron.train.resume.identity import run_identity
 from mone_megatron.train.run_directory import keep_metrics_up_to, now, open_run_directory, run_id
 from mone_megatron.train.session import Session
 from mone_megatron.train.state import build_state
-from mone_megatron.train.step import Batch, Stepper
+from mone_megatron.train.step import Batch, Stepper, usual_rows
 
 
 def _loader(
@@ -154,6 +154,7 @@ def _run(
     watchdog: Watchdog,
 ) -> int:
     ops.use_kernels(config.device.kernels, config.device.grouped_gemm)
+    ops.expect_rows(usual_rows(config), device.torch_device)
     session = _open_session(config, layout, data, device, stop)
     folder = Path(config.run.dir)
     parameters = count_parameters(config.model, config.mone, data.vocab_size)

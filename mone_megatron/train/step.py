@@ -80,6 +80,13 @@ def _forward_step(
     return losses_BS, mean_loss
 
 
+def usual_rows(config: Config) -> int:
+    """Returns the rows of a microbatch that a rank's experts get when experts are used evenly."""
+    train = config.train
+    tokens = train.micro_batch_size * train.seq_length // config.parallel.context
+    return tokens * max(1, config.model.experts_per_token)
+
+
 class Stepper:
     """Runs steps over the model chunks of this rank."""
 

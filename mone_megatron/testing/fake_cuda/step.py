@@ -195,11 +195,12 @@ def _steps(config: Config, layout: Layout, device: Any, findings: Findings) -> d
     )
     from mone_megatron.train.session import Session
     from mone_megatron.train.state import build_state
-    from mone_megatron.train.step import Stepper
+    from mone_megatron.train.step import Stepper, usual_rows
 
     # Values, which nothing here has.
     setattr(builder, "initialize_weights", lambda *args, **options: None)  # noqa: B010
     ops.use_kernels(config.device.kernels, config.device.grouped_gemm)
+    ops.expect_rows(usual_rows(config), device.torch_device)
     open_groups(config.parallel, config.train, timeout_seconds=60)
     state = build_state(config, layout, device, vocabulary_of(config))
     for chunk in state.chunks:
