@@ -46,6 +46,9 @@ mermaid_light_theme = "neutral"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+# A parameter is listed where it is explained; a class is explained by its constructor, too.
+autodoc_typehints_description_target = "documented"
+autoclass_content = "both"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_use_ivar = True
 napoleon_numpy_docstring = False
