@@ -51,9 +51,9 @@ REST = {
     "latent": (4, (*MONE, *LATENT, "parallel.tensor=2")),
     "without_distributed_optimizer": (2, (*MONE, "parallel.distributed_optimizer=false")),
     "signed_gate": (2, (*MONE, "mone.score=signed_gate")),
-    "qwen3_30b_a3b": (8, ("experiment=qwen3_30b_a3b_mone", "parallel=single",
-                          "parallel.expert=8", "model.num_layers=2", "train.global_batch_size=8",
-                          "train.micro_batch_size=1")),
+    "qwen3_30b_a3b": (8, ("experiment=qwen3_30b_a3b_mone", "parallel=expert_8",
+                          "model.num_layers=2", "train.global_batch_size=8",
+                          "train.micro_batch_size=1", "train.recompute=selective")),
 }  # fmt: skip
 
 
