@@ -86,8 +86,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, str]) -> Pa
         two[f"{name}-ep2"] = (*run, "parallel.expert=2")
         if sharded(override):
             two[f"{name}-etp2"] = (*RUN, override, "parallel.tensor=2", "parallel.expert_tensor=2")
-    run_layouts(one, processes=1, folder=folder)
-    run_layouts(two, processes=2, folder=folder)
+    # All methods together take longer than the usual limit on a busy machine.
+    run_layouts(one, processes=1, folder=folder, timeout=3600)
+    run_layouts(two, processes=2, folder=folder, timeout=3600)
     return folder
 
 
