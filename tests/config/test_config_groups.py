@@ -115,6 +115,8 @@ def test_documents_name_keys_and_options_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     known = {*keys(Config), *sections(Config)}
     named = {match[0] for match in _KEY.finditer(text)}
+    # megatron-core's modules begin like the group of its settings.
+    named = {key for key in named if not key.startswith("megatron.core.")}
     # An open section's keys are its rule's own.
     named = {key for key in named if key.rpartition(".")[0] not in {*open_sections(Config)}}
     assert [key for key in sorted(named - known - _NO_KEYS) if not _FILES.search(key)] == []
