@@ -129,6 +129,21 @@ def test_neurons_spread_over_ranks(rule: Rule, two_processes: Processes) -> None
 
 
 @by_name
+def test_a_schedule_may_begin_and_end_with_all_neurons(rule: Rule) -> None:
+    """There the layer has a selector, which keeps whatever the rule does not leave out itself."""
+    module = selector(rule.name)
+    module.set_keep_ratio(1.0)
+    settle(module, steps=2)
+    gate, up, expert = rows()
+    gate[1, 3] = float("nan")
+    mask = module.train()(gate, up, expert)
+    assert not mask[1].any()
+    if rule.fixed_count or rule.keeps_budget:
+        others = torch.arange(len(mask)) != 1
+        assert mask[others].float().mean() > 0.97
+
+
+@by_name
 def test_all_neurons_are_the_plain_expert(rule: Rule) -> None:
     """A full budget is no selection: the layer then has no selector at all."""
     assert rule.budget(1.0, NEURONS).kept == NEURONS

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 def statistical(rows: Rows) -> Tensor:
     """Returns True where a score is above theta; the moments are those of all ranks of a row."""
+    if rows.budget.keep_ratio == 1:
+        # Where a schedule of ratios begins or ends: no quantile is below every score.
+        broken_T1 = rows.sum(rows.scores_TF.isnan().any(dim=-1, keepdim=True).float()) > 0
+        return (~broken_T1).expand_as(rows.scores_TF)
     return rows.scores_TF > threshold(rows)
 
 
