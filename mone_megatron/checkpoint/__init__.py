@@ -1,4 +1,4 @@
-"""Folders of checkpoints that are whole, verified before use, and safe to read.
+"""Keeps folders of checkpoints that are whole, verified before use, and safe to read.
 
 What the files of a checkpoint contain is none of this package's business: it needs no process
 group and no megatron-core.

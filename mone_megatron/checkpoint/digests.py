@@ -1,4 +1,4 @@
-"""Which files a folder holds, and their SHA-256, the work split over ranks and threads."""
+"""Lists a folder's files and hashes them by SHA-256, the work split over ranks and threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class FileDigest:
-    """One file of a checkpoint: its length in bytes and the SHA-256 of its content, as hex."""
+    """Describes one file of a checkpoint: its length in bytes, and its SHA-256 as hex."""
 
     size: int
     sha256: str
@@ -33,7 +33,7 @@ class FileDigest:
 
 @dataclass
 class Listing:
-    """What a folder holds, by name relative to it with ``/`` between parts; no manifest."""
+    """Lists what a folder holds, by name relative to it with ``/`` between parts; no manifest."""
 
     # Regular files and their sizes in bytes.
     files: dict[str, int] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Listing:
 
 
 def list_files(folder: Path) -> Listing:
-    """Everything below ``folder`` but its own manifest.
+    """Lists everything below ``folder`` but its own manifest.
 
     Raises:
         OSError: the folder cannot be read.
@@ -68,7 +68,7 @@ def list_files(folder: Path) -> Listing:
 
 
 def share_of(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
-    """The files one rank reads: about equal bytes each, every file on exactly one rank.
+    """Returns the files one rank reads: about equal bytes each, every file on exactly one rank.
 
     Args:
         sizes: bytes of each file; the same on every rank.
@@ -88,7 +88,7 @@ def share_of(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
 
 
 def digest_file(path: Path, *, sync: bool = False) -> FileDigest:
-    """Size and SHA-256 of a file as it is read back.
+    """Returns the size and the SHA-256 of a file as it is read back.
 
     Args:
         path: a regular file; a link is refused.
@@ -113,7 +113,7 @@ def digest_file(path: Path, *, sync: bool = False) -> FileDigest:
 def digest_files(
     folder: Path, *, rank: int = 0, world_size: int = 1, sync: bool = True
 ) -> dict[str, FileDigest]:
-    """Digests of this rank's share of the files in ``folder``, by relative name.
+    """Returns digests of this rank's share of the files in ``folder``, by relative name.
 
     Call it on every rank once all of them have written; the union over ranks is what
     ``CheckpointStore.commit`` takes.
@@ -148,12 +148,12 @@ def digest_files(
 def damaged_files(
     folder: Path, expected: Mapping[str, FileDigest], *, rank: int = 0, world_size: int = 1
 ) -> list[str]:
-    """What is wrong with this rank's share of a checkpoint's files; empty when nothing is.
+    """Checks this rank's share of a checkpoint's files against what was saved.
 
     Rank 0 looks for files that should not be there, too.
 
     Returns:
-        One line for each file, ``NAME: what is wrong``, sorted.
+        One line for each damaged file, ``NAME: what is wrong``, sorted; none when all are sound.
     """
     sizes = {name: digest.size for name, digest in expected.items()}
     share = share_of(sizes, rank, world_size)
@@ -183,7 +183,7 @@ def _parents(name: str) -> list[str]:
 
 
 def _problem(path: Path, expected: FileDigest) -> str:
-    """What is wrong with one file; "" when nothing is."""
+    """Returns what is wrong with one file; an empty text when nothing is."""
     try:
         status = os.lstat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -203,7 +203,7 @@ def _problem(path: Path, expected: FileDigest) -> str:
 def _map(
     function: Callable[[str], _Result], names: Sequence[str], sizes: Mapping[str, int]
 ) -> list[_Result]:
-    """``function`` of each file, by as many threads as the bytes are worth."""
+    """Returns ``function`` of each file, by as many threads as the bytes are worth."""
     worth = 1 + sum(sizes[name] for name in names) // _BYTES_PER_THREAD
     threads = min(_MAX_THREADS, os.cpu_count() or 1, worth)
     if threads == 1:

@@ -1,4 +1,4 @@
-"""Writing so that it survives a crash: every change the store makes to a disk is made here.
+"""Writes so that it survives a crash: every change the store makes to a disk is made here.
 
 Tests put a counting stand-in for :mod:`os` into this module to stop a save after each operation,
 so nothing here may go around ``os``.
@@ -16,13 +16,13 @@ from mone_megatron.checkpoint.errors import write_error
 
 
 def make_folder(path: Path) -> None:
-    """Make one new folder whose parent is there, on disk when this returns."""
+    """Makes one new folder whose parent is there; it is on disk when this returns."""
     os.mkdir(path)
     sync(path.parent)
 
 
 def write_new_file(path: Path, content: bytes) -> None:
-    """Write a file that must not be there yet, on disk when this returns.
+    """Writes a file that must not be there yet; it is on disk when this returns.
 
     Raises:
         CheckpointWriteError: naming the path and the bytes needed. A part may have been written.
@@ -41,7 +41,7 @@ def write_new_file(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Make ``path`` hold ``content``: at every moment it is the old file or the new one, whole.
+    """Makes ``path`` hold ``content``: at every moment it is the old or the new file, whole.
 
     Raises:
         CheckpointWriteError: naming the path; ``path`` is then untouched, or already the new one.
@@ -58,13 +58,13 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename a folder within one parent, on disk when this returns."""
+    """Renames a folder within one parent; its new name is on disk when this returns."""
     os.rename(old, new)
     sync(new.parent)
 
 
 def sync(path: Path) -> None:
-    """Return once a file's contents, or a folder's entries, are on disk."""
+    """Brings a file's contents, or a folder's entries, to disk before it returns."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -77,7 +77,7 @@ def sync(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder with all it holds, or a file. Links are removed, never followed.
+    """Removes a folder with all it holds, or a file. Links are removed, never followed.
 
     Entries that another process removes meanwhile are fine.
     """

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint: one exception per reason, each message one line."""
+"""Says what can be wrong with a checkpoint: one exception per reason, each message one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint that is not what was saved.
+    """Says that a checkpoint is not what was saved.
 
     Attributes:
         folder: the checkpoint.
@@ -29,20 +29,20 @@ class DamagedCheckpointError(ValueError):
         super().__init__(f"checkpoint {folder} is damaged: {shown}{more}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Errors travel between ranks."""
+        """Returns what pickles it, since errors travel between ranks."""
         return DamagedCheckpointError, (self.folder, self.problems)
 
 
 class NoUsableCheckpointError(ValueError):
-    """There were checkpoints, and none of them verifies."""
+    """Says that there were checkpoints, and none of them verifies."""
 
 
 class UnsafePickleError(ValueError):
-    """A stored object wants a class or function that is not on the allow-list; nothing ran."""
+    """Says that a stored object wants a class or function off the allow-list; nothing ran."""
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint, or its tracker, could not be written; the ones before are untouched.
+    """Says that a checkpoint, or its tracker, was not written; those before are untouched.
 
     Attributes:
         path: the file or folder that could not be written.
@@ -60,7 +60,7 @@ class CheckpointWriteError(OSError):
         self._message = f"cannot write {path}: {reason}{needed}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Errors travel between ranks, with the message as it was made."""
+        """Returns what pickles it with its message, since errors travel between ranks."""
         rebuild = functools.partial(
             CheckpointWriteError, number=self.errno or errno.EIO, needed_bytes=self.needed_bytes
         )
@@ -73,7 +73,7 @@ class CheckpointWriteError(OSError):
 def write_error(
     error: BaseException, path: Path, *, needed_bytes: int | None = None
 ) -> CheckpointWriteError:
-    """``error``, met while writing ``path``, as a :class:`CheckpointWriteError`.
+    """Returns ``error``, met while writing ``path``, as a :class:`CheckpointWriteError`.
 
     A library's own exception around a failed write (torch raises ``RuntimeError``) counts as an
     input/output error, unless one it came from says more.
@@ -104,7 +104,7 @@ def write_error(
 
 
 def _free_bytes(path: Path) -> int:
-    """Free space of the file system that holds ``path`` or its nearest parent there is."""
+    """Returns the free bytes of the file system that holds ``path`` or its nearest parent."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free

@@ -1,4 +1,4 @@
-"""What a run may write about itself into a manifest: plain values, and no secret."""
+"""Checks what a run writes about itself into a manifest: plain values, and no secret."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHORTEST_SECRET = 8
 
 
 def check_facts(facts: Mapping[str, Any], *, environment: Mapping[str, str]) -> dict[str, Any]:
-    """``facts`` as JSON will give them back.
+    """Returns ``facts`` as JSON will give them back, after checking them.
 
     Args:
         facts: strings, numbers, booleans, None, and lists and string-keyed dicts of them.
@@ -62,7 +62,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Every string in plain facts, keys too, and where it is."""
+    """Yields where each string in plain facts is, keys too, and the string."""
     if isinstance(value, str):
         yield where, value
     elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a checkpoint consists of, written after everything it describes.
+"""Defines ``manifest.json``: what a checkpoint consists of, written after all it describes.
 
 The text holds the SHA-256 of its own content and has one spelling only, so any changed byte of it
 is noticed. That guards against damage, not against someone who writes a new manifest: see
@@ -27,7 +27,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Manifest:
-    """The facts of one checkpoint."""
+    """Holds the facts of one checkpoint."""
 
     # Version of this description.
     format: int
@@ -44,14 +44,14 @@ class Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The one spelling of a manifest."""
+    """Returns the one spelling of a manifest: JSON in ASCII."""
     body = asdict(manifest)
     content = {"manifest": body, "sha256": hashlib.sha256(_spell(body)).hexdigest()}
     return _spell(content) + b"\n"
 
 
 def decode_manifest(text: bytes) -> Manifest:
-    """The reverse of :func:`encode_manifest`.
+    """Returns the manifest that :func:`encode_manifest` spelled.
 
     Raises:
         ValueError: any byte is not as it was encoded; the message says what is wrong.
@@ -74,7 +74,7 @@ def decode_manifest(text: bytes) -> Manifest:
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
-    """A checkpoint's manifest, and the SHA-256 of the file as hex.
+    """Reads a checkpoint's manifest; returns it and the SHA-256 of the file as hex.
 
     Raises:
         DamagedCheckpointError: there is none, or it is damaged.
@@ -130,6 +130,6 @@ def _to_manifest(body: Any) -> Manifest:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative name, joined to a folder, stays inside that folder."""
+    """Returns whether a relative name, joined to a folder, stays inside that folder."""
     parts = name.split("/")
     return "\0" not in name and all(part not in ("", ".", "..") for part in parts)

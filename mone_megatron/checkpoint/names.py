@@ -1,4 +1,4 @@
-"""Names of folders in a store.
+"""Makes and reads the names of folders in a store.
 
 ``step_00000120`` is a checkpoint. ``.step_00000120.KIND-HOST-PID-RANDOM`` never is one; ``KIND``:
 
@@ -28,7 +28,7 @@ _HIDDEN = re.compile(
 
 @dataclass(frozen=True)
 class HiddenName:
-    """What the name of a hidden folder says."""
+    """Holds what the name of a hidden folder says."""
 
     step: int
     kind: Kind
@@ -38,12 +38,12 @@ class HiddenName:
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder name of a checkpoint."""
+    """Returns the folder name of a checkpoint: ``step_00000120``."""
     return f"step_{step:08d}"
 
 
 def step_of(name: str) -> int | None:
-    """The step of a checkpoint's folder name; None for other names."""
+    """Returns the step that a checkpoint's folder name says; None for other names."""
     match = _CHECKPOINT.fullmatch(name)
     # One spelling for each step: no more zeros than eight digits need.
     if match is None or checkpoint_name(int(match[1])) != name:
@@ -52,12 +52,12 @@ def step_of(name: str) -> int | None:
 
 
 def hidden_name(step: int, kind: Kind) -> str:
-    """A new name, unlike any other, that tells this process as its owner."""
+    """Returns a new name, unlike any other, that tells this process as its owner."""
     return f".{checkpoint_name(step)}.{kind}-{host_name()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def parse_hidden(name: str) -> HiddenName | None:
-    """The reverse of :func:`hidden_name`; None for other names."""
+    """Returns what a name from :func:`hidden_name` says; None for other names."""
     match = _HIDDEN.fullmatch(name)
     if match is None:
         return None
@@ -66,5 +66,5 @@ def parse_hidden(name: str) -> HiddenName | None:
 
 
 def host_name() -> str:
-    """This machine's name in characters that a file name can hold."""
+    """Returns this machine's name in characters that a file name can hold."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", socket.gethostname())[:64] or "unknown"

@@ -1,4 +1,4 @@
-"""Opening a checkpoint: nothing in it is trusted, or unpickled, before it is verified."""
+"""Opens checkpoints: nothing in one is trusted, or unpickled, before it is verified."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mone_megatron.checkpoint.names import parse_hidden, step_of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose manifest was read; its files are verified by :meth:`verify` only."""
+    """Describes a checkpoint whose manifest was read; only :meth:`verify` checks its files."""
 
     path: Path
     manifest: Manifest
@@ -24,21 +24,23 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Returns the number of optimizer steps done."""
         return self.manifest.step
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the run wrote about itself."""
+        """Returns what the run wrote about itself: plain JSON values by name."""
         return self.manifest.facts
 
     @property
     def size(self) -> int:
-        """Bytes of all files but the manifest."""
+        """Returns the bytes of all files but the manifest."""
         return sum(file.size for file in self.manifest.files.values())
 
     def damage(self, rank: int = 0, world_size: int = 1) -> list[str]:
-        """What is wrong with this rank's share of the files, one line each; empty when nothing.
+        """Returns what is wrong with this rank's share of the files, one line each.
+
+        The list is empty when nothing is wrong.
 
         All files are read. With ``world_size`` above 1 each rank reads its share, and the
         checkpoint is sound only if every rank returns an empty list.
@@ -46,7 +48,7 @@ class Checkpoint:
         return damaged_files(self.path, self.manifest.files, rank=rank, world_size=world_size)
 
     def verify(self) -> None:
-        """Read and check every file.
+        """Reads and checks every file.
 
         Raises:
             DamagedCheckpointError: naming each damaged file and what is wrong with it.
@@ -56,7 +58,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint with its manifest checked, its files not yet.
+    """Reads a checkpoint's manifest and checks it; the files are not checked yet.
 
     Raises:
         DamagedCheckpointError: no manifest, a damaged one, or one of another step than the
@@ -75,11 +77,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def open_checkpoint(
     folder: Path, *, check: Callable[[Checkpoint], list[str]] = Checkpoint.damage
 ) -> Checkpoint:
-    """A verified checkpoint: every file was read and is what was saved.
+    """Opens a checkpoint and verifies it: every file was read and is what was saved.
 
     Args:
         folder: one checkpoint, under any name.
-        check: what is wrong with it; one that hands each rank its share verifies with all ranks.
+        check: returns what is wrong with a checkpoint, as :meth:`Checkpoint.damage` does; one that
+            hands each rank its share verifies with all ranks.
 
     Raises:
         DamagedCheckpointError: naming each damaged file and what is wrong with it.

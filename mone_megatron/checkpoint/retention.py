@@ -1,4 +1,4 @@
-"""Which checkpoints to keep: a pure function."""
+"""Decides which checkpoints to keep, by a pure function."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint as retention sees it."""
+    """Describes a checkpoint as retention sees it."""
 
     step: int
     # Position in the order of saving; larger is newer.
@@ -18,7 +18,7 @@ class Saved:
 def steps_to_delete(
     saved: Iterable[Saved], *, last: int, every: int, keep: Iterable[int] = ()
 ) -> list[int]:
-    """Steps whose checkpoints may go, the oldest save first.
+    """Returns the steps whose checkpoints may go, the oldest save first.
 
     Args:
         saved: the checkpoints there are, one a step.

@@ -1,4 +1,4 @@
-"""Reading pickles of a checkpoint without letting them run anything.
+"""Reads pickles of a checkpoint without letting them run anything.
 
 A pickle names functions to call, and unpickling calls them. Three things in a checkpoint are
 pickles: ``.metadata`` (read with ``pickle.load``), ``common.pt`` and each sharded object (both
@@ -77,10 +77,10 @@ _PythonUnpickler: Any = pickle._Unpickler
 
 
 class RestrictedUnpickler(_PythonUnpickler):
-    """An unpickler for ``.metadata`` of a distributed checkpoint and nothing else."""
+    """Unpickles ``.metadata`` of a distributed checkpoint and nothing else."""
 
     def __init__(self, file: IO[bytes], *, source: str) -> None:
-        """Read nothing yet.
+        """Reads nothing yet.
 
         Args:
             file: where the pickle starts.
@@ -90,7 +90,7 @@ class RestrictedUnpickler(_PythonUnpickler):
         self._source = source
 
     def load(self) -> Any:
-        """The object.
+        """Returns the object that the pickle holds.
 
         Raises:
             UnsafePickleError: it needs a class that is not listed, or names files outside.
@@ -110,7 +110,7 @@ class RestrictedUnpickler(_PythonUnpickler):
             ) from error
 
     def find_class(self, module: str, name: str) -> Any:
-        """A listed class or a torch data type; refuses all others by name."""
+        """Returns a listed class or a torch data type; refuses all others by name."""
         if (module, name) in _METADATA_CLASSES:
             return getattr(importlib.import_module(module), name)
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
@@ -118,7 +118,7 @@ class RestrictedUnpickler(_PythonUnpickler):
         raise _refusal(self._source, f"{module}.{name}")
 
     def load_build(self) -> None:
-        """Give an object its state; refuses to change a class or function that way."""
+        """Gives an object its state; refuses to change a class or function that way."""
         if isinstance(self.stack[-2], (type, FunctionType, BuiltinFunctionType)):
             raise _refusal(self._source, f"a change to {self.stack[-2].__qualname__}")
         super().load_build()
@@ -129,7 +129,7 @@ class RestrictedUnpickler(_PythonUnpickler):
     }
 
     def _check_paths(self, loaded: Any) -> None:
-        """Files that the metadata point at must lie inside the checkpoint."""
+        """Checks that files which the metadata names lie inside the checkpoint."""
         from torch.distributed.checkpoint.metadata import Metadata
 
         if not isinstance(loaded, Metadata):
@@ -143,7 +143,7 @@ class RestrictedUnpickler(_PythonUnpickler):
 
 
 def safe_torch_load(path: Path, *, map_location: str = "cpu") -> Any:
-    """What ``torch.save`` wrote, if it is tensors, arrays and plain containers of them.
+    """Loads what ``torch.save`` wrote, if it is tensors, arrays and plain containers of them.
 
     Raises:
         UnsafePickleError: it needs a class or function that is not listed; nothing was run.
@@ -153,7 +153,9 @@ def safe_torch_load(path: Path, *, map_location: str = "cpu") -> Any:
 
 
 def load_part(path: Path, *, offset: int, length: int) -> Any:
-    """:func:`safe_torch_load` of one part of a file, as torch.distributed.checkpoint packs them.
+    """Loads one part of a file as :func:`safe_torch_load` loads a whole one.
+
+    torch.distributed.checkpoint packs many such parts into a file.
 
     Raises:
         UnsafePickleError: see :func:`safe_torch_load`.
@@ -169,7 +171,7 @@ def load_part(path: Path, *, offset: int, length: int) -> Any:
 
 @contextmanager
 def restricted_pickle(folder: Path) -> Iterator[None]:
-    """Within it, this process unpickles what a checkpoint may hold and nothing else.
+    """Makes this process unpickle only what a checkpoint may hold, within a ``with`` block.
 
     Put it around ``megatron.core.dist_checkpointing.load`` and whatever else reads a checkpoint.
     It replaces ``pickle.load``, ``pickle.loads``, ``pickle.Unpickler``, ``torch.load`` and
@@ -261,7 +263,7 @@ def _load(f: Any, source: str, *, map_location: Any) -> Any:
 
 @contextmanager
 def _only_our_globals() -> Iterator[None]:
-    """torch's list of allowed classes without what other libraries added to it."""
+    """Allows torch's classes and ours within a ``with`` block, none that libraries added."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(list(_TORCH_GLOBALS))
@@ -293,7 +295,7 @@ def _source_of(f: Any, folder: Path) -> str:
 
 
 def _located(f: Any, source: str) -> str:
-    """The file of the checkpoint that a refused in-memory object came from, if it is found."""
+    """Returns the checkpoint's file that a refused in-memory object came from, else ``source``."""
     folder = Path(source)
     if not isinstance(f, io.BytesIO) or not folder.is_dir():
         return source

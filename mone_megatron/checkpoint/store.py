@@ -1,4 +1,4 @@
-"""A run's folder of checkpoints: saves appear in it whole or not at all.
+"""Keeps a run's folder of checkpoints: saves appear in it whole or not at all.
 
 A save is made in a hidden folder, brought to disk, described by a manifest written last, renamed
 to its name, and then named by the tracker. One process (rank 0) calls the methods that change the
@@ -48,10 +48,10 @@ def _to_stderr(message: str) -> None:
 
 
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """Keeps the checkpoints of one run: saves, finds, verifies and deletes them."""
 
     def __init__(self, folder: Path, *, log: Callable[[str], None] = _to_stderr) -> None:
-        """Touch nothing yet.
+        """Touches nothing yet.
 
         Args:
             folder: usually ``run.dir/checkpoints``; made by the first save.
@@ -64,7 +64,7 @@ class CheckpointStore:
     # Saving
 
     def begin(self, step: int, *, needed_bytes: int | None = None) -> Path:
-        """Make the hidden folder that all ranks write a save into.
+        """Makes the hidden folder that all ranks write a save into, and returns it.
 
         Args:
             step: optimizer steps done.
@@ -94,7 +94,7 @@ class CheckpointStore:
         *,
         files: Mapping[str, FileDigest] | None = None,
     ) -> Path:
-        """Make a save that all ranks have written the run's newest checkpoint.
+        """Turns a save that all ranks have written into the run's newest checkpoint.
 
         An existing checkpoint of the same step stays whole until this one is. After an error the
         partial folder is gone and the checkpoints and the tracker are as before, unless only the
@@ -144,7 +144,7 @@ class CheckpointStore:
         return self.folder / name
 
     def abort(self, partial: Path) -> None:
-        """Remove a save that will not be committed; one that is gone already is fine.
+        """Removes a save that will not be committed; one that is gone already is fine.
 
         Raises:
             ValueError: the folder is not a partial save of this store.
@@ -177,7 +177,7 @@ class CheckpointStore:
         return dict(files)
 
     def _rename_into_place(self, partial: Path, step: int) -> Path | None:
-        """Give a save its name; where the checkpoint that had the name is now, if one had."""
+        """Gives a save its name; returns where the checkpoint that had it is now, if one had."""
         final = self.folder / checkpoint_name(step)
         if not os.path.lexists(final):
             durable.rename(partial, final)
@@ -200,7 +200,7 @@ class CheckpointStore:
             self._remove(partial)
 
     def _remove(self, path: Path) -> None:
-        """Delete a hidden folder; what cannot be deleted now, `clean` tries again."""
+        """Deletes a hidden folder; what cannot be deleted now, ``clean`` tries again."""
         try:
             durable.remove_tree(path)
         except OSError as error:
@@ -211,16 +211,16 @@ class CheckpointStore:
     def newest_verified(
         self, *, check: Callable[[Checkpoint], list[str]] = Checkpoint.damage
     ) -> Checkpoint | None:
-        """The checkpoint to continue from: the tracker's, else the newest save that verifies.
+        """Returns the checkpoint to continue from: the tracker's, else the newest that verifies.
 
         Everything damaged on the way is logged by file name.
 
         Args:
-            check: what is wrong with a checkpoint, as :meth:`Checkpoint.damage` tells it; give one
-                that hands each rank its share to verify with all ranks.
+            check: returns what is wrong with a checkpoint, as :meth:`Checkpoint.damage` does; give
+                one that hands each rank its share to verify with all ranks.
 
         Returns:
-            None when the run has not saved anything.
+            The checkpoint; None when the run has not saved anything.
 
         Raises:
             NoUsableCheckpointError: there were checkpoints, and none verifies.
@@ -243,7 +243,7 @@ class CheckpointStore:
         return None
 
     def open(self, path: Path) -> Checkpoint:
-        """A verified checkpoint at any place; see :func:`open_checkpoint`.
+        """Opens and verifies a checkpoint at any place; see :func:`open_checkpoint`.
 
         Raises:
             DamagedCheckpointError: naming each damaged file and what is wrong with it.
@@ -251,11 +251,11 @@ class CheckpointStore:
         return open_checkpoint(path)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """The checkpoints whose manifest can be read, the oldest save first; not verified."""
+        """Returns the checkpoints whose manifest can be read, oldest save first; not verified."""
         return sorted(self._readable(), key=lambda one: (one.manifest.serial, one.step))
 
     def _entries(self) -> list[Path]:
-        """Folders that are checkpoints, by name alone."""
+        """Returns the folders that are checkpoints, by name alone."""
         if not self.folder.is_dir():
             return []
         names = os.listdir(self.folder)
@@ -279,7 +279,7 @@ class CheckpointStore:
         return readable
 
     def _candidates(self) -> list[Checkpoint]:
-        """Checkpoints in the order to try them."""
+        """Returns the readable checkpoints in the order to try them."""
         readable = self._readable(self._report)
         readable.sort(key=lambda one: (one.manifest.serial, one.step), reverse=True)
         try:
@@ -309,7 +309,7 @@ class CheckpointStore:
     # Removing
 
     def retain(self, *, last: int, every: int) -> list[int]:
-        """Delete all checkpoints but the newest ``last`` and those at multiples of ``every``.
+        """Deletes all checkpoints but the newest ``last`` and those at multiples of ``every``.
 
         The tracker's checkpoint stays, and so does a folder whose manifest cannot be read, which
         someone may want to look at. A kill at any moment leaves only whole checkpoints.
@@ -348,7 +348,7 @@ class CheckpointStore:
         return steps
 
     def clean(self, *, grace_seconds: float = _GRACE_SECONDS) -> None:
-        """Remove what killed saves and deletions left; call it when a run starts.
+        """Removes what killed saves and deletions left; call it when a run starts.
 
         A save that another process may still be making stays: one whose process lives on this
         machine, or that belongs to another machine, until nothing was written into it for
@@ -397,7 +397,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _idle_seconds(path: Path) -> float:
-    """Seconds since anything in ``path`` was written; 0 for what is going away."""
+    """Returns the seconds since anything in ``path`` was written; 0 for what is going away."""
     try:
         newest = os.lstat(path).st_mtime
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by name, without a process group, megatron-core or much memory.
+"""Reads and writes a checkpoint's tensors; needs no process group, megatron-core or much memory.
 
 A checkpoint is in the format of torch.distributed.checkpoint, which megatron-core reads and
 writes: ``.metadata`` says of each tensor which boxes of it lie where in which file, and each box is
@@ -42,14 +42,14 @@ _BACKEND = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint says of a tensor."""
+    """Holds the shape and the dtype that a checkpoint says a tensor has."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def bytes(self) -> int:
-        """Of the whole tensor."""
+        """Returns the size of the whole tensor in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -57,7 +57,7 @@ class TensorReader:
     """Reads the tensors of one checkpoint, whatever layout wrote it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Read what there is.
+        """Reads which tensors there are.
 
         Args:
             checkpoint: verified; its pickles are read with the allow-list all the same.
@@ -86,17 +86,17 @@ class TensorReader:
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor by name."""
+        """Returns the shape and the dtype of every tensor, by name."""
         return {
             name: TensorInfo(tuple(entry.size), entry.properties.dtype)
             for name, entry in self._tensors.items()
         }
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """A whole tensor, or one row: what lies at ``row`` of its first axis.
+        """Reads a whole tensor, or one row: what lies at ``row`` of its first axis.
 
         Returns:
-            On the CPU, in the dtype it was saved in; the caller's own.
+            The tensor on the CPU, in the dtype it was saved in; a copy of the caller's own.
 
         Raises:
             ValueError: there is no such tensor, or not all of it is there.
@@ -151,7 +151,7 @@ class TensorWriter:
     """Writes tensors one by one into a folder that megatron-core loads on any layout."""
 
     def __init__(self, folder: Path, *, file_bytes: int = 2 << 30) -> None:
-        """Write into ``folder``, which is there and empty; a new file every ``file_bytes``."""
+        """Takes the folder, which is there and empty; begins a new file every ``file_bytes``."""
         self.folder = folder
         self._file_bytes = file_bytes
         self._tensors: dict[str, TensorStorageMetadata] = {}
@@ -160,11 +160,11 @@ class TensorWriter:
         self._stream: IO[bytes] | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a whole tensor."""
+        """Writes a whole tensor."""
         self._add(name, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
 
     def add_row(self, name: str, rows: int, row: int, tensor: Tensor) -> None:
-        """Write what lies at ``row`` of a tensor whose first axis has ``rows``."""
+        """Writes what lies at ``row`` of a tensor whose first axis has ``rows``."""
         whole = (rows, *tensor.shape)
         self._add(name, whole, (row, *(0,) * tensor.ndim), tensor.unsqueeze(0))
 
@@ -190,7 +190,7 @@ class TensorWriter:
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), tensor.shape))
 
     def finish(self, common: Mapping[str, Any]) -> None:
-        """Write what describes the tensors, and the plain values that belong to no rank."""
+        """Writes what describes the tensors, and the plain values that belong to no rank."""
         self.close()
         for name, entry in self._tensors.items():
             held = sum(chunk.sizes.numel() for chunk in entry.chunks)
@@ -202,7 +202,7 @@ class TensorWriter:
         (self.folder / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
 
     def close(self) -> None:
-        """Close the file that is being written, if any."""
+        """Closes the file that is being written, if any."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -214,7 +214,7 @@ class TensorWriter:
 
 
 def same_tensors(ours: TensorReader, theirs: TensorReader, names: Iterator[str]) -> list[str]:
-    """Those of ``names`` that are not bitwise equal in both."""
+    """Returns those of ``names`` whose tensors are not bitwise equal in both."""
     return [name for name in names if not _same_bits(ours.read(name), theirs.read(name))]
 
 

@@ -1,4 +1,4 @@
-"""``latest.json``: which checkpoint a run continues from."""
+"""Reads and writes ``latest.json``, which names the checkpoint that a run continues from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Tracker:
-    """The content of ``latest.json``."""
+    """Holds the content of ``latest.json``."""
 
     step: int
     # Name of the checkpoint beside the tracker.
@@ -25,7 +25,7 @@ class Tracker:
 
 
 def write_tracker(store: Path, tracker: Tracker) -> None:
-    """Replace a store's tracker atomically.
+    """Replaces a store's tracker atomically.
 
     Raises:
         CheckpointWriteError: naming the path; the tracker is then the old one or the new one.
@@ -34,7 +34,7 @@ def write_tracker(store: Path, tracker: Tracker) -> None:
 
 
 def read_tracker(store: Path) -> Tracker | None:
-    """A store's tracker; None when there is none.
+    """Reads a store's tracker; returns None when there is none.
 
     Raises:
         ValueError: it is no tracker; the message names the file and says what is wrong.
