@@ -1,1 +1,1 @@
-"""Evaluation of models in the format of transformers: tasks, perplexity, text generation."""
+"""Evaluates models in the format of transformers: tasks, perplexity, text generation."""

@@ -1,4 +1,4 @@
-"""The options that the command lines which measure models share. Imports nothing slow."""
+"""Defines the options that command lines which measure models share; imports nothing slow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def add_placement(group: argparse._ArgumentGroup) -> None:
-    """The options that say how a model is loaded and where it computes."""
+    """Adds the options that say how a model is loaded and where it computes."""
     group.add_argument("--batch-size", type=int, default=8, help="sequences at once (8)")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (CUDA if there)")
     group.add_argument(
@@ -23,7 +23,7 @@ def add_placement(group: argparse._ArgumentGroup) -> None:
 
 
 def labels_of(models: Sequence[str], given: Sequence[str] | None) -> list[str]:
-    """Names to show: those given, or the last parts of the paths, as many as tell them apart.
+    """Returns names to show: those given, or the last parts of the paths that tell them apart.
 
     Raises:
         ValueError: for another number of labels, or a label or model that is there twice.

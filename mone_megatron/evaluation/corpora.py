@@ -1,4 +1,4 @@
-"""Text to measure a perplexity on: a run's validation split, a ``.bin``/``.idx`` pair, or a file.
+"""Reads text to measure a perplexity on: a run's validation data, a ``.bin``/``.idx`` pair, a file.
 
 Each becomes windows of tokens, int64 ``[L + 1]``: the model reads the first L and predicts the last
 L. Documents become tokens and are packed as for training (:mod:`mone_megatron.data.framing`).
@@ -42,7 +42,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Reader:
-    """How a model reads text."""
+    """Describes how a model reads text."""
 
     tokenizer: PreTrainedTokenizerFast
     # Rows of its embedding: token ids are below.
@@ -54,7 +54,7 @@ class Reader:
 
     @cached_property
     def framing(self) -> Framing:
-        """The special tokens that the model saw around a document."""
+        """Returns the special tokens that the model saw around a document."""
         if self.given_framing is not None:
             return self.given_framing
         backend: Tokenizer = self.tokenizer.backend_tokenizer
@@ -62,7 +62,7 @@ class Reader:
 
     @cached_property
     def encoder(self) -> DocumentEncoder:
-        """What turns documents into tokens.
+        """Returns what turns documents into tokens.
 
         Raises:
             ValueError: the tokenizer names no token that ends a document.
@@ -71,7 +71,7 @@ class Reader:
 
     @property
     def end_of_text(self) -> int:
-        """Id of the token that ends a document.
+        """Returns the id of the token that ends a document.
 
         Raises:
             ValueError: the tokenizer names none.
@@ -80,18 +80,21 @@ class Reader:
 
 
 class Corpus(Protocol):
-    """Something to measure a perplexity on."""
+    """Is something that a perplexity can be measured on."""
 
     @property
     def name(self) -> str:
-        """What the user called it."""
+        """Returns what the user called it."""
 
     def windows(self, reader: Reader, say: Say = command_line.say) -> Sequence[Window]:
-        """All of it, in order.
+        """Returns all of it in order, as windows of tokens.
 
         Args:
-            reader: the model.
+            reader: how the model reads text.
             say: is told what the user should know of the reading.
+
+        Returns:
+            Windows of ``[L + 1]`` int64; the last may be shorter.
 
         Raises:
             ValueError: the model cannot read it: one line.
@@ -100,7 +103,7 @@ class Corpus(Protocol):
 
 @dataclass(frozen=True)
 class Recorded:
-    """A validation loss that a trainer wrote down."""
+    """Holds a validation loss that a trainer wrote down."""
 
     step: int
     loss: float
@@ -108,17 +111,19 @@ class Recorded:
 
 @dataclass(frozen=True)
 class RunValidation:
-    """The validation samples of a run: what its trainer evaluates, sample for sample."""
+    """Reads the validation samples of a run: what its trainer evaluates, sample for sample."""
 
     folder: Path
 
     @property
     def name(self) -> str:
-        """The run."""
+        """Returns the run's folder."""
         return str(self.folder)
 
     def windows(self, reader: Reader, say: Say = command_line.say) -> Sequence[Window]:
-        """The samples of one evaluation, in the trainer's order; ``reader.seq_length`` is ignored.
+        """Returns the samples of one evaluation, in the trainer's order.
+
+        Windows are as long as in the run; ``reader.seq_length`` is ignored.
 
         Raises:
             ValueError: the data is not there any more, or the model has another tokenizer.
@@ -147,11 +152,14 @@ class RunValidation:
         return _Samples(valid, train.eval_steps * train.global_batch_size)
 
     def has_written(self, model: Path) -> bool:
-        """Whether a model is this run or one of its checkpoints."""
+        """Returns whether a model is this run or one of its checkpoints."""
         return model.resolve().is_relative_to(self.folder.resolve())
 
     def recorded(self, step: int | None = None) -> Recorded | None:
-        """The trainer's own loss after ``step``, or the last it wrote; None when there is none."""
+        """Returns the trainer's own loss after ``step``; None when it wrote none.
+
+        Without a step it is the last loss that the trainer wrote.
+        """
         found = None
         with (self.folder / "metrics.jsonl").open(encoding="utf-8") as lines:
             for line in lines:
@@ -165,7 +173,7 @@ class RunValidation:
 
 
 class _Samples(Sequence[Window]):
-    """Samples of the trainer's dataset as windows."""
+    """Gives samples of the trainer's dataset as windows."""
 
     def __init__(self, dataset: SampleDataset, size: int) -> None:
         self.dataset, self.size = dataset, size
@@ -186,17 +194,17 @@ class _Samples(Sequence[Window]):
 
 @dataclass(frozen=True)
 class IndexedCorpus:
-    """All documents of a ``.bin``/``.idx`` pair, in order."""
+    """Reads all documents of a ``.bin``/``.idx`` pair, in order."""
 
     prefix: Path
 
     @property
     def name(self) -> str:
-        """Its prefix."""
+        """Returns the prefix of the pair."""
         return str(self.prefix)
 
     def windows(self, reader: Reader, say: Say = command_line.say) -> Sequence[Window]:
-        """Every token is predicted once, in windows as of :func:`windows_of`.
+        """Returns its tokens, each predicted once, in windows as of :func:`windows_of`.
 
         Raises:
             ValueError: a file is missing or damaged, or the tokens are another tokenizer's.
@@ -218,18 +226,18 @@ class IndexedCorpus:
 
 @dataclass(frozen=True)
 class TextFile:
-    """The documents of a text, JSON-lines or Parquet file."""
+    """Reads the documents of a text, JSON-lines or Parquet file."""
 
     path: Path
     settings: InputSettings
 
     @property
     def name(self) -> str:
-        """The file."""
+        """Returns the path of the file."""
         return str(self.path)
 
     def windows(self, reader: Reader, say: Say = command_line.say) -> Sequence[Window]:
-        """Tokenized by the model's tokenizer, in windows as of :func:`windows_of`.
+        """Returns its tokens by the model's tokenizer, in windows as of :func:`windows_of`.
 
         Raises:
             ValueError: the file cannot be read or holds no text.
@@ -249,7 +257,11 @@ class TextFile:
 
 
 def open_corpus(where: str, settings: InputSettings | None = None) -> Corpus:
-    """A run's folder, the prefix of a ``.bin``/``.idx`` pair, or a file; by what is there.
+    """Opens a run's folder, the prefix of a ``.bin``/``.idx`` pair, or a file; by what is there.
+
+    Args:
+        where: one of the three.
+        settings: how a file of text is read; None for the defaults.
 
     Raises:
         ValueError: there is nothing of the kind, or it is empty.
@@ -279,12 +291,12 @@ def open_corpus(where: str, settings: InputSettings | None = None) -> Corpus:
 
 
 def reads_files(corpora: Sequence[Corpus]) -> bool:
-    """Whether one of the corpora is a file of text."""
+    """Returns whether one of the corpora is a file of text."""
     return any(isinstance(corpus, TextFile) for corpus in corpora)
 
 
 class _Packed(Sequence[Window]):
-    """Windows of which each but the first begins with the last token of the one before."""
+    """Gives windows of which each but the first begins with the last token of the one before."""
 
     def __init__(self, tokens: npt.NDArray[np.integer], length: int, context: int) -> None:
         self.tokens, self.length, self.context = tokens, length, context
@@ -301,7 +313,7 @@ class _Packed(Sequence[Window]):
 
 
 class _Opened(Sequence[Window]):
-    """Windows that all begin with the opening of a text."""
+    """Gives windows that all begin with the opening of a text."""
 
     def __init__(
         self, tokens: npt.NDArray[np.integer], length: int, opening: tuple[int, ...]
@@ -333,7 +345,7 @@ class _Opened(Sequence[Window]):
 
 
 def windows_of(tokens: npt.NDArray[np.integer], reader: Reader) -> Sequence[Window]:
-    """A stream of packed documents as windows that begin as a text did in the model's training.
+    """Splits a stream of packed documents into windows that begin as texts did in training.
 
     Where texts begin with a BOS each window does, for models that cannot do without; where they do
     not, the first window begins with the end of a document, and every other one with the last token
@@ -342,7 +354,7 @@ def windows_of(tokens: npt.NDArray[np.integer], reader: Reader) -> Sequence[Wind
 
     Args:
         tokens: integers ``[N]``, at least one.
-        reader: the model.
+        reader: how the model reads text.
 
     Returns:
         Windows of ``[L + 1]`` int64; the last may be shorter.
@@ -359,7 +371,7 @@ def windows_of(tokens: npt.NDArray[np.integer], reader: Reader) -> Sequence[Wind
 
 
 def _tell_other_framing(name: str, made: Framing, reader: Reader, say: Say) -> None:
-    """Say that tokens were made with another beginning of documents than the model has seen."""
+    """Tells where tokens were made with another opening of documents than the model has seen."""
     if made.opening != reader.framing.opening:
         backend = reader.tokenizer.backend_tokenizer
         say(
@@ -377,7 +389,7 @@ def _check_vocabulary(name: str, largest: int, reader: Reader) -> None:
 
 
 def _check_same_tokenizer(name: str, folder: Path, reader: Reader) -> None:
-    """That a token id means the same text to the model as to who made the data."""
+    """Checks that a token id means the same text to the model as to who made the data."""
     theirs = load_tokenizer(folder).tokenizer
     ours: Tokenizer = reader.tokenizer.backend_tokenizer
     # Compared by meaning: saving a tokenizer again changes its file.

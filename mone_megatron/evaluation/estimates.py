@@ -1,4 +1,4 @@
-"""Numbers with standard errors, and differences of two models on the same samples.
+"""Computes numbers with standard errors, and differences of two models on the same samples.
 
 Almost every metric is a smooth function of a ratio of two sums over samples: an accuracy (the sum
 of hits over the number of samples), a loss (nats over tokens), bits per byte. Its standard error
@@ -25,7 +25,7 @@ _BOOTSTRAP_SEED = 1234
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic of ``count`` samples.
+    """Holds a statistic of ``count`` samples, with what its standard error is made of.
 
     Attributes:
         value: the statistic.
@@ -41,13 +41,13 @@ class Estimate:
 
     @property
     def stderr(self) -> float:
-        """Standard error; NaN for a single sample."""
+        """Returns the standard error; NaN for a single sample."""
         return _stderr(self.influence, self.replicates)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One model's estimate minus another's."""
+    """Holds one model's estimate minus another's."""
 
     value: float
     stderr: float
@@ -62,7 +62,7 @@ def ratio(
     scale: float = 1.0,
     exponential: bool = False,
 ) -> Estimate:
-    """``scale * sum(numerators) / sum(denominators)``, or e to the power of it.
+    """Estimates ``scale * sum(numerators) / sum(denominators)``, or e to the power of it.
 
     Args:
         numerators: ``[n]``.
@@ -92,7 +92,9 @@ def bootstrapped(
     samples: Sequence[Any],
     resamples: int = BOOTSTRAP_RESAMPLES,
 ) -> Estimate:
-    """Any statistic of samples. The resamples depend on the number of samples alone.
+    """Estimates any statistic of samples.
+
+    The resamples depend on the number of samples alone, so those of two models pair up.
 
     Raises:
         ValueError: no samples.
@@ -111,7 +113,7 @@ def bootstrapped(
 
 
 def difference(one: Estimate, other: Estimate, *, same_samples: bool) -> Difference:
-    """``one`` minus ``other``.
+    """Returns ``one`` minus ``other``, with its standard error.
 
     Args:
         one: an estimate.

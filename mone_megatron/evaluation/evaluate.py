@@ -1,4 +1,4 @@
-"""Evaluate models: tasks and perplexities of each, and the differences to the first."""
+"""Evaluates models: tasks and perplexities of each, and the differences to the first."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Answers = list[tuple[float, bool]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to evaluate.
+    """Describes how to evaluate.
 
     Attributes:
         batch_size: sequences in one forward pass.
@@ -61,7 +61,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measured:
-    """A perplexity, and what the trainer wrote down for the same samples if they are a run's."""
+    """Holds a perplexity, and what the trainer wrote down for the same samples if it did."""
 
     corpus: str
     perplexity: Perplexity
@@ -70,7 +70,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One model's scores: of all tasks, then of all corpora."""
+    """Holds one model's scores: of all tasks, then of all corpora."""
 
     label: str
     facts: ModelFacts
@@ -85,7 +85,7 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Compared:
-    """A score of a model minus the first model's."""
+    """Holds a score of a model minus the first model's."""
 
     label: str
     score: Score
@@ -99,7 +99,7 @@ def read_corpora(
     *,
     say: Callable[[str], None] = command_line.say,
 ) -> list[tuple[Corpus, Sequence[Window]]]:
-    """The corpora as a model reads them, before its weights are.
+    """Returns the corpora with their windows as a model reads them; needs no weights.
 
     Args:
         facts: of the model.
@@ -123,7 +123,7 @@ def read_corpora(
 
 
 def common_length(models: Sequence[ModelFacts]) -> int:
-    """The longest window that all models are made for, up to ``LONGEST_WINDOW``."""
+    """Returns the longest window that all models are made for, up to ``LONGEST_WINDOW``."""
     return min(LONGEST_WINDOW, *(facts.max_length for facts in models))
 
 
@@ -136,14 +136,14 @@ def evaluate_model(
     settings: Settings,
     say: Callable[[str], None],
 ) -> ModelResult:
-    """Load one model and measure everything.
+    """Loads one model and measures everything.
 
     Args:
         facts: of the model.
         label: what to call it.
         tasks: loaded; None for none.
         corpora: from :func:`read_corpora`.
-        settings: how.
+        settings: how to evaluate.
         say: is told what begins.
 
     Raises:
@@ -193,7 +193,7 @@ def evaluate_served(
 
     Args:
         facts: of the model that is served: its tokenizer, and how its texts begin.
-        served: where.
+        served: the model on its server.
         label: what to call it.
         tasks: loaded, none of which has the model write text.
         limit: questions of each task; None for all.
@@ -227,7 +227,7 @@ def evaluate_served(
 
 
 def compare(results: Sequence[ModelResult]) -> list[Compared]:
-    """Every model's scores minus the first model's, where both have them."""
+    """Returns every model's scores minus the first model's, where both have them."""
     if not results:
         return []
     first = {(score.task, score.metric): score for score in results[0].scores}
@@ -249,7 +249,7 @@ def compare(results: Sequence[ModelResult]) -> list[Compared]:
 
 
 class _FramedLM(HFLM):
-    """The harness's own class, with texts that begin as in the model's training."""
+    """Is the harness's own class, with texts that begin as in the model's training."""
 
     def __init__(self, *, framing: Framing, **settings: Any) -> None:
         known = framing.opening or framing.eod is not None
@@ -259,7 +259,7 @@ class _FramedLM(HFLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts; where they begin with a BOS, each window does."""
+        """Returns log-likelihoods of whole texts; where they begin with a BOS, each window does."""
         if not self._framing.opening:
             totals: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
             return totals
@@ -293,7 +293,7 @@ class _FramedLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Prompts to continue; what is too long loses its beginning, but not the opening."""
+        """Returns prompts and their mask; a long one loses its beginning, but not the opening."""
         ids: Tensor
         ids, mask = super().tok_batch_encode(
             strings, padding_side, left_truncate_len=left_truncate_len, truncation=truncation
@@ -307,7 +307,7 @@ class _FramedLM(HFLM):
 
 
 class _QuietLM(_FramedLM):
-    """Without bars of its own, for those who show how far they are themselves."""
+    """Shows no bars of its own, for those who show how far they are themselves."""
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> Answers:
         answers: Answers = super().loglikelihood(requests, disable_tqdm=True)
@@ -333,7 +333,7 @@ class _QuietLM(_FramedLM):
 def harness_model(
     model: PreTrainedModel, facts: ModelFacts, *, batch_size: int, quiet: bool = False
 ) -> HFLM:
-    """The harness's class for models of transformers, with texts that begin as in training.
+    """Returns the harness's model of a transformers model; texts begin as in its training.
 
     ``quiet`` leaves its bars out.
     """
@@ -386,7 +386,7 @@ def _measure(
 
 
 def perplexity_scores(corpus: str, found: Perplexity) -> list[Score]:
-    """The loss, the perplexity and, where the bytes are known, bits per byte of a corpus."""
+    """Returns a corpus's loss, perplexity and, where the bytes are known, bits per byte."""
     estimates = {"loss": found.loss, "perplexity": found.perplexity}
     if found.bits_per_byte is not None:
         estimates["bits_per_byte"] = found.bits_per_byte

@@ -1,4 +1,4 @@
-"""Two tasks on the source of the Python standard library that is running.
+"""Makes two tasks from the source of the Python standard library that is running.
 
 They are examples of task files on local data (copy one and change it), and what evaluation is
 tested with where there is no network. The questions come from the files at the end of the order in
@@ -65,7 +65,7 @@ metadata: {version: 1.0}
 
 
 def write_example_tasks(folder: Path) -> list[Path]:
-    """Write both tasks, YAML and questions, into ``folder``; return the two YAML files.
+    """Writes both tasks, YAML and questions, into ``folder``; returns the two YAML files.
 
     Raises:
         ValueError: the library's sources are not installed.

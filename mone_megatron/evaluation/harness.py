@@ -1,4 +1,4 @@
-"""Run loaded tasks through lm-evaluation-harness and give every metric its standard error.
+"""Runs loaded tasks through lm-evaluation-harness and gives every metric its standard error.
 
 The harness makes the requests, scores the answers and defines the metrics. Its standard errors are
 not used: it has none for some metrics, and bootstraps others in processes forked from this one.
@@ -31,7 +31,7 @@ _NO_FILTER = "none"
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task, or of a perplexity corpus.
+    """Holds one metric of one task, or of a perplexity corpus.
 
     Attributes:
         task: its name; of a perplexity the corpus.
@@ -51,9 +51,10 @@ class Score:
 
 
 def run_tasks(lm: LM, loaded: LoadedTasks, *, limit: int | None = None) -> list[Score]:
-    """Ask ``lm`` all questions, or the first ``limit`` of each task.
+    """Asks ``lm`` all questions, or the first ``limit`` of each task.
 
-    Draws from no global random stream. Every call asks the same questions with the same examples.
+    It draws from no global random stream. Every call asks the same questions with the same
+    examples.
 
     Returns:
         The scores, by task in the order they were loaded; groups with an aggregate come last.
@@ -98,7 +99,7 @@ def _task_scores(name: str, task: Task, samples: Sequence[Mapping[str, Any]]) ->
 
 
 def _estimate(aggregation: Any, values: list[Any]) -> Estimate:
-    """The harness's aggregate of one task's samples.
+    """Returns the harness's aggregate of one task's samples, with its standard error.
 
     ``values`` are numbers, log-likelihoods (``perplexity``), pairs of a log-likelihood and a weight
     (the weighted ones), or whatever the aggregation takes.
@@ -119,7 +120,7 @@ def _estimate(aggregation: Any, values: list[Any]) -> Estimate:
 def _group_scores(
     group: Group, results: Mapping[str, Any], scores: Sequence[Score]
 ) -> Iterator[Score]:
-    """A group's aggregates; its tasks are independent samples of their own."""
+    """Yields a group's aggregates; its tasks are independent samples of their own."""
     members = {task.task_name for task in group.get_all_tasks()}
     for settings in group.aggregate_metric_list or []:
         parts = [
@@ -141,7 +142,7 @@ def _group_scores(
 
 
 def _weighted(value: float, parts: Sequence[Score], weights: Sequence[float]) -> Estimate:
-    """The weighted sum of estimates of independent samples, whose value is known."""
+    """Returns the weighted sum of estimates of independent samples, whose value is known."""
     count = sum(part.estimate.count for part in parts)
     scaled = [
         # Over all samples together, the squares of these add up to the sum's variance.
@@ -156,7 +157,7 @@ def _weighted(value: float, parts: Sequence[Score], weights: Sequence[float]) ->
 
 @contextmanager
 def _less_talk() -> Iterator[None]:
-    """The harness's warnings about its own defaults stay away; errors do not."""
+    """Keeps the harness's warnings about its own defaults away; errors are shown."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Tokens of what lm-evaluation-harness asks, where a model's texts begin with a BOS.
+"""Makes the tokens of what lm-evaluation-harness asks where texts begin with a BOS.
 
 The harness begins only the first window of a long text with it, twice, and what is too long loses
 it. Models that cannot do without would get far too bad a score.

@@ -1,4 +1,4 @@
-"""Models to evaluate: what can be known of one before its weights are read, and loading it."""
+"""Tells what can be known of a model before its weights are read, and loads it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": t
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model that is there, unread.
+    """Describes a model that is there, its weights unread.
 
     Attributes:
         where: as the user gave it.
@@ -44,12 +44,12 @@ class ModelFacts:
 
     @property
     def beginning(self) -> str:
-        """How texts begin for it, in words."""
+        """Returns in words how texts begin for it."""
         return self.framing.describe(self.tokenizer.backend_tokenizer)
 
 
 def look_at(where: str, *, trust_remote_code: bool = False) -> ModelFacts:
-    """What is known of a model without its weights.
+    """Returns what is known of a model without its weights.
 
     Args:
         where: a run or checkpoint of ours, an export or any folder in the format of transformers,
@@ -98,7 +98,7 @@ def look_at(where: str, *, trust_remote_code: bool = False) -> ModelFacts:
 def load(
     facts: ModelFacts, *, dtype: torch.dtype | None, device: str, trust_remote_code: bool = False
 ) -> LoadedModel:
-    """Read the weights.
+    """Loads the model with its weights.
 
     Args:
         facts: from :func:`look_at`.
@@ -120,7 +120,7 @@ def load(
 
 
 def choose_device(name: str) -> str:
-    """``auto`` takes CUDA when there is a GPU.
+    """Returns the device that a name means; ``auto`` takes CUDA when there is a GPU.
 
     Raises:
         ValueError: torch does not know the device or sees none such.
@@ -137,7 +137,10 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype | None:
-    """``auto``: float32 on a CPU, the model's own (None) elsewhere."""
+    """Returns the dtype that a name means; None is the model's own.
+
+    ``auto`` is float32 on a CPU and the model's own elsewhere.
+    """
     return torch.float32 if name == "auto" and device == "cpu" else DTYPES[name]
 
 

@@ -1,4 +1,4 @@
-"""Perplexity of a model on a corpus.
+"""Measures the perplexity of a model on a corpus.
 
 Shape suffixes: B windows, S positions, V vocabulary.
 """
@@ -25,7 +25,7 @@ _POSITIONS = 1024
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a model makes of a corpus; one sample is one window.
+    """Holds what a model makes of a corpus; one sample is one window.
 
     Attributes:
         loss: nats a token, the mean over all tokens.
@@ -57,7 +57,7 @@ def measure_perplexity(
     max_tokens: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Perplexity:
-    """Predict every token of every window but the first of each.
+    """Predicts every token of every window but the first of each.
 
     Args:
         model: on its device, in evaluation mode.
@@ -65,7 +65,7 @@ def measure_perplexity(
         bytes_of_token: ``[V]`` from :func:`.token_bytes.bytes_of_tokens`, or None.
         batch_size: windows in one forward pass.
         max_tokens: stop after the window with which so many are predicted; None for all.
-        progress: told how many tokens were done with each batch.
+        progress: is told how many tokens were done with each batch.
     """
     nats: list[float] = []
     tokens: list[int] = []
@@ -99,7 +99,7 @@ def measure_perplexity(
 def batches(
     windows: Sequence[Window], batch_size: int, max_tokens: int | None
 ) -> Iterator[list[Window]]:
-    """Windows of one length together, in order."""
+    """Yields up to ``batch_size`` windows of one length together, in order."""
     batch: list[Window] = []
     tokens = 0
     for window in windows:
@@ -115,7 +115,7 @@ def batches(
 
 
 def _losses(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of windows ``[B, S + 1]`` in nats, float32 ``[B, S]``."""
+    """Returns the cross-entropy of windows ``[B, S + 1]`` in nats, float32 ``[B, S]``."""
     on_device = windows.to(model.device)
     # Without a mask, since nothing is padded: the models take their fast causal path.
     logits_BSV = model(input_ids=on_device[:, :-1], use_cache=False).logits

@@ -1,4 +1,4 @@
-"""What is asked of a model, free of any library: it travels between processes."""
+"""Defines what is asked of a model, free of any library: it travels between processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """How likely are the last tokens after those before?"""
+    """Asks how likely the last tokens are after those before."""
 
     # One more than the model reads: the last is only predicted.
     tokens: list[int]

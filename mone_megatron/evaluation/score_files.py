@@ -1,4 +1,4 @@
-"""Results as a table and as JSON."""
+"""Writes results as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEGEND = (
 
 
 def table(results: Sequence[ModelResult], compared: Sequence[Compared]) -> str:
-    """One line for each metric, one column for each model and each difference to the first."""
+    """Returns a line for each metric, a column for each model and each difference to the first."""
     differences = {
         (entry.label, entry.score.task, entry.score.metric): entry.difference for entry in compared
     }
@@ -59,7 +59,7 @@ def _size(parameters: int | None) -> str:
 
 
 def notes(results: Sequence[ModelResult]) -> list[str]:
-    """What the table has no column for: sizes of corpora, and the trainer's own losses."""
+    """Returns what the table has no column for: sizes of corpora, and the trainer's own losses."""
     lines = []
     for result in results:
         lines.append(
@@ -84,7 +84,7 @@ def as_json(
     settings: Settings,
     tasks: Sequence[str],
 ) -> str:
-    """Everything, for programs; numbers that are not finite become null."""
+    """Returns everything as JSON, for programs; numbers that are not finite become null."""
     content = {
         "format": _FORMAT,
         "versions": {name: version(name) for name in _PACKAGES},
@@ -114,7 +114,7 @@ def as_json(
 
 
 def write_json(path: Path, content: str) -> None:
-    """Write the file whole."""
+    """Writes the file so that it is there whole or not at all."""
     write_whole(path, content)
 
 
@@ -187,7 +187,7 @@ def _finite(value: float) -> float | None:
 
 
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Two spaces apart; names left, numbers right."""
+    """Returns lines whose columns are two spaces apart; names left, numbers right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = [

@@ -1,4 +1,4 @@
-"""A model of lm-evaluation-harness on top of anything that can score tokens.
+"""Defines a model of lm-evaluation-harness on top of anything that can score tokens.
 
 Text becomes tokens as in :func:`mone_megatron.evaluation.evaluate.harness_model`, so that the same
 weights get the same scores, whoever computes them.
@@ -25,7 +25,7 @@ Scores = list[tuple[float, bool]]
 
 
 class ScoredLM(TemplateLM):
-    """Answers log-likelihood requests; does not write text."""
+    """Answers log-likelihood requests of the harness; does not write text."""
 
     def __init__(
         self,
@@ -35,12 +35,13 @@ class ScoredLM(TemplateLM):
         score: Callable[[Sequence[ScoreRequest]], Scores],
         framing: Framing | None = None,
     ) -> None:
-        """Score through ``score``.
+        """Loads the tokenizer; ``score`` computes the answers.
 
         Args:
             tokenizer_dir: folder of the model's tokenizer.
             max_length: tokens that the model reads at most.
-            score: log-likelihood of each request's continuation, and whether it is the greedy one.
+            score: returns the log-likelihood of each request's continuation in nats, and whether it
+                is the greedy one.
             framing: the special tokens around documents; None follows the tokenizer's own template.
 
         Raises:
@@ -63,18 +64,18 @@ class ScoredLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Ends a text."""
+        """Returns the id of the token that ends a text."""
         return self._framing.end
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context follows."""
+        """Returns the id of the token that a text without context follows."""
         return self._framing.context[-1]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens of a text; a special first token that it has already is not added again."""
+        """Returns a text's tokens; a special first token that it has already is not added again."""
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         begin = self.tokenizer.decode(self.prefix_token_id)
         if add_special_tokens is None and has_bos_prefix(string, begin):
@@ -95,14 +96,14 @@ class ScoredLM(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """As the harness's, without a bar: who scores shows how far it is."""
+        """Returns what the harness's does, without a bar: who scores shows how far it is."""
         scores: Scores = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in windows that share one token or begin with a BOS."""
+        """Returns texts' log-likelihoods, in windows that share one token or begin with a BOS."""
         windows: list[ScoreRequest] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -128,5 +129,5 @@ class ScoredLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Refused when tasks are loaded."""
+        """Raises NotImplementedError; tasks that write text are refused before they run."""
         raise NotImplementedError("tasks during training score text and do not write it")

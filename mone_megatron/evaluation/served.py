@@ -20,7 +20,7 @@ _TIMEOUT_SECONDS = 600
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model of a server.
+    """Asks a model of a server how likely texts are.
 
     Attributes:
         url: the server's, such as ``http://127.0.0.1:8000``.
@@ -90,7 +90,7 @@ class ServedModel:
 
 
 def _asked(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the server answers.
+    """Returns the server's JSON answer, to a POST of ``body`` or else to a GET.
 
     Raises:
         ValueError: it cannot be reached, or refuses.

@@ -1,7 +1,7 @@
-"""Which tasks to run: names of lm-evaluation-harness, its YAML files, and our lists of them.
+"""Finds and loads tasks: names of lm-evaluation-harness, its YAML files, and our lists.
 
-Found and loaded here, with everything that can be wrong told before a model is loaded. A task's
-YAML file is code as far as lm-evaluation-harness goes (``!function``): use those you trust.
+Everything that can be wrong with them is told before a model is loaded. A task's YAML file is code
+as far as lm-evaluation-harness goes (``!function``): use those you trust.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FEWSHOT_SEED = 1234
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """One task as the user asked for it."""
+    """Describes one task as the user asked for it."""
 
     # A name, or the path of a YAML file.
     spec: str
@@ -41,24 +41,24 @@ class TaskRequest:
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks with their data, ready to run."""
+    """Holds tasks with their data, ready to run."""
 
     tasks: Mapping[str, Task]
     groups: Mapping[str, Group]
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``lm_eval.evaluate`` takes them."""
+        """Returns the tasks as ``lm_eval.evaluate`` takes them."""
         children = {name: group.child_names for name, group in self.groups.items()}
         return {"tasks": dict(self.tasks), "groups": dict(self.groups), "group_map": children}
 
 
 def task_lists() -> dict[str, Path]:
-    """The lists in the folder ``task_lists``, by name."""
+    """Returns the lists in the folder ``task_lists``, by name."""
     return {path.stem: path for path in sorted(_LISTS.glob("*.yaml"))}
 
 
 def expand(specs: Sequence[str]) -> list[TaskRequest]:
-    """Names of lists become their tasks; everything else stays.
+    """Turns names of lists into their tasks; everything else stays.
 
     Raises:
         ValueError: a list is damaged, or a task is named twice.
@@ -81,12 +81,13 @@ def load_tasks(
     include_paths: Sequence[Path] = (),
     num_fewshot: int | None = None,
 ) -> LoadedTasks:
-    """Find the tasks and load their data.
+    """Finds the tasks and loads their data.
 
     Args:
         requests: from :func:`expand`.
         include_paths: folders of YAML files whose tasks go by their names.
-        num_fewshot: for every task, above what the request says; None leaves it.
+        num_fewshot: examples before each question of every task, in place of what the requests
+            say; None leaves those.
 
     Raises:
         ValueError: an unknown task, a task file that does not work, data that cannot be had: one
@@ -118,7 +119,7 @@ def _read_list(path: Path) -> Iterator[TaskRequest]:
 
 
 def _included(folders: Sequence[Path]) -> dict[str, Path]:
-    """Name -> file of the tasks in the user's folders; the last of equal names counts."""
+    """Returns the files of the tasks in the user's folders by name; the last of equals counts."""
     return {
         name: path
         for folder in folders
@@ -136,7 +137,7 @@ def _is_file(spec: str) -> bool:
 
 
 def _manager(specs: Sequence[str], include_paths: Sequence[Path]) -> TaskManager:
-    """A manager that knows the named tasks, from as few files as will do.
+    """Returns a manager that knows the named tasks, from as few files as will do.
 
     lm-evaluation-harness has some 14,000 files; reading all as YAML takes half a minute.
     """
@@ -179,7 +180,7 @@ def _load(manager: TaskManager, request: TaskRequest) -> Mapping[str, Any]:
 
 
 def _read_task_file(path: Path) -> dict[str, Any]:
-    """A task's settings, with the paths of its data files relative to its own folder."""
+    """Reads a task's settings; relative paths of its data files are those in its own folder."""
     if not path.is_file():
         raise ValueError(f"{path}: no such task file")
     try:
@@ -244,7 +245,7 @@ def _add(
 
 
 def _try_question(name: str, task: Task) -> None:
-    """Write the first question out: templates and examples work, or fail, here."""
+    """Writes the first question out: templates and examples work, or fail, here."""
     task.set_fewshot_seed(FEWSHOT_SEED)
     shots = task.get_config("num_fewshot")
     try:
@@ -259,6 +260,6 @@ def _try_question(name: str, task: Task) -> None:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """Returns the first line of what an error says."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""How many bytes of text each token stands for: the denominator of bits per byte.
+"""Counts the bytes of text that each token stands for: the denominator of bits per byte.
 
 Tokens can end inside a character, so text cut at token boundaries cannot simply be decoded and
 measured. The tokens' own spelling says it exactly, for the two spellings in use.
@@ -19,7 +19,7 @@ _SPACE = "▁"
 
 
 def bytes_of_tokens(tokenizer: Tokenizer, vocab_size: int) -> npt.NDArray[np.int64] | None:
-    """Bytes of UTF-8 text of each token id.
+    """Returns how many bytes of UTF-8 text each token id stands for.
 
     Args:
         tokenizer: of the tokenizers package.
@@ -53,7 +53,7 @@ def bytes_of_tokens(tokenizer: Tokenizer, vocab_size: int) -> npt.NDArray[np.int
 
 
 def _types(part: object) -> set[str]:
-    """Every "type" in a part of a tokenizer's settings."""
+    """Returns every ``type`` in a part of a tokenizer's settings."""
     if isinstance(part, list):
         return set().union(*map(_types, part)) if part else set()
     if not isinstance(part, dict):
