@@ -1,4 +1,4 @@
-"""What asks questions of models and of this code: analyses, fits, studies, benchmarks.
+"""Analyses, fits, studies and benchmarks ask questions of models and of this code.
 
-It uses the core; the core never imports it.
+They use the core; the core never imports them.
 """

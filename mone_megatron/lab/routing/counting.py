@@ -1,4 +1,4 @@
-"""Counts over the tokens of a trace: pure functions of arrays, without loops over tokens.
+"""Counts over the tokens of a trace with pure functions of arrays, without loops over tokens.
 
 Shape suffixes: N tokens, K experts of a token, E experts of a layer, R rows (a token once for each
 of its experts), F neurons of an expert, B bytes of their bits, G groups of rows, P pairs, M chosen
@@ -23,12 +23,15 @@ _UNPACKED = 1 << 24
 
 
 def expert_counts(experts_NK: Indices, experts: int) -> Counts:
-    """``[E]``: tokens routed to each expert."""
+    """Returns how many tokens were routed to each expert, as ``[E]`` int64."""
     return np.bincount(experts_NK.reshape(-1), minlength=experts)
 
 
 def coactivation_counts(experts_NK: Indices, experts: int) -> Counts:
-    """``[E, E]``: tokens routed to both i and j; on the diagonal, to i."""
+    """Returns how many tokens were routed to both i and j, as ``[E, E]`` int64.
+
+    On the diagonal it is how many were routed to i.
+    """
     chosen_NE = np.zeros((len(experts_NK), experts), dtype=np.float32)
     np.put_along_axis(chosen_NE, experts_NK.astype(np.int64), 1, axis=1)
     # Exact in float32: a shard has fewer than 2^24 tokens.
@@ -38,16 +41,20 @@ def coactivation_counts(experts_NK: Indices, experts: int) -> Counts:
 def grouped_expert_counts(
     groups_N: Indices, experts_NK: Indices, groups: int, experts: int
 ) -> Counts:
-    """``[G, E]``: tokens of each group routed to each expert; a group below 0 is left out."""
+    """Returns how many tokens of each group were routed to each expert: ``[G, E]`` int64.
+
+    A group below 0 is left out.
+    """
     flat_NK = groups_N[:, None].astype(np.int64) * experts + experts_NK
     flat = flat_NK[groups_N >= 0].reshape(-1)
     return np.bincount(flat, minlength=groups * experts).reshape(groups, experts)
 
 
 def shared_experts(first_NK: Indices, second_NK: Indices) -> Counts:
-    """``[K]``: |top-k of the first & top-k of the second| for k from 1 to K, summed over tokens.
+    """Returns, for k from 1 to K, how many top-k experts two choices share: ``[K]`` int64.
 
-    Experts stand in the order of their weights; K is the smaller number of both.
+    Each is summed over tokens. The experts of a token stand in the order of their weights; K is the
+    smaller number of both choices.
     """
     smaller = min(first_NK.shape[1], second_NK.shape[1])
     same_NKK = first_NK[:, :smaller, None] == second_NK[:, None, :smaller]
@@ -58,7 +65,7 @@ def shared_experts(first_NK: Indices, second_NK: Indices) -> Counts:
 
 @dataclass(frozen=True)
 class KeptOverlap:
-    """Kept neurons that two choices have in common, by the expert that both chose.
+    """Holds how many kept neurons two choices have in common, by the expert that both chose.
 
     Attributes:
         pairs_E: int64, how many pairs of rows had this expert in common.
@@ -79,14 +86,14 @@ class KeptOverlap:
 
     @classmethod
     def nothing(cls, experts: int) -> KeptOverlap:
-        """Of no pairs."""
+        """Returns the overlap of no pairs of rows: zeros for ``experts`` experts."""
         return cls(*(np.zeros(experts, dtype=np.int64) for _ in range(3)))
 
 
 def kept_overlap(
     first_NK: Indices, first_kept_NKB: Bits, second_NK: Indices, second_kept_NKB: Bits, experts: int
 ) -> KeptOverlap:
-    """What tokens keep in common in the experts that both choices of a token share."""
+    """Counts the kept neurons that two choices share, in experts that both route a token to."""
     token_P, first_P, second_P = np.nonzero(first_NK[:, :, None] == second_NK[:, None, :])
     expert_P = first_NK[token_P, first_P]
     theirs_PB = second_kept_NKB[token_P, second_P]
@@ -100,7 +107,10 @@ def kept_overlap(
 
 
 def kept_counts(groups_R: Indices, kept_RB: Bits, groups: int, neurons: int) -> Counts:
-    """``[G, F]``: rows of each group that keep each neuron; a group below 0 is left out."""
+    """Counts the rows of each group that keep each neuron: ``[G, F]`` int64.
+
+    A group below 0 is left out.
+    """
     taken_R = groups_R >= 0
     groups_R, kept_RB = groups_R[taken_R].astype(np.int64), kept_RB[taken_R]
     # In float32, whose sums are the fastest, and exact: a shard has fewer than 2^24 rows.
@@ -113,29 +123,35 @@ def kept_counts(groups_R: Indices, kept_RB: Bits, groups: int, neurons: int) -> 
 
 
 def kept_together(kept_RB: Bits, neurons_M: Indices) -> Counts:
-    """``[M, M]``: rows that keep both of two chosen neurons; on the diagonal, that keep it."""
+    """Counts the rows that keep both of two chosen neurons: ``[M, M]`` int64.
+
+    On the diagonal it is the rows that keep the neuron.
+    """
     bits_RM = kept_RB[:, neurons_M // 8] >> (neurons_M % 8).astype(np.uint8) & 1
     chosen_RM = bits_RM.astype(np.float32)
     return (chosen_RM.T @ chosen_RM).astype(np.int64)
 
 
 def conditional(counts_EE: Counts) -> FloatArray:
-    """Co-activation ``count(i, j) / count(i)`` of counts with ``count(i)`` on the diagonal.
+    """Returns the co-activations ``count(i, j) / count(i)``; ``count(i)`` is on the diagonal.
 
-    NaN in the rows of those that never occur.
+    They are float64, and NaN in the rows of an i that never occurs.
     """
     own_E1 = np.diagonal(counts_EE)[:, None].astype(np.float64)
     return np.divide(counts_EE, own_E1, out=np.full(counts_EE.shape, np.nan), where=own_E1 > 0)
 
 
 def divide(above: npt.ArrayLike, below: npt.ArrayLike) -> FloatArray:
-    """The quotient in float64; NaN where the divisor is 0."""
+    """Returns the quotient in float64, broadcast; it is NaN where the divisor is 0."""
     top, bottom = np.broadcast_arrays(np.asarray(above, np.float64), np.asarray(below, np.float64))
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
 
 
 def entropy_share(counts: Counts) -> FloatArray:
-    """Entropy of each row of counts ``[..., F]`` over that of an even one; NaN for empty rows."""
+    """Returns the entropy of each row of counts ``[..., F]`` as a share of an even row's.
+
+    It is 1 where counts are even and NaN for empty rows.
+    """
     shares = divide(counts, counts.sum(axis=-1, keepdims=True))
     logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
     return -(shares * logs).sum(axis=-1) / max(np.log(counts.shape[-1]), 1e-12)

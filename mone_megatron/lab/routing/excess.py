@@ -1,4 +1,4 @@
-"""Where each neuron is kept more than usually: by token or by domain.
+"""Finds by which token, or in which domain, each neuron is kept more than usually.
 
 Shape suffixes: E experts, F neurons of an expert, G groups of tokens.
 """
@@ -15,7 +15,7 @@ from mone_megatron.lab.routing.counting import Counts, divide
 
 @dataclass(frozen=True)
 class Excess:
-    """Of each neuron, where it is kept most above its usual share.
+    """Holds, for each neuron, the group of tokens that keeps it most above its usual share.
 
     Attributes:
         group_EF: int32 number of the group; -1 where none occurs often enough.
@@ -31,7 +31,7 @@ class Excess:
 def largest_excess(
     kept_GEF: Counts, tokens_GE: Counts, kept_EF: Counts, tokens_E: Counts, min_count: int
 ) -> Excess:
-    """Compare the share of each group's tokens that keep a neuron with that of all tokens.
+    """Finds, for each neuron, the group whose tokens keep it most above the share of all tokens.
 
     Args:
         kept_GEF: tokens of each group, in each expert, that keep each neuron.

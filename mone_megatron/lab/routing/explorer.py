@@ -1,4 +1,4 @@
-"""``routing.html``: an analysis on one self-contained page, to explore.
+"""Writes ``routing.html``, which shows an analysis on one self-contained page to explore.
 
 Shape suffixes: E experts, F neurons of an expert, D domains, V frequent tokens, M chosen neurons.
 """
@@ -30,12 +30,12 @@ _TOKENS_SHOWN = 40
 
 
 def write_explorer(analysis: Analysis, folder: Path) -> Path:
-    """Write ``routing.html`` into ``folder``; its path."""
+    """Writes ``routing.html`` into ``folder`` and returns its path."""
     return write_whole(folder / PAGE_FILE, explorer_page(analysis))
 
 
 def explorer_page(analysis: Analysis, max_numbers: int = MAX_NUMBERS) -> str:
-    """The page as the text of an HTML file that needs no other file and no network."""
+    """Returns the page as the text of an HTML file that needs no other file and no network."""
     final = analysis.checkpoints[-1]
     summaries = analysis.summaries
     page = Page(f"{final.name}: routing")
@@ -181,7 +181,7 @@ def _curve(
     *,
     band: bool,
 ) -> Curve:
-    """Mean over layers, and the lowest and highest layer."""
+    """Returns the curve of the mean over layers; its band is from lowest to highest layer."""
     values = np.asarray(rows, dtype=np.float64)
     known = np.isfinite(values)
     some = known.any(axis=1)
@@ -234,7 +234,10 @@ def _over_layers(page: Page, final: TraceStatistics, summaries: Sequence[LayerSu
 
 
 def _data(analysis: Analysis, max_numbers: int) -> dict[str, Any]:
-    """What the script explores."""
+    """Returns what the page's script explores.
+
+    Parts of layers beyond ``max_numbers`` are left out, the earliest checkpoints first.
+    """
     texts: dict[int, int] = {}
     parts: dict[str, Any] = {}
     room = max_numbers
@@ -268,7 +271,7 @@ def _data(analysis: Analysis, max_numbers: int) -> dict[str, Any]:
 
 
 def _size(layer: LayerStatistics, domains: int) -> int:
-    """Numbers in a part."""
+    """Returns how many numbers the part of a layer holds."""
     experts, neurons = layer.shape.experts, layer.shape.neurons
     pairs = 0
     if layer.neurons is not None:
@@ -282,7 +285,10 @@ def _part(
     layer: LayerStatistics,
     texts: dict[int, int],
 ) -> dict[str, Any]:
-    """One layer of one checkpoint; `texts` gives tokens their places in the page."""
+    """Returns the part of one layer of a checkpoint.
+
+    ``texts`` gives tokens their places in the page; those that it lacks are added.
+    """
     vocabulary, experts = checkpoint.vocabulary, layer.experts
 
     def place(rank: int) -> int:
@@ -341,7 +347,7 @@ def _part(
 
 
 def _round(value: float) -> float | None:
-    """Three significant digits; JSON has no NaN."""
+    """Rounds to three significant digits; NaN and infinities become None, for JSON."""
     return float(f"{value:.3g}") if math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""Static pictures of an analysis."""
+"""Draws static pictures of a routing analysis."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_PANELS = 12
 
 
 def write_figures(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write every picture there is data for; the paths."""
+    """Writes every picture that there is data for and returns the paths."""
     figures = {
         "load.png": load_figure(analysis),
         "coactivation.png": coactivation_figure(analysis),
@@ -41,7 +41,7 @@ def write_figures(analysis: Analysis, folder: Path) -> list[Path]:
 
 
 def load_figure(analysis: Analysis) -> Figure:
-    """Load of every expert of every layer of the last checkpoint, over the even load."""
+    """Draws each expert's load over the even load, by layer of the last checkpoint."""
     final = analysis.checkpoints[-1]
     loads = [
         divide(layer.experts.tokens_E, layer.experts.tokens_E.mean()) for layer in final.layers
@@ -58,7 +58,7 @@ def load_figure(analysis: Analysis) -> Figure:
 
 
 def coactivation_figure(analysis: Analysis) -> Figure:
-    """count(i, j) / count(i) of the last checkpoint, a panel a layer."""
+    """Draws the co-activation count(i, j) / count(i) of the last checkpoint, a panel a layer."""
     layers = _some(analysis.checkpoints[-1].layers)
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
@@ -84,7 +84,10 @@ def coactivation_figure(analysis: Analysis) -> Figure:
 
 
 def saturation_figure(analysis: Analysis) -> Figure | None:
-    """Experts and kept neurons shared with the last checkpoint, over the checkpoints."""
+    """Draws the experts and kept neurons shared with the last checkpoint, over the checkpoints.
+
+    Returns None where there is one checkpoint only.
+    """
     earlier = analysis.checkpoints[:-1]
     if not earlier:
         return None
@@ -122,7 +125,10 @@ def saturation_figure(analysis: Analysis) -> Figure | None:
 
 
 def specialisation_figure(analysis: Analysis) -> Figure | None:
-    """How far tokens and domains are routed apart, by layer of the last checkpoint."""
+    """Draws how far tokens and domains are routed apart, by layer of the last checkpoint.
+
+    Returns None where nothing of it was measured.
+    """
     final, summaries = analysis.checkpoints[-1], analysis.summaries[-1]
     curves = [
         ("token_specialisation", "largest share of a token, mean", "-"),
@@ -140,7 +146,10 @@ def specialisation_figure(analysis: Analysis) -> Figure | None:
 
 
 def neuron_figure(analysis: Analysis) -> Figure | None:
-    """Loads of neurons, sorted, and what adjacent tokens share, of the last checkpoint."""
+    """Draws sorted loads of neurons and what adjacent tokens share, of the last checkpoint.
+
+    Returns None where no neurons were recorded.
+    """
     final, summaries = analysis.checkpoints[-1], analysis.summaries[-1]
     layers = [layer for layer in _some(final.layers) if layer.neurons is not None]
     if not layers:
@@ -181,7 +190,7 @@ def _by_layer(
     summaries: Sequence[LayerSummary],
     curves: Sequence[tuple[str, str, str]],
 ) -> None:
-    """Draw those of (field, label, line style) that have values."""
+    """Draws those of the curves (field, label, line style) that have values."""
     places = [layer.shape.layer for layer in layers]
     for index, (key, label, style) in enumerate(curves):
         rows = [[getattr(summary, key)] for summary in summaries]
@@ -201,7 +210,7 @@ def _line(
     color: int,
     style: str = "-",
 ) -> None:
-    """The mean of each row."""
+    """Draws the mean of each row over its place."""
     values = [_mean(row) for row in rows]
     marker = "o" if len(values) < 40 else ""
     # One value has a marker and no line: hollow where the line is dashed.
@@ -211,7 +220,10 @@ def _line(
 
 
 def _top_ks(top_k: int) -> list[int]:
-    """All, and the halves down to one: FLAME-MoE's 6, 4, 2, 1 for its six."""
+    """Returns the numbers k to draw: all, and the halves down to one.
+
+    Six experts give FLAME-MoE's 6, 4, 2, 1.
+    """
     if top_k == 6:
         return [6, 4, 2, 1]
     return sorted({max(1, top_k >> shift) for shift in range(top_k.bit_length())}, reverse=True)

@@ -38,14 +38,14 @@ _KEYS = ("step", "block", "layer", "num_tokens", "topk", "top_indices")
 
 
 def is_megatron_trace(folder: Path) -> bool:
-    """Whether a folder holds files of that name."""
+    """Returns whether a folder holds files with the names of Megatron-LM's routing trace."""
     return folder.is_dir() and any(folder.glob(FILES))
 
 
 def converted(
     folder: Path, into: Path, *, experts: int | None, say: Callable[[str], None]
 ) -> Trace:
-    """What is in ``into`` already if it is of these files, else :func:`convert_megatron`.
+    """Returns the trace in ``into`` if it is of these files, and converts them there otherwise.
 
     Raises:
         ValueError: ``into`` is a trace of something else, or what cannot be converted.
@@ -69,7 +69,7 @@ def converted(
 def convert_megatron(
     folder: Path, into: Path, *, experts: int | None, say: Callable[[str], None]
 ) -> Trace:
-    """Write a trace of ours from Megatron-LM's; one step of one rank is in memory at a time.
+    """Writes a trace of ours from Megatron-LM's; one step of one rank is in memory at a time.
 
     Args:
         folder: where ``router_trace_rank*.jsonl`` lie, of ranks that hold the same layers.
@@ -145,7 +145,7 @@ def convert_megatron(
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
-    """Its lines, with ``experts_NK`` int32 in place of ``top_indices``."""
+    """Yields the records of a file, with ``experts_NK`` int32 in place of ``top_indices``."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

@@ -49,7 +49,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of one length and one domain.
+    """Holds windows of one length and one domain.
 
     Attributes:
         ids_BS: int64 token ids.
@@ -60,7 +60,7 @@ class Batch:
     domain: int
 
     def tokens(self, first_window: int) -> Tokens:
-        """As a shard has them, with windows counted from ``first_window``."""
+        """Returns the tokens as a shard has them, with windows counted from ``first_window``."""
         count, length = self.ids_BS.shape
         numbers = np.arange(first_window, first_window + count, dtype=np.int32)
         domain_N = np.full(count * length, self.domain, dtype=np.int32)
@@ -70,14 +70,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a header says of a recording."""
+    """Holds what a trace's header says of a recording: its layers and how neurons were chosen."""
 
     layers: tuple[LayerShape, ...]
     selection: Selection | None
 
 
 class _Watched:
-    """An experts module as transformers' function sees it: its gate tells what it keeps."""
+    """Wraps an experts module for transformers' function; its gate tells which neurons it keeps."""
 
     def __init__(
         self,
@@ -137,12 +137,12 @@ class _Layer:
         self.top_k = self.neurons = 0
 
     def shape(self) -> LayerShape:
-        """As the header has it; after the first forward pass."""
+        """Returns the layer as the header describes it; known after the first forward pass."""
         kept = self.settings.kept(self.neurons) if self.neurons else 0
         return LayerShape(self.number, self.experts.num_experts, self.top_k, self.neurons, kept)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Compute the experts and remember what the tokens used."""
+        """Computes the experts and remembers what the tokens used."""
         note_selected(cast(nn.Module, self.experts))
         seen: Any = self.experts
         if self.experts.has_gate:
@@ -176,7 +176,7 @@ class _Layer:
 
 
 def _numbered(model: PreTrainedModel, name: str) -> list[tuple[int, nn.Module]]:
-    """The layers' experts with their numbers from 1."""
+    """Returns the experts module of each layer with the layer's number, from 1."""
     wanted = set(map(id, experts_modules(model)))
     named = [(path, module) for path, module in model.named_modules() if id(module) in wanted]
     if not named:
@@ -220,7 +220,7 @@ def record(
     progress: Callable[[int], None] = lambda tokens: None,
     name: str = "the model",
 ) -> Recorded:
-    """Run a model on windows of text and write what its experts did.
+    """Runs a model on windows of text and writes what its experts did.
 
     Args:
         model: on its device, in evaluation mode.

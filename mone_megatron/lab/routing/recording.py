@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How traces are recorded.
+    """Holds how traces are recorded.
 
     Attributes:
         seq_length: tokens of a window; None for what the models are made for, up to 2048.
@@ -63,7 +63,7 @@ class Recorder:
     """Makes the trace of a model, or takes one that was made before."""
 
     def __init__(self, text: Text, settings: Settings, say: Say) -> None:
-        """Look whether the text is there.
+        """Checks that the text is there.
 
         Raises:
             ValueError: naming what is not.
@@ -74,7 +74,7 @@ class Recorder:
         self.text, self.settings, self.say = text, settings, say
 
     def __call__(self, subject: Subject, folder: Path) -> Trace:
-        """The trace of ``subject`` in ``folder``.
+        """Returns the trace of ``subject`` in ``folder``, recorded unless it is there already.
 
         Raises:
             ValueError: the model or the text cannot be read, the model has no routed experts, or
@@ -177,7 +177,7 @@ class Recorder:
 
 
 def _digest(batches: Sequence[Batch], identity: str) -> str:
-    """The text of a trace that these batches would give."""
+    """Returns the digest of the text that a trace of these batches would have."""
     digest = TextDigest()
     windows = 0
     for batch in batches:
@@ -187,7 +187,10 @@ def _digest(batches: Sequence[Batch], identity: str) -> str:
 
 
 def _identity(where: str) -> str:
-    """Equal for the same weights: of the manifest, of the files, or of a model's name."""
+    """Returns a hash that is equal for the same weights.
+
+    It is of a checkpoint's manifest, of a folder's files, or of a model's name.
+    """
     folder = Path(where)
     if (folder / "manifest.json").is_file():
         return read_checkpoint(folder).manifest_sha256

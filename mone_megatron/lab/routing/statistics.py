@@ -1,4 +1,4 @@
-"""What a trace says of each layer's experts and neurons, beside the trace of the final checkpoint.
+"""Measures a trace's experts and neurons, layer by layer, beside the final checkpoint's trace.
 
 In memory are the ids of the whole text, one layer of one shard, the tables of one layer, and 32
 bytes a neuron of the result. What grows with the vocabulary is bounded: experts are told apart by
@@ -45,7 +45,7 @@ from mone_megatron.report.stats import FloatArray
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds memory and output.
+    """Holds what bounds memory and output.
 
     Attributes:
         expert_tokens: token types by which experts are told apart.
@@ -66,7 +66,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The text of a trace, counted.
+    """Holds the counts of the tokens of a trace's text.
 
     Attributes:
         ids_V: the most frequent tokens that occur at least ``Limits.min_count`` times, the most
@@ -86,7 +86,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """The experts of a layer.
+    """Holds what was counted of the experts of a layer.
 
     Attributes:
         tokens_E: routed to each.
@@ -111,7 +111,7 @@ class ExpertStatistics:
 
 @dataclass(frozen=True)
 class Together:
-    """Neurons of one expert that are kept together.
+    """Holds how often neurons of one expert are kept together.
 
     Attributes:
         expert: its number.
@@ -126,7 +126,7 @@ class Together:
 
 @dataclass(frozen=True)
 class NeuronStatistics:
-    """The neurons of a layer's experts.
+    """Holds what was counted of the neurons of a layer's experts.
 
     Attributes:
         kept_EF: tokens that keep each.
@@ -151,7 +151,7 @@ class NeuronStatistics:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One layer; ``neurons`` is None when the trace holds none."""
+    """Holds the statistics of one layer; ``neurons`` is None when the trace holds none."""
 
     shape: LayerShape
     experts: ExpertStatistics
@@ -160,7 +160,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class TraceStatistics:
-    """One checkpoint."""
+    """Holds the statistics of one checkpoint: its text's counts and its layers."""
 
     name: str
     step: int | None
@@ -174,7 +174,7 @@ def measure(
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> TraceStatistics:
-    """Count everything.
+    """Measures a trace: its text, and the experts and neurons of each layer.
 
     Args:
         trace: of one checkpoint.
@@ -229,7 +229,7 @@ def _vocabulary(texts: list[Tokens], domains: int, limits: Limits) -> Vocabulary
 
 
 class _LayerCounter:
-    """Counts of one layer, shard by shard."""
+    """Counts the experts and neurons of one layer, shard by shard."""
 
     def __init__(
         self, shape: LayerShape, vocabulary: Vocabulary, limits: Limits, *, ordered: bool
@@ -259,14 +259,14 @@ class _LayerCounter:
         self._sorted = vocabulary.ids_V[self._by_id]
 
     def _rank(self, ids_N: Int32Array) -> npt.NDArray[np.int64]:
-        """Place of each token in ``vocabulary.ids_V``; -1 for one that is not there."""
+        """Returns each token's place in ``vocabulary.ids_V``; -1 for one that is not there."""
         if not len(self._sorted):
             return np.full(len(ids_N), -1, np.int64)
         place_N = np.searchsorted(self._sorted, ids_N).clip(max=len(self._sorted) - 1)
         return np.where(self._sorted[place_N] == ids_N, self._by_id[place_N], -1)
 
     def add(self, text: Tokens, routing: Routing, final: Routing | None) -> None:
-        """Count one shard; ``final`` is the same shard of the final checkpoint."""
+        """Counts one shard; ``final`` is the same shard of the final checkpoint."""
         experts_NK, experts = routing.experts_NK, self.shape.experts
         rank_N = self._rank(text.ids_N)
         self.tokens_E += expert_counts(experts_NK, experts)
@@ -303,7 +303,7 @@ class _LayerCounter:
         kept_RB = kept_NKB.reshape(-1, kept_NKB.shape[-1])
 
         def by_group(groups_N: npt.NDArray[np.integer], groups: int) -> Counts:
-            """``[G, E, F]``; a group below 0 is left out."""
+            """Counts kept neurons as ``[G, E, F]``; a group below 0 is left out."""
             group_NK = np.where(
                 groups_N[:, None] < 0, -1, groups_N[:, None].astype(np.int64) * experts + experts_NK
             )
@@ -334,7 +334,7 @@ class _LayerCounter:
         )
 
     def result(self, together: tuple[Together, ...]) -> LayerStatistics:
-        """What was counted."""
+        """Returns what was counted."""
         top_k = self.shape.top_k
         saturation_K = None
         if self.compared:
@@ -367,7 +367,7 @@ class _LayerCounter:
 def _together(
     trace: Trace, shape: LayerShape, kept_EF: Counts, limits: Limits
 ) -> tuple[Together, ...]:
-    """A second pass, since only the first tells which neurons are the most kept."""
+    """Counts neurons kept together, in a second pass: only the first tells the most kept ones."""
     if not shape.neurons:
         return ()
     tokens_E = kept_EF.sum(axis=1)

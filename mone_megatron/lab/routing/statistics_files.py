@@ -1,4 +1,4 @@
-"""Statistics as files: ``analysis.json`` with the summaries, Parquet tables with everything.
+"""Writes statistics: summaries to ``analysis.json``, everything to Parquet tables.
 
 Shape suffixes: E experts, F neurons of an expert, D domains, V frequent tokens, M chosen neurons.
 """
@@ -39,7 +39,7 @@ Columns = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that was measured, the reference of saturation last.
+    """Holds everything that was measured, the reference of saturation last.
 
     Attributes:
         checkpoints: the statistics.
@@ -55,7 +55,7 @@ class Analysis:
 
     @cached_property
     def summaries(self) -> list[list[LayerSummary]]:
-        """Of each checkpoint, of each layer."""
+        """Returns the summary of each layer, for each checkpoint."""
         final = self.checkpoints[-1]
         return [
             [
@@ -74,14 +74,17 @@ class Analysis:
         return final.layers if len(final.layers) == len(checkpoint.layers) else checkpoint.layers
 
     def places(self) -> tuple[list[int], str]:
-        """Where the checkpoints stand on an axis, and what it counts: steps where all have one."""
+        """Returns where the checkpoints stand on an axis, and what the axis counts.
+
+        It counts steps where all have one and they ascend, else checkpoints from 1.
+        """
         steps = [one.step for one in self.checkpoints if one.step is not None]
         if len(steps) == len(self.checkpoints) and sorted(set(steps)) == steps:
             return steps, "step"
         return list(range(1, len(self.checkpoints) + 1)), "checkpoint, in the order given"
 
     def text(self, token: int) -> str:
-        """What a token spells, or its number."""
+        """Returns what a token spells, or its number where that is not known."""
         return self.header.texts.get(token, str(token))
 
 
@@ -90,7 +93,7 @@ _PLACEMENT = frozenset({"output", "trace", "device"})
 
 
 def check_folder(folder: Path, how: Mapping[str, Any]) -> None:
-    """Whether an analysis may go into a folder: a new or empty one, or one with the same analysis.
+    """Checks that an analysis may go into a folder: a new or empty one, or one with the same.
 
     Args:
         folder: need not be there.
@@ -117,7 +120,7 @@ def check_folder(folder: Path, how: Mapping[str, Any]) -> None:
 
 
 def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write ``analysis.json`` and the tables into ``folder``; the paths."""
+    """Writes ``analysis.json`` and the tables into ``folder`` and returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [write_whole(folder / JSON_FILE, json.dumps(as_json(analysis), indent=1) + "\n")]
     paths.append(folder / "layers.parquet")
@@ -137,7 +140,7 @@ def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:
-    """The summaries of all layers of all checkpoints, and what they are of."""
+    """Returns the summaries of all layers of all checkpoints and what they are of, as for JSON."""
     header = analysis.header
     selection = header.selection
     return {
@@ -169,12 +172,12 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
+    """Returns the values with None in place of those that are not finite: JSON has no NaN."""
     return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 def _saturation(layer: LayerStatistics) -> list[float | None] | None:
-    """Of the top 1, 2, ... K experts."""
+    """Returns the saturation of the top 1, 2, ... K experts; None for what was not measured."""
     saturation_K = layer.experts.saturation_K
     if saturation_K is None:
         return None
@@ -182,7 +185,7 @@ def _saturation(layer: LayerStatistics) -> list[float | None] | None:
 
 
 def _layers(analysis: Analysis) -> pa.Table:
-    """A row a layer: the summaries."""
+    """Returns the table of summaries, a row a layer."""
     return pa.Table.from_pylist(
         [
             {
@@ -212,7 +215,7 @@ def _place(checkpoint: TraceStatistics, layer: LayerStatistics, rows: Columns) -
 def _experts(
     analysis: Analysis, checkpoint: TraceStatistics, layer: LayerStatistics
 ) -> Columns | None:
-    """A row an expert."""
+    """Returns the columns of the table of experts, a row an expert."""
     experts = layer.experts
     columns: Columns = {
         "expert": np.arange(layer.shape.experts),
@@ -235,7 +238,7 @@ def _experts(
 def _experts_together(
     analysis: Analysis, checkpoint: TraceStatistics, layer: LayerStatistics
 ) -> Columns | None:
-    """A row an ordered pair of experts."""
+    """Returns the columns of the table of co-activations, a row an ordered pair of experts."""
     counts_EE = layer.experts.together_EE
     first, second = np.indices(counts_EE.shape).reshape(2, -1)
     return {
@@ -249,7 +252,7 @@ def _experts_together(
 def _expert_domains(
     analysis: Analysis, checkpoint: TraceStatistics, layer: LayerStatistics
 ) -> Columns | None:
-    """A row a domain and expert."""
+    """Returns the columns of the table of domains, a row a domain and expert."""
     domain_DE = layer.experts.domain_DE
     domain, expert = np.indices(domain_DE.shape).reshape(2, -1)
     shares_DE = divide(domain_DE, checkpoint.vocabulary.domain_tokens_D[:, None])
@@ -264,7 +267,10 @@ def _expert_domains(
 def _expert_tokens(
     analysis: Analysis, checkpoint: TraceStatistics, layer: LayerStatistics
 ) -> Columns | None:
-    """A row a frequent token and an expert that it was routed to."""
+    """Returns a row for each frequent token and expert that it was routed to.
+
+    It is None without token ids.
+    """
     token_VE = layer.experts.token_VE
     if not len(token_VE):
         return None
@@ -282,7 +288,10 @@ def _expert_tokens(
 def _neurons(
     analysis: Analysis, checkpoint: TraceStatistics, layer: LayerStatistics
 ) -> Columns | None:
-    """A row a neuron, with the token and the domain that keep it most above its usual share."""
+    """Returns a row a neuron, with the token and domain that keep it most above its usual share.
+
+    It is None when the trace holds no neurons.
+    """
     if layer.neurons is None:
         return None
     kept_EF = layer.neurons.kept_EF
@@ -309,7 +318,10 @@ def _neurons(
 def _neurons_together(
     analysis: Analysis, checkpoint: TraceStatistics, layer: LayerStatistics
 ) -> Columns | None:
-    """A row an ordered pair of chosen neurons of an expert."""
+    """Returns a row for each ordered pair of chosen neurons of an expert.
+
+    It is None where none were counted.
+    """
     if layer.neurons is None or not layer.neurons.together:
         return None
     parts = []
@@ -328,7 +340,7 @@ def _neurons_together(
 
 
 def _texts(analysis: Analysis, checkpoint: TraceStatistics) -> npt.NDArray[np.object_]:
-    """``[V]``: what the frequent tokens spell."""
+    """Returns what the frequent tokens spell, as ``[V]`` strings."""
     return np.asarray(
         [analysis.text(int(token)) for token in checkpoint.vocabulary.ids_V], dtype=object
     )
@@ -346,7 +358,7 @@ _TABLES: dict[str, _Rows] = {
 
 
 def text_report(analysis: Analysis) -> str:
-    """A table for the terminal: a row a layer of the last checkpoint."""
+    """Returns a table for the terminal, a row a layer of the last checkpoint."""
     final, summaries = analysis.checkpoints[-1], analysis.summaries[-1]
     header = ["layer", "load entropy", "max/mean", "dead experts", "token spec.", "adjacent"]
     keys = ["load_entropy", "load_max_over_mean", "dead_experts", "token_specialisation"]

@@ -1,4 +1,4 @@
-"""What is to be analysed, and its traces, one after the other against the last."""
+"""Finds what is to be analysed and measures its traces, one after the other, against the last."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mone_megatron.lab.routing.trace import HEADER_FILE, Trace, TraceHeader
 
 @dataclass(frozen=True)
 class Subject:
-    """One checkpoint to analyse, or a trace of one.
+    """Describes one checkpoint to analyse, or a trace of one.
 
     Attributes:
         where: its folder (or a model's name on the Hub).
@@ -38,7 +38,7 @@ Traced = Callable[[Subject, Path], Trace]
 
 
 def subjects(models: Sequence[str]) -> list[Subject]:
-    """What is to be analysed, the reference of saturation last.
+    """Returns what is to be analysed, the reference of saturation last.
 
     Raises:
         ValueError: a run without checkpoints, a damaged trace, or one thing named twice.
@@ -89,7 +89,7 @@ def analyze(
     num_experts: int | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> tuple[TraceHeader, list[TraceStatistics]]:
-    """Measure every subject, against the last.
+    """Measures every subject, against the last.
 
     Args:
         chosen: from :func:`subjects`.

@@ -1,4 +1,4 @@
-"""Counts of a layer in a few numbers.
+"""Summarises the counts of a layer in a few numbers.
 
 Shape suffixes: E experts, F neurons of an expert, D domains, V frequent tokens.
 """
@@ -24,7 +24,7 @@ from mone_megatron.report.stats import FloatArray
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """A layer in a few numbers; NaN where there is nothing to measure.
+    """Holds a layer in a few numbers; they are NaN where there is nothing to measure.
 
     Attributes:
         load_entropy: of the experts' loads, 1 when even.
@@ -78,7 +78,7 @@ def summarise(
     vocabulary: Vocabulary,
     final: LayerStatistics | None = None,
 ) -> LayerSummary:
-    """A layer in a few numbers; ``final`` is the same layer of the final checkpoint."""
+    """Summarises a layer; ``final`` is the same layer of the final checkpoint, if compared."""
     experts, neurons = layer.experts, layer.neurons
     tokens_E = experts.tokens_E
     token_shares_VE = divide(experts.token_VE, vocabulary.counts_V[:, None])
@@ -134,7 +134,7 @@ def summarise(
 
 
 def _expected_experts(first: LayerStatistics, second: LayerStatistics, tokens: int) -> float:
-    """Share of K experts in common of independent choices with these loads."""
+    """Returns the share of K experts that independent choices with these loads have in common."""
     common = (first.experts.tokens_E / tokens) @ (second.experts.tokens_E / tokens)
     return float(common / second.shape.top_k)
 
@@ -151,7 +151,10 @@ def _share(overlap: KeptOverlap | None) -> float:
 
 
 def _expected_share(overlap: KeptOverlap, first_EF: FloatArray, second_EF: FloatArray) -> float:
-    """Shared neurons of independent choices with these loads, over the same pairs."""
+    """Returns the share of kept neurons that independent choices with these loads have in common.
+
+    It is over the same pairs as ``overlap``.
+    """
     expected_E = (first_EF * second_EF).sum(axis=1)
     some = overlap.pairs_E > 0
     expected = (overlap.pairs_E[some] * expected_E[some]).sum()

@@ -1,4 +1,4 @@
-"""What models read while their routing is recorded: windows of text, by domain."""
+"""Gives what models read while their routing is recorded: windows of text, by domain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_DOMAINS = 64
 
 @dataclass(frozen=True)
 class Text:
-    """What to read, by domain.
+    """Describes what to read, by domain.
 
     Attributes:
         places: runs, prefixes of ``.bin``/``.idx`` pairs and files, each a domain of its own.
@@ -39,7 +39,7 @@ class Text:
     domain_field: str | None = None
 
     def check(self) -> None:
-        """Look whether everything is there, before anything slow.
+        """Checks that everything is there, before anything slow.
 
         Raises:
             ValueError: naming what is not there.
@@ -55,7 +55,7 @@ class Text:
     def domains(
         self, reader: Reader, max_tokens: int, say: Say = command_line.say
     ) -> dict[str, Sequence[Window]]:
-        """Windows of each domain, each ``[L + 1]`` as :mod:`.corpora` gives them.
+        """Returns the windows of each domain, each ``[L + 1]`` as :mod:`.corpora` gives them.
 
         Args:
             reader: the model.
@@ -103,7 +103,7 @@ def _by_field(
 def batches_of(
     domains: Sequence[Sequence[Window]], *, max_tokens: int, batch_size: int
 ) -> Iterator[Batch]:
-    """What the models read of each domain: windows without the token that follows each.
+    """Yields what the models read of each domain: windows without the token that follows each.
 
     Args:
         domains: from :meth:`Text.domains`.

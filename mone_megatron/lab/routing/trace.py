@@ -1,4 +1,4 @@
-"""A routing trace: which experts and neurons every token of a text used, in a folder.
+"""Stores a routing trace in a folder: which experts and neurons every token of a text used.
 
 ``trace.json`` describes the trace and is written last, so that a folder without it is an unfinished
 one. Beside it lie the shards, ``shard-00000.npz`` and so on: whole windows of text each, so that
@@ -35,7 +35,7 @@ Int32Array = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer with routed experts.
+    """Describes one layer with routed experts.
 
     Attributes:
         layer: its number, from 1, as in a run's metrics.
@@ -54,7 +54,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Selection:
-    """How the kept neurons of a trace were chosen.
+    """Describes how the kept neurons of a trace were chosen.
 
     Attributes:
         keep_ratio: share of an expert's neurons.
@@ -70,7 +70,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """What a trace is of.
+    """Describes what a trace is of.
 
     Attributes:
         name: the model, for people.
@@ -97,13 +97,13 @@ class TraceHeader:
     beginning: str = ""
 
     def shape(self, layer: int) -> LayerShape:
-        """The layer of that number."""
+        """Returns the shape of the layer of that number."""
         return next(shape for shape in self.layers if shape.layer == layer)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The text of a shard.
+    """Holds the text of a shard.
 
     Attributes:
         ids_N: int32 token ids; all -1 where they are not known.
@@ -121,7 +121,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Routing:
-    """What one layer did with the tokens of a shard.
+    """Holds what one layer did with the tokens of a shard.
 
     Attributes:
         experts_NK: int32 numbers of the experts.
@@ -135,7 +135,7 @@ class Routing:
 
 
 class TextDigest:
-    """SHA-256 of the tokens and windows of a trace: equal where two traces are of one text."""
+    """Computes the SHA-256 of a trace's tokens and windows, equal where traces are of one text."""
 
     def __init__(self) -> None:
         # One each, so that it is the same wherever shards are cut.
@@ -143,22 +143,26 @@ class TextDigest:
         self._known = True
 
     def add(self, tokens: Tokens) -> None:
-        """The next shard."""
+        """Adds the tokens of the next shard."""
         self._ids.update(tokens.ids_N.astype(np.int32).tobytes())
         self._windows.update(tokens.windows_N.astype(np.int32).tobytes())
         self._known &= not (tokens.ids_N == UNKNOWN_TOKEN).any()
 
     def hexdigest(self, identity: str) -> str:
-        """``identity`` is the trace's: one without token ids is of no other's text."""
+        """Returns the digest in hex.
+
+        ``identity`` is the trace's: it enters where token ids are not known, so that such a trace
+        is of no other's text.
+        """
         whole = self._ids.digest() + self._windows.digest()
         return hashlib.sha256(whole + (b"" if self._known else identity.encode())).hexdigest()
 
 
 class TraceWriter:
-    """Writes a trace shard by shard; :meth:`close` makes it one."""
+    """Writes a trace shard by shard; :meth:`close` finishes it."""
 
     def __init__(self, folder: Path) -> None:
-        """Begin in ``folder``, which is made, or must be empty but for an unfinished trace.
+        """Begins in ``folder``, which is made, or must be empty but for an unfinished trace.
 
         Raises:
             ValueError: it holds a finished trace or something else.
@@ -175,7 +179,7 @@ class TraceWriter:
         self._text = TextDigest()
 
     def add(self, tokens: Tokens, layers: Mapping[int, Routing]) -> None:
-        """Write one shard of whole windows: its text, and each layer by its number."""
+        """Writes one shard of whole windows: its text, and each layer by its number."""
         arrays: dict[str, npt.NDArray[Any]] = {
             "tokens": tokens.ids_N.astype(np.int32),
             "windows": tokens.windows_N.astype(np.int32),
@@ -195,7 +199,7 @@ class TraceWriter:
         self._shards.append({"file": name, "tokens": len(tokens), "bytes": size})
 
     def close(self, header: TraceHeader) -> Trace:
-        """Write the header and open what was written.
+        """Writes the header and opens what was written.
 
         Raises:
             ValueError: no tokens were added.
@@ -216,10 +220,10 @@ class TraceWriter:
 
 
 class Trace:
-    """A finished trace, read layer by layer."""
+    """Reads a finished trace, layer by layer."""
 
     def __init__(self, folder: Path) -> None:
-        """Open and check the header and the sizes of all shards.
+        """Opens the trace and checks the header and the sizes of all shards.
 
         Raises:
             ValueError: there is no trace, it is unfinished, of another version, or truncated.
@@ -259,22 +263,22 @@ class Trace:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole trace."""
+        """Returns how many tokens the whole trace holds."""
         return sum(tokens for _, tokens, _ in self._shards)
 
     @property
     def size(self) -> int:
-        """Bytes of all shards."""
+        """Returns how many bytes all shards have."""
         return sum(size for _, _, size in self._shards)
 
     def texts(self) -> Iterator[Tokens]:
-        """The text of each shard, in order."""
+        """Yields the text of each shard, in order."""
         for name, _, _ in self._shards:
             arrays = self._read(name, "tokens", "windows", "domains")
             yield Tokens(*(array.astype(np.int32) for array in arrays))
 
     def routings(self, layer: int) -> Iterator[Routing]:
-        """One layer of each shard, in order."""
+        """Yields one layer of each shard, in order."""
         shape = self.header.shape(layer)
         keys = ["experts"]
         keys += ["weights"] if self.header.weighted else []
@@ -311,7 +315,7 @@ class Trace:
 
 
 def check_same_text(first: Trace, second: Trace) -> None:
-    """That two traces can be compared token by token.
+    """Checks that two traces can be compared token by token.
 
     Raises:
         ValueError: they are of models of different shapes, or of different texts.

@@ -1,1 +1,1 @@
-"""Studies: the same training over variants and seeds, and what can be said of the difference."""
+"""Studies train the same over variants and seeds, and say what can be said of the difference."""

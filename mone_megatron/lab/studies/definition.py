@@ -1,4 +1,4 @@
-"""A study as data: what is trained, how often, and what is compared with what.
+"""Reads a study as data: what is trained, how often, and what is compared with what.
 
 A file says, for example::
 
@@ -38,7 +38,7 @@ Equal = Literal["", "activated", "flops", "total"]
 
 @dataclass(frozen=True)
 class Study:
-    """What a file says.
+    """Holds what a study's file says.
 
     Attributes:
         name: of the file.
@@ -59,12 +59,12 @@ class Study:
     equal: Equal = ""
 
     def arguments(self, variant: str) -> list[str]:
-        """The Hydra overrides of a variant, without seed and folder."""
+        """Returns the Hydra overrides of a variant, without seed and folder."""
         return [f"experiment={self.experiment}", *self.overrides, *self.variants[variant]]
 
     @cached_property
     def configs(self) -> dict[str, Config]:
-        """Each variant's configuration, checked for one process.
+        """Returns each variant's configuration, checked for one process.
 
         Raises:
             ValueError: naming the study, the variant and the key.
@@ -100,7 +100,7 @@ class Study:
 
 
 def load_study(where: str | Path) -> Study:
-    """Read a study: a file, or the name of one of ours.
+    """Reads a study: a file, or the name of one of ours.
 
     Raises:
         ValueError: for what is not one, naming the file and the key.
@@ -167,5 +167,5 @@ def _overrides(path: Path, key: str, values: Any) -> tuple[str, ...]:
 
 
 def folder_of(variant: str) -> str:
-    """Its name as that of a folder."""
+    """Returns the name of the variant's folder."""
     return re.sub(r"[^A-Za-z0-9.=-]+", "_", variant).strip("_")

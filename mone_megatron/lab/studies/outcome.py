@@ -1,4 +1,4 @@
-"""What a study's runs say: means over seeds, and differences seed by seed, with intervals."""
+"""Says what a study's runs show: means over seeds, and differences seed by seed, with intervals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _interval_json(interval: Interval) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant over its seeds."""
+    """Holds what was measured of one variant over its seeds."""
 
     name: str
     seeds: tuple[int, ...]
@@ -40,7 +40,7 @@ class Variant:
 
     @property
     def verdict(self) -> str:
-        """In words, by whether the interval of the difference holds 0."""
+        """Returns the verdict in words, by whether the interval of the difference holds 0."""
         if self.difference is None:
             return "reference"
         if not math.isfinite(self.difference.mean):
@@ -55,7 +55,10 @@ class Variant:
 
     @property
     def doubts(self) -> list[Doubt]:
-        """Why the difference is not identified; nothing for the reference, and where it is."""
+        """Returns why the difference is not identified.
+
+        It is empty for the reference, and where the difference is identified.
+        """
         if self.difference is None:
             return []
         found = few_samples(self.difference.count, _ENOUGH_SEEDS, "seed", "seeds")
@@ -64,7 +67,7 @@ class Variant:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """For files; numbers that are not finite are null."""
+        """Returns the variant for files; numbers that are not finite are null."""
         return {
             **asdict(self),
             "losses": [finite_or_none(loss) for loss in self.losses],
@@ -76,7 +79,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A study's."""
+    """Holds the outcome of a study."""
 
     name: str
     question: str
@@ -87,11 +90,11 @@ class Outcome:
 
     @property
     def size(self) -> str:
-        """How much was trained, in words."""
+        """Returns how much was trained, in words."""
         return f"{len(self.variants[0].seeds)} seeds, {self.tokens:,} tokens each"
 
     def to_json(self) -> dict[str, Any]:
-        """For files."""
+        """Returns the outcome for files, with the verdicts."""
         return asdict(self) | {
             "variants": [variant.to_json() for variant in self.variants],
             "metric": METRIC,
@@ -100,7 +103,7 @@ class Outcome:
 
 
 def read_outcome(study: Study, output: Path, seeds: Sequence[int]) -> Outcome:
-    """Read a study's runs.
+    """Reads a study's runs and returns what they say.
 
     Args:
         study: checked.

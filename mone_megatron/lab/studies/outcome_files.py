@@ -1,4 +1,4 @@
-"""A study's outcome as a table, a picture, and files."""
+"""Writes a study's outcome as a table, a picture, and files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _pm(interval: Interval, spec: str) -> str:
 
 
 def table_rows(outcome: Outcome) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The header and a row a variant: mean with its 95% interval, difference to the reference."""
+    """Returns the header and a row a variant: mean, difference to the reference, 95% intervals."""
     header = ("", "parameters", "activated", "val_loss", f"less {outcome.reference}'s", "")
     return header, [
         (
@@ -37,7 +37,7 @@ def table_rows(outcome: Outcome) -> tuple[tuple[str, ...], list[tuple[str, ...]]
 
 
 def markdown(outcome: Outcome) -> str:
-    """The question, and the table."""
+    """Returns the question and the table, as Markdown."""
     header, rows = table_rows(outcome)
     # A bar would end the cell.
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
@@ -55,13 +55,13 @@ def markdown(outcome: Outcome) -> str:
 
 
 def _unknown(outcome: Outcome) -> list[str]:
-    """The variants whose difference is not known, with the reasons."""
+    """Returns lines that name the variants whose difference is not known, with the reasons."""
     told = [f"{one.name}: {reasons(one.doubts)}" for one in outcome.variants if one.doubts]
     return ["", f"{NOT_IDENTIFIED}: {'; '.join(told)}"] if told else []
 
 
 def figure(outcome: Outcome) -> Figure:
-    """Each seed's difference to the reference as a dot, the mean with its interval."""
+    """Draws each seed's difference to the reference as a dot, the mean with its interval."""
     drawn = [variant for variant in outcome.variants if variant.difference is not None]
     reference = next(v for v in outcome.variants if v.name == outcome.reference)
     chart = new_figure()
@@ -101,7 +101,7 @@ def figure(outcome: Outcome) -> Figure:
 
 
 def write(outcome: Outcome, folder: Path) -> list[Path]:
-    """``study.json``, ``study.md`` and ``study.png``."""
+    """Writes ``study.json``, ``study.md`` and ``study.png``, and returns their paths."""
     content = json.dumps(outcome.to_json(), indent=2, allow_nan=False) + "\n"
     return [
         write_whole(folder / "study.json", content),

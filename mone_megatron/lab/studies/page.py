@@ -1,4 +1,4 @@
-"""Several studies' outcomes on one page: ``studies.html``, self-contained."""
+"""Shows several studies' outcomes on one self-contained page, ``studies.html``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGE_FILE = "studies.html"
 
 
 def studies_page(outcomes: Sequence[Outcome]) -> str:
-    """The answers first, then each study's table and picture."""
+    """Returns the page: the answers first, then each study's table and picture."""
     page = Page("Studies")
     page.heading_one("Studies")
     page.note(

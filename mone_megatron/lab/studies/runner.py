@@ -1,4 +1,4 @@
-"""Train what a study still lacks: a process for each variant, one seed after the other in it."""
+"""Trains what a study still lacks: a process for each variant, one seed after the other in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FREE = ("run.", "device.", "logging.")
 
 @dataclass(frozen=True)
 class Place:
-    """One run of a study."""
+    """Describes one run of a study."""
 
     variant: str
     seed: int
@@ -36,7 +36,7 @@ class Place:
 
     @property
     def done(self) -> bool:
-        """Whether it was trained to its end."""
+        """Returns whether it was trained to its end."""
         try:
             summary = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -45,7 +45,7 @@ class Place:
 
 
 def places(study: Study, output: Path, seeds: Sequence[int]) -> list[Place]:
-    """Where every run of a study is, or will be."""
+    """Returns where every run of a study is, or will be."""
     return [
         Place(variant, seed, output / folder_of(variant) / f"seed_{seed}")
         for variant in study.variants
@@ -54,7 +54,7 @@ def places(study: Study, output: Path, seeds: Sequence[int]) -> list[Place]:
 
 
 def check_settings(study: Study, runs: Sequence[Place]) -> None:
-    """Refuse runs that are there with other settings than the study's now.
+    """Refuses runs that are there with other settings than the study's now.
 
     Raises:
         ValueError: naming the run and the key.
@@ -69,7 +69,7 @@ def check_settings(study: Study, runs: Sequence[Place]) -> None:
 
 
 def link_same(study: Study, runs: Sequence[Place], pool: Path) -> int:
-    """Link finished runs of other studies that have the same settings; how many.
+    """Links finished runs of other studies that have the same settings; returns how many.
 
     Args:
         study: checked.
@@ -91,13 +91,13 @@ def link_same(study: Study, runs: Sequence[Place], pool: Path) -> int:
 
 
 def _config(study: Study, run: Place) -> Config:
-    """What a run trains with, but for the keys of ``_FREE``."""
+    """Returns what a run trains with, but for the keys of ``_FREE``."""
     config = study.configs[run.variant]
     return replace(config, train=replace(config.train, seed=run.seed))
 
 
 def _difference(config: Config, folder: Path) -> str | None:
-    """The first key that a run was made with another value of; None if there is none."""
+    """Returns the first key that a run was made with another value of; None if there is none."""
     # Keys that are younger than the run have their defaults.
     found, wanted = (_flat(one) for one in (from_yaml(folder / "config.yaml"), config))
     for key, value in wanted.items():
@@ -133,7 +133,7 @@ def train(
     jobs: int,
     say: Callable[[str], None],
 ) -> None:
-    """Train every run that is not done; those that are stay as they are.
+    """Trains every run that is not done; those that are stay as they are.
 
     Args:
         study: checked.
