@@ -1,4 +1,4 @@
-"""Questions for a model that answers all of them at once, and one plan's answers after the other.
+"""Asks a model all questions at once, and gives one plan's answers after the other.
 
 A model of which one layer at a time is in memory cannot be asked question by question. The harness
 is run once to hear what it asks, and once for each plan with the answers.
@@ -24,7 +24,7 @@ Answers = list[tuple[float, bool]]
 
 @dataclass(frozen=True)
 class Questions:
-    """Tasks to ask.
+    """Holds the tasks to ask.
 
     Attributes:
         tasks: loaded.
@@ -40,7 +40,7 @@ class Questions:
 
 
 def refuse_writing(tasks: LoadedTasks) -> None:
-    """Refuse what cannot be asked all at once.
+    """Refuses tasks that cannot be asked all at once.
 
     Raises:
         ValueError: a task has the model write text.
@@ -51,25 +51,28 @@ def refuse_writing(tasks: LoadedTasks) -> None:
 
 
 class Listener:
-    """Hears what is asked and answers nothing of meaning; a ``score`` of ``ScoredLM``."""
+    """Hears what is asked and answers nothing of meaning; it is a ``score`` of ``ScoredLM``."""
 
     def __init__(self) -> None:
         self.requests: list[ScoreRequest] = []
 
     def __call__(self, requests: Sequence[ScoreRequest]) -> Answers:
-        """Note the requests."""
+        """Notes the requests and answers each with (0.0, False)."""
         self.requests += requests
         return [(0.0, False)] * len(requests)
 
 
 class Replay:
-    """Answers in the order in which a :class:`Listener` was asked; a ``score`` of ``ScoredLM``."""
+    """Answers in the order in which a :class:`Listener` was asked.
+
+    It is a ``score`` of ``ScoredLM``.
+    """
 
     def __init__(self, requests: Sequence[ScoreRequest], answers: Answers) -> None:
         self._pairs = iter(zip(requests, answers, strict=True))
 
     def __call__(self, requests: Sequence[ScoreRequest]) -> Answers:
-        """The next answers."""
+        """Returns the next answers, which are those of these requests."""
         answers: Answers = []
         for request in requests:
             asked, answer = next(self._pairs)
@@ -80,7 +83,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class RequestBatch:
-    """Requests of like length.
+    """Holds requests of like length as one batch.
 
     Attributes:
         places: of the requests among all.
@@ -94,7 +97,7 @@ class RequestBatch:
 
 
 def batch_requests(requests: Sequence[ScoreRequest], batch_size: int) -> list[RequestBatch]:
-    """All requests, long ones first."""
+    """Returns all requests in batches, long ones first."""
     order = sorted(range(len(requests)), key=lambda place: -len(requests[place].tokens))
     batches = []
     for start in range(0, len(order), batch_size):
@@ -109,7 +112,7 @@ def batch_requests(requests: Sequence[ScoreRequest], batch_size: int) -> list[Re
 
 
 def answer(batch: RequestBatch, logits_BSV: Tensor, requests: Sequence[ScoreRequest]) -> Answers:
-    """The answers of one batch from the model's logits."""
+    """Returns the answers of one batch from the model's logits."""
     labels_BS = batch.labels_BS.to(logits_BSV.device)
     greedy_BS = (logits_BSV.argmax(dim=-1) == labels_BS).cpu()
     answers: Answers = []

@@ -1,4 +1,4 @@
-"""Shares for each layer that keep the loss within a budget.
+"""Finds shares for each layer that keep the loss within a budget.
 
 Each layer's sensitivity is measured: how much the loss rises when that layer alone is pruned, for
 some shares. The rises of several layers are taken to add up. Neurons are then pruned where they
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Allotment:
-    """Shares of all layers.
+    """Holds the shares of all layers.
 
     Attributes:
         shares: pruned of each layer.
@@ -31,7 +31,7 @@ class Allotment:
 
 @dataclass(frozen=True)
 class Probe:
-    """An allotment whose loss was measured."""
+    """Holds an allotment and its measured rise of the loss."""
 
     allotment: Allotment
     measured: float
@@ -40,7 +40,9 @@ class Probe:
 def path(
     sensitivity: Sequence[Sequence[float]], shares: Sequence[float], weights: Sequence[float]
 ) -> list[Allotment]:
-    """Allotments from nothing pruned to as much as was measured, each containing the one before.
+    """Returns allotments, from nothing pruned to as much as was measured, as a path.
+
+    Each contains the one before.
 
     Args:
         sensitivity: ``[layers][shares]``, the rise of the loss with one layer pruned. A fall, or a
@@ -71,7 +73,7 @@ def path(
 
 
 def _hull(shares: Sequence[float], rises: Sequence[float]) -> list[tuple[float, float, float]]:
-    """Corners (share, rise, slope up to it) of the lower convex hull from (0, 0)."""
+    """Returns the corners (share, rise, slope up to it) of the lower convex hull from (0, 0)."""
     points = [(0.0, 0.0)]
     highest = 0.0
     for share, rise in zip(shares, rises, strict=True):
@@ -96,7 +98,7 @@ def search(
     *,
     probes: int = 10,
 ) -> tuple[Probe, list[Probe]]:
-    """The allotment furthest along the path whose measured rise keeps the budget.
+    """Finds the allotment furthest along the path whose measured rise keeps the budget.
 
     Args:
         allotments: from :func:`path`.

@@ -1,4 +1,4 @@
-"""What measures plans: an engine holds a model and prunes its neurons, one plan after another."""
+"""Describes what measures plans: an engine holds a model and prunes its neurons, plan by plan."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of tokens to measure on.
+    """Holds the windows of tokens to measure on.
 
     Attributes:
         name: of the corpus.
@@ -44,17 +44,17 @@ class Text:
     max_tokens: int | None
 
     def batches(self) -> Iterator[list[Window]]:
-        """In the order in which every engine reads them."""
+        """Yields the batches of windows in the order in which every engine reads them."""
         return batches(self.windows, self.batch_size, self.max_tokens)
 
     @cached_property
     def tokens(self) -> int:
-        """How many are predicted."""
+        """Returns how many tokens are predicted."""
         return sum(window.size - 1 for batch in self.batches() for window in batch)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the windows that are read."""
+        """Returns the SHA-256 of the windows that are read, in hex."""
         digest = hashlib.sha256()
         for batch in self.batches():
             for window in batch:
@@ -63,36 +63,39 @@ class Text:
 
 
 class Engine(Protocol):
-    """A model whose neurons can be pruned."""
+    """Describes a model whose neurons can be pruned."""
 
     @property
     def layers(self) -> Sequence[Sequence[Place]]:
-        """The places of each decoder layer; none where a layer has nothing to prune."""
+        """Returns the places of each decoder layer; none where a layer has nothing to prune."""
 
     def work(self, plans: Sequence[Plan], text: Text) -> int:
-        """The work of measuring plans, in tokens through something."""
+        """Returns the work of measuring plans, in tokens through a model or through a layer."""
 
     def measure(
         self, plans: Sequence[Plan], text: Text, progress: Progress
     ) -> Iterator[tuple[Plan, Perplexity]]:
-        """Each plan with what the model makes of the text under it, as soon as that is known."""
+        """Yields each plan with the text's perplexity under it, as soon as that is known."""
 
     def ask(
         self, plans: Sequence[Plan], questions: Questions, progress: Progress
     ) -> Iterator[tuple[Plan, list[Score]]]:
-        """Each plan with the tasks' scores; progress counts the layers of every plan."""
+        """Yields each plan with the tasks' scores; progress counts the layers of every plan."""
 
     def observe(
         self, text: Text, tops: Sequence[float], progress: Progress
     ) -> list[LayerStatistics]:
-        """The activations of the model as it is, where |a| is defined; the work of one plan."""
+        """Returns the statistics of the unpruned activations, where |a| is defined.
+
+        It is the work of one plan.
+        """
 
 
 @contextmanager
 def pruned(
     places: Sequence[Place], choice: Choice | None, *, layer: int, seed: int
 ) -> Iterator[None]:
-    """Prune one layer's places while the context lasts; None leaves them alone.
+    """Prunes one layer's places while the context lasts; None leaves them alone.
 
     Every place draws its random scores from a stream that depends on the seed and its position
     only, so that however a model is run, the same neurons go.

@@ -1,4 +1,4 @@
-"""Pictures of studies, without pyplot."""
+"""Draws pictures of sparsification studies, without pyplot."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LINE: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 2}
 
 
 def figures(studies: Sequence[Study]) -> Iterator[tuple[str, Figure]]:
-    """Every picture with the name of its file."""
+    """Yields every picture with the name of its file."""
     yield "sparsification.png", loss_figure(studies)
     if any(_relative(study.dense, study.dense) for study in studies):
         yield "relative.png", relative_figure(studies)
@@ -55,7 +55,7 @@ def figures(studies: Sequence[Study]) -> Iterator[tuple[str, Figure]]:
 
 
 def file_names(labels: Sequence[str]) -> list[str]:
-    """A part of a file's name for each label; numbered where two would share one."""
+    """Returns a part of a file's name for each label, numbered where two would share one."""
     names = [re.sub(r"[^\w.-]+", "_", label) for label in labels]
     if len(set(names)) < len(names):
         names = [f"{number}_{name}" for number, name in enumerate(names, start=1)]
@@ -63,7 +63,7 @@ def file_names(labels: Sequence[str]) -> list[str]:
 
 
 def loss_figure(studies: Sequence[Study]) -> Figure:
-    """The loss of every model over the share pruned by the first score: the paper's figure."""
+    """Draws every model's loss over the share pruned by the first score: the paper's figure."""
     curves = [(study.label, _curve(study, _scores(study)[0])) for study in studies]
     figure = _losses(curves, [_loss(point) for _, curve in curves for point in curve])
     title_axes(
@@ -75,7 +75,7 @@ def loss_figure(studies: Sequence[Study]) -> Figure:
 
 
 def scores_figure(study: Study) -> Figure:
-    """The loss of one model over the share pruned by each score."""
+    """Draws the loss of one model over the share pruned by each score."""
     curves = [(score, _curve(study, score)) for score in _scores(study)]
     figure = _losses(curves, [_loss(point) for point in curves[0][1]])
     title_axes(
@@ -87,7 +87,7 @@ def scores_figure(study: Study) -> Figure:
 
 
 def rise_figure(study: Study) -> Figure:
-    """How much the loss of a model rises, on a logarithmic scale, where it rises at all."""
+    """Draws how much the loss of a model rises, on a logarithmic scale, where it rises at all."""
     figure = new_figure()
     axes = figure.subplots()
     for index, score in enumerate(_scores(study)):
@@ -115,7 +115,7 @@ def rise_figure(study: Study) -> Figure:
 
 
 def relative_figure(studies: Sequence[Study]) -> Figure:
-    """The mean over tasks of the score, as a part of the unpruned model's."""
+    """Draws the mean over tasks of the score, as a part of the unpruned model's."""
     figure = new_figure()
     axes = figure.subplots()
     for index, study in enumerate(studies):
@@ -140,7 +140,7 @@ def relative_figure(studies: Sequence[Study]) -> Figure:
 
 
 def _losses(curves: Sequence[tuple[str, list[Point]]], framed: Sequence[float]) -> Figure:
-    """Losses with bands, in a frame that holds the finite ones of ``framed``."""
+    """Draws losses with bands, in a frame that holds the finite ones of ``framed``."""
     figure = new_figure()
     axes = figure.subplots()
     for index, (label, curve) in enumerate(curves):
@@ -163,7 +163,7 @@ def _losses(curves: Sequence[tuple[str, list[Point]]], framed: Sequence[float]) 
 
 
 def threshold_figure(studies: Sequence[Study]) -> Figure:
-    """Per layer, the |a| above which the largest share of activations lies."""
+    """Draws, per layer, the |a| above which the largest share of activations lies."""
     figure = new_figure()
     axes = figure.subplots()
     index = 0
@@ -190,7 +190,7 @@ def threshold_figure(studies: Sequence[Study]) -> Figure:
 
 
 def activation_figure(study: Study) -> Figure:
-    """How often |a| has which magnitude, a line for each layer."""
+    """Draws how often |a| has which magnitude, a line for each layer."""
     figure = new_figure()
     axes = figure.subplots()
     for entry in study.statistics:
@@ -210,13 +210,13 @@ def activation_figure(study: Study) -> Figure:
 
 
 def _visible(entry: LayerStatistics) -> float:
-    """The magnitude that a thousandth of the activations is below."""
+    """Returns the magnitude that a thousandth of the activations is below."""
     counts = np.array(entry.positive) + np.array(entry.negative)
     return entry.edges[int(np.searchsorted(np.cumsum(counts), counts.sum() / 1000))]
 
 
 def mass_figure(study: Study) -> Figure:
-    """The part of a token's sum of |a| that its largest neurons hold, a line for each layer."""
+    """Draws the part of a token's sum of |a| in its largest neurons, a line for each layer."""
     figure = new_figure()
     axes = figure.subplots()
     for entry in study.statistics:
@@ -233,7 +233,7 @@ def mass_figure(study: Study) -> Figure:
 
 
 def budget_figure(study: Study, budget: BudgetResult) -> Figure:
-    """The share that each layer loses within the loss budget."""
+    """Draws the share that each layer loses within the loss budget."""
     figure = new_figure()
     axes = figure.subplots()
     best = budget.best.allotment
@@ -261,7 +261,7 @@ def _scores(study: Study) -> list[str]:
 
 
 def _curve(study: Study, score: str) -> list[Point]:
-    """The unpruned model and the points of one score."""
+    """Returns the unpruned model and the points of one score."""
     return [study.dense, *(p for p in study.points if p.score == score and p.share)]
 
 
@@ -278,7 +278,7 @@ def _rise(point: Point) -> Difference:
 
 
 def _relative(point: Point, base: Point) -> float | None:
-    """Mean of the scores that are better when higher, each as a part of the unpruned model's.
+    """Returns the mean of the higher-is-better scores, each as a part of the unpruned model's.
 
     None when there is no such score, or the unpruned model has none above 0.
     """

@@ -1,4 +1,4 @@
-"""What is found of a model: points of its curves, statistics, shares of its layers."""
+"""Holds what is found of a model: points of its curves, statistics, shares of its layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mone_megatron.report.identified import Doubt
 
 @dataclass(frozen=True)
 class BudgetSettings:
-    """Allot shares to layers.
+    """Holds how shares are allotted to layers.
 
     Attributes:
         rise: the largest rise of the loss, nats a token.
@@ -28,7 +28,7 @@ class BudgetSettings:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of neurons of a decoder layer.
+    """Describes one kind of neurons of a decoder layer.
 
     Attributes:
         target: ``routed``, ``shared`` or ``dense``.
@@ -45,7 +45,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Layer:
-    """What can be pruned in one decoder layer.
+    """Describes what can be pruned in one decoder layer.
 
     Attributes:
         number: from 0.
@@ -57,13 +57,13 @@ class Layer:
 
     @property
     def weight(self) -> int:
-        """Neurons that a token goes through."""
+        """Returns how many neurons a token goes through."""
         return sum(kind.neurons * kind.uses for kind in self.kinds)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model under a plan.
+    """Holds what was measured of a model under a plan.
 
     Attributes:
         score: neurons are ranked by.
@@ -83,7 +83,7 @@ class Point:
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """Shares of the layers that keep a loss budget.
+    """Holds the shares of the layers that keep a loss budget.
 
     Attributes:
         settings: what was asked.
@@ -109,7 +109,10 @@ class BudgetResult:
 
     @property
     def doubts(self) -> tuple[Doubt, ...]:
-        """Why the shares are not those of the budget: they end at the edge of what was tried."""
+        """Returns why the shares may not be those of the budget.
+
+        They are doubted where they end at the edge of what was tried.
+        """
         best, most = self.best.allotment, max(self.settings.shares)
         found = []
         if not best.pruned:
@@ -132,7 +135,7 @@ class BudgetResult:
 
 @dataclass(frozen=True)
 class Study:
-    """What was found of one model."""
+    """Holds what was found of one model."""
 
     label: str
     where: str

@@ -10,7 +10,7 @@ from mone_megatron.report.files import files_identity
 
 
 def identity_of(where: str) -> str:
-    """A digest that changes when a run has gone on, or a folder holds other files.
+    """Returns a digest that changes when a run has gone on, or a folder holds other files.
 
     Of a run it is that of the newest checkpoint's manifest, which has the sums of all files; of a
     folder in the format of transformers, of the names, sizes and both ends of its configuration

@@ -1,4 +1,4 @@
-"""The file that keeps what was measured: one JSON object a line, the settings first.
+"""Keeps what was measured in a file: one JSON object a line, the settings first.
 
 A line is written at once and synced, so a process that is killed loses what it was measuring and
 nothing else; a line that it did not finish is dropped when the file is opened again.
@@ -26,7 +26,7 @@ _Parsed = TypeVar("_Parsed")
 
 
 class Results:
-    """What was measured under some settings; see :func:`open_results`."""
+    """Keeps what was measured under some settings; :func:`open_results` makes it."""
 
     def __init__(self, path: Path, records: list[Json]) -> None:
         self._path = path
@@ -36,12 +36,12 @@ class Results:
         return len(self._by_key)
 
     def get(self, key: Mapping[str, Any]) -> Json | None:
-        """What was kept under a key."""
+        """Returns what was kept under a key; None if nothing was."""
         record = self._by_key.get(_key(key))
         return None if record is None else record["value"]
 
     def read(self, key: Mapping[str, Any], parse: Callable[[Json], _Parsed]) -> _Parsed:
-        """What was kept under a key, which must be there, as ``parse`` understands it.
+        """Returns what was kept under a key, which must be there, as ``parse`` understands it.
 
         Raises:
             ValueError: it does not.
@@ -57,13 +57,13 @@ class Results:
             ) from None
 
     def add(self, key: Mapping[str, Any], value: Json) -> None:
-        """Keep ``value`` for good."""
+        """Keeps ``value`` for good."""
         record = {"key": dict(key), "value": value}
         _append(self._path, record)
         self._by_key[_key(key)] = record
 
     def same_or_add(self, key: Mapping[str, Any], value: Json, what: str) -> None:
-        """Keep ``value``, or check that it is what was kept before.
+        """Keeps ``value``, or checks that it is what was kept before.
 
         Raises:
             ValueError: it is not, naming the first difference.
@@ -76,7 +76,7 @@ class Results:
 
 
 def open_results(folder: Path, settings: Json) -> Results:
-    """Begin a results file in an empty folder, or go on with the one that is there.
+    """Begins a results file in an empty folder, or goes on with the one that is there.
 
     Args:
         folder: need not be there.
@@ -103,7 +103,7 @@ def open_results(folder: Path, settings: Json) -> Results:
 
 
 def _record(path: Path, number: int, line: bytes) -> Json:
-    """One line: the settings in the first, a key with its value in all others."""
+    """Returns one line: the settings in the first, a key with its value in all others."""
     names = ("settings",) if number == 1 else ("key", "value")
     try:
         record = json.loads(line)
@@ -118,7 +118,7 @@ def _record(path: Path, number: int, line: bytes) -> Json:
 
 
 def score_to_json(score: Score) -> Json:
-    """A score with what its differences to others need."""
+    """Returns a score with what its differences to others need, as for JSON."""
     estimate = score.estimate
     fields = {name: value for name, value in vars(score).items() if name != "estimate"}
     return fields | {
@@ -130,7 +130,7 @@ def score_to_json(score: Score) -> Json:
 
 
 def score_from_json(content: Mapping[str, Any]) -> Score:
-    """From :func:`score_to_json`."""
+    """Returns the score that :func:`score_to_json` gave ``content`` for."""
     fields = dict(content)
     estimate = Estimate(
         fields.pop("value"),
@@ -158,7 +158,7 @@ def _append(path: Path, record: Json) -> None:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of the file, cut after the last that was finished."""
+    """Returns the lines of the file, which is cut after the last that was finished."""
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     if end != len(content):

@@ -1,4 +1,4 @@
-"""A transformers model of which one decoder layer at a time is in memory.
+"""Opens a transformers model of which one decoder layer at a time is in memory.
 
 What is not a decoder layer (embedding, final norm, output layer) stays. Weights are read by
 transformers' own loader, so every layout of checkpoints that it knows is known here.
@@ -35,7 +35,7 @@ _Read = Callable[[int | None], Mapping[str, Tensor]]
 
 
 class LayeredModel:
-    """See this module; made by :func:`open_layered`."""
+    """Holds a model with one decoder layer's weights at a time; :func:`open_layered` makes it."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class LayeredModel:
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        """Build the model without weights, and read those that stay.
+        """Builds the model without weights, and reads those that stay.
 
         Raises:
             ValueError: weights are missing.
@@ -71,7 +71,7 @@ class LayeredModel:
 
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
-        """A decoder layer with its weights, which are dropped afterwards.
+        """Yields a decoder layer with its weights, which are dropped afterwards.
 
         Raises:
             ValueError: weights are missing.
@@ -87,7 +87,7 @@ class LayeredModel:
 
     @contextmanager
     def standing_in(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """The model computes ``modules`` in place of its decoder layers while the context lasts."""
+        """Puts ``modules`` in place of the decoder layers while the context lasts."""
         self.decoder.layers = nn.ModuleList(modules)
         try:
             yield
@@ -128,7 +128,7 @@ def _without_weights(
 
 
 def model_without_weights(where: str, *, trust_remote_code: bool) -> PreTrainedModel:
-    """A model's modules, to look at before its weights are read.
+    """Returns a model's modules, to look at before its weights are read.
 
     Args:
         where: a run or checkpoint of ours, a folder in the format of transformers, or a name on
@@ -157,7 +157,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _no_bar() -> Iterator[None]:
-    """transformers shows a bar for every load, which is one a layer here."""
+    """Hides the bar that transformers shows for every load, which is one a layer here."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -171,7 +171,7 @@ def _no_bar() -> Iterator[None]:
 def open_layered(
     where: str, *, dtype: torch.dtype | None, device: str, say: Callable[[str], None]
 ) -> Iterator[LayeredModel]:
-    """Open a folder in the format of transformers, a run or a checkpoint of ours.
+    """Opens a folder in the format of transformers, a run or a checkpoint of ours.
 
     Args:
         where: the folder.

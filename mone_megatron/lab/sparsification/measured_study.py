@@ -1,4 +1,4 @@
-"""Everything that is asked about one model, measured or taken from the results file."""
+"""Measures everything that is asked about one model, or takes it from the results file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What to measure of every model, and how.
+    """Holds what to measure of every model, and how.
 
     Attributes:
         scores: to rank neurons by.
@@ -91,7 +91,7 @@ class StudySettings:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to study, and what to read to it.
+    """Holds a model to study, and what to read to it.
 
     Attributes:
         label: what to call it.
@@ -109,7 +109,7 @@ class Subject:
 
 
 class _Lazy:
-    """The engine of one model, whose weights are read when something is first measured."""
+    """Opens the engine of one model, and so reads its weights, when something is first measured."""
 
     def __init__(self, open_: Callable[[], Engine]) -> None:
         self._open = open_
@@ -122,7 +122,7 @@ class _Lazy:
 
 
 class ModelStudy:
-    """Measures one model; see :func:`look_into`, which makes it, and :meth:`run`."""
+    """Measures one model, by :meth:`run`; :func:`look_into` makes it."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class ModelStudy:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model and its text from others, for the results file."""
+        """Returns what tells this model and its text from others, for the results file."""
         return {
             "weights": identity_of(self._subject.facts.where),
             "text": self._subject.text.fingerprint,
@@ -150,7 +150,7 @@ class ModelStudy:
         }
 
     def run(self, results: Results, say: Say) -> Study:
-        """Measure everything that is not in ``results`` yet.
+        """Measures everything that is not in ``results`` yet.
 
         Raises:
             ValueError: the weights cannot be read, or what they compute is not finite.
@@ -237,7 +237,7 @@ class ModelStudy:
     def _on_text(
         self, plans: Sequence[Plan], text: Text, engine: _Lazy, results: Results
     ) -> dict[Plan, tuple[Score, ...]]:
-        """Loss, perplexity and bits per byte under every plan."""
+        """Returns loss, perplexity and bits per byte under every plan, measured unless kept."""
 
         def key(each: Plan) -> dict[str, Any]:
             return self._key(each) | {"text": text.fingerprint}
@@ -294,7 +294,7 @@ class ModelStudy:
         layers = [layer for layer in self._layers if layer.weight]
 
         def whole(shares: Sequence[float]) -> Plan:
-            """A plan of all layers from shares of those that have something to prune."""
+            """Returns a plan of all layers from shares of those that have something to prune."""
             by_layer = dict(zip((layer.number for layer in layers), shares, strict=True))
             return plan(settings.score, [by_layer.get(layer.number, 0.0) for layer in self._layers])
 
@@ -344,7 +344,7 @@ class ModelStudy:
         }
 
     def _pruned(self, each: Plan) -> float:
-        """The share of a token's neurons that is gone, in whole neurons."""
+        """Returns the share of a token's neurons that is gone, in whole neurons."""
         gone = 0.0
         for layer in self._layers:
             for kind in layer.kinds:
@@ -354,7 +354,7 @@ class ModelStudy:
 
 
 def look_into(subject: Subject, settings: StudySettings) -> ModelStudy:
-    """Check a model before its weights are read.
+    """Checks a model before its weights are read, and returns its study.
 
     Raises:
         ValueError: it has nothing of what is to be pruned, a score is not defined for it, or a task

@@ -1,4 +1,4 @@
-"""Where a transformers model has neurons to prune, and how to get between its projections.
+"""Finds where a transformers model has neurons to prune, and gets between its projections.
 
 Two kinds of places: experts behind transformers' experts interface, and MLPs of three linear
 modules ``gate_proj``, ``up_proj`` and ``down_proj``. Nothing of the model is changed but while a
@@ -40,7 +40,7 @@ _LONE_EXPERT = re.compile(r"(^|\.)experts\.\d+")
 
 
 class Place(Protocol):
-    """Neurons of one layer that can be pruned.
+    """Describes neurons of one layer that can be pruned.
 
     Attributes:
         target: ``routed``, ``shared`` or ``dense``.
@@ -55,11 +55,11 @@ class Place(Protocol):
     defines_activation: bool
 
     def attached(self, choose: Choose) -> Any:
-        """A context in which ``choose`` sees all rows and says which neurons they keep."""
+        """Returns a context in which ``choose`` sees all rows and says which neurons they keep."""
 
 
 class _Expert:
-    """An experts module as transformers' function sees it, with ``choose`` in its gate."""
+    """Wraps an experts module for transformers' function, with ``choose`` in its gate."""
 
     def __init__(self, place: ExpertsPlace, expert_T: Tensor, choose: Choose) -> None:
         self._place, self._expert_T, self._choose = place, expert_T, choose
@@ -101,12 +101,12 @@ def _keep(hidden_TF: Tensor, *masks: Tensor | None) -> Tensor:
 
 
 class ExpertsPlace:
-    """The routed experts of a layer."""
+    """Is the place of the routed experts of a layer."""
 
     target = "routed"
 
     def __init__(self, module: nn.Module) -> None:
-        """Look at an experts module.
+        """Checks that an experts module can be pruned.
 
         Raises:
             ValueError: it has no gate projection.
@@ -123,7 +123,10 @@ class ExpertsPlace:
 
     @contextmanager
     def attached(self, choose: Choose) -> Iterator[None]:
-        """See :class:`Place`; the experts are computed by grouped matrix products."""
+        """Attaches ``choose`` as :class:`Place` says.
+
+        The experts are computed by grouped matrix products.
+        """
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             note_selected(self.module)
@@ -141,7 +144,7 @@ class ExpertsPlace:
 
 
 class MLPPlace:
-    """A dense MLP or a shared expert: hooks on its three projections."""
+    """Is the place of a dense MLP or a shared expert, with hooks on its three projections."""
 
     defines_activation = True
 
@@ -156,7 +159,7 @@ class MLPPlace:
 
     @contextmanager
     def attached(self, choose: Choose) -> Iterator[None]:
-        """See :class:`Place`.
+        """Attaches ``choose`` as :class:`Place` says.
 
         Raises:
             ValueError: when it is called, the down projection's input is not a * u.
@@ -218,7 +221,7 @@ def _as(given: Tensor, mask_TF: Tensor | None) -> Tensor | None:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a model.
+    """Returns the decoder layers of a model.
 
     Raises:
         ValueError: it has none under the usual name.
@@ -233,7 +236,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def choose_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Which kinds of places to prune: ``wanted``, or the routed experts, or the dense MLPs.
+    """Returns the kinds of places to prune: ``wanted``, or the routed experts, or the dense MLPs.
 
     Raises:
         ValueError: the model has none of a wanted kind, or no place at all.
@@ -257,7 +260,7 @@ def choose_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> tupl
 
 
 def places_of(layer: nn.Module, targets: Iterable[str]) -> list[Place]:
-    """The places of one decoder layer that are of these kinds, in the order of its modules."""
+    """Returns the places of one decoder layer of these kinds, in the order of its modules."""
     return [place for place in _in_layer(layer) if place.target in targets]
 
 
@@ -283,7 +286,7 @@ def _is_gated_mlp(module: nn.Module) -> bool:
 
 
 def check_definable(places: Iterable[Place], scores: Iterable[str]) -> None:
-    """That every score is defined at every place.
+    """Checks that every score is defined at every place.
 
     Raises:
         ValueError: |a| is asked of experts that compute their gate in a way of their own.
@@ -299,7 +302,7 @@ def check_definable(places: Iterable[Place], scores: Iterable[str]) -> None:
 
 
 def compute_all_neurons(model: PreTrainedModel) -> None:
-    """Let a model that selects neurons compute all of them; its weights stay."""
+    """Makes a model that selects neurons compute all of them; its weights stay."""
     for module in model.modules():
         if isinstance(module, MoneMLP):
             module.neurons = None
@@ -308,6 +311,6 @@ def compute_all_neurons(model: PreTrainedModel) -> None:
 
 
 def all_places(model: PreTrainedModel) -> Iterator[Place]:
-    """Every place of every layer."""
+    """Yields every place of every layer."""
     for layer in decoder_layers(model):
         yield from _in_layer(layer)

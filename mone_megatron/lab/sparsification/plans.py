@@ -1,4 +1,7 @@
-"""What to prune: scores, shares, how many neurons stay. No torch: refusals are to be quick."""
+"""Says what to prune: scores, shares, how many neurons stay.
+
+It needs no torch: refusals are to be quick.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _NOTHING = "none"
 
 @dataclass(frozen=True)
 class Choice:
-    """What to prune in one layer: ``share`` of the neurons of each expert, by ``score``."""
+    """Holds what to prune in one layer: ``share`` of the neurons of each expert, by ``score``."""
 
     score: str
     share: float
@@ -33,7 +36,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to prune in every layer; see :func:`plan`.
+    """Holds what to prune in every layer; :func:`plan` makes it.
 
     Attributes:
         score: of all layers; ``none`` when nothing is pruned.
@@ -44,13 +47,13 @@ class Plan:
     shares: tuple[float, ...]
 
     def at(self, layer: int) -> Choice | None:
-        """What to prune in a layer; None for nothing."""
+        """Returns what to prune in a layer; None for nothing."""
         share = self.shares[layer]
         return Choice(self.score, share) if share else None
 
 
 def plan(score: str, shares: Sequence[float]) -> Plan:
-    """Prune ``shares[layer]`` of each layer's neurons by ``score``.
+    """Returns the plan that prunes ``shares[layer]`` of each layer's neurons by ``score``.
 
     Nothing is the same plan by every score, so that it is measured once.
     """
@@ -58,22 +61,22 @@ def plan(score: str, shares: Sequence[float]) -> Plan:
 
 
 def uniform(score: str, share: float, layers: int) -> Plan:
-    """The same share in every layer."""
+    """Returns the plan with the same share in every layer."""
     return plan(score, (share,) * layers)
 
 
 def dense(layers: int) -> Plan:
-    """The model as it is."""
+    """Returns the plan of the model as it is, which prunes nothing."""
     return plan(_NOTHING, (0.0,) * layers)
 
 
 def kept_neurons(share: float, neurons: int) -> int:
-    """How many of ``neurons`` stay: ``round((1 - share) * neurons)``, but at least one."""
+    """Returns how many neurons stay: ``round((1 - share) * neurons)``, but at least one."""
     return max(1, round((1 - share) * neurons))
 
 
 def check_scores(scores: Sequence[str]) -> tuple[str, ...]:
-    """Known scores, each once.
+    """Returns the scores, all of them known and each once.
 
     Raises:
         ValueError: one is unknown or named twice.
@@ -87,7 +90,7 @@ def check_scores(scores: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_shares(shares: Sequence[float], option: str = "--shares") -> tuple[float, ...]:
-    """Shares to prune, each once, in order.
+    """Returns the shares to prune, each once, in order.
 
     Raises:
         ValueError: one is outside [0, 1).
@@ -99,7 +102,7 @@ def check_shares(shares: Sequence[float], option: str = "--shares") -> tuple[flo
 
 
 def check_tops(tops: Sequence[float]) -> tuple[float, ...]:
-    """Shares of the largest activations to give thresholds for, each once, in order.
+    """Returns the shares of the largest activations to give thresholds for, each once, in order.
 
     Raises:
         ValueError: one is outside (0, 1].

@@ -1,4 +1,4 @@
-"""Progress of a long measurement, with the time left."""
+"""Shows the progress of a long measurement, with the time left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WorkProgress(Progress):
         self._unit = unit
 
     def line(self, passed: float) -> str:
-        """The share that is done, the time passed and left."""
+        """Returns the line that shows the share that is done, the time passed and left."""
         left = passed / self._done * (self._total - self._done) if self._done else None
         return (
             f"{100 * self._done / max(self._total, 1):.0f}% of "

@@ -1,4 +1,4 @@
-"""Which neurons a token keeps: scores and masks of the rows of one MLP or of all its experts.
+"""Decides which neurons a token keeps: scores and masks of the rows of an MLP or all its experts.
 
 Shape suffixes: T rows (a token once for each of its experts), F neurons of one expert.
 """
@@ -18,7 +18,7 @@ from mone_megatron.methods.scores import SCORES
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows as an MLP computes them.
+    """Holds some rows as an MLP computes them.
 
     Attributes:
         gate_TF: gate projections g.
@@ -39,7 +39,7 @@ class Rows:
 
     @property
     def magnitude_TF(self) -> Tensor:
-        """|a|."""
+        """Returns |a|, ``[T, F]``; only places that define it have one."""
         assert self.activate is not None, "refused when the places were found"
         return self.activate(self.gate_TF).abs()
 
@@ -49,7 +49,7 @@ Choose = Callable[[Rows], Tensor | None]
 
 
 def score_rows(score: str, rows: Rows, generator: torch.Generator | None = None) -> Tensor:
-    """The scores by which neurons are ranked, ``[T, F]``.
+    """Returns the scores by which neurons are ranked, ``[T, F]``.
 
     Raises:
         ValueError: an unknown score.
@@ -82,7 +82,7 @@ class Pruner:
         self._generator: torch.Generator | None = None
 
     def __call__(self, rows: Rows) -> Tensor:
-        """The mask, bool ``[T, F]``."""
+        """Returns the mask of kept neurons, bool ``[T, F]``."""
         if self._generator is None:
             self._generator = torch.Generator(rows.gate_TF.device).manual_seed(self._seed)
         scores_TF = score_rows(self._choice.score, rows, self._generator)

@@ -18,10 +18,13 @@ from mone_megatron.lab.sparsification.statistics import LayerStatistics, Observe
 
 
 class ResidentEngine:
-    """See :class:`.engine.Engine`. A plan that prunes nothing is the model, untouched."""
+    """Is an :class:`.engine.Engine` whose model is in memory whole.
+
+    A plan that prunes nothing is the model, untouched.
+    """
 
     def __init__(self, model: PreTrainedModel, targets: Sequence[str], *, seed: int) -> None:
-        """Find the places.
+        """Finds the places.
 
         Args:
             model: in evaluation mode.
@@ -36,7 +39,7 @@ class ResidentEngine:
 
     @contextmanager
     def pruning(self, plan: Plan) -> Iterator[None]:
-        """The model follows a plan while the context lasts."""
+        """Makes the model follow a plan while the context lasts."""
         with ExitStack() as stack:
             for number, places in enumerate(self.layers):
                 choice = plan.at(number)
@@ -44,13 +47,13 @@ class ResidentEngine:
             yield
 
     def work(self, plans: Sequence[Plan], text: Text) -> int:
-        """Tokens through the model."""
+        """Returns how many tokens go through the model."""
         return len(plans) * text.tokens
 
     def measure(
         self, plans: Sequence[Plan], text: Text, progress: Progress
     ) -> Iterator[tuple[Plan, Perplexity]]:
-        """See :class:`.engine.Engine`."""
+        """Yields each plan with the text's perplexity under it; see :class:`.engine.Engine`."""
         for plan in plans:
             with self.pruning(plan):
                 found = self._perplexity(text, progress)
@@ -59,7 +62,7 @@ class ResidentEngine:
     def ask(
         self, plans: Sequence[Plan], questions: Questions, progress: Progress
     ) -> Iterator[tuple[Plan, list[Score]]]:
-        """See :class:`.engine.Engine`."""
+        """Yields each plan with the tasks' scores; see :class:`.engine.Engine`."""
         lm = harness_model(self.model, questions.facts, batch_size=questions.batch_size, quiet=True)
         for plan in plans:
             with self.pruning(plan):
@@ -70,7 +73,7 @@ class ResidentEngine:
     def observe(
         self, text: Text, tops: Sequence[float], progress: Progress
     ) -> list[LayerStatistics]:
-        """See :class:`.engine.Engine`."""
+        """Returns the activations' statistics, unpruned; see :class:`.engine.Engine`."""
         observers: list[Observer] = []
         with ExitStack() as stack:
             for number, places in enumerate(self.layers):

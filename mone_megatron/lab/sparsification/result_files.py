@@ -1,4 +1,4 @@
-"""Studies as tables, CSV and JSON, and the folder that holds them."""
+"""Writes studies as tables, CSV and JSON, and pictures, into a folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _BUDGET_HEADER = ("model", "layer", "share")
 
 
 def write(folder: Path, studies: Sequence[Study], settings: Mapping[str, Any]) -> list[Path]:
-    """Write everything into ``folder`` and return the files."""
+    """Writes everything into ``folder`` and returns the files."""
     written = [
         write_whole(folder / SUMMARY_FILE, _json(studies, settings)),
         write_whole(folder / "curve.csv", _csv(_CURVE_HEADER, _curve_rows(studies))),
@@ -50,7 +50,7 @@ def write(folder: Path, studies: Sequence[Study], settings: Mapping[str, Any]) -
 
 
 def report(studies: Sequence[Study]) -> str:
-    """What people read first: losses and tasks by share, thresholds, budgets."""
+    """Returns what people read first: losses and tasks by share, thresholds, budgets."""
     parts = []
     for study in studies:
         parts.append(_curve_table(study))
@@ -135,7 +135,7 @@ def _budget_lines(label: str, budget: BudgetResult) -> str:
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Two spaces apart; the first column left, the others right."""
+    """Returns a text table, two spaces between columns: the first to the left, others right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
     return "\n".join(

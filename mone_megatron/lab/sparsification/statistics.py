@@ -1,7 +1,8 @@
-"""Activations of a layer: thresholds, a histogram, and how |a| spreads over the ranks of a token.
+"""Describes a layer's activations: thresholds, a histogram, the spread of |a| over a token's ranks.
 
-Counted in fixed buckets, so that any amount of text takes the same memory: a bucket is one value of
-fp32's exponent and leading mantissa bits, 2^-11 (0.05%) wide, and every bf16 value begins one.
+They are counted in fixed buckets, so that any amount of text takes the same memory: a bucket is one
+value of fp32's exponent and leading mantissa bits, 2^-11 (0.05%) wide, and every bf16 value begins
+one.
 
 Shape suffixes: T rows (a token once for each of its experts), F neurons of one expert.
 """
@@ -34,7 +35,7 @@ _RANKS = 256
 
 @dataclass(frozen=True)
 class Threshold:
-    """What the largest ``top`` of the activations exceed.
+    """Holds the |a| that the largest ``top`` of the activations exceed.
 
     Attributes:
         top: a share.
@@ -49,7 +50,7 @@ class Threshold:
 
     @property
     def doubts(self) -> tuple[Doubt, ...]:
-        """Why it is not that of the activations: it lies at the edge of what is counted."""
+        """Returns why it is not that of the activations: it lies at the edge of what is counted."""
         found = []
         if self.pooled <= _edge(0):
             found.append(Doubt("bound", f"fewer than {self.top:.3g} of the activations are above "
@@ -62,7 +63,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """The activations of one kind of neurons in one layer.
+    """Holds the activations of one kind of neurons in one layer.
 
     Attributes:
         layer: from 0.
@@ -90,14 +91,14 @@ class LayerStatistics:
     mass: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For a results file."""
+        """Returns the statistics for a results file."""
         content = dict(vars(self))
         content["thresholds"] = [vars(threshold) for threshold in self.thresholds]
         return content
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> LayerStatistics:
-        """From a results file."""
+        """Returns the statistics that a results file holds."""
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in content.items()
@@ -107,7 +108,7 @@ class LayerStatistics:
 
 
 class Observer:
-    """Counts the activations of one place and keeps all neurons; see ``ranking.Choose``."""
+    """Counts the activations of one place and keeps all neurons; it is a ``ranking.Choose``."""
 
     def __init__(self, layer: int, target: str, neurons: int, device: torch.device) -> None:
         self._layer, self._target, self._neurons = layer, target, neurons
@@ -117,7 +118,7 @@ class Observer:
         self._mass_F = torch.zeros(neurons, dtype=torch.float64, device=device)
 
     def __call__(self, rows: Rows) -> None:
-        """Count some rows.
+        """Counts some rows.
 
         Raises:
             ValueError: an activation that is not finite.
@@ -142,7 +143,9 @@ class Observer:
         self._rows += len(a_TF)
 
     def statistics(self, tops: Sequence[float], tokens: int) -> LayerStatistics:
-        """Of everything that was seen; ``tokens`` is how many went through the layer.
+        """Returns the statistics of everything that was seen.
+
+        ``tokens`` is how many went through the layer.
 
         Raises:
             ValueError: nothing was seen.
@@ -181,20 +184,23 @@ def _shift() -> int:
 
 
 def _edge(bucket: int) -> float:
-    """The smallest magnitude of a bucket."""
+    """Returns the smallest magnitude of a bucket."""
     exponent, mantissa = divmod(bucket, 1 << _MANTISSA_BITS)
     return float((1 + mantissa / (1 << _MANTISSA_BITS)) * 2.0 ** (exponent + _LOWEST_EXPONENT))
 
 
 def _quantile(counts: npt.NDArray[np.int64], top: float) -> float:
-    """The bucket's edge that the largest ``top`` of everything counted are not below."""
+    """Returns the bucket's edge that the largest ``top`` of everything counted are not below."""
     from_above = np.cumsum(counts[::-1])
     wanted = max(1, round(top * int(from_above[-1])))
     return _edge(_BUCKETS - 1 - int(np.searchsorted(from_above, wanted)))
 
 
 def _bins(counts: npt.NDArray[np.int64]) -> tuple[int, npt.NDArray[np.int64]]:
-    """The first bin that is not empty, and the counts of the bins to the last such, ``[2, n]``."""
+    """Returns the first bin that is not empty, and the counts ``[2, n]`` from it on.
+
+    They end with the last bin that is not empty.
+    """
     bins = counts.reshape(2, -1, 1 << _shift()).sum(axis=2)
     used = np.flatnonzero(bins.sum(axis=0))
     first, last = int(used[0]), int(used[-1])

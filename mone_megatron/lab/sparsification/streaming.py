@@ -46,7 +46,7 @@ _Shape = tuple[int, int]
 
 @dataclass
 class _Inputs:
-    """What the model gives its layers.
+    """Holds what the model gives its layers.
 
     Attributes:
         states: to the first layer.
@@ -58,7 +58,7 @@ class _Inputs:
 
 
 class _Record(nn.Identity):
-    """In place of a layer: notes what it is given, and gives it on, which computes no experts."""
+    """Notes what it is given in place of a layer, and gives it on, which computes no experts."""
 
     def __init__(self, number: int, inputs: _Inputs) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class _Record(nn.Identity):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, **arguments: Any
     ) -> Tensor:
-        """Give back ``hidden_states``."""
+        """Returns ``hidden_states`` after noting them."""
         if self._number == 0:
             self._inputs.states.append(hidden_states.cpu())
         self._inputs.arguments.setdefault((self._number, _shape(hidden_states)), arguments)
@@ -75,7 +75,7 @@ class _Record(nn.Identity):
 
 
 class _Give(nn.Identity):
-    """In place of the layers, and computing no experts: gives what they have, batch by batch."""
+    """Gives the layers' states in their place, batch by batch, and computes no experts."""
 
     def __init__(self, states: _States) -> None:
         super().__init__()
@@ -84,27 +84,27 @@ class _Give(nn.Identity):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, **arguments: Any
     ) -> Tensor:
-        """The next batch's states, where ``hidden_states`` are."""
+        """Returns the next batch's states, on the device of ``hidden_states``."""
         return next(self._states).to(hidden_states.device)
 
 
 class _Pass(nn.Identity):
-    """In place of a layer: nothing."""
+    """Does nothing in place of a layer."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, **arguments: Any
     ) -> Tensor:
-        """Give back ``hidden_states``."""
+        """Returns ``hidden_states``."""
         return hidden_states
 
 
 class StreamedEngine:
-    """See :class:`.engine.Engine`."""
+    """Is an :class:`.engine.Engine` that holds one decoder layer's weights at a time."""
 
     def __init__(
         self, layered: LayeredModel, targets: Sequence[str], *, seed: int, memory_bytes: int
     ) -> None:
-        """Find the places.
+        """Finds the places.
 
         Args:
             layered: opened.
@@ -120,7 +120,7 @@ class StreamedEngine:
         self._memory_bytes = memory_bytes
 
     def work(self, plans: Sequence[Plan], text: Text) -> int:
-        """Tokens through one layer."""
+        """Returns how many tokens go through one layer, added up over layers and passes."""
         groups = self._groups(plans, text.tokens)
         return text.tokens * sum(
             len({plan_prefix(plan, number + 1) for plan in group})
@@ -131,7 +131,10 @@ class StreamedEngine:
     def measure(
         self, plans: Sequence[Plan], text: Text, progress: Progress
     ) -> Iterator[tuple[Plan, Perplexity]]:
-        """See :class:`.engine.Engine`: plans are known in groups, when their pass has ended."""
+        """Yields each plan with the text's perplexity under it; see :class:`.engine.Engine`.
+
+        Plans are known in groups, when their pass has ended.
+        """
         tokens = _tokens(text)
         for group in self._groups(plans, text.tokens):
             states = self._pass(group, tokens, progress=progress)
@@ -142,7 +145,7 @@ class StreamedEngine:
     def observe(
         self, text: Text, tops: Sequence[float], progress: Progress
     ) -> list[LayerStatistics]:
-        """See :class:`.engine.Engine`."""
+        """Returns the activations' statistics, unpruned; see :class:`.engine.Engine`."""
         observers = {
             (number, index): Observer(number, place.target, place.neurons, self._layered.device)
             for number, places in enumerate(self.layers)
@@ -157,7 +160,10 @@ class StreamedEngine:
     def ask(
         self, plans: Sequence[Plan], questions: Questions, progress: Progress
     ) -> Iterator[tuple[Plan, list[Score]]]:
-        """See :class:`.engine.Engine`: plans are known in groups, when their pass has ended."""
+        """Yields each plan with the tasks' scores; see :class:`.engine.Engine`.
+
+        Plans are known in groups, when their pass has ended.
+        """
         heard = Listener()
         self._run_tasks(questions, heard)
         requests = heard.requests
@@ -211,7 +217,7 @@ class StreamedEngine:
         finished: Callable[[], None] = lambda: None,
         observers: Mapping[tuple[int, int], Observer] = MappingProxyType({}),
     ) -> dict[_Prefix, _States]:
-        """The last layer's output under each plan, by its whole prefix.
+        """Returns the last layer's output under each plan, by its whole prefix.
 
         Args:
             plans: that are wanted.
@@ -269,7 +275,7 @@ class StreamedEngine:
         return after
 
     def _given(self, states: _States) -> AbstractContextManager[None]:
-        """The model gives what its layers have computed, batch by batch, through its head."""
+        """Makes the model give what its layers have computed, batch by batch, through its head."""
         rest = [_Pass() for _ in self.layers[1:]]
         return self._layered.standing_in([_Give(states), *rest])
 
@@ -285,7 +291,7 @@ class StreamedEngine:
 
 
 def plan_prefix(plan: Plan, layers: int) -> _Prefix:
-    """What a plan prunes in the first ``layers`` layers."""
+    """Returns what a plan prunes in the first ``layers`` layers."""
     return tuple(plan.at(number) for number in range(layers))
 
 
@@ -295,7 +301,7 @@ def _shape(hidden_states: Tensor) -> _Shape:
 
 
 def _tokens(text: Text) -> list[Tensor]:
-    """What the model reads of a text: all but the last token of every window."""
+    """Returns what the model reads of a text: all but the last token of every window."""
     return [torch.from_numpy(np.stack(batch))[:, :-1] for batch in text.batches()]
 
 
