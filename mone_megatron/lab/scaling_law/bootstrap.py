@@ -1,4 +1,4 @@
-"""Bootstrap: how far the coefficients move when the runs had turned out otherwise.
+"""Estimates by bootstrap how far the coefficients move had the runs turned out otherwise.
 
 Two kinds for the law:
 
@@ -53,7 +53,7 @@ _LEAST_RESAMPLES = 20
 
 @dataclass(frozen=True)
 class LawSamples:
-    """The law fitted to each resample.
+    """Holds the law fitted to each resample.
 
     Attributes:
         laws: one a resample.
@@ -66,7 +66,7 @@ class LawSamples:
 
 @dataclass(frozen=True)
 class IsoFlopSamples:
-    """Parabolas and power laws of each resample.
+    """Holds the parabolas' minima and power laws of each resample.
 
     Attributes:
         minima: ``{index of the budget among the used: [N_opt of the resamples that have one]}``.
@@ -83,14 +83,14 @@ class IsoFlopSamples:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A confidence interval."""
+    """Holds the ends of a confidence interval."""
 
     low: float
     high: float
 
 
 def check_resamples(resamples: int) -> None:
-    """Refuse numbers of resamples that give no interval.
+    """Refuses numbers of resamples that give no interval.
 
     Raises:
         ValueError: neither 0 nor at least 20.
@@ -102,7 +102,7 @@ def check_resamples(resamples: int) -> None:
 
 
 def bounds(samples: Sequence[float] | FloatArray, confidence: float) -> Bounds | None:
-    """Percentile interval of the finite samples; None when they are too few to have one."""
+    """Returns the percentile interval of the finite samples; None when they are too few."""
     values = np.asarray(samples, np.float64)
     values = values[np.isfinite(values)]
     if len(values) < _LEAST_RESAMPLES:
@@ -121,7 +121,7 @@ def bootstrap_law(
     seed: int = 0,
     progress: str = "",
 ) -> LawSamples:
-    """Refit the law to resamples of its table.
+    """Refits the law to resamples of its table.
 
     Args:
         fit: the fit of `table`.
@@ -156,7 +156,7 @@ def bootstrap_law(
 def bootstrap_isoflop(
     fit: IsoFlopFit, table: Table, *, resamples: int = DEFAULT_RESAMPLES, seed: int = 0
 ) -> IsoFlopSamples | None:
-    """Refit the used parabolas and their power laws with normal errors of the loss.
+    """Refits the used parabolas and their power laws with normal errors of the loss.
 
     A resample's minimum may lie outside the sizes of its budget; only parabolas without a minimum
     are passed over.
@@ -196,7 +196,10 @@ def bootstrap_isoflop(
 def _normal_errors(
     squares: float, free: int, count: int, random: np.random.Generator
 ) -> FloatArray:
-    """`count` normal errors whose variance fits a sum of squares with `free` degrees of freedom."""
+    """Draws `count` normal errors.
+
+    Their variance fits a sum of squares with `free` degrees of freedom.
+    """
     return random.normal(0.0, math.sqrt(squares / random.chisquare(free)), count)
 
 

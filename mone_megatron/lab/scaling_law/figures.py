@@ -1,4 +1,4 @@
-"""Pictures of a scaling study: the fit and its errors, the parabolas, where a budget goes.
+"""Draws a scaling study: the fit and its errors, the parabolas, where a budget goes.
 
 Legend: R rows (runs), G points of a curve.
 """
@@ -30,7 +30,7 @@ _QUESTION = " (?)"
 
 
 def fit_figure(table: Table, parametric: Parametric) -> Figure:
-    """Fitted over measured losses, and relative errors over FLOPs with those of held-out runs."""
+    """Draws fitted over measured losses, and relative errors, also of held-out runs, over FLOPs."""
     figure = new_figure()
     left, right = figure.subplots(1, 2)
     errors = parametric.in_sample
@@ -102,7 +102,7 @@ def fit_figure(table: Table, parametric: Parametric) -> Figure:
 
 
 def isoflop_figure(table: Table, isoflop: IsoFlop) -> Figure:
-    """Losses over parameters, one colour a budget, with parabolas and their minima."""
+    """Draws losses over parameters, one colour a budget, with parabolas and their minima."""
     figure = new_figure()
     axes = figure.subplots(1, 1)
     style_axes(axes)
@@ -156,7 +156,10 @@ def isoflop_figure(table: Table, isoflop: IsoFlop) -> Figure:
 
 
 def allocation_figure(study: Study) -> Figure:
-    """Compute-optimal parameters and tokens over the budget, by each method, with intervals."""
+    """Draws compute-optimal parameters and tokens over the budget.
+
+    They are drawn by each method, with intervals.
+    """
     table = study.table
     figure = new_figure()
     left, right = figure.subplots(1, 2)
@@ -243,5 +246,5 @@ def _band(axes: Axes, flops_G: FloatArray, rows: FloatArray, confidence: float, 
 
 
 def _shades(count: int) -> list[str]:
-    """Colours from dark to light, one a budget, told apart in grey too."""
+    """Returns colours from dark to light, one a budget, told apart in grey too."""
     return [to_hex(colormaps[_COLOR_MAP](share)) for share in np.linspace(0, 0.9, max(count, 1))]

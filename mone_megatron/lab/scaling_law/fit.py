@@ -1,4 +1,4 @@
-"""Coefficients of the law from a table: log-Huber loss, log-sum-exp form, L-BFGS from many starts.
+"""Fits the law's coefficients: log-Huber loss, log-sum-exp form, L-BFGS from many starts.
 
 Minimised is the sum over runs of Huber_delta(log L_predicted - log L), with
 
@@ -50,7 +50,7 @@ _LEAST_FREE_VARIANCE = 1e-4
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law.
+    """Holds a fitted law.
 
     Attributes:
         law: the coefficients of the least objective found.
@@ -71,7 +71,7 @@ class Fit:
 
 
 class Objective:
-    """The scaled objective of a table and its gradient, for one point of coefficients."""
+    """Computes the scaled objective of a table and its gradient at one point of coefficients."""
 
     def __init__(self, table: Table, delta: float, *, neuron_term: bool) -> None:
         if not 0 < delta < math.inf:
@@ -96,7 +96,7 @@ class Objective:
         self._terms_3R = np.empty((3, len(table)))
 
     def __call__(self, theta_P: FloatArray) -> tuple[float, FloatArray]:
-        """Objective and gradient ``[P]`` at (e, a, alpha, b, beta[, g])."""
+        """Returns objective and gradient ``[P]`` at (e, a, alpha, b, beta[, g])."""
         terms_3R = self._terms_3R
         terms_3R[0] = theta_P[0]
         np.multiply(self._params_R, -theta_P[2], out=terms_3R[1])
@@ -124,7 +124,7 @@ class Objective:
         return self._scale * value, np.array(gradient)
 
     def law(self, theta_P: FloatArray) -> Law:
-        """The law at a point of coefficients; A or B is infinite when too large for a float."""
+        """Returns the law at a point; A or B is infinite when too large for a float."""
         e, a, alpha, b, beta = (float(value) for value in theta_P[:5])
         g = float(theta_P[5]) if self.neuron_term else 0.0
         return Law(
@@ -137,7 +137,7 @@ class Objective:
         )
 
     def from_means_of(self, origin: Objective, points_SP: FloatArray) -> FloatArray:
-        """``[S, P]`` the points of another table's objective, as points of the same laws here."""
+        """Returns another table's points as points of the same laws here, ``[S, P]``."""
         moved_SP = points_SP.copy()
         for height, exponent, here, there in (
             (1, 2, self.log_params_mean, origin.log_params_mean),
@@ -149,7 +149,9 @@ class Objective:
         return moved_SP
 
     def starts(self, count: int, seed: int) -> FloatArray:
-        """``[S, P]`` starting points: the whole grid, or `count` of it drawn without repetition.
+        """Returns ``[S, P]`` starting points.
+
+        They are the whole grid, or `count` of it drawn without repetition.
 
         Raises:
             ValueError: `count` is not from 1 to 4,500.
@@ -185,7 +187,7 @@ def fit_law(
     seed: int = 0,
     progress: str = "",
 ) -> Fit:
-    """Fit the law to a table.
+    """Fits the law to a table.
 
     Args:
         table: the runs.
@@ -211,7 +213,7 @@ def fit_law(
 
 
 def refit(fit: Fit, table: Table, *, about: Table) -> Law:
-    """Fit a table that resembles the one of `fit`, from that fit's optima.
+    """Fits a table that resembles the one of `fit`, from that fit's optima.
 
     Args:
         fit: the fit of `about`.
@@ -227,7 +229,7 @@ def refit(fit: Fit, table: Table, *, about: Table) -> Law:
 
 
 def check_identifiable(table: Table, *, neuron_term: bool) -> None:
-    """Refuse tables that cannot determine the coefficients.
+    """Refuses tables that cannot determine the coefficients.
 
     Raises:
         ValueError: says what there is too little of.
@@ -270,7 +272,7 @@ def check_identifiable(table: Table, *, neuron_term: bool) -> None:
 
 
 def _free_variance(target_R: FloatArray, others: list[FloatArray]) -> float:
-    """Share of the variance that a linear function of the others leaves."""
+    """Returns the share of the target's variance that a linear function of the others leaves."""
     design = np.stack([np.ones_like(target_R), *others], axis=1)
     solution = np.linalg.lstsq(design, target_R, rcond=None)[0]
     return float((target_R - design @ solution).var() / target_R.var())
@@ -281,7 +283,10 @@ def _exp(power: float) -> float:
 
 
 def _descend(objective: Objective, start_P: FloatArray) -> tuple[float, FloatArray]:
-    """Objective and coefficients where L-BFGS ends; infinity where it does not end in numbers."""
+    """Returns objective and coefficients where L-BFGS ends.
+
+    The objective is infinity where it does not end in numbers.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         result = minimize(
             objective,

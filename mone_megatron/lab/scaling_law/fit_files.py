@@ -1,4 +1,4 @@
-"""A scaling study as text, JSON and CSV."""
+"""Writes a scaling study as text, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NEURON_FORM = "L(N, D, r) = E + A/(N r^gamma)^alpha + B/D^beta"
 
 
 def text_report(study: Study) -> str:
-    """Everything found as plain text, without a newline at the end."""
+    """Returns everything found as plain text, without a newline at the end."""
     parts = [*_about(study), *[f"warning: {warning}" for warning in study.warnings]]
     if study.parametric is not None:
         parts += ["", *_parametric_text(study.parametric, study)]
@@ -60,7 +60,7 @@ def text_report(study: Study) -> str:
 
 
 def study_json(study: Study) -> dict[str, Any]:
-    """Everything found, for machines; numbers that are not finite are null."""
+    """Returns everything found, for machines; numbers that are not finite are null."""
     options = study.options
     return {
         "source": study.table.source,
@@ -78,7 +78,7 @@ def study_json(study: Study) -> dict[str, Any]:
 
 
 def write_study(study: Study, folder: str | Path) -> list[Path]:
-    """Write JSON, CSV tables and pictures into a folder, and return their paths.
+    """Writes JSON, CSV tables and pictures into a folder, and returns their paths.
 
     What an earlier fit left there is replaced.
     """
@@ -289,7 +289,7 @@ def _remarks(reach: str, doubts: Sequence[Doubt]) -> str:
 
 
 def _allocation_doubts(one: AllocationEstimate) -> list[Doubt]:
-    """The doubts of all its numbers, each once."""
+    """Returns the doubts of all numbers of an allocation, each once."""
     return list(dict.fromkeys(doubt for part in one.estimates.values() for doubt in part.doubts))
 
 
@@ -332,7 +332,7 @@ def _allocations(study: Study) -> list[AllocationEstimate]:
 
 
 def _points(study: Study) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """Header and rows of points.csv, which is a table that can be fitted again."""
+    """Returns header and rows of points.csv, which is a table that can be fitted again."""
     table = study.table
     header = ["run", "params", "tokens", "loss", "flops"]
     columns: list[Any] = [
@@ -365,7 +365,7 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A number that reads back as itself; nothing for one that is not finite."""
+    """Returns a number as text that reads back as itself; "" for one that is not finite."""
     if isinstance(value, float):
         return repr(float(value)) if math.isfinite(value) else ""
     return str(value)

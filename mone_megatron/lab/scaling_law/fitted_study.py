@@ -1,4 +1,4 @@
-"""One scaling study: the fits that were asked for, their intervals, errors and predictions."""
+"""Makes a scaling study: the fits that were asked for, their intervals, errors and predictions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mone_megatron.report.identified import (
 
 
 def run_study(table: Table, options: Options) -> Study:
-    """Make the fits of `options`.
+    """Makes the fits of `options` and returns what was found.
 
     Raises:
         ValueError: the rows are not comparable, the table cannot determine a fit, or an option is
@@ -73,7 +73,7 @@ def run_study(table: Table, options: Options) -> Study:
 
 
 def study_isoflop(table: Table, options: Options, warnings: list[str]) -> IsoFlop:
-    """Fit the parabolas and everything that follows from them.
+    """Fits the parabolas and everything that follows from them.
 
     Args:
         table: the runs.

@@ -1,4 +1,4 @@
-"""Held-out error: predictions of runs that the law was not fitted to.
+"""Computes held-out errors: predictions of runs that the law was not fitted to.
 
 Legend: R rows (runs) held out.
 """
@@ -21,7 +21,7 @@ FOLD_STARTS = 200
 
 @dataclass(frozen=True)
 class Errors:
-    """Predicted beside measured losses.
+    """Holds predicted beside measured losses.
 
     Attributes:
         rows_R: rows of the table.
@@ -35,27 +35,27 @@ class Errors:
 
     @property
     def relative_R(self) -> FloatArray:
-        """Predicted over measured, less 1."""
+        """Returns predicted over measured losses, less 1."""
         return self.predicted_R / self.measured_R - 1
 
     @property
     def mean_absolute(self) -> float:
-        """Mean size of the relative error."""
+        """Returns the mean size of the relative error."""
         return float(np.abs(self.relative_R).mean())
 
     @property
     def largest(self) -> float:
-        """Largest size of the relative error."""
+        """Returns the largest size of the relative error."""
         return float(np.abs(self.relative_R).max())
 
     @property
     def bias(self) -> float:
-        """Mean relative error with its sign: positive when the law predicts too much."""
+        """Returns the mean relative error: positive when the law predicts too much."""
         return float(self.relative_R.mean())
 
 
 def errors_of(law: Law, table: Table, rows_R: IntArray) -> Errors:
-    """Errors of a law on some rows."""
+    """Returns the errors of a law on some rows."""
     part = table.take(rows_R)
     return Errors(rows_R, law.loss(part.params_R, part.tokens_R, part.ratio_R), part.loss_R)
 
@@ -70,7 +70,7 @@ def largest_budgets(
     starts: int,
     seed: int = 0,
 ) -> Errors:
-    """Fit without the `count` largest FLOP budgets and predict their runs.
+    """Fits without the `count` largest FLOP budgets and predicts their runs.
 
     Raises:
         ValueError: what is left cannot determine the coefficients, or there are not that many
@@ -95,7 +95,7 @@ def k_fold(
     seed: int = 0,
     progress: str = "",
 ) -> Errors:
-    """Predict every run from a fit without its fold.
+    """Predicts every run from a fit without its fold.
 
     Points are dealt at random; replicates of a point stay together, so that no prediction has seen
     its own point.

@@ -1,4 +1,4 @@
-"""Which coefficients of a fitted law the table determines, and which numbers rest on the others.
+"""Tells which coefficients of a fitted law the table determines, and what rests on the others.
 
 Legend: R rows (runs), P coefficients (5, or 6 with gamma).
 """

@@ -1,4 +1,4 @@
-"""IsoFLOP profiles: for each FLOP budget a parabola of the loss in log N; laws of the minima.
+"""Fits, for each FLOP budget, a parabola of the loss in log N, and power laws of the minima.
 
 Chinchilla's second approach, as FLAME-MoE uses it. A parabola is the second-order expansion of the
 law about its optimum, so the further the sizes of a budget spread, the more its minimum is off
@@ -28,7 +28,7 @@ MinimumKind = Literal["inside", "outside", "none"]
 
 @dataclass(frozen=True)
 class Parabola:
-    """One budget: ``loss = c0 + c1 x + c2 x^2`` with ``x = log N - center``.
+    """Describes one budget by ``loss = c0 + c1 x + c2 x^2`` with ``x = log N - center``.
 
     Attributes:
         flops: geometric mean of the FLOPs of the rows.
@@ -54,7 +54,7 @@ class Parabola:
     residual_M: FloatArray
 
     def loss_at(self, params: FloatArray) -> FloatArray:
-        """The parabola at these N."""
+        """Returns the parabola's loss at these N."""
         x = np.log(params) - self.center
         c0, c1, c2 = self.coefficients
         return np.asarray(c0 + c1 * x + c2 * x * x)
@@ -62,13 +62,13 @@ class Parabola:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """``value = exp(log_coefficient) * C^exponent``."""
+    """Is the law ``value = exp(log_coefficient) * C^exponent``."""
 
     log_coefficient: float
     exponent: float
 
     def at(self, flops: float) -> float:
-        """The value at a budget; the largest or least number for one out of all reason.
+        """Returns the value at a budget, cut off where it is out of all reason.
 
         Resamples of a poor table reach such values, and keep their place in the percentiles.
         """
@@ -78,7 +78,7 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class IsoFlopFit:
-    """Parabolas of all budgets, ascending, and the power laws through their minima.
+    """Holds the parabolas of all budgets, ascending, and the power laws through their minima.
 
     Attributes:
         parabolas: one a budget of at least three sizes.
@@ -101,7 +101,7 @@ def fit_isoflop(
     width: float | None = None,
     allow_outside: bool = False,
 ) -> IsoFlopFit:
-    """Fit parabolas and power laws.
+    """Fits the parabolas of all budgets and the power laws through their minima.
 
     Args:
         table: runs of one keep ratio at several budgets.
@@ -156,7 +156,7 @@ def fit_isoflop(
 
 
 def fit_parabola(table: Table, rows_M: IntArray, loss_M: FloatArray) -> Parabola:
-    """The parabola of one budget.
+    """Fits the parabola of one budget.
 
     Args:
         table: the runs.
@@ -192,7 +192,7 @@ def fit_parabola(table: Table, rows_M: IntArray, loss_M: FloatArray) -> Parabola
 
 
 def power_laws(parabolas: Sequence[Parabola]) -> tuple[PowerLaw, PowerLaw]:
-    """N_opt and D_opt over C by least squares of logarithms, from at least two budgets."""
+    """Fits N_opt and D_opt over C by least squares of logarithms, from at least two budgets."""
     log_flops = np.log([parabola.flops for parabola in parabolas])
     center = log_flops.mean()
     laws = []
@@ -203,7 +203,7 @@ def power_laws(parabolas: Sequence[Parabola]) -> tuple[PowerLaw, PowerLaw]:
 
 
 def _near_best(table: Table, rows_M: IntArray, width: float) -> IntArray:
-    """The rows whose size is within a factor of the size of least loss."""
+    """Returns the rows whose size is within a factor of the size of least loss."""
     log_params_M = np.log(table.params_R[rows_M])
     best = log_params_M[np.argmin(table.loss_R[rows_M])]
     return rows_M[np.abs(log_params_M - best) <= math.log(width) * (1 + 1e-9)]

@@ -1,4 +1,4 @@
-"""The law: loss as a function of parameters, tokens and kept neurons.
+"""Defines the law: loss as a function of parameters, tokens and kept neurons.
 
     L(N, D)    = E + A / N^alpha + B / D^beta                  Chinchilla, arXiv 2203.15556
     L(N, D, r) = E + A / (N r^gamma)^alpha + B / D^beta        with the activated-neuron term
@@ -20,7 +20,7 @@ from mone_megatron.report.stats import FloatArray
 
 @dataclass(frozen=True)
 class Allocation:
-    """The parameters and tokens of least loss for a budget of operations."""
+    """Holds the parameters and tokens of least loss for a budget of operations."""
 
     flops: float
     params: float
@@ -30,7 +30,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Law:
-    """Coefficients of the law; `gamma` is None without the activated-neuron term."""
+    """Holds coefficients of the law; `gamma` is None without the activated-neuron term."""
 
     E: float
     A: float
@@ -41,19 +41,19 @@ class Law:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The coefficients by name; `gamma` only with the activated-neuron term."""
+        """Returns the coefficients by name; `gamma` only with the activated-neuron term."""
         named = {"E": self.E, "A": self.A, "alpha": self.alpha, "B": self.B, "beta": self.beta}
         return named if self.gamma is None else {**named, "gamma": self.gamma}
 
     @property
     def finite(self) -> bool:
-        """Whether every coefficient is a number."""
+        """Returns whether every coefficient is a number."""
         return all(math.isfinite(value) for value in self.coefficients.values())
 
     def loss(
         self, params: FloatArray, tokens: FloatArray, ratio: FloatArray | None = None
     ) -> FloatArray:
-        """Predicted loss, elementwise.
+        """Returns the predicted loss in nats per token, elementwise.
 
         Args:
             params: N.
@@ -69,21 +69,21 @@ class Law:
 
     @property
     def has_optimum(self) -> bool:
-        """Whether more parameters and more tokens both help, so that a budget has a best use."""
+        """Returns whether more parameters and more tokens both help, so a budget has a best use."""
         return self.finite and self.alpha > 0 and self.beta > 0
 
     @property
     def params_exponent(self) -> float:
-        """a of N_opt ~ C^a where C is proportional to N D."""
+        """Returns a of N_opt ~ C^a where C is proportional to N D."""
         return self.beta / (self.alpha + self.beta)
 
     @property
     def tokens_exponent(self) -> float:
-        """b of D_opt ~ C^b where C is proportional to N D."""
+        """Returns b of D_opt ~ C^b where C is proportional to N D."""
         return self.alpha / (self.alpha + self.beta)
 
     def optimum(self, flops: float, flops_per_param_token: float, ratio: float = 1.0) -> Allocation:
-        """The N and D of least loss with ``flops_per_param_token * N * D = flops``.
+        """Returns the N and D of least loss with ``flops_per_param_token * N * D = flops``.
 
         Args:
             flops: the budget.

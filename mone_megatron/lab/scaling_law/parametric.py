@@ -1,4 +1,4 @@
-"""The parametric fit of a study, with its intervals, errors, optima and predictions."""
+"""Makes the parametric fit of a study, with its intervals, errors, optima and predictions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Figure = Callable[[Law], float]
 
 
 def study_parametric(table: Table, options: Options, warnings: list[str]) -> Parametric:
-    """Fit the law and everything that follows from it.
+    """Fits the law and everything that follows from it.
 
     Args:
         table: the runs.
@@ -134,7 +134,7 @@ def study_parametric(table: Table, options: Options, warnings: list[str]) -> Par
 
 
 def _doubts(fit: Fit, samples: LawSamples | None) -> list[str]:
-    """Why the fit or its intervals may be less than they look."""
+    """Returns why the fit or its intervals may be less than they look."""
     doubts = []
     if fit.at_best < max(2, _FEW_STARTS * fit.starts):
         doubts.append(
@@ -169,9 +169,10 @@ def _doubts(fit: Fit, samples: LawSamples | None) -> list[str]:
 
 
 def _held_out(table: Table, options: Options) -> tuple[Errors | str | None, Errors | str | None]:
-    """Errors on the largest budgets and on folds: None where not wanted, else why there are none.
+    """Returns the errors on the largest budgets and on folds.
 
-    The fit itself stands without them.
+    They are None where not wanted, or a text that says why there are none: the fit itself stands
+    without them.
     """
     starts = min(options.starts, FOLD_STARTS)
     holdout: Errors | str | None = None
@@ -242,7 +243,7 @@ def _optimal(figure: Figure) -> Figure:
 
 
 def _best(flops: float, per_param_token: float, ratio: float, part: str) -> Figure:
-    """N, D or the loss at the optimum of a budget."""
+    """Returns what gives N, D or the loss at the optimum of a budget under a law."""
 
     def figure(law: Law) -> float:
         best = law.optimum(flops, per_param_token, ratio)

@@ -1,4 +1,4 @@
-"""What a scaling study is asked for and what it finds: data only."""
+"""Holds what a scaling study is asked for and what it finds: data only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METHODS: tuple[Method, ...] = ("parametric", "isoflop")
 
 @dataclass(frozen=True)
 class Request:
-    """A point whose loss is asked for."""
+    """Holds a point whose loss is asked for."""
 
     params: float
     tokens: float
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Options:
-    """What to do with a table; the defaults are those of the command.
+    """Holds what to do with a table; the defaults are those of the command.
 
     Attributes:
         methods: fits to make.
@@ -80,7 +80,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, its interval (None without one), and why it is not identified (nothing if it is)."""
+    """Holds a value, its interval, if any, and why it is not identified (nothing if it is)."""
 
     value: float
     interval: Bounds | None
@@ -88,13 +88,13 @@ class Estimate:
 
     @property
     def identified(self) -> bool:
-        """Whether the table determines the value."""
+        """Returns whether the table determines the value."""
         return not self.doubts
 
 
 @dataclass(frozen=True)
 class AllocationEstimate:
-    """Where a budget is best spent, by one method."""
+    """Holds where a budget is best spent, by one method."""
 
     method: Method
     flops: float
@@ -107,14 +107,14 @@ class AllocationEstimate:
 
     @property
     def estimates(self) -> dict[str, Estimate]:
-        """Its numbers by name."""
+        """Returns the numbers of the allocation by name."""
         named = {"N_opt": self.params, "D_opt": self.tokens}
         return named if self.loss is None else {**named, "loss": self.loss}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss of a requested point; `reach` is the larger of its N and D over the table's."""
+    """Holds a requested point's loss; `reach` is the larger of its N and D over the table's."""
 
     request: Request
     loss: Estimate
@@ -123,7 +123,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Parametric:
-    """Results of the parametric fit; a text in place of errors says why there are none."""
+    """Holds results of the parametric fit; a text in place of errors says why there are none."""
 
     fit: Fit
     samples: LawSamples | None
@@ -140,7 +140,7 @@ class Parametric:
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """Results of the parabolas."""
+    """Holds the results of the parabolas."""
 
     fit: IsoFlopFit
     samples: IsoFlopSamples | None
@@ -152,7 +152,7 @@ class IsoFlop:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything found; `warnings` are what a reader must know before believing it."""
+    """Holds everything found; `warnings` are what a reader must know before believing it."""
 
     table: Table
     options: Options
@@ -162,7 +162,7 @@ class Study:
 
     @property
     def estimates(self) -> dict[str, Estimate]:
-        """Every number that was estimated, by the name that reports call it by."""
+        """Returns every number that was estimated, by the name that reports call it by."""
         named: dict[str, Estimate] = {}
         if self.parametric is not None:
             named |= self.parametric.coefficients | (self.parametric.exponents or {})

@@ -1,4 +1,4 @@
-"""The points of a scaling study: folders of our own runs.
+"""Reads the points of a scaling study from folders of our own runs.
 
 Legend: R rows (runs).
 """
@@ -36,7 +36,7 @@ def read_runs(
     flops_of: FlopsOf = "ideal",
     allow_duplicates: bool = False,
 ) -> Table:
-    """Read run folders as points.
+    """Reads run folders as points.
 
     Args:
         paths: the ``run.dir`` of each run.

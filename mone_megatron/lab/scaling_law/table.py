@@ -1,4 +1,4 @@
-"""The points of a scaling study: a CSV table read and checked.
+"""Reads and checks a CSV table of the points of a scaling study.
 
 Legend: R rows (runs).
 """
@@ -28,7 +28,7 @@ _MAX_NAMED = 8
 
 @dataclass(frozen=True)
 class Table:
-    """Runs as points of a scaling law; every value is finite and positive.
+    """Holds runs as points of a scaling law; every value is finite and positive.
 
     Attributes:
         source: what messages call the table.
@@ -57,7 +57,7 @@ class Table:
         return len(self.names)
 
     def take(self, rows: IntArray) -> Table:
-        """The rows with these indices, in their order; repeats are kept."""
+        """Returns the rows with these indices, in their order; repeats are kept."""
         return replace(
             self,
             names=tuple(self.names[row] for row in rows),
@@ -69,16 +69,16 @@ class Table:
         )
 
     def with_loss(self, loss_R: FloatArray) -> Table:
-        """The same runs with other losses."""
+        """Returns the same runs with other losses."""
         return replace(self, loss_R=loss_R)
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """The different keep ratios, ascending; empty where the table has none."""
+        """Returns the different keep ratios, ascending; empty where the table has none."""
         return () if self.ratio_R is None else tuple(np.unique(self.ratio_R).tolist())
 
     def points(self) -> IntArray:
-        """``[R]`` the number of each row's (N, D, keep ratio): equal for replicates."""
+        """Returns ``[R]``, the number of each row's (N, D, keep ratio): equal for replicates."""
         columns = [self.params_R, self.tokens_R]
         if self.ratio_R is not None:
             columns.append(self.ratio_R)
@@ -86,7 +86,7 @@ class Table:
         return inverse.reshape(-1).astype(np.int64)
 
     def budgets(self, tolerance: float) -> list[IntArray]:
-        """Rows of each FLOP budget, budgets ascending.
+        """Returns the rows of each FLOP budget, budgets ascending.
 
         A row belongs to a budget when its FLOPs are within a factor ``1 + tolerance`` of the
         smallest of the budget: real runs stop at whole steps.
@@ -103,9 +103,10 @@ class Table:
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """Columns of a CSV table. None for an optional column takes its usual name if it is there.
+    """Names the columns of a CSV table.
 
-    The usual names are ``flops``, ``keep_ratio``, ``run``, ``seed``, ``data``; `active` has none.
+    None for an optional column takes its usual name if it is there. The usual names are ``flops``,
+    ``keep_ratio``, ``run``, ``seed``, ``data``; `active` has none.
     """
 
     params: str = "params"
@@ -128,7 +129,7 @@ def read_csv(
     flops_per_param_token: float = FLOPS_PER_PARAM_TOKEN,
     allow_duplicates: bool = False,
 ) -> Table:
-    """Read a table of runs, one a row under a line of column names.
+    """Reads a table of runs, one a row under a line of column names.
 
     Numbers may end in K, M, B or T. Without a column of FLOPs they are
     ``flops_per_param_token * N * D``.
@@ -223,7 +224,7 @@ def read_csv(
 
 
 def check_positive(source: str, names: Sequence[str], values: Mapping[str, FloatArray]) -> None:
-    """Refuse values that are not finite and positive.
+    """Refuses values that are not finite and positive.
 
     Raises:
         ValueError: names the column and the rows with what they hold.
@@ -239,7 +240,7 @@ def check_positive(source: str, names: Sequence[str], values: Mapping[str, Float
 
 
 def check_duplicates(table: Table, identities: Sequence[object] | None) -> None:
-    """Refuse rows that are the same run twice.
+    """Refuses rows that are the same run twice.
 
     Args:
         table: the rows.
@@ -270,7 +271,7 @@ def check_duplicates(table: Table, identities: Sequence[object] | None) -> None:
 
 
 def keep_only_ratio(table: Table, ratio: float) -> Table:
-    """The rows of one keep ratio.
+    """Returns the rows of one keep ratio.
 
     Raises:
         ValueError: the table has no keep ratios, or no row of this one.
@@ -285,7 +286,7 @@ def keep_only_ratio(table: Table, ratio: float) -> Table:
 
 
 def parse_count(text: str) -> float:
-    """``1.7B`` -> 1.7e9: a number that may end in K, M, B (or G) or T.
+    """Parses a number that may end in K, M, B (or G) or T: ``1.7B`` is 1.7e9.
 
     Raises:
         ValueError: not a number.
@@ -300,14 +301,14 @@ def parse_count(text: str) -> float:
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:
-    """The items in one text; of many, the first ones and a count."""
+    """Returns the items in one text; of many, the first ones and a count."""
     shown = separator.join(items[:_MAX_NAMED])
     more = len(items) - _MAX_NAMED
     return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[str], list[list[str]]]:
-    """Column names, ``line N`` of each row, and the cells."""
+    """Reads column names, ``line N`` of each row, and the cells."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give a CSV table or folders of runs")
     try:
