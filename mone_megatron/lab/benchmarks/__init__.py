@@ -1,4 +1,4 @@
-"""What things cost, as ratios within one run; the command line is ``tools/bench.py``.
+"""Benchmarks measure what things cost, as ratios within one run, for ``tools/bench.py``.
 
 Nothing of the package imports this one.
 """

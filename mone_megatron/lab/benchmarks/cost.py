@@ -1,4 +1,4 @@
-"""What neuron selection adds to a training step on CPU: whole steps, then the parts apart."""
+"""Measures what neuron selection adds to a training step: whole steps, then the parts apart."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _READING = "layer metrics, when logged: ranks, files, alerts"
 
 @dataclass(frozen=True)
 class Part:
-    """One part of what MoNE adds."""
+    """Holds the time of one part of what MoNE adds."""
 
     name: str
     milliseconds_per_step: Spread
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """The result on one rank."""
+    """Holds what neuron selection costs, as measured on one rank."""
 
     hardware: str
     step_ratio: Spread
@@ -60,7 +60,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class _GateInputs:
-    """What one layer's NeuronGate was called with in a real step."""
+    """Holds what one layer's NeuronGate was called with in a real step."""
 
     gate_up_TF: Tensor
     scale_T: Tensor
@@ -68,7 +68,7 @@ class _GateInputs:
 
 
 def measure_cost(moe: Config, mone: Config, *, repeats: int, part_repeats: int) -> Cost:
-    """Time steps of two experiments that differ in ``mone`` only, interleaved, on this rank.
+    """Times steps of two experiments that differ in ``mone`` only, interleaved, on this rank.
 
     Collective over the default process group.
 
@@ -111,7 +111,7 @@ def _experts(session: OpenExperiment) -> list[GroupedExperts]:
 
 
 def _capture(session: OpenExperiment, step: Callable[[], None]) -> _GateInputs:
-    """Run a step and keep the inputs of its first layer's gate, in the last microbatch."""
+    """Runs a step and returns the inputs of its first layer's gate, in the last microbatch."""
     seen: list[_GateInputs] = []
 
     def keep(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -126,7 +126,7 @@ def _capture(session: OpenExperiment, step: Callable[[], None]) -> _GateInputs:
 
 
 def _reading(session: OpenExperiment, step: Callable[[], None], repeats: int) -> Spread:
-    """Seconds to add up over ranks, write and judge what a step counted."""
+    """Returns the seconds to add up over ranks, write and judge what a step counted."""
     panel = PanelHook(session.config, session.state.chunks, session.device.torch_device)
     panel.collect(True)
     step()

@@ -1,7 +1,8 @@
-"""One decoding step of a layer's experts, and whole texts: rows of kept neurons beside all rows.
+"""Times a decoding step of a layer's experts: rows of kept neurons beside all rows.
 
 The dense side is the fastest of three, each time: transformers' grouped and batched matrix
-products, and on CPU a loop over the chosen experts, which copies nothing. Needs the ``hf`` extra.
+products, and on CPU a loop over the chosen experts, which copies nothing. It needs the ``hf``
+extra.
 
 Shape suffixes: N tokens, K experts of a token, E experts, F neurons of an expert, H hidden size.
 """
@@ -34,7 +35,7 @@ OURS, MASKED = "mone_sparse", "mone (mask)"
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """A number of tokens at a keep ratio."""
+    """Holds what decoding a number of tokens at a keep ratio costs."""
 
     tokens: int
     keep_ratio: float
@@ -52,7 +53,7 @@ class DecodeCost:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """All cells."""
+    """Holds the costs of all numbers of tokens and keep ratios."""
 
     shape: dict[str, int]
     dtype: str
@@ -77,7 +78,7 @@ def _experts(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> Mon
 
 
 def _loop(experts: nn.Module, tokens_NH: Tensor, index_NK: Tensor, probs_NK: Tensor) -> Tensor:
-    """Expert after expert, weights where they lie, on all threads: a careful CPU engine."""
+    """Computes expert after expert, weights in their place, on all threads: a good CPU engine."""
     output_NH = torch.zeros_like(tokens_NH)
     gate_up, down = cast(Any, experts).gate_up_proj, cast(Any, experts).down_proj
     for expert in index_NK.unique().tolist():
@@ -94,7 +95,10 @@ Step = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 def _rotating(
     step: Step, layers: Sequence[nn.Module], inputs: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> Callable[[], object]:
-    """The next layer and the next tokens at each call; on a GPU each pair as a CUDA graph."""
+    """Returns a step for the next layer and the next tokens at each call.
+
+    On a GPU each pair is a CUDA graph.
+    """
     device = inputs[0][0].device
     actions = [
         graphed(partial(step, layer, *each), device)
@@ -114,7 +118,7 @@ def measure_decode(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> DecodeResult:
-    """Time one step of the experts for each number of tokens and keep ratio, interleaved.
+    """Times one step of the experts for each number of tokens and keep ratio, interleaved.
 
     Each way reads two layers' weights in turn, for other tokens and experts every time.
 

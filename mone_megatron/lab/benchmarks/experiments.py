@@ -1,4 +1,4 @@
-"""A trainer's parts without its loop: what the benchmarks of whole steps drive themselves."""
+"""Builds a trainer's parts without its loop: benchmarks of whole steps drive them themselves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mone_megatron.train.step import Batch, Stepper
 
 @dataclass
 class OpenExperiment:
-    """One experiment, ready to step, with its microbatches in memory."""
+    """Holds one experiment, ready to step, with its microbatches in memory."""
 
     config: Config
     layout: Layout
@@ -36,16 +36,16 @@ class OpenExperiment:
     batches: Iterator[Batch]
 
     def stepper(self) -> Stepper:
-        """The trainer's step over these objects."""
+        """Returns the trainer's step over these objects."""
         return Stepper(self.config, self.layout, self.device, self.state)
 
     def next_step(self) -> list[Batch]:
-        """The microbatches of one step."""
+        """Returns the microbatches of one step."""
         return list(itertools.islice(self.batches, self.layout.num_microbatches))
 
 
 def open_experiments(configs: Sequence[Config], *, steps_in_memory: int) -> list[OpenExperiment]:
-    """Build experiments of one layout beside each other in this process.
+    """Builds experiments of one layout beside each other in this process.
 
     Collective over the default process group, which is initialised and has no other groups yet.
 
@@ -91,7 +91,7 @@ def _open(config: Config, device: Device, world: World, steps: int) -> OpenExper
 
 
 def step_action(session: OpenExperiment) -> Iterator[None]:
-    """Train one step at each ``next``, auxiliary losses read as the trainer does."""
+    """Trains one step at each ``next``, auxiliary losses read as the trainer does."""
     stepper = session.stepper()
     auxiliary = AuxiliaryLossHook(session.config, session.layout, session.device.torch_device)
     while True:

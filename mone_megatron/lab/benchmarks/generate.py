@@ -1,4 +1,7 @@
-"""Texts from a whole model at batch 1: rows of kept neurons beside all rows. Needs ``hf``."""
+"""Times texts from a whole model at batch 1: rows of kept neurons beside all rows.
+
+It needs the ``hf`` extra.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ _DENSE = ("grouped_mm", "batched_mm")
 
 @dataclass(frozen=True)
 class GenerateCost:
-    """One model at one keep ratio; tokens a second count new tokens, the prompt's time included."""
+    """Holds the cost of texts from one model at one keep ratio.
+
+    Tokens a second count new tokens, the prompt's time included.
+    """
 
     shape: dict[str, int]
     dtype: str
@@ -41,7 +47,7 @@ class GenerateCost:
 
 
 def random_moe(shape: LayerShape, layers: int, dtype: torch.dtype) -> PreTrainedModel:
-    """A Qwen3-MoE of these sizes with random weights and a small vocabulary."""
+    """Returns a Qwen3-MoE of these sizes with random weights and a small vocabulary."""
     config = AutoConfig.for_model(
         "qwen3_moe",
         vocab_size=8192,
@@ -70,7 +76,7 @@ def measure_generate(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> GenerateCost:
-    """Time whole greedy texts through transformers' ``generate``, interleaved.
+    """Times whole greedy texts through transformers' ``generate``, interleaved.
 
     Args:
         shape: of the experts; its tokens are not used.
@@ -127,7 +133,7 @@ def measure_generate(
 
 
 def _experts_share(model: PreTrainedModel, text: Callable[[], None], device: torch.device) -> float:
-    """The experts' share of the time of one text."""
+    """Returns the experts' share of the time of one text."""
     seconds = [0.0]
     started = [0.0]
 

@@ -1,4 +1,4 @@
-"""The experts of one layer, forward and backward: MoNE beside MoE and beside usual ways to select.
+"""Times one layer's experts, forward and backward: MoNE beside MoE and usual ways to select.
 
 Shape suffixes: T rows (a token once for each of its experts), N tokens, K experts of a token, E
 experts, F neurons of an expert, H hidden size.
@@ -26,7 +26,7 @@ Gate = Callable[[Tensor, Tensor, Packed | None], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to compute the layer."""
+    """Describes one way to compute the layer."""
 
     gate: Gate
     # Kept values of a row in packed memory mode; 0 for the full mode.
@@ -36,7 +36,7 @@ class _Way:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer's experts and what they are given.
+    """Holds the sizes of one layer's experts and how many tokens they are given.
 
     Raises:
         ValueError: for sizes that are not of a layer.
@@ -49,7 +49,7 @@ class LayerShape:
     tokens: int
 
     def __post_init__(self) -> None:
-        """Check."""
+        """Checks the sizes."""
         if min(self.hidden, self.neurons, self.experts, self.chosen, self.tokens) < 1:
             raise ValueError("--hidden, --neurons, --experts, --chosen, --tokens must be 1 or more")
         if self.chosen > self.experts:
@@ -59,13 +59,16 @@ class LayerShape:
 
     @property
     def training_flops(self) -> int:
-        """Of three projections forward and backward, all neurons computed."""
+        """Returns the FLOPs of three projections forward and backward, all neurons computed."""
         return 3 * 2 * 3 * self.tokens * self.chosen * self.hidden * self.neurons
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One way to compute the layer. The ratio is over the MoE layer, which keeps all neurons."""
+    """Holds the cost of one way to compute the layer.
+
+    The ratio is over the MoE layer, which keeps all neurons.
+    """
 
     name: str
     milliseconds: Spread
@@ -81,7 +84,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """All of them, for one shape and keep ratio."""
+    """Holds the costs of all ways, for one shape and keep ratio."""
 
     shape: LayerShape
     keep_ratio: float
@@ -92,7 +95,7 @@ class LayerResult:
 
 
 class _Layer:
-    """Weights, permuted rows and gradients, the same for all."""
+    """Holds weights, permuted rows and gradients, the same for all ways."""
 
     def __init__(self, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -118,7 +121,7 @@ class _Layer:
         self.groups = ops.RowGroups.of(counts_E.cpu(), counts_E.to(device))
 
     def forward(self, way: _Way) -> tuple[Tensor, Tensor | None]:
-        """The output ``[T, H]``, and a loss beside it."""
+        """Returns the output ``[T, H]``, and a loss beside it, or None."""
         gate_up_TF = way.grouped_mm(self.rows_TH, self.gate_up.transpose(1, 2), self.groups)
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         packed = Packed(width=way.packed_width) if way.packed_width else None
@@ -130,7 +133,7 @@ class _Layer:
             return way.grouped_mm(hidden_TF, self.down, self.groups), extra
 
     def step(self, way: _Way) -> None:
-        """Forward and backward; the gradients are thrown away."""
+        """Runs forward and backward; the gradients are thrown away."""
         output_TH, extra = self.forward(way)
         outputs, grads = [output_TH], [self.grad_TH]
         if extra is not None:
@@ -139,7 +142,7 @@ class _Layer:
         torch.autograd.grad(outputs, (self.rows_TH, self.gate_up, self.down, self.probs_T), grads)
 
     def saved_bytes(self, way: _Way) -> int:
-        """Of the storages that autograd holds after the forward pass."""
+        """Returns the bytes of the storages that autograd holds after the forward pass."""
         known = [self.rows_TH, self.gate_up, self.down, self.probs_T, self.expert_T]
         known.append(self.groups.ends_E)
         outside = {tensor.untyped_storage().data_ptr() for tensor in known}
@@ -207,7 +210,7 @@ def _ways(layer: _Layer, shape: LayerShape, keep_ratio: float) -> dict[str, _Way
 
 @torch.no_grad()
 def _threshold(layer: _Layer, shape: LayerShape, keep_ratio: float) -> float:
-    """The |a| that ``keep_ratio`` of the neurons are above, from some of the rows."""
+    """Returns the |a| that ``keep_ratio`` of the neurons are above, from some of the rows."""
     gate_TF = layer.rows_TH[:256] @ layer.gate_up[0, : shape.neurons].T
     weights = F.silu(gate_TF).abs().float().flatten()
     return float(weights.kthvalue(max(1, round((1 - keep_ratio) * len(weights)))).values)
@@ -221,7 +224,7 @@ def measure_layer(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> LayerResult:
-    """Time them interleaved, on the same rows, weights and gradients.
+    """Times all ways interleaved, on the same rows, weights and gradients.
 
     "MoNE" is what training computes: selection and the balance loss's sums. The last two are what
     others do: selection alone, by masks in plain torch; a threshold keeps another number of

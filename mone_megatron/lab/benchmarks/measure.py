@@ -1,4 +1,4 @@
-"""Interleaved timing: ratios that hold on a machine whose speed drifts or is shared."""
+"""Times actions interleaved: ratios then hold on a machine whose speed drifts or is shared."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ Series = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of one call, on the clock and of processor time over the threads of this process.
+    """Holds the seconds of one call, on the clock and of processor time.
 
-    The clock is what counts. Processor time holds still when other processes take the cores.
+    Processor time is over the threads of this process. The clock is what counts; processor time
+    holds still when other processes take the cores.
     """
 
     clock: Series
@@ -26,7 +27,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and range of repeated measurements."""
+    """Holds the median and range of repeated measurements."""
 
     median: float
     smallest: float
@@ -34,7 +35,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise ``values``, at least one."""
+        """Summarises ``values``, at least one."""
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
@@ -44,7 +45,7 @@ class Spread:
 def interleave(
     actions: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int, calls: int = 1
 ) -> Samples:
-    """Seconds of one call of each action, measured in the order A B B A A B ...
+    """Measures the seconds of one call of each action, in the order A B B A A B ...
 
     Args:
         actions: by name; each must return only when its work is done.
@@ -76,13 +77,13 @@ def interleave(
 
 
 def ratio(series: Series, numerator: str, denominator: str) -> Spread:
-    """Time of one action over another's, from neighbouring measurements."""
+    """Returns the time of one action over another's, from neighbouring measurements."""
     pairs = zip(series[numerator], series[denominator], strict=True)
     return Spread.of([above / below for above, below in pairs])
 
 
 def difference(series: Series, longer: str, shorter: str) -> Spread:
-    """Seconds that one action takes beyond another, from neighbouring measurements."""
+    """Returns the seconds that one action takes beyond another, from neighbouring measurements."""
     pairs = zip(series[longer], series[shorter], strict=True)
     return Spread.of([more - less for more, less in pairs])
 
@@ -90,7 +91,7 @@ def difference(series: Series, longer: str, shorter: str) -> Spread:
 def finished(
     action: Callable[[], object], device: torch.device, *, calls: int = 20
 ) -> Callable[[], object]:
-    """An action for :func:`interleave` that returns when the work of ``action`` is done.
+    """Returns an action for :func:`interleave` that returns when ``action``'s work is done.
 
     On a GPU that is ``calls`` calls and one wait, so that launching is not what is measured; on
     CPU one call.
@@ -107,9 +108,9 @@ def finished(
 
 
 def graphed(action: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """On a GPU the action captured as a CUDA graph, so that no launch costs; on CPU itself.
+    """Returns the action captured as a CUDA graph on a GPU, so that no launch costs.
 
-    Not run here: there was no GPU.
+    On CPU it returns the action itself. Not run here: there was no GPU.
     """
     if device.type != "cuda":
         return action

@@ -1,4 +1,4 @@
-"""Start the ranks of a benchmark: gloo processes on this machine.
+"""Starts the ranks of a benchmark: gloo processes on this machine.
 
 Imports no megatron-core at module level: that must follow ``install_cpu_backend``.
 """
@@ -36,7 +36,7 @@ _LONG_TIMEOUT_SECONDS = 24 * 3600.0
 
 
 def prepare(overrides: Sequence[str], processes: int, *, device: str = "cpu") -> Config:
-    """Check the configuration for ``processes`` ranks and make its data, before any start.
+    """Checks the configuration for ``processes`` ranks and makes its data, before any start.
 
     Raises:
         ValueError: for a configuration or data that cannot work.
@@ -49,7 +49,7 @@ def prepare(overrides: Sequence[str], processes: int, *, device: str = "cpu") ->
 
 
 def use_device(kind: Literal["cpu", "cuda"], threads: int) -> tuple[torch.device, str]:
-    """Compute in this process on ``threads`` CPU threads (0: one a core), or on its GPU.
+    """Sets this process to compute on ``threads`` CPU threads (0: one a core), or on its GPU.
 
     Returns:
         The device, and the hardware in words.
@@ -63,7 +63,7 @@ def use_device(kind: Literal["cpu", "cuda"], threads: int) -> tuple[torch.device
 
 @contextmanager
 def _ranks(count: int, timeout_seconds: float = _TIMEOUT_SECONDS) -> Iterator[Processes]:
-    """So many processes to measure in; they end with what is inside, on SIGTERM, too.
+    """Yields so many processes to measure in; they end with what is inside, on SIGTERM, too.
 
     Raises:
         HelperError: one of them cannot be started, fails or is killed, in one line.
@@ -80,7 +80,10 @@ def _ranks(count: int, timeout_seconds: float = _TIMEOUT_SECONDS) -> Iterator[Pr
 
 
 def run_spine(config: Config, processes: int, *, repeats: int, steps: int) -> SpineCost:
-    """:func:`mone_megatron.lab.benchmarks.spine.measure_spine` on ``processes`` ranks; rank 0's."""
+    """Runs :func:`mone_megatron.lab.benchmarks.spine.measure_spine` on ``processes`` ranks.
+
+    Returns rank 0's result.
+    """
     open_device(config.device, World())
     from mone_megatron.lab.benchmarks.spine import measure_spine
 
@@ -89,7 +92,10 @@ def run_spine(config: Config, processes: int, *, repeats: int, steps: int) -> Sp
 
 
 def run_save(config: Config, processes: int, *, repeats: int) -> SaveCost:
-    """:func:`mone_megatron.lab.benchmarks.save.measure_save` on ``processes`` ranks; rank 0's."""
+    """Runs :func:`mone_megatron.lab.benchmarks.save.measure_save` on ``processes`` ranks.
+
+    Returns rank 0's result.
+    """
     open_device(config.device, World())
     from mone_megatron.lab.benchmarks.save import measure_save
 
@@ -98,7 +104,10 @@ def run_save(config: Config, processes: int, *, repeats: int) -> SaveCost:
 
 
 def run_cost(moe: Config, mone: Config, processes: int, *, repeats: int, part_repeats: int) -> Cost:
-    """:func:`mone_megatron.lab.benchmarks.cost.measure_cost` on ``processes`` ranks; rank 0's."""
+    """Runs :func:`mone_megatron.lab.benchmarks.cost.measure_cost` on ``processes`` ranks.
+
+    Returns rank 0's result.
+    """
     open_device(moe.device, World())
     from mone_megatron.lab.benchmarks.cost import measure_cost
 
@@ -109,9 +118,10 @@ def run_cost(moe: Config, mone: Config, processes: int, *, repeats: int, part_re
 def run_ties(
     config: Config, *, ways: Sequence[TieWay], seeds: Sequence[int], steps: int, counted_steps: int
 ) -> TrainingTies:
-    """:func:`mone_megatron.lab.benchmarks.ties_training.measure_training` with each ``train.seed``.
+    """Counts ties by :func:`mone_megatron.lab.benchmarks.ties_training.measure_training`.
 
-    In one process of its own, one seed after the other.
+    It trains with each ``train.seed``, in one process of its own, one seed after the other, and
+    returns the models of all seeds.
     """
     open_device(config.device, World())
     from mone_megatron.lab.benchmarks.ties_training import measure_training
@@ -133,9 +143,10 @@ def run_ties(
 def run_train(
     moe: Config, mone: Config, processes: int, *, repeats: int, steps: int
 ) -> TrainResult:
-    """:func:`mone_megatron.lab.benchmarks.train.measure_train` on ``processes`` ranks; rank 0's.
+    """Runs :func:`mone_megatron.lab.benchmarks.train.measure_train` on ``processes`` ranks.
 
-    On GPUs this process is one of them, started by torchrun when there are several (not run here).
+    Returns rank 0's result. On GPUs this process is one of the ranks, started by torchrun when
+    there are several (not run here).
     """
     if moe.device.kind == "cuda":
         world = World.from_environment()

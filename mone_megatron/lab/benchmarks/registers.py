@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for a GPU that need not be there; report registers and spills.
+"""Compiles the Triton kernels for a GPU that need not be there; reports registers and spills.
 
 ``python -m mone_megatron.lab.benchmarks.registers`` prints one line a kernel. The compiler, ptxas
 included, comes with Triton; this is how launch shapes were chosen without a GPU, and how the tests
@@ -43,7 +43,7 @@ _NUMBERS = ("rows", "k", "packed_width", "grad_hidden_stride", *_ALIGNED)
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes of a GPU."""
+    """Holds what one compiled kernel takes of a GPU."""
 
     kernel: str
     neurons: int
@@ -55,7 +55,7 @@ class Resources:
 
     @property
     def resident(self) -> int:
-        """Programs that a multiprocessor of an H100 holds at a time."""
+        """Returns how many programs a multiprocessor of an H100 holds at a time."""
         by_registers = _REGISTERS_OF_A_MULTIPROCESSOR // (self.registers * 32 * self.warps)
         return min(by_registers, _WARPS_OF_A_MULTIPROCESSOR // self.warps, _PROGRAMS)
 
@@ -131,7 +131,10 @@ def forward(
     more_pointers: dict[str, str] | None = None,
     more_constants: dict[str, Any] | None = None,
 ) -> Resources:
-    """The forward kernel; by default selection is by |SiLU(g)|, in fp32 by torch's scores."""
+    """Compiles the forward kernel.
+
+    By default it selects by |SiLU(g)|, in fp32 by torch's scores.
+    """
     given = {"scores": dtype} if dtype == "fp32" else {}
     pointers = {"gate": dtype, "up": dtype, "scale": "fp32", "hidden": dtype, "bits": "u8", **given}
     if packed:
@@ -179,7 +182,7 @@ _VARIANTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 
 
 def variants(neurons: int, *, architecture: int) -> list[Resources]:
-    """The forward kernel of bf16 in its other variants."""
+    """Compiles the forward kernel of bf16 in its other variants."""
     return [
         forward(
             neurons,
@@ -196,7 +199,7 @@ def variants(neurons: int, *, architecture: int) -> list[Resources]:
 
 
 def backward(neurons: int, dtype: str, *, sums: bool, packed: bool, architecture: int) -> Resources:
-    """The backward kernel."""
+    """Compiles the backward kernel."""
     pointers = dict.fromkeys(("grad_hidden", "gate", "up", "grad_gate", "grad_up"), dtype)
     pointers |= {"scale": "fp32", "grad_scale": "fp32", "bits": "u8"}
     if sums:
@@ -220,7 +223,7 @@ def backward(neurons: int, dtype: str, *, sums: bool, packed: bool, architecture
 
 
 def others(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
-    """The mask alone, hidden values rebuilt, and the addition of sums."""
+    """Compiles the mask alone, hidden values rebuilt, and the addition of sums."""
     common: dict[str, Any] = {"neurons": neurons, "dtype": dtype, "architecture": architecture}
     rebuilt = {
         "packed_gate": dtype, "packed_up": dtype, "scale": "fp32", "bits": "u8", "hidden": dtype,
@@ -252,7 +255,7 @@ def others(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
 
 
 def decoding(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
-    """The kernels for few tokens."""
+    """Compiles the kernels for few tokens."""
     common: dict[str, Any] = {"neurons": neurons, "dtype": dtype, "architecture": architecture}
     slots = {"token": "i64", "expert": "i64"}
     dot = {"ROWS": fused_decode.DOT_ROWS, "BLOCK": fused_decode.DOT_BLOCK}
@@ -305,7 +308,7 @@ def decoding(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
 
 
 def all_of(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
-    """Every kernel for one width and dtype."""
+    """Compiles every kernel for one width and dtype."""
     results = []
     for sums, packed in ((False, False), (True, False), (True, True)):
         settings: dict[str, Any] = {"sums": sums, "packed": packed, "architecture": architecture}
@@ -315,7 +318,7 @@ def all_of(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--neurons", type=int, nargs="+", default=[256, 1024, 4096, 8192])
     parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp32"), default=["bf16"])

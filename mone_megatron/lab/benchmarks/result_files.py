@@ -1,4 +1,4 @@
-"""Benchmark results as text and as JSON, each with where it ran."""
+"""Writes benchmark results as text and as JSON, each with where it ran."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # only their fields are read: no megatron-core here
 
 
 def versions() -> dict[str, str]:
-    """What speed depends on."""
+    """Returns the versions of Python and of the packages that speed depends on."""
     packages = ["torch", "megatron-core", "numpy"]
     packages += [
         name for name in ("triton", "transformers") if importlib.util.find_spec(name) is not None
@@ -38,19 +38,19 @@ def versions() -> dict[str, str]:
 
 
 def environment(hardware: str) -> dict[str, Any]:
-    """Where a result comes from; ``load`` is the machine's one-minute load average."""
+    """Returns where a result comes from; ``load`` is the one-minute load average."""
     load = os.getloadavg()[0]
     return {"hardware": hardware, "load": round(load, 2), "versions": versions()}
 
 
 def environment_lines(facts: dict[str, Any]) -> list[str]:
-    """:func:`environment` for people."""
+    """Returns :func:`environment` as lines for people."""
     named = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return [f"on {facts['hardware']}; load {facts['load']}", named]
 
 
 def spine_lines(cost: SpineCost) -> list[str]:
-    """Median (smallest..largest) of each."""
+    """Returns lines with the median (smallest..largest) of each figure."""
     return [
         f"trainer / bare loop, tokens/s: {cost.throughput_ratio}",
         f"  by processor time: {cost.processor_ratio}",
@@ -60,7 +60,7 @@ def spine_lines(cost: SpineCost) -> list[str]:
 
 
 def cost_lines(cost: Cost) -> list[str]:
-    """Median (smallest..largest) of each."""
+    """Returns lines with the median (smallest..largest) of each figure."""
     lines = [
         f"MoNE / MoE, step time: {cost.step_ratio}",
         f"  by processor time: {cost.step_processor_ratio}",
@@ -81,7 +81,7 @@ def cost_lines(cost: Cost) -> list[str]:
 
 
 def save_lines(cost: SaveCost) -> list[str]:
-    """Median (smallest..largest) of each."""
+    """Returns lines with the median (smallest..largest) of each figure."""
     return [
         f"a checkpoint of {cost.megabytes:.1f} MB stops training",
         f"  sync:  {cost.sync_seconds} s",
@@ -94,7 +94,7 @@ def save_lines(cost: SaveCost) -> list[str]:
 
 
 def select_lines(cells: list[SelectCost]) -> list[str]:
-    """One line a cell."""
+    """Returns a header and one line a cell."""
     lines = [
         f"{'rows':>6} {'f':>5} {'K':>5}  ours, ms; torch.topk + scatter / ours; kthvalue / ours"
     ]
@@ -107,7 +107,7 @@ def select_lines(cells: list[SelectCost]) -> list[str]:
 
 
 def layer_lines(result: LayerResult) -> list[str]:
-    """One line a way."""
+    """Returns the shape, a header, one line a way, and what all of them save."""
     shape = result.shape
     lines = [
         f"h={shape.hidden} f={shape.neurons}, {shape.chosen} of {shape.experts} experts, "
@@ -124,7 +124,7 @@ def layer_lines(result: LayerResult) -> list[str]:
 
 
 def train_lines(result: TrainResult) -> list[str]:
-    """One line a way."""
+    """Returns a header and one line a way."""
     lines = [
         f"steps of {result.tokens_per_step:,} tokens",
         f"{'':<24} step time / MoE; by processor time; s a step; tokens/s; TFLOPS; peak GPU memory",
@@ -139,7 +139,7 @@ def train_lines(result: TrainResult) -> list[str]:
 
 
 def decode_lines(result: DecodeResult) -> list[str]:
-    """One line a cell."""
+    """Returns the shape, a header and one line a cell."""
     sizes = result.shape
     lines = [
         f"h={sizes['hidden']} f={sizes['neurons']}, {sizes['chosen']} of {sizes['experts']} "
@@ -157,7 +157,7 @@ def decode_lines(result: DecodeResult) -> list[str]:
 
 
 def generate_lines(cost: GenerateCost) -> list[str]:
-    """Tokens a second of each way."""
+    """Returns the sizes, the speed-up, and one line a way with its tokens a second."""
     sizes = ", ".join(f"{name} {size}" for name, size in cost.shape.items())
     lines = [
         f"{sizes}, keep ratio {cost.keep_ratio:g}, {cost.dtype}; {cost.new_tokens} new tokens, "
@@ -188,7 +188,7 @@ def _ties_cells(name: str, loss: str, ties: TieStatistics) -> str:
 
 
 def training_ties_lines(result: TrainingTies) -> list[str]:
-    """One line a model, then what its router does."""
+    """Returns one line a model, then what its router does, under a header."""
     one = result.trained[0].ties
     lines = [
         f"K={one.kept} of f={one.neurons}; {result.steps} steps of {result.tokens_per_step:,} "
@@ -210,7 +210,7 @@ def training_ties_lines(result: TrainingTies) -> list[str]:
 
 
 def model_ties_lines(result: ModelTies) -> list[str]:
-    """One line a dtype and tie order."""
+    """Returns one line a dtype and tie order, under a header."""
     one = result.measured[0].ties
     lines = [
         f"{result.model}: K={one.kept} of f={one.neurons} by {result.score}; {result.tokens:,} "
@@ -225,7 +225,7 @@ def model_ties_lines(result: ModelTies) -> list[str]:
 
 
 def write_json(path: Path, benchmark: str, facts: dict[str, Any], result: Any) -> None:
-    """One object: ``benchmark``, the environment, and ``result``."""
+    """Writes one object: ``benchmark``, the environment, and ``result``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": benchmark, **facts, "result": _plain(result)}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

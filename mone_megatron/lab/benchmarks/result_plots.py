@@ -1,4 +1,4 @@
-"""A picture of a benchmark's result, beside its JSON file."""
+"""Draws a picture of a benchmark's result, beside its JSON file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _new(title: str) -> tuple[Figure, Axes]:
 
 
 def bars(title: str, label: str, values: Mapping[str, Spread]) -> Figure:
-    """A bar a name, its range as a whisker, and a line at 1."""
+    """Draws a bar a name, its range as a whisker, and a line at 1."""
     figure, axes = _new(title)
     names = list(values)
     for place, name in enumerate(names):
@@ -56,7 +56,7 @@ def bars(title: str, label: str, values: Mapping[str, Spread]) -> Figure:
 
 
 def decode_figure(result: DecodeResult) -> Figure:
-    """Speed-up over the number of tokens, a colour a keep ratio, its limit dashed."""
+    """Draws speed-up over the number of tokens, a colour a keep ratio, its limit dashed."""
     sizes = result.shape
     figure, axes = _new(
         f"Decoding: fastest dense experts / mone_sparse, h={sizes['hidden']} f={sizes['neurons']}, "
@@ -80,7 +80,7 @@ def decode_figure(result: DecodeResult) -> Figure:
 
 
 def select_figure(cells: Sequence[SelectCost]) -> Figure:
-    """Times of torch.topk + scatter over ours, by width, a colour a number of rows."""
+    """Draws times of torch.topk + scatter over ours, by width, a colour a number of rows."""
     figure, axes = _new("The exact top-k mask: torch.topk + scatter / ours")
     for index, rows in enumerate(sorted({cell.rows for cell in cells})):
         chosen = [cell for cell in cells if cell.rows == rows]
@@ -100,7 +100,7 @@ def select_figure(cells: Sequence[SelectCost]) -> Figure:
 
 
 def ties_figure(models: Mapping[str, TieStatistics]) -> Figure:
-    """Load over the index of a neuron, and what the tie rule adds to it, a colour a model."""
+    """Draws load over a neuron's index, and what the tie rule adds to it, a colour a model."""
     figure, axes = _new("Load of the neurons by their index; dashed: what the tie rule adds")
     for index, (name, ties) in enumerate(models.items()):
         color = COLORS[index % len(COLORS)]
@@ -129,6 +129,6 @@ def _ranges(
 
 
 def write(figure: Figure, path: Path) -> None:
-    """As PNG."""
+    """Writes the figure as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

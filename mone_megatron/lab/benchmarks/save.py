@@ -1,4 +1,4 @@
-"""How long a checkpoint stops training: written beside it, and waited for."""
+"""Measures how long a checkpoint stops training: written beside it, and waited for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mone_megatron.train.resume.identity import run_identity
 
 @dataclass(frozen=True)
 class SaveCost:
-    """The result on one rank."""
+    """Holds what a save costs, as measured on one rank."""
 
     hardware: str
     megabytes: float
@@ -41,7 +41,9 @@ class SaveCost:
 
 
 def measure_save(config: Config, *, repeats: int) -> SaveCost:
-    """Save the same training state both ways, in turn. Collective over the default process group.
+    """Saves the same training state both ways, in turn.
+
+    Collective over the default process group.
 
     Args:
         config: from :func:`mone_megatron.lab.benchmarks.ranks.prepare`.
@@ -117,7 +119,7 @@ def _checkpointer(session: OpenExperiment, folder: Path, *, async_save: bool) ->
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """One temporary folder for all ranks."""
+    """Yields one temporary folder for all ranks."""
     with tempfile.TemporaryDirectory() as own:
         box = [own]
         dist.broadcast_object_list(box, src=0)

@@ -1,4 +1,4 @@
-"""Our exact top-k mask against what torch offers, over a grid of rows and neurons."""
+"""Times our exact top-k mask against what torch offers, over a grid of rows and neurons."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CALLS_ON_GPU = 20
 
 @dataclass(frozen=True)
 class SelectCost:
-    """One cell of the grid. Ratios above 1 say that ours is faster."""
+    """Holds one cell of the grid. Ratios above 1 say that ours is faster."""
 
     rows: int
     neurons: int
@@ -29,13 +29,16 @@ class SelectCost:
 
 
 def topk_scatter(scores_TF: Tensor, k: int) -> Tensor:
-    """The usual mask: ``torch.topk``, then True at its indices (ties to whichever it returns)."""
+    """Returns the usual mask: ``torch.topk``, then True at its indices.
+
+    Ties go to whichever ``torch.topk`` returns.
+    """
     indices_TK = scores_TF.topk(k, dim=-1, sorted=False).indices
     return torch.zeros_like(scores_TF, dtype=torch.bool).scatter_(-1, indices_TK, True)
 
 
 def kthvalue_mask(scores_TF: Tensor, k: int) -> Tensor:
-    """By the threshold of ``torch.kthvalue``: more than k where scores tie."""
+    """Returns the mask by the threshold of ``torch.kthvalue``: more than k where scores tie."""
     kth_T1 = scores_TF.kthvalue(scores_TF.shape[-1] - k + 1, dim=-1, keepdim=True).values
     return scores_TF >= kth_T1
 
@@ -49,7 +52,7 @@ def measure_select(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[SelectCost]:
-    """Time the masks of random |SiLU| scores, interleaved.
+    """Times the masks of random |SiLU| scores, interleaved.
 
     Args:
         rows: of the grid.

@@ -1,4 +1,4 @@
-"""What the trainer adds to a bare loop over the same megatron-core objects."""
+"""Measures what the trainer adds to a bare loop over the same megatron-core objects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mone_megatron.train.step import Batch
 
 @dataclass(frozen=True)
 class SpineCost:
-    """The result on one rank."""
+    """Holds what the trainer costs, as measured on one rank."""
 
     hardware: str
     # Tokens per second through the trainer over those of the bare loop.
@@ -38,7 +38,7 @@ class SpineCost:
 
 
 def measure_spine(config: Config, *, repeats: int, steps: int) -> SpineCost:
-    """Train with the loop, its metrics file and its progress lines, and with a bare loop.
+    """Trains with the loop, its metrics file and its progress lines, and with a bare loop.
 
     Each trains its own copy of the model, on the same microbatches in the same order. Collective
     over the default process group.
@@ -85,7 +85,10 @@ def measure_spine(config: Config, *, repeats: int, steps: int) -> SpineCost:
 
 
 def bare_loop(session: OpenExperiment, steps: int) -> None:
-    """The least that trains: schedule, optimizer, learning rate; nothing read, nothing logged."""
+    """Trains with the least that does: schedule, optimizer, learning rate.
+
+    Nothing is read, nothing logged.
+    """
     train_config = session.config.train
     forward_backward = session.stepper().forward_backward
     chunks = session.state.chunks

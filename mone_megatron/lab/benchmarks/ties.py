@@ -1,4 +1,4 @@
-"""What exact ties between scores do to the load of neurons: the counts that every tie study makes.
+"""Counts what exact ties between scores do to the load of neurons, for every tie study.
 
 Scores in bf16 have 8 bits, so several neurons of a token often share the score at the threshold
 and the tie rule decides which of them are kept. :class:`TieCounter` chooses with a rule of its own
@@ -25,7 +25,7 @@ _MOST_PARTS = 16
 
 @dataclass(frozen=True)
 class TieStatistics:
-    """What ties decided in one model, over all its experts that selected neurons.
+    """Holds what ties decided in one model, over all its experts that selected neurons.
 
     Attributes:
         order: which of equal neurons was kept: ``lowest`` index (the method's rule), ``highest``
@@ -62,13 +62,13 @@ class TieStatistics:
 
     @property
     def first_over_last(self) -> float:
-        """How much more load the tie rule gave the first part than the last, over the mean."""
+        """Returns how much more load ties gave the first part than the last, over the mean."""
         return self.bias_over_parts[0] - self.bias_over_parts[-1]
 
 
 @dataclass(frozen=True)
 class TieWay:
-    """A dtype and a tie order to train or to run a model with."""
+    """Holds a dtype and a tie order to train or to run a model with."""
 
     dtype: Literal["fp32", "bf16"]
     order: TieOrder
@@ -113,7 +113,7 @@ class TieCounter:
     """Chooses the neurons of one layer's experts by a tie order, and counts what ties decided."""
 
     def __init__(self, order: TieOrder, neurons: int, kept: int, experts: int, seed: int) -> None:
-        """Start with nothing counted.
+        """Starts with nothing counted.
 
         Args:
             order: which of equal neurons is kept.

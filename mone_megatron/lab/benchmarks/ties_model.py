@@ -1,4 +1,4 @@
-"""The tie rule on the weights of a trained model: loads and loss with each tie order.
+"""Measures the tie rule on a trained model's weights: loads and loss with each tie order.
 
 Shape suffixes: T tokens (rows).
 """
@@ -33,7 +33,7 @@ from mone_megatron.lab.sparsification.ranking import Rows, score_rows
 
 @dataclass(frozen=True)
 class MeasuredTies:
-    """A model whose neurons are selected with one dtype and tie order.
+    """Holds what a model does whose neurons are selected with one dtype and tie order.
 
     Attributes:
         way: the dtype of weights and activations, and the tie order, in words.
@@ -50,7 +50,7 @@ class MeasuredTies:
 
 @dataclass(frozen=True)
 class ModelTies:
-    """A model with every dtype and tie order, on the same text."""
+    """Holds a model's measurements with every dtype and tie order, on the same text."""
 
     model: str
     score: str
@@ -73,7 +73,7 @@ def measure_model(
     seq_length: int,
     say: Callable[[str], None],
 ) -> ModelTies:
-    """Select neurons in every layer of a model with each dtype and tie order.
+    """Selects neurons in every layer of a model with each dtype and tie order.
 
     Args:
         where: a run, an export or any transformers model that can be sparsified.

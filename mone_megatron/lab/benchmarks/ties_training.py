@@ -1,4 +1,4 @@
-"""The tie rule in training: the same model trained with different tie orders, seed by seed.
+"""Measures the tie rule in training: one model, trained with each tie order, seed by seed.
 
 The order is put in the place of the method's own by forward hooks on the modules that choose
 neurons, so nothing of the trainer knows of it.
@@ -32,7 +32,7 @@ from mone_megatron.parallel.groups import close_groups
 
 @dataclass(frozen=True)
 class RouterTies:
-    """How often the choice of experts was between equal logits.
+    """Holds how often the choice of experts was between equal logits.
 
     Attributes:
         dtype: of the logits as the router computes them.
@@ -49,7 +49,7 @@ class RouterTies:
 
 @dataclass(frozen=True)
 class TrainedTies:
-    """One model after training.
+    """Holds what was measured of one model after training.
 
     Attributes:
         way: the dtype of parameters and activations, and the tie order, in words.
@@ -68,7 +68,7 @@ class TrainedTies:
 
 @dataclass(frozen=True)
 class TrainingTies:
-    """All models that were trained.
+    """Holds all models that were trained.
 
     Attributes:
         hardware: where, in words.
@@ -88,7 +88,7 @@ class TrainingTies:
 def measure_training(
     config: Config, *, ways: Sequence[TieWay], steps: int, counted_steps: int
 ) -> TrainingTies:
-    """Train one model for each way, and count ties in its last steps.
+    """Trains one model for each way, and counts ties in its last steps.
 
     Collective over the default process group, of one rank, which it closes: loads of neurons are
     counted here.
@@ -147,7 +147,7 @@ def _train(
 
 
 def watch_gate(gate: NeuronGate, order: TieOrder, seed: int) -> TieCounter:
-    """Let a tie order choose the neurons of a gate from now on, and count what it decides.
+    """Makes a tie order choose a gate's neurons from now on, and counts what it decides.
 
     Args:
         gate: one that keeps the K largest, all of whose neurons are on this rank.
@@ -175,7 +175,7 @@ class RouterCounter:
     """Counts equal logits at the edge of a router's choice."""
 
     def __init__(self, router: TopKRouter) -> None:
-        """Watch the logits of ``router``."""
+        """Watches the logits of ``router``."""
         self.counting = False
         self.dtype = ""
         self.tokens = self.tied = self.tied_in_bf16 = 0

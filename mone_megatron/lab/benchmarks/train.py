@@ -1,4 +1,4 @@
-"""Whole training steps: MoNE in its modes beside the MoE baseline."""
+"""Times whole training steps: MoNE in its modes beside the MoE baseline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOE = "MoE"
 
 @dataclass(frozen=True)
 class TrainCost:
-    """One way to train. Ratios are over the MoE baseline's step."""
+    """Holds the cost of one way to train. Ratios are over the MoE baseline's step."""
 
     name: str
     step_seconds: Spread
@@ -34,7 +34,7 @@ class TrainCost:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """All ways, on rank 0."""
+    """Holds the costs of all ways, from rank 0."""
 
     hardware: str
     tokens_per_step: int
@@ -43,13 +43,13 @@ class TrainResult:
 
 @dataclass
 class _Peak:
-    """The most GPU memory that was allocated, over the measurements of one way."""
+    """Holds the most GPU memory that was allocated, over the measurements of one way."""
 
     bytes: int = 0
 
 
 def measure_train(moe: Config, mone: Config, *, repeats: int, steps: int) -> TrainResult:
-    """Time steps of the baseline and of MoNE: as configured, in packed memory, without kernels.
+    """Times MoE's steps and MoNE's: as configured, in packed memory, without kernels.
 
     Collective over the default process group. Each trains a model of its own, so all of them have
     to fit into memory together.

@@ -1,4 +1,4 @@
-"""The checks, the most telling first, and what a machine without a GPU can run of them."""
+"""Lists the checks, the most telling first, and what a machine without a GPU can run of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FEW = ("parallel=data", "data=stdlib", "checkpoint=never", "train.steps=12",
 
 @dataclass(frozen=True)
 class Check:
-    """One command, and what it needs.
+    """Describes one command, and what it needs.
 
     Attributes:
         name: of the check.

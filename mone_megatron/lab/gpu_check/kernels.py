@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference, on a GPU or in Triton's interpreter, in few variants.
+"""Compares the Triton kernels with the reference, on a GPU or in the interpreter, in few variants.
 
 The tests have more of them (``pytest --gpu tests/kernels``), and compile for minutes. Masks are
 compared bit for bit. Prints JSON as its last line.
@@ -25,7 +25,7 @@ _TOLERANCE = {"bf16": 2e-2, "fp32": 1e-5}
 
 @dataclass(frozen=True)
 class Case:
-    """One call."""
+    """Describes one call of the kernels."""
 
     neurons: int
     dtype: str = "bf16"

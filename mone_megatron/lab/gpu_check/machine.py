@@ -1,4 +1,7 @@
-"""What the machine has, and whether the first operations work. Prints JSON as its last line."""
+"""Tells what the machine has, and whether the first operations work.
+
+It prints JSON as its last line.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ PASSED, FAILED, LATE, LEFT = "passed", "failed", "out of time", "left out"
 
 @dataclass
 class Result:
-    """What one check found."""
+    """Holds what one check found."""
 
     name: str
     asks: str

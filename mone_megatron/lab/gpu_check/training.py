@@ -1,4 +1,4 @@
-"""Short runs of the trainer, each in a process of its own, and what their metrics say.
+"""Runs the trainer briefly, each time in a process of its own, and says what its metrics show.
 
 ``python -m mone_megatron.lab.gpu_check.training WHAT FOLDER [--device D] [key=value ...]`` prints
 JSON as its last line.
@@ -43,7 +43,7 @@ def _apart(first: list[dict[str, float]], second: list[dict[str, float]], key: s
 
 
 def agree(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, Any], bool]:
-    """Five steps in fp32 on the CPU and on ``device``: the same losses."""
+    """Trains five steps in fp32 on the CPU and on ``device``: the same losses are wanted."""
     steps = ("experiment=tiny_mone", "train.steps=5", "device.dtype=fp32", *overrides)
     on_cpu = train(folder / "cpu", *steps, "device.kind=cpu")
     there = train(folder / device, *steps, f"device.kind={device}")
@@ -54,7 +54,7 @@ def agree(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, An
 
 
 def resume(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, Any], bool]:
-    """Six steps, and the last three again from a checkpoint that was written beside training."""
+    """Trains six steps, and the last three again from a checkpoint written beside training."""
     common = ("experiment=tiny_mone", f"device.kind={device}", "checkpoint=auto",
               "checkpoint.interval=3", "checkpoint.async_save=true", *overrides)  # fmt: skip
     straight = train(folder / "straight", *common, "train.steps=6")
@@ -66,7 +66,7 @@ def resume(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, A
 
 
 def speed(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, Any], bool]:
-    """Steps of a configuration: seconds, tokens a second, and the share of the GPU's peak."""
+    """Measures a configuration's steps: seconds, tokens a second, the share of the GPU's peak."""
     records = train(folder / "run", f"device.kind={device}", *overrides)
     # The first compile kernels and fill caches.
     measured = records[len(records) // 2 :]
@@ -83,7 +83,7 @@ def speed(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, An
 
 
 def waits(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, Any], bool]:
-    """How often the host waited for the GPU in steps of the trainer, as CUDA itself counts."""
+    """Counts how often the host waited for the GPU in the trainer's steps, as CUDA counts."""
     import torch
 
     steps, settings = {"few": 4, "many": 8}, ("experiment=tiny_mone", *overrides)
