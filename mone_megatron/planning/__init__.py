@@ -1,4 +1,4 @@
-"""Counts made from the config alone: parameters and floating-point operations."""
+"""Counts parameters and floating-point operations from the config alone."""
 
 from mone_megatron.planning.flops import Flops, flops_per_step
 from mone_megatron.planning.parameters import ParameterCount, count_parameters

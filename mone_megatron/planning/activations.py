@@ -1,4 +1,4 @@
-"""Bytes that one forward pass of a microbatch keeps for its backward pass, tensor by tensor.
+"""Counts the bytes that one forward pass of a microbatch keeps for its backward pass, by tensor.
 
 Each entry is a tensor that autograd saves (of several views of one storage, the storage), named
 after what it is. Two sets of kernels differ: on CPU SwiGLU with selection is one function in fp32
@@ -30,7 +30,7 @@ Saved = dict[str, int]
 
 @dataclass(frozen=True)
 class Numerics:
-    """Which kernels run, in which dtype."""
+    """Says which kernels run, in which dtype, and how uneven the load of experts is."""
 
     kernels: Kernels
     # Of one weight or activation: 2 for bf16, 4 for fp32.
@@ -40,18 +40,18 @@ class Numerics:
 
 
 def tokens_of_rank(config: Config) -> int:
-    """n: tokens of a microbatch on one context-parallel rank."""
+    """Returns n: the tokens of a microbatch on one context-parallel rank."""
     return config.train.micro_batch_size * config.train.seq_length // config.parallel.context
 
 
 def expert_rows(config: Config, imbalance: float = 1.0) -> int:
-    """T: rows that the experts of one rank get from a microbatch."""
+    """Returns T: the rows that the experts of one rank get from a microbatch, rounded up."""
     rows = split_tokens(config) * config.model.experts_per_token * config.parallel.expert_tensor
     return math.ceil(rows * imbalance)
 
 
 def kept_by_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
-    """What one MoE or dense layer keeps until its backward pass, with ``train.recompute``."""
+    """Returns the bytes that one MoE or dense layer keeps with ``train.recompute``, by tensor."""
     if config.train.recompute == "full":
         hidden = config.model.hidden_size
         return {"layer input": split_tokens(config) * hidden * numerics.bytes}
@@ -68,7 +68,7 @@ def kept_by_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
 
 
 def whole_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
-    """What one MoE or dense layer keeps when nothing is recomputed."""
+    """Returns the bytes that one MoE or dense layer keeps without recomputation, by tensor."""
     model, tensor, e = config.model, config.parallel.tensor, numerics.bytes
     n, s, hidden = tokens_of_rank(config), split_tokens(config), model.hidden_size
     saved: Saved = {
@@ -94,12 +94,12 @@ def whole_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
 
 
 def split_tokens(config: Config) -> int:
-    """s: with sequence parallelism a tensor-parallel rank has its part of the tokens."""
+    """Returns s: the tokens of a tensor-parallel rank under sequence parallelism."""
     return tokens_of_rank(config) // config.parallel.tensor
 
 
 def _one_function(config: Config, numerics: Numerics) -> bool:
-    """Whether the gated unit with selection is one autograd function (``kernels.ops``)."""
+    """Returns whether the gated unit with selection is one autograd function (``kernels.ops``)."""
     activation = ACTIVATIONS[config.model.activation]
     if numerics.kernels == "cuda":
         return activation.fused is not None
@@ -107,14 +107,15 @@ def _one_function(config: Config, numerics: Numerics) -> bool:
 
 
 def _mask(config: Config, numerics: Numerics, width: int) -> int:
-    """Bytes a row of the mask of ``width`` neurons: bits, or on CPU in full mode whole bytes."""
+    """Returns the bytes a row of the mask of ``width`` neurons: bits; bytes on CPU in full mode."""
     if numerics.kernels == "cuda" or config.mone.memory == "packed":
         return -(-width // 8)
     return width
 
 
 def _norm(numerics: Numerics, tokens: int, width: int, *, heads: int, copied: bool) -> int:
-    """RMSNorm of ``width`` values in ``heads`` rows: its input, the scales and, on CPU, x / rms.
+    """Returns the bytes that RMSNorm of ``width`` values in ``heads`` rows keeps: its input, the
+    scales and, on CPU, x / rms.
 
     ``copied`` says that the input is a tensor of its own and not part of one that is kept anyway.
     """
@@ -171,7 +172,7 @@ def _latent_attention(config: Config, numerics: Numerics, n: int, tensor: int) -
 
 
 def _query_and_key_norms(config: Config, numerics: Numerics, heads: int, groups: int) -> int:
-    """Bytes a token of the norms of ``heads`` queries and ``groups`` keys."""
+    """Returns the bytes a token of the norms of ``heads`` queries and ``groups`` keys."""
     head_dim, e = head_dim_of(config.model), numerics.bytes
     # Queries of several heads a group are copied out of the projection's output.
     copied = heads > groups
@@ -194,7 +195,9 @@ def _query_and_key_norms(config: Config, numerics: Numerics, heads: int, groups:
 def _gated_mlp(
     config: Config, numerics: Numerics, tokens: int, width: int, *, selecting: bool
 ) -> int:
-    """An MLP of megatron-core's, or one that selects neurons, from its first projection on."""
+    """Returns the bytes that an MLP keeps from its first projection on, whether it is
+    megatron-core's or one that selects neurons.
+    """
     if selecting:
         return tokens * _selected_glu(config, numerics, width) * numerics.bytes
     # The activation, a copy of the up part and the input of the last projection; and gate and up,
@@ -207,7 +210,8 @@ def _gated_mlp(
 def _selected_glu(
     config: Config, numerics: Numerics, width: int, *, selecting: bool = True, scaled: bool = False
 ) -> int:
-    """Values a row: gate and up, the activation, the last projection's input, of each neuron.
+    """Returns the values that a row keeps: gate and up, the activation and the last projection's
+    input, of each neuron.
 
     As one function it keeps the gate and computes the activation again. Otherwise the product
     that the router's weight scales is kept, too, where there is one (``scaled``).
@@ -220,13 +224,13 @@ def _selected_glu(
 
 
 def most_kept(mone: MoNEConfig, width: int) -> int:
-    """The largest number of neurons that a row of ``width`` keeps."""
+    """Returns the largest number of neurons that a row of ``width`` neurons keeps."""
     rule = RULES[mone.rule]
     return rule.most_kept(rule.budget(mone.keep_ratio, width, mone.rule_options))
 
 
 def _intermediates(config: Config) -> int:
-    """What the activation keeps beside its input and its result, in values a neuron."""
+    """Returns what the activation keeps beside its input and its result, in values a neuron."""
     return ACTIVATIONS[config.model.activation].intermediates
 
 
@@ -267,7 +271,7 @@ def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
 
 
 def _router(config: Config) -> int:
-    """Bytes a token of the router's logits, probabilities and choices."""
+    """Returns the bytes a token of the router's logits, probabilities and choices."""
     model, router = config.model, config.model.router
     experts, chosen = model.num_experts, model.experts_per_token
     wide = 8 if router.dtype == "fp64" else 4
@@ -282,7 +286,9 @@ def _router(config: Config) -> int:
 
 
 def _dispatch(config: Config, numerics: Numerics, s: int, rows: int) -> int:
-    """Rows as the experts get them, and the permutations that brought them there."""
+    """Returns the bytes of the rows as the experts get them, and of the permutations that brought
+    them there.
+    """
     hidden, chosen = config.model.hidden_size, config.model.experts_per_token
     size = rows * hidden * numerics.bytes
     if config.parallel.dispatcher == "allgather":
@@ -293,7 +299,7 @@ def _dispatch(config: Config, numerics: Numerics, s: int, rows: int) -> int:
 
 
 def _microbatches_that_meet(config: Config) -> int:
-    """Microbatches whose tokens the experts of a rank see at once."""
+    """Returns the number of microbatches whose tokens the experts of a rank see at once."""
     parallel = config.parallel
     return max(
         1,
@@ -304,7 +310,9 @@ def _microbatches_that_meet(config: Config) -> int:
 def _balance(
     config: Config, numerics: Numerics, rows: int, width: int, *, segments: int, split: bool
 ) -> Saved:
-    """The weights of the neurons and which segment a row is of, for the neuron balance loss."""
+    """Returns what the neuron balance loss keeps: the neurons' weights, and the segment of each
+    row.
+    """
     balance = config.mone.balance
     if balance.coeff == 0:
         return {}
@@ -328,13 +336,15 @@ def _balance(
 
 
 def selects_neurons(config: Config, target: str, width: int) -> bool:
-    """Whether MLPs of a kind ("routed", "shared" or "dense"), ``width`` wide, select neurons."""
+    """Returns whether MLPs of a kind ("routed", "shared" or "dense"), ``width`` wide, select
+    neurons.
+    """
     mone = config.mone
     return mone.enabled and target in mone.apply_to and count_kept(mone.keep_ratio, width) < width
 
 
 def embedding(config: Config, numerics: Numerics) -> Saved:
-    """What the first stage keeps beside its layers."""
+    """Returns the bytes that the first stage keeps beside its layers, by tensor."""
     saved = {"tokens": 8 * tokens_of_rank(config)}
     if config.model.hidden_dropout:
         saved["dropout masks"] = split_tokens(config) * config.model.hidden_size
@@ -342,7 +352,9 @@ def embedding(config: Config, numerics: Numerics) -> Saved:
 
 
 def output(config: Config, numerics: Numerics, vocab_size: int) -> Saved:
-    """What the last stage keeps beside its layers: the final norm, the logits, numbers a row."""
+    """Returns the bytes that the last stage keeps beside its layers: the final norm, the logits and
+    a few numbers a token.
+    """
     n, s, hidden = tokens_of_rank(config), split_tokens(config), config.model.hidden_size
     vocabulary = config.model.padded_vocab_size(vocab_size) // config.parallel.tensor
     return {

@@ -1,4 +1,4 @@
-"""The weights of one layer's attention, and the sizes that its counts are made of.
+"""Lists the weights of one layer's attention, and the sizes that its counts are made of.
 
 GQA projects queries, keys and values at once. MLA (multi-latent attention) projects keys and values
 down to a latent and up again, queries likewise or at once; a part of each query and one key for all
@@ -14,7 +14,7 @@ from mone_megatron.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class Projection:
-    """One matrix."""
+    """Describes one matrix of attention."""
 
     name: str
     inputs: int
@@ -25,13 +25,13 @@ class Projection:
 
     @property
     def parameters(self) -> int:
-        """Weights and biases."""
+        """Returns the number of weights and biases, over all tensor-parallel ranks."""
         return self.inputs * self.outputs + (self.outputs if self.bias else 0)
 
 
 @dataclass(frozen=True)
 class AttentionNorm:
-    """One RMSNorm inside attention."""
+    """Describes one RMSNorm inside attention."""
 
     name: str
     width: int
@@ -39,19 +39,19 @@ class AttentionNorm:
 
 
 def head_dim_of(model: ModelConfig) -> int:
-    """Size of one query or key head."""
+    """Returns the size of one query or key head."""
     if model.attention == "mla":
         return model.mla.qk_nope_head_dim + model.mla.qk_rope_head_dim
     return model.head_dim or model.hidden_size // model.num_attention_heads
 
 
 def value_dim_of(model: ModelConfig) -> int:
-    """Size of one value head."""
+    """Returns the size of one value head."""
     return model.mla.v_head_dim if model.attention == "mla" else head_dim_of(model)
 
 
 def projections(model: ModelConfig) -> tuple[Projection, ...]:
-    """The matrices of one layer's attention, in the order of megatron-core's modules."""
+    """Returns the matrices of one layer's attention, in the order of megatron-core's modules."""
     hidden, heads = model.hidden_size, model.num_attention_heads
     back = Projection("linear_proj", heads * value_dim_of(model), hidden)
     queries = heads * head_dim_of(model)
@@ -75,7 +75,7 @@ def projections(model: ModelConfig) -> tuple[Projection, ...]:
 
 
 def norms(model: ModelConfig) -> tuple[AttentionNorm, ...]:
-    """The RMSNorms inside one layer's attention, likewise."""
+    """Returns the RMSNorms inside one layer's attention, in the order of their modules."""
     if model.attention == "mla":
         latents = [("q_layernorm", model.mla.q_lora_rank), ("kv_layernorm", model.mla.kv_lora_rank)]
         return tuple(AttentionNorm(name, width) for name, width in latents if width)
@@ -91,11 +91,13 @@ def norms(model: ModelConfig) -> tuple[AttentionNorm, ...]:
 
 
 def projection_flops(model: ModelConfig) -> int:
-    """Operations of a token in the matrices of one layer."""
+    """Returns the forward operations of a token in the matrices of one layer's attention."""
     return sum(2 * matrix.inputs * matrix.outputs for matrix in projections(model))
 
 
 def score_flops(model: ModelConfig, seq_length: int) -> int:
-    """Operations of a token in scores and weighted values: two products over (s + 1) / 2 keys."""
+    """Returns the forward operations of a token in scores and weighted values: two products over
+    half of the sequence's keys, (s + 1) / 2.
+    """
     heads = model.num_attention_heads
     return heads * (head_dim_of(model) + value_dim_of(model)) * (seq_length + 1)

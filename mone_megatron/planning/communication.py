@@ -1,4 +1,4 @@
-"""What a rank sends in one step, by group and operation, from the config alone.
+"""Counts what a rank sends in one step, by group and operation, from the config alone.
 
 Bytes are those that the busiest rank of a pipeline stage sends. A ring over g ranks sends
 (g - 1) / g of a tensor for a gathering or a scattered reduction and twice that for an all-reduce;
@@ -27,7 +27,7 @@ from mone_megatron.planning.shards import (
 
 @dataclass(frozen=True)
 class Traffic:
-    """One kind of communication of one rank, over a step."""
+    """Describes one kind of communication of one rank over a step."""
 
     group: Group
     operation: str
@@ -36,14 +36,16 @@ class Traffic:
     once: bool = False
 
     def of_step(self, layout: Layout) -> float:
-        """Bytes sent in a step."""
+        """Returns the bytes sent in a step."""
         return self.bytes * (1 if self.once else layout.num_microbatches)
 
 
 def stage_traffic(
     config: Config, layout: Layout, state: StageState, stage: int, numerics: Numerics
 ) -> list[Traffic]:
-    """Everything that a rank of a pipeline stage sends; nothing for groups of one rank."""
+    """Returns everything that a rank of a pipeline stage sends, one item for each group and
+    operation. Groups of one rank send nothing and are left out.
+    """
     found = [
         *_layers(config, layout, stage, numerics),
         *_edges(config, layout, stage, numerics),
@@ -85,7 +87,8 @@ def _layer(config: Config, layout: Layout, numerics: Numerics, *, moe: bool) -> 
 def _split_block(
     config: Config, layout: Layout, numerics: Numerics, *, again: bool
 ) -> Iterator[Traffic]:
-    """Two projections with the sequence gathered before and scattered behind them.
+    """Yields what two projections send, with the sequence gathered before and scattered behind
+    them.
 
     The backward pass gathers the input once more, for the gradient of the weight.
     """
@@ -115,7 +118,8 @@ def _attention(config: Config, layout: Layout, numerics: Numerics) -> Iterator[T
 
 
 def _latent_attention(config: Config, layout: Layout, numerics: Numerics) -> Iterator[Traffic]:
-    """The up projections gather what they read, the key that carries the position is gathered.
+    """Yields what MLA sends: its up projections gather what they read, and the key that carries the
+    position is gathered.
 
     Down projections work on the split sequence; their weights' gradients are added up.
     """
@@ -179,7 +183,7 @@ def _moe(config: Config, layout: Layout, numerics: Numerics) -> Iterator[Traffic
 
 
 def _edges(config: Config, layout: Layout, stage: int, numerics: Numerics) -> Iterator[Traffic]:
-    """The embedding on the first stage, the output layer on the last."""
+    """Yields what the embedding sends on the first stage, and the output layer on the last."""
     group = groups(config.parallel, layout)["tensor"]
     tokens = activations.tokens_of_rank(config)
     size = _ring(tokens * config.model.hidden_size * numerics.bytes, group)

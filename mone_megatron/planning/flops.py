@@ -1,4 +1,4 @@
-"""Floating-point operations of training, from the config alone.
+"""Counts the floating-point operations of training from the config alone.
 
 A multiply-add is 2 operations. Counted: every matrix product (projections, attention, router,
 experts, output layer over the padded vocabulary) and nothing else: norms, RoPE, softmax, the
@@ -25,7 +25,7 @@ _BACKWARD = 2  # times the forward pass: gradients of the inputs and of the weig
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations: those the method needs, and those that dense kernels do for it."""
+    """Holds the operations that the method needs, and those that dense kernels do for it."""
 
     ideal: int
     realised: int
@@ -34,7 +34,7 @@ class Flops:
 def forward_flops_per_token(
     model: ModelConfig, mone: MoNEConfig, seq_length: int, vocab_size: int
 ) -> Flops:
-    """Operations of one token's forward pass in sequences of ``seq_length``."""
+    """Returns the operations of one token's forward pass in sequences of ``seq_length`` tokens."""
     hidden = model.hidden_size
     attention = projection_flops(model) + score_flops(model, seq_length)
     gates = model.num_experts + (1 if model.shared_expert_gate else 0)
@@ -53,14 +53,16 @@ def forward_flops_per_token(
 def training_flops_per_token(
     model: ModelConfig, mone: MoNEConfig, seq_length: int, vocab_size: int
 ) -> Flops:
-    """Operations of one token's forward and backward pass: three times the forward pass."""
+    """Returns the operations of one token's forward and backward pass: three times the forward
+    pass.
+    """
     forward = forward_flops_per_token(model, mone, seq_length, vocab_size)
     times = 1 + _BACKWARD
     return Flops(ideal=times * forward.ideal, realised=times * forward.realised)
 
 
 def flops_per_step(config: Config, vocab_size: int) -> Flops:
-    """Operations of one training step over all processes; ``vocab_size`` is the true one."""
+    """Returns the operations of one step over all processes; ``vocab_size`` is the true one."""
     train = config.train
     token = training_flops_per_token(config.model, config.mone, train.seq_length, vocab_size)
     tokens = train.global_batch_size * train.seq_length

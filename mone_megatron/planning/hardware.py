@@ -1,4 +1,4 @@
-"""GPUs and networks as their makers publish them, and what of it a run is taken to get.
+"""Lists GPUs and networks as their makers publish them, and what of it a run is taken to get.
 
 Sources: NVIDIA's data sheets "A100 Tensor Core GPU" (80 GB SXM), "H100 Tensor Core GPU" (SXM),
 "H200 Tensor Core GPU" (SXM), "DGX B200", and of "DGX A100", "DGX H100", "DGX H200" and "DGX B200"
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True)
 class GPU:
-    """One GPU in a machine of its maker's."""
+    """Describes one GPU in a machine of its maker's."""
 
     name: str
     # Dense bf16 operations a second.
@@ -39,7 +39,8 @@ GPUS = {
 
 
 def find_gpu(name: str, **overrides: float | None) -> GPU:
-    """The GPU of a name, some of its figures replaced.
+    """Returns the GPU of a name (in any case), with those of its figures replaced that are not
+    None.
 
     Raises:
         ValueError: for a name that is not in the table.
@@ -52,7 +53,9 @@ def find_gpu(name: str, **overrides: float | None) -> GPU:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares of the published figures that a run is taken to reach. Not measured on GPUs here."""
+    """Holds the shares of the published figures that a run is taken to reach. They were not
+    measured on GPUs here.
+    """
 
     # Of the peak: projections, dense MLPs and the output layer; attention; the experts' grouped
     # products.
@@ -72,7 +75,7 @@ class Assumptions:
     reserve: float = 4 * 2**30
 
     def check(self) -> None:
-        """Refuse what cannot be.
+        """Checks that each figure is one that can be.
 
         Raises:
             ValueError: naming the flag.

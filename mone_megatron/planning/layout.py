@@ -1,4 +1,4 @@
-"""Where a rank stands in a layout, and which ranks it works with: megatron-core's numbering.
+"""Says where a rank stands in a layout and which ranks it works with, in megatron-core's numbering.
 
 Outside the experts tensor parallelism is innermost, then context, data and pipeline parallelism;
 inside them expert-tensor, expert, expert-data and pipeline parallelism.
@@ -14,7 +14,7 @@ from mone_megatron.config.schema import ParallelConfig
 
 @dataclass(frozen=True)
 class Place:
-    """The coordinates of one rank."""
+    """Holds the coordinates of one rank in the groups of a layout."""
 
     tensor: int
     context: int
@@ -33,7 +33,7 @@ class Place:
 
 
 def place_of(rank: int, parallel: ParallelConfig, layout: Layout) -> Place:
-    """Where ``rank`` stands."""
+    """Returns where ``rank`` stands."""
     stage = layout.world_size // parallel.pipeline
     inside = rank % stage
     rest, tensor = divmod(inside, parallel.tensor)
@@ -44,25 +44,25 @@ def place_of(rank: int, parallel: ParallelConfig, layout: Layout) -> Place:
 
 
 def experts_are_dense_like(parallel: ParallelConfig) -> bool:
-    """Whether experts are replicated like everything else, and share its gradient buffers."""
+    """Returns whether experts are replicated as all else is, and share its gradient buffers."""
     return parallel.expert == 1 and parallel.expert_tensor == parallel.tensor
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that communicate: how many, and the distance between neighbours."""
+    """Describes ranks that communicate: how many they are, and the distance between neighbours."""
 
     name: str
     size: int
     stride: int
 
     def in_node(self, gpus_per_node: int) -> int:
-        """How many of its ranks share a node."""
+        """Returns how many of its ranks share a node."""
         return max(1, min(self.size, gpus_per_node // self.stride))
 
 
 def groups(parallel: ParallelConfig, layout: Layout) -> dict[str, Group]:
-    """The groups of a layout by name; those of one rank included."""
+    """Returns the groups of a layout by name, those of one rank included."""
     batch = parallel.tensor * parallel.context
     experts = parallel.expert * parallel.expert_tensor
     found = [

@@ -1,4 +1,6 @@
-"""A MoE and a MoNE model that are equal in one count, by changing one dimension of one of them."""
+"""Finds a MoE and a MoNE model that are equal in one count, by changing one dimension of one of
+them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ _LARGEST_FACTOR = 8
 
 @dataclass(frozen=True)
 class Pair:
-    """Two configurations that are equal in ``count``."""
+    """Holds two configurations that are equal in ``count``, or as near as was accepted."""
 
     count: Count
     moe: Config
@@ -44,12 +46,14 @@ class Pair:
 
     @property
     def difference(self) -> float:
-        """Of the two values, relative to the MoE's."""
+        """Returns the difference of the two values, relative to the MoE's."""
         return abs(self.mone_value - self.moe_value) / self.moe_value
 
 
 def value_of(config: Config, count: Count) -> int:
-    """What is to be equal: parameters activated (gate counted) or in all, or ideal FLOPs a step."""
+    """Returns what is to be equal: parameters activated (gate counted) or in all, or ideal FLOPs a
+    step.
+    """
     if count == "flops":
         return flops_per_step(config, vocabulary_of(config)).ideal
     counted: ParameterCount = count_parameters(config.model, config.mone, vocabulary_of(config))
@@ -59,7 +63,7 @@ def value_of(config: Config, count: Count) -> int:
 def match(
     config: Config, count: Count, *, dimension: Dimension, side: Side, tolerance: float = TOLERANCE
 ) -> Pair:
-    """Pair ``config``, whose ``mone.*`` says how neurons are selected, with its MoE baseline.
+    """Pairs ``config``, whose ``mone.*`` says how neurons are selected, with its MoE baseline.
 
     Args:
         config: ``mone.enabled`` or not; the pair has one of each.
@@ -111,7 +115,9 @@ def _sizes(model: ModelConfig) -> dict[Dimension, int]:
 
 
 def _candidates(config: Config, dimension: Dimension) -> Iterator[tuple[int, Config]]:
-    """Every value of the dimension that gives a valid config on the smallest layout."""
+    """Yields every value of the dimension that gives a valid config on the smallest layout, with
+    the config.
+    """
     gpus = smallest_world_size(config.parallel)
     for value in range(1, _LARGEST_FACTOR * _sizes(config.model)[dimension] + 1):
         sizes = _sizes(config.model) | {dimension: value}

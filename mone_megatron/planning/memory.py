@@ -1,4 +1,4 @@
-"""The memory of a rank at its peak, from the config alone.
+"""Counts the memory of a rank at its peak, from the config alone.
 
 Weights, gradients, masters and moments are exact (:mod:`.shards`). Activations are those of
 :mod:`.activations` for every microbatch in flight; then comes what lives for an operation only:
@@ -30,7 +30,7 @@ LOSS_BLOCK = 2**25
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What all ranks of a pipeline stage have in common."""
+    """Holds what all ranks of a pipeline stage have in common; sizes are bytes."""
 
     stage: int
     state: StageState
@@ -45,13 +45,13 @@ class StageMemory:
 
     @property
     def kept(self) -> int:
-        """Bytes of activations in flight."""
+        """Returns the bytes of activations in flight."""
         return sum(self.activations.values())
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The peak of one rank, in bytes."""
+    """Holds the memory of one rank at its peak, in bytes."""
 
     rank: int
     place: Place
@@ -61,7 +61,9 @@ class RankMemory:
 
     @property
     def temporaries(self) -> int:
-        """The most that lives beside the state and the activations, whichever time is worse."""
+        """Returns the most that lives beside the state and the activations, at whichever time is
+        worse.
+        """
         return max(
             sum(self.stage.temporaries.values()),
             self.stage.optimizer_temporaries - self.stage.kept,
@@ -70,12 +72,13 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """What the GPU must have."""
+        """Returns the bytes that the GPU must have."""
         return self.state.total + self.stage.kept + self.temporaries + self.reserve
 
 
 def passes_in_flight(parallel: ParallelConfig, layout: Layout, stage: int) -> Counter[int]:
-    """Forward passes of each model chunk that wait for their backward pass, at the worst time.
+    """Returns how many forward passes of each model chunk wait for their backward pass, at the
+    worst time.
 
     megatron-core's schedules: 1F1B, and the interleaved one with groups of as many microbatches as
     there are stages.
@@ -91,7 +94,7 @@ def passes_in_flight(parallel: ParallelConfig, layout: Layout, stage: int) -> Co
 def stage_memory(
     config: Config, layout: Layout, vocab_size: int, stage: int, numerics: Numerics
 ) -> StageMemory:
-    """The memory of the ranks of one pipeline stage."""
+    """Returns the memory of the ranks of one pipeline stage."""
     parallel = config.parallel
     state = stage_state(config, layout, vocab_size, stage, weight_bytes=numerics.bytes)
     passes = passes_in_flight(parallel, layout, stage)
@@ -131,7 +134,9 @@ def _add(total: Counter[str], saved: dict[str, int], times: int) -> None:
 def _temporaries(
     config: Config, vocab_size: int, kinds: set[bool], numerics: Numerics, *, loss: bool
 ) -> dict[str, int]:
-    """The worst of what lives for an operation: one layer's backward pass, or the loss's."""
+    """Returns the worst of what lives for an operation only: for one layer's backward pass, or for
+    the loss's.
+    """
     model, tensor, e = config.model, config.parallel.tensor, numerics.bytes
     tokens, hidden = activations.tokens_of_rank(config), model.hidden_size
     gathered = {"gathered sequence": 2 * tokens * hidden * e} if tensor > 1 else {}
@@ -181,7 +186,7 @@ def worst_rank(
     *,
     reserve: int,
 ) -> RankMemory:
-    """The rank that needs the most memory; of equals the first."""
+    """Returns the rank that needs the most memory; of equals the first."""
     stages = worst_of_stages(config, layout, vocab_size, numerics, reserve=reserve)
     return max(stages, key=lambda memory: memory.total)
 
@@ -189,7 +194,7 @@ def worst_rank(
 def worst_of_stages(
     config: Config, layout: Layout, vocab_size: int, numerics: Numerics, *, reserve: int
 ) -> list[RankMemory]:
-    """Of each pipeline stage the rank that needs the most."""
+    """Returns the rank of each pipeline stage that needs the most memory."""
     found = []
     for stage in range(config.parallel.pipeline):
         common = stage_memory(config, layout, vocab_size, stage, numerics)
@@ -215,6 +220,6 @@ def _worst_in_stage(
 def rank_memory(
     stage: StageMemory, rank: int, parallel: ParallelConfig, layout: Layout, *, reserve: int
 ) -> RankMemory:
-    """The memory of one rank of a stage."""
+    """Returns the memory of one rank of a stage."""
     place = place_of(rank, parallel, layout)
     return RankMemory(rank, place, stage.state.of(place, parallel.context), stage, reserve)

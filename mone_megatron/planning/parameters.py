@@ -1,4 +1,4 @@
-"""Parameter counts, exact, from the config alone.
+"""Counts parameters exactly, from the config alone.
 
 Two conventions for the parameters that one token activates, where neurons are selected (an MLP of
 hidden size h and width f that keeps K neurons):
@@ -21,7 +21,7 @@ from mone_megatron.planning import attention as attention_of
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of one model, all layers and all ranks together, each counted once."""
+    """Holds the parameters of one model, all layers and all ranks together, each counted once."""
 
     embedding: int
     # 0 when tied to the embedding.
@@ -41,7 +41,7 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """Returns the number of all parameters."""
         return (
             self.embedding
             + self.output
@@ -55,13 +55,13 @@ class ParameterCount:
 
     @property
     def total_non_embedding(self) -> int:
-        """All parameters but the embedding and the output layer."""
+        """Returns the number of all parameters but the embedding's and the output layer's."""
         return self.total - self.embedding - self.output
 
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """One kind of SwiGLU MLP of a model, and how a token uses it."""
+    """Describes one kind of SwiGLU MLP of a model, and how a token uses it."""
 
     hidden_size: int
     # Neurons in one MLP, and how many of them a token keeps (all without selection).
@@ -73,24 +73,26 @@ class GatedMLP:
 
     @property
     def parameters(self) -> int:
-        """Weights of one MLP."""
+        """Returns the number of weights of one MLP."""
         return 3 * self.hidden_size * self.width
 
     @property
     def gate_counted(self) -> int:
-        """Weights that a token uses in one MLP: the whole gate, the kept neurons of the rest."""
+        """Returns the number of weights that a token uses in one MLP: the whole gate, and the kept
+        neurons of the rest.
+        """
         return self.hidden_size * (self.width + 2 * self.kept)
 
     @property
     def neurons_only(self) -> int:
-        """Weights of the neurons that a token keeps in one MLP."""
+        """Returns the number of weights of the neurons that a token keeps in one MLP."""
         return 3 * self.hidden_size * self.kept
 
 
 def count_parameters(
     model: ModelConfig, mone: MoNEConfig, vocab_size: int, *, padded: bool = False
 ) -> ParameterCount:
-    """Count the parameters of ``model``.
+    """Counts the parameters of ``model``.
 
     ``vocab_size`` is the true size of the vocabulary (of the tokenizer, or ``model.vocab_size``).
     The embedding and output have its rows: this is the number that runs, plans, reports and
@@ -133,7 +135,9 @@ def count_parameters(
 
 
 def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
-    """The routed, shared and dense MLPs of ``model``; a kind that it lacks has a count of 0."""
+    """Returns the routed, shared and dense MLPs of ``model`` by kind; a kind that it lacks has a
+    count of 0.
+    """
     moe_layers = moe_layers_of(model)
     shared_layers = moe_layers if model.shared_expert_ffn_hidden_size else 0
     dense_layers = model.num_layers - moe_layers
@@ -161,5 +165,5 @@ def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
 
 
 def moe_layers_of(model: ModelConfig) -> int:
-    """Layers that have experts."""
+    """Returns the number of layers that have experts."""
     return model.num_layers - model.first_dense_layers if model.num_experts else 0

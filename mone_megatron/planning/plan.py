@@ -1,4 +1,4 @@
-"""One experiment in one layout on one kind of GPU: everything that is known before a run."""
+"""Plans one experiment in one layout on one kind of GPU: everything that is known before a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is planned for."""
+    """Describes what a run is planned for."""
 
     gpu: GPU
     gpus: int
@@ -34,7 +34,7 @@ class Machine:
     installed: frozenset[str] = frozenset()
 
     def check(self) -> None:
-        """Refuse what cannot be.
+        """Checks that the machine is one that can be.
 
         Raises:
             ValueError: naming the flag.
@@ -53,13 +53,15 @@ class Machine:
 
     @property
     def nodes(self) -> int:
-        """Nodes of the run."""
+        """Returns the number of nodes of the run."""
         return max(1, self.gpus // self.gpus_per_node)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """See :func:`make_plan`. Everything under "predicted" is arithmetic, not validated on GPUs."""
+    """Holds what :func:`make_plan` counts and predicts. Everything under "predicted" is arithmetic,
+    not validated on GPUs.
+    """
 
     config: Config
     machine: Machine
@@ -78,47 +80,47 @@ class Plan:
 
     @property
     def worst(self) -> RankMemory:
-        """The rank that needs the most memory."""
+        """Returns the rank that needs the most memory."""
         return max(self.stages, key=lambda rank: rank.total)
 
     @property
     def fits(self) -> bool:
-        """Whether it has it."""
+        """Returns whether the GPU has the memory that the worst rank needs."""
         return self.worst.total <= self.machine.gpu.memory
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all processes."""
+        """Returns the tokens of a step over all processes."""
         return self.config.train.global_batch_size * self.config.train.seq_length
 
     @property
     def tokens(self) -> int:
-        """Of the whole run."""
+        """Returns the tokens of the whole run."""
         return self.tokens_per_step * self.config.train.steps
 
     @property
     def hours(self) -> float:
-        """Predicted, of the whole run without evaluation, saves and stops."""
+        """Returns the predicted hours of the whole run without evaluation, saves and stops."""
         return self.time.total * self.config.train.steps / 3600
 
     @property
     def gpu_hours(self) -> float:
-        """Predicted."""
+        """Returns the predicted GPU-hours of the whole run."""
         return self.hours * self.machine.gpus
 
     def mfu(self, operations: int) -> float:
-        """Predicted share of the peak, counting ``operations`` a step."""
+        """Returns the predicted share of the GPUs' peak, counting ``operations`` a step."""
         peak = self.machine.gpu.bf16_flops * self.machine.gpus
         return operations / (self.time.total * peak)
 
 
 def vocabulary_of(config: Config) -> int:
-    """The vocabulary's size: the model's, or that of the corpus's tokenizer."""
+    """Returns the vocabulary's size: the model's, or that of the corpus's tokenizer."""
     return config.model.vocab_size or config.data.vocab_size
 
 
 def check_config(config: Config, machine: Machine) -> Layout:
-    """The layout on ``machine``.
+    """Validates ``config`` on ``machine`` and returns its layout there.
 
     Raises:
         ConfigError: every problem at once.
@@ -138,13 +140,13 @@ def check_config(config: Config, machine: Machine) -> Layout:
 
 
 def numerics_of(config: Config, assumed: Assumptions) -> Numerics:
-    """Kernels and dtype on a GPU."""
+    """Returns the kernels and the dtype that run on a GPU."""
     size = 4 if config.device.dtype == "fp32" else 2
     return Numerics("cuda", size, imbalance=assumed.imbalance)
 
 
 def make_plan(config: Config, machine: Machine, *, rough: bool = False) -> Plan:
-    """Count and predict.
+    """Counts and predicts what a run needs and takes.
 
     Args:
         config: of the run.
@@ -204,7 +206,7 @@ def make_plan(config: Config, machine: Machine, *, rough: bool = False) -> Plan:
 
 
 def problems(plan: Plan) -> list[str]:
-    """What stops the run although its configuration is valid, one line each."""
+    """Returns what stops the run although its configuration is valid, one line each."""
     if plan.fits:
         return []
     gpu, worst = plan.machine.gpu, plan.worst
@@ -215,7 +217,7 @@ def problems(plan: Plan) -> list[str]:
 
 
 def _fix(plan: Plan) -> str:
-    """The nearest change that fits."""
+    """Returns the nearest change that fits, as advice."""
     train = plan.config.train
     changes: list[tuple[str, Config]] = []
     for recompute in ("selective", "full"):
@@ -249,7 +251,7 @@ def _would_fit(config: Config, machine: Machine) -> bool:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What is worth a second look, one line each."""
+    """Returns what is worth a second look, one line each."""
     config, machine = plan.config, plan.machine
     found: list[str] = []
     named = groups(config.parallel, plan.layout)
@@ -306,5 +308,5 @@ def unmodelled(config: Config) -> list[str]:
 
 
 def default_gpus(config: Config) -> int:
-    """The fewest GPUs that the layout runs on."""
+    """Returns the fewest GPUs that the layout runs on."""
     return smallest_world_size(config.parallel)

@@ -1,4 +1,4 @@
-"""Plans as text for people, as JSON for machines, and as files."""
+"""Writes plans as text for people, as JSON for machines, and as files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HOURS_LIMIT = 24
 
 
 def plan_lines(plan: Plan, price: float | None) -> list[str]:
-    """Everything of one plan."""
+    """Returns everything of one plan as lines of text; ``price`` is that of a GPU-hour, or None."""
     return [
         *_heading(plan),
         "",
@@ -151,7 +151,7 @@ def _problem_lines(plan: Plan) -> list[str]:
 
 
 def search_lines(found: Sequence[Found], gpus: int, shown: int) -> list[str]:
-    """The best layouts, one a line."""
+    """Returns the best layouts of a search, one a line, ``shown`` of them at most."""
     gpu = found[0].plan.machine.gpu
     fitting = sum(item.plan.fits for item in found)
     lines = [
@@ -170,7 +170,7 @@ def search_lines(found: Sequence[Found], gpus: int, shown: int) -> list[str]:
 
 
 def match_lines(pair: Pair) -> list[str]:
-    """What is equal, and what was changed for it."""
+    """Returns lines that say what is equal, and what was changed for it."""
     how = "exactly equal" if pair.difference == 0 else f"{pair.difference:.4%} apart"
     names = {
         "activated": "activated parameters (gate counted)",
@@ -186,8 +186,8 @@ def match_lines(pair: Pair) -> list[str]:
 
 
 def launch_arguments(plan: Plan, overrides: Sequence[str], hours: int | None) -> list[str]:
-    """What launch/slurm.sh submits the run with; ``hours`` are 1.25 times the predicted, up to 24,
-    unless given.
+    """Returns what launch/slurm.sh submits the run with; ``hours`` are 1.25 times the predicted, up
+    to 24, unless given.
     """
     if hours is None:
         hours = min(_HOURS_LIMIT, int(plan.hours * 1.25) + 1)
@@ -200,7 +200,7 @@ def launch_arguments(plan: Plan, overrides: Sequence[str], hours: int | None) ->
 
 
 def plan_json(plan: Plan, price: float | None) -> dict[str, Any]:
-    """One plan; bytes, seconds and counts."""
+    """Returns one plan as a mapping for JSON: bytes, seconds and counts."""
     worst, time = plan.worst, plan.time
     return {
         "name": plan.config.run.name,
@@ -247,12 +247,12 @@ def plan_json(plan: Plan, price: float | None) -> dict[str, Any]:
 
 
 def search_json(found: Sequence[Found], price: float | None) -> list[dict[str, Any]]:
-    """All layouts, the best first."""
+    """Returns all layouts in their order, the best first, as mappings for JSON."""
     return [{"overrides": item.overrides, **plan_json(item.plan, price)} for item in found]
 
 
 def match_json(pair: Pair) -> dict[str, Any]:
-    """The pair's counts."""
+    """Returns the pair's counts as a mapping for JSON."""
     return {
         "count": pair.count,
         "moe": pair.moe_value,
@@ -263,13 +263,13 @@ def match_json(pair: Pair) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` to a file, its folder made."""
+    """Writes ``content`` to a file, its folder made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def experiment_yaml(base: str, changes: Mapping[str, Scalar], comment: str) -> str:
-    """A file for ``conf/experiment``: the experiment ``base`` with some keys changed."""
+    """Returns a file for ``conf/experiment``: the experiment ``base`` with some keys changed."""
     tree: dict[str, Any] = {}
     for key, value in changes.items():
         *sections, name = key.split(".")
@@ -301,7 +301,9 @@ def _yaml(tree: Mapping[str, Any], depth: int) -> list[str]:
 
 
 def changed_keys(base: Config, config: Config) -> dict[str, Any]:
-    """Dotted key -> value where ``config`` differs from ``base``; tuples stay lists."""
+    """Returns the dotted keys whose values in ``config`` differ from ``base``, with those values; a
+    tuple is left as it is.
+    """
     return dict(_differences(dataclasses.asdict(base), dataclasses.asdict(config), ""))
 
 

@@ -1,4 +1,4 @@
-"""Step time and MFU on a named GPU, predicted: arithmetic on published figures and assumptions.
+"""Predicts step time on a named GPU: arithmetic on published figures and assumptions.
 
 The time of a microbatch on the slowest pipeline stage is the sum of its matrix products, of the
 memory traffic of everything else, and of communication that nothing hides. Microbatches follow one
@@ -32,7 +32,7 @@ _GRADIENT_BYTES = 8
 
 @dataclass(frozen=True)
 class Work:
-    """Forward operations of one microbatch on one rank, by the kind of kernel."""
+    """Holds the forward operations of one microbatch on one rank, by the kind of kernel."""
 
     matmul: float = 0.0
     attention: float = 0.0
@@ -50,11 +50,11 @@ class Work:
 
     @property
     def total(self) -> float:
-        """All operations."""
+        """Returns the number of all operations."""
         return self.matmul + self.attention + self.grouped
 
     def seconds(self, gpu: GPU, assumed: Assumptions) -> float:
-        """How long they take."""
+        """Returns how many seconds they take."""
         return (
             self.matmul / assumed.matmul
             + self.attention / assumed.attention
@@ -64,7 +64,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, by what they are spent on."""
+    """Holds the seconds of one step, by what they are spent on."""
 
     matrix_products: float
     memory_traffic: float
@@ -77,7 +77,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """Returns the seconds of the whole step."""
         return (
             self.matrix_products
             + self.memory_traffic
@@ -91,7 +91,7 @@ class StepTime:
 
 
 def layer_work(config: Config, *, moe: bool) -> tuple[Work, Work]:
-    """Operations of a layer's forward pass on one rank, and of what is recomputed of them."""
+    """Returns a layer's forward operations on one rank, and those of them that are recomputed."""
     model, tensor = config.model, config.parallel.tensor
     tokens, hidden = activations.tokens_of_rank(config), model.hidden_size
     # MLA's down projections are whole on every rank, which runs them for its part of the tokens.
@@ -120,14 +120,14 @@ def layer_work(config: Config, *, moe: bool) -> tuple[Work, Work]:
 
 
 def output_work(config: Config, vocab_size: int) -> Work:
-    """Operations of the output layer's forward pass on one rank of the last stage."""
+    """Returns the operations of the output layer's forward pass on one rank of the last stage."""
     rows = config.model.padded_vocab_size(vocab_size)
     tokens = activations.tokens_of_rank(config)
     return Work(matmul=tokens * 2 * config.model.hidden_size * rows / config.parallel.tensor)
 
 
 def bandwidth(group: Group, gpu: GPU, gpus_per_node: int, *, ring: bool) -> float:
-    """Bytes a second that a rank of ``group`` can send.
+    """Returns the bytes a second that a rank of ``group`` can send.
 
     A ring that leaves the node enters it again over another adapter, so every rank of the node
     lends it its own. In an all-to-all each rank sends over its own adapter what is not for ranks of
@@ -153,7 +153,7 @@ def predict(
     numerics: Numerics,
     gpus_per_node: int,
 ) -> StepTime:
-    """Predict the time of one step. ``stages`` are those to look at: all, or the worst."""
+    """Predicts the time of one step. ``stages`` are those to look at: all, or the worst."""
     times = [
         _stage_time(config, layout, vocab_size, stage, gpu, assumed, numerics, gpus_per_node)
         for stage in stages
@@ -220,7 +220,9 @@ def _kind(item: Traffic) -> str:
 def _microbatch(
     config: Config, vocab_size: int, stage: int, numerics: Numerics, assumed: Assumptions
 ) -> tuple[Work, float]:
-    """Operations and bytes of memory traffic of one microbatch on a rank of ``stage``."""
+    """Returns the operations, backward pass included, and the bytes of memory traffic of one
+    microbatch on a rank of ``stage``.
+    """
     parallel = config.parallel
     layers: Counter[bool] = Counter()
     for chunk in range(parallel.virtual_pipeline):
@@ -244,7 +246,9 @@ def _microbatch(
 
 
 def _selection_traffic(config: Config, numerics: Numerics) -> float:
-    """The exact top-k: scores, comparisons and the count of ties, each written and read."""
+    """Returns the bytes that the exact top-k of a layer moves: scores, comparisons and the count of
+    ties, each written and read.
+    """
     width = config.model.expert_ffn_hidden_size
     if not activations.selects_neurons(config, "routed", width):
         return 0.0

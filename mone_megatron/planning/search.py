@@ -1,4 +1,4 @@
-"""Layouts of an experiment for a number of GPUs, ranked: those that fit first, then by time."""
+"""Ranks the layouts of an experiment for a number of GPUs: those that fit first, then by time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _LARGEST_MICRO_BATCH = 16
 
 @dataclass(frozen=True)
 class Found:
-    """A layout, what it takes to run it, and its plan (of the first and last stage only)."""
+    """Holds a layout, what it takes to run it, and its plan (of the first and last stage only)."""
 
     overrides: tuple[str, ...]
     plan: Plan
 
 
 def search(config: Config, machine: Machine) -> list[Found]:
-    """All layouts that are valid, the best first.
+    """Returns all layouts that are valid, the best first.
 
     Tensor (inside a node), pipeline (interleaved too), expert and expert-tensor parallelism, the
     size of a microbatch and recomputation are tried; of recomputation the least that fits. The
@@ -112,7 +112,7 @@ def _least_recompute(
 
 
 def _overrides(config: Config) -> tuple[str, ...]:
-    """What to write on a command line; every key that was searched."""
+    """Returns what to write on a command line: every key that was searched."""
     parallel, train = config.parallel, config.train
     return (
         f"parallel.tensor={parallel.tensor}",

@@ -1,4 +1,4 @@
-"""The parameters of one rank, and how megatron-core lays them out in gradient buffers.
+"""Lists the parameters of one rank, and how megatron-core lays them out in gradient buffers.
 
 A copy of the arithmetic of megatron-core 0.16.1 (``distributed/param_and_grad_buffer.py`` and
 ``optimizer/distrib_optimizer.py``); ``tests/planning`` holds it to real buffers.
@@ -26,7 +26,7 @@ _BUCKET_PER_DATA_RANK = 1_000_000
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """One parameter as a rank holds it."""
+    """Describes one parameter as a rank holds it."""
 
     name: str
     elements: int
@@ -37,19 +37,19 @@ class LocalParameter:
 
 
 def layers_of_chunk(model: ModelConfig, stages: int, chunks: int, stage: int, chunk: int) -> range:
-    """The layers (from 0) of one model chunk of one pipeline stage."""
+    """Returns the layers (from 0) of one model chunk of one pipeline stage."""
     size = model.num_layers // (stages * chunks)
     first = chunk * (model.num_layers // chunks) + stage * size
     return range(first, first + size)
 
 
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
-    """Whether a layer (from 0) has experts."""
+    """Returns whether a layer (from 0) has experts."""
     return model.num_experts > 0 and layer >= model.first_dense_layers
 
 
 def layer_kinds(config: Config, stage: int, chunk: int) -> Counter[bool]:
-    """How many layers of a model chunk are MoE (True) and how many dense (False)."""
+    """Returns how many layers of a model chunk are MoE (True) and how many dense (False)."""
     parallel = config.parallel
     layers = layers_of_chunk(
         config.model, parallel.pipeline, parallel.virtual_pipeline, stage, chunk
@@ -60,7 +60,8 @@ def layer_kinds(config: Config, stage: int, chunk: int) -> Counter[bool]:
 def chunk_parameters(
     config: Config, vocab_size: int, stage: int, chunk: int
 ) -> list[LocalParameter]:
-    """What one model chunk of a pipeline stage holds, in the order of its modules.
+    """Returns what one model chunk of a pipeline stage holds on a rank, in the order of its
+    modules.
 
     All ranks of a stage hold as much: whatever is split is split evenly.
     """
@@ -114,18 +115,18 @@ def _layer(config: Config, layer: int) -> list[LocalParameter]:
 
 
 def local_experts(config: Config) -> int:
-    """Experts of one rank, in each layer."""
+    """Returns the number of experts of one rank, in each layer."""
     return config.model.num_experts // config.parallel.expert
 
 
 def expert_width(config: Config) -> int:
-    """Neurons of one expert on one rank."""
+    """Returns the number of neurons of one expert on one rank."""
     return config.model.expert_ffn_hidden_size // config.parallel.expert_tensor
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """One contiguous buffer of parameters and their gradients, sharded over ``ranks``."""
+    """Describes one contiguous buffer of parameters and their gradients, sharded over ``ranks``."""
 
     ranks: int
     # Elements of all parameters, and with the padding between and behind them.
@@ -137,14 +138,16 @@ class Buffer:
     padding_of_rank: dict[int, int]
 
     def shard(self, rank: int) -> int:
-        """Elements of parameters in one rank's shard: what it keeps masters and moments of."""
+        """Returns the elements of parameters in one rank's shard: what it keeps masters and moments
+        of.
+        """
         return self.padded // self.ranks - self.padding_of_rank.get(rank, 0)
 
 
 def lay_out(
     parameters: list[LocalParameter], ranks: int, *, bucket_size: int | None, padded: bool
 ) -> Buffer:
-    """Lay ``parameters`` out as megatron-core does, from the last to the first.
+    """Lays ``parameters`` out as megatron-core does, from the last to the first.
 
     Args:
         parameters: of one model chunk, dense or expert ones.
@@ -190,7 +193,9 @@ def lay_out(
 def _padding_of_rank(
     buckets: list[tuple[int, int]], gaps: list[tuple[int, int]], ranks: int
 ) -> dict[int, int]:
-    """Every bucket is cut into ``ranks`` equal shards; gaps fall into one or several of them."""
+    """Returns the elements of padding in each rank's shard. Every bucket is cut into ``ranks``
+    equal shards; gaps fall into one or several of them.
+    """
     found: dict[int, int] = defaultdict(int)
     bucket = iter(buckets)
     start, end = next(bucket, (0, 0))
@@ -212,7 +217,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of one rank that live as long as the run."""
+    """Holds the bytes of one rank that live as long as the run."""
 
     weights: int
     gradients: int
@@ -223,13 +228,15 @@ class StateBytes:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Returns the sum of all of them."""
         return self.weights + self.gradients + self.masters + self.moments
 
 
 @dataclass(frozen=True)
 class StageState:
-    """The buffers of one pipeline stage; all its ranks have the same, and shards of their own."""
+    """Holds the buffers of one pipeline stage; all its ranks have the same, and shards of their
+    own.
+    """
 
     dense: tuple[Buffer, ...]
     experts: tuple[Buffer, ...]
@@ -240,7 +247,7 @@ class StageState:
     moments: int
 
     def of(self, place: Place, contexts: int) -> StateBytes:
-        """What the rank at ``place`` holds; ``contexts`` is the context-parallel size."""
+        """Returns what the rank at ``place`` holds; ``contexts`` is the context-parallel size."""
         buffers = [(buffer, place.data * contexts + place.context) for buffer in self.dense]
         buffers += [(buffer, place.expert_data) for buffer in self.experts]
         padded = sum(buffer.padded for buffer, _ in buffers)
@@ -256,19 +263,19 @@ class StageState:
 
     @property
     def dense_elements(self) -> int:
-        """Elements of the dense buffers, padding included."""
+        """Returns the elements of the dense buffers, padding included."""
         return sum(buffer.padded for buffer in self.dense)
 
     @property
     def expert_elements(self) -> int:
-        """Elements of the expert buffers, padding included."""
+        """Returns the elements of the expert buffers, padding included."""
         return sum(buffer.padded for buffer in self.experts)
 
 
 def stage_state(
     config: Config, layout: Layout, vocab_size: int, stage: int, *, weight_bytes: int
 ) -> StageState:
-    """Lay out everything that a pipeline stage trains.
+    """Lays out everything that a pipeline stage trains.
 
     Args:
         config: validated.

@@ -1,4 +1,4 @@
-"""Comparing runs: what makes them comparable, their figures side by side, replicates over seeds.
+"""Compares runs: what makes them comparable, their figures side by side, replicates over seeds.
 
 Losses of two runs say something about the models only if both saw the same data in the same
 amounts. :func:`compare` checks that and names every difference; it never drops a run or a figure.
@@ -46,7 +46,7 @@ _CHECKS: tuple[tuple[str, Callable[[Run], Any]], ...] = (
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One reason why two runs (or groups) are not comparable."""
+    """Holds one reason why two runs (or groups) are not comparable."""
 
     key: str
     reference: str
@@ -55,7 +55,7 @@ class Mismatch:
     value: Any
 
     def __str__(self) -> str:
-        """``train.seq_length: 256 in moe, 512 in mone``."""
+        """Returns text such as ``train.seq_length: 256 in moe, 512 in mone``."""
         if self.reference == self.label:
             return f"{self.key}: {self.value} in {self.label}"
         return (
@@ -65,7 +65,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """The figures of one run in a comparison.
+    """Holds the figures of one run in a comparison.
 
     Attributes:
         label: distinct name.
@@ -90,13 +90,13 @@ class RunFigures:
 
     @property
     def parameters(self) -> Mapping[str, int]:
-        """``run.json``'s counts."""
+        """Returns ``run.json``'s parameter counts."""
         return self.run.summary.parameters
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs equal but for seed, name and folder.
+    """Holds runs that are equal but for seed, name and folder.
 
     Attributes:
         label: common start of the members' labels.
@@ -117,13 +117,13 @@ class Group:
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
-        """Seeds of the members, in order of the members."""
+        """Returns the seeds of the members, in order of the members."""
         return tuple(member.run.seed for member in self.members)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side.
+    """Holds runs side by side.
 
     Attributes:
         figures: one entry a run, in the order given; the first is the reference.
@@ -140,14 +140,14 @@ class Comparison:
 
     @property
     def comparable(self) -> bool:
-        """Whether nothing that must be equal differs."""
+        """Returns whether nothing that must be equal differs."""
         return not self.mismatches
 
 
 def compare(
     runs: Sequence[Run], labels: Sequence[str] | None = None, *, group_seeds: bool = False
 ) -> Comparison:
-    """Put runs side by side and check that their losses may be compared.
+    """Puts runs side by side and checks that their losses may be compared.
 
     Args:
         runs: the first is the reference of ratios and differences.
@@ -189,7 +189,7 @@ def compare(
 
 
 def compared_curves(comparison: Comparison) -> list[ComparedCurve]:
-    """The curves to overlay: one a group where seeds are pooled, else one a run.
+    """Returns the curves to overlay: one a group where seeds are pooled, else one a run.
 
     All are smoothed over the same span, that of the longest run, so that none looks calmer only
     for being shorter.
@@ -228,7 +228,7 @@ def compared_curves(comparison: Comparison) -> list[ComparedCurve]:
 
 
 def difference_series(series: Series, reference: Series) -> Series | None:
-    """`series` minus `reference` on their common steps; None when they have none."""
+    """Returns `series` minus `reference` on their common steps; None when they have none."""
     steps = np.intersect1d(series.steps, reference.steps)
     if not len(steps):
         return None
@@ -236,7 +236,7 @@ def difference_series(series: Series, reference: Series) -> Series | None:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested mappings; an empty mapping is a value."""
+    """Yields dotted keys and values of nested mappings; an empty mapping is a value."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -250,7 +250,7 @@ def _final_difference(run: Run, reference: Run) -> float | None:
 
 
 def _stack(series: Sequence[Series]) -> tuple[np.ndarray, FloatArray] | None:
-    """Common steps ``[n]`` and values ``[len(series), n]``; None without a common step."""
+    """Returns common steps ``[n]`` and values ``[len(series), n]``; None without a common step."""
     steps = series[0].steps
     for one in series[1:]:
         steps = np.intersect1d(steps, one.steps)
@@ -285,7 +285,7 @@ def _labels(runs: Sequence[Run], labels: Sequence[str] | None) -> list[str]:
 
 
 def _mismatches(figures: Sequence[RunFigures]) -> Iterator[Mismatch]:
-    """Every checked key of every later run against the first run."""
+    """Yields the checked keys of every later run that differ from the first run's."""
     first = figures[0]
     for key, read in _CHECKS:
         expected = read(first.run)
@@ -336,7 +336,7 @@ def _config_differences(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
 
 
 def _replicate_key(run: Run) -> str:
-    """Equal for runs that are the same experiment under other seeds."""
+    """Returns text that is equal for runs of the same experiment under other seeds."""
     config = {key: value for key, value in flatten(run.config) if key not in _REPLICATE_KEYS}
     return json.dumps([config, run.summary.data_fingerprint], sort_keys=True, default=str)
 
@@ -373,7 +373,9 @@ def _interval(samples: Sequence[float | None]) -> Interval | None:
 def _paired_difference(
     members: Sequence[RunFigures], reference: Sequence[RunFigures]
 ) -> Interval | None:
-    """Interval of the loss differences of runs that share a seed, which cancels its effect."""
+    """Returns the interval of the loss differences of runs that share a seed, which cancels its
+    effect; None when the seeds are not the same and distinct.
+    """
     by_seed = {member.run.seed: member.run for member in reference}
     seeds = {member.run.seed for member in members}
     distinct = len(by_seed) == len(reference) and len(seeds) == len(members)
@@ -385,7 +387,7 @@ def _paired_difference(
 
 
 def _common_label(labels: Sequence[str]) -> str:
-    """``moe_seed1, moe_seed2`` -> ``moe``."""
+    """Returns the common start of labels: ``moe_seed1, moe_seed2`` -> ``moe``."""
     if len(labels) == 1:
         return labels[0]
     same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*labels, strict=False))
@@ -398,5 +400,5 @@ def _common_label(labels: Sequence[str]) -> str:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """JSON has no NaN or infinity: None stands for both, and for what is absent."""
+    """Returns a finite value, else None, which stands for NaN and infinity: JSON has neither."""
     return value if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""A comparison as text, picture, page and JSON."""
+"""Writes a comparison as text, picture, page and JSON."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _GROUP_DEFINITION = (
 
 
 def text_report(comparison: Comparison) -> str:
-    """The verdict and the tables as plain text, without a newline at the end."""
+    """Returns the verdict and the tables as plain text, without a newline at the end."""
     parts = [*_verdict_lines(comparison), ""]
     parts.append(text_table(_RUN_HEADER, [_run_cells(f) for f in comparison.figures]))
     parts.append(_DEFINITIONS)
@@ -95,7 +95,7 @@ def text_report(comparison: Comparison) -> str:
 
 
 def comparison_json(comparison: Comparison) -> str:
-    """Everything the tables hold, as JSON text; numbers that are not finite are null."""
+    """Returns all that the tables hold, as JSON text; numbers that are not finite are null."""
     document = {
         "comparable": comparison.comparable,
         "mismatches": [
@@ -119,12 +119,12 @@ def comparison_json(comparison: Comparison) -> str:
 
 
 def comparison_picture(comparison: Comparison, curves: Sequence[ComparedCurve]) -> bytes:
-    """``comparison.png``."""
+    """Returns the content of ``comparison.png``."""
     return png_bytes(comparison_figure(curves, _heading(comparison), _warning(comparison)))
 
 
 def comparison_page(comparison: Comparison, curves: Sequence[ComparedCurve]) -> str:
-    """``comparison.html``: self-contained, interactive."""
+    """Returns the text of ``comparison.html``, which is interactive and needs no other file."""
     page = Page(f"Comparison: {_heading(comparison)}")
     page.heading_one(_heading(comparison))
     if not comparison.comparable:
@@ -162,7 +162,7 @@ def comparison_page(comparison: Comparison, curves: Sequence[ComparedCurve]) -> 
 def write_comparison(
     comparison: Comparison, output: str | Path, *, page_file: str = PAGE_FILE
 ) -> tuple[Path, Path, Path]:
-    """Write picture, page and JSON into a folder, made if need be; return their paths."""
+    """Writes picture, page and JSON into a folder, made if need be, and returns their paths."""
     directory = Path(output)
     curves = compared_curves(comparison)
     return (

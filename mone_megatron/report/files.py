@@ -1,4 +1,4 @@
-"""Result files are written whole; large files are told apart by parts of them."""
+"""Writes result files whole, and tells large files apart by parts of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from mone_megatron.ownership import OWNER_FILE
 
 
 def check_output(folder: Path, marker: str) -> None:
-    """Refuse an output folder before time is spent on what would go there. Leaves nothing behind.
+    """Refuses an output folder before time is spent on what would go there, and leaves nothing
+    behind.
 
     Args:
         folder: need not be there.
@@ -44,7 +45,7 @@ def check_output(folder: Path, marker: str) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write a file so that it is there whole or not at all.
+    """Writes a file so that it is there whole or not at all, and returns its path.
 
     The content goes to a temporary file in the same folder, which then takes the name.
     """
@@ -65,7 +66,7 @@ def write_whole(path: Path, content: str | bytes) -> Path:
 
 
 def files_identity(files: Sequence[Path]) -> str:
-    """SHA-256 of the names, sizes and first and last bytes of files."""
+    """Returns the SHA-256 of the names and sizes of files, and of their first and last 64 KiB."""
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

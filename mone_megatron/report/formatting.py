@@ -1,4 +1,4 @@
-"""Numbers as people read them, the same in tables, plots and pages."""
+"""Formats numbers as people read them, the same in tables, plots and pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ABSENT = "-"
 
 
 def format_count(value: float | None) -> str:
-    """1234567 -> ``1.23M``: three significant digits with K, M, B or T; ``-`` when unknown."""
+    """Returns 1234567 as ``1.23M``: three digits with K, M, B or T; ``-`` when unknown."""
     if value is None or not math.isfinite(value):
         return ABSENT
     for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
@@ -22,28 +22,30 @@ def format_count(value: float | None) -> str:
 
 
 def format_loss(value: float | None) -> str:
-    """Four decimals; ``-`` when there is none; ``nan`` or ``inf`` when it diverged."""
+    """Returns a loss with four decimals; ``-`` when there is none; ``nan`` or ``inf`` if it
+    diverged.
+    """
     if value is None:
         return ABSENT
     return f"{value:.4f}"
 
 
 def format_signed(value: float | None) -> str:
-    """Four decimals with a sign; ``-`` when there is none; ``nan`` when either loss diverged."""
+    """Returns four decimals with a sign; ``-`` for None; ``nan`` when either loss diverged."""
     if value is None:
         return ABSENT
     return f"{value:+.4f}" if not math.isnan(value) else "nan"
 
 
 def format_ratio(value: float | None) -> str:
-    """1.083 -> ``1.083x``; ``-`` when unknown."""
+    """Returns 1.083 as ``1.083x``; ``-`` when unknown."""
     if value is None or not math.isfinite(value):
         return ABSENT
     return f"{value:.3f}x"
 
 
 def format_number(value: float | None) -> str:
-    """Four significant digits, for figures without a unit of their own."""
+    """Returns four significant digits, for figures without a unit; ``-`` when there is none."""
     if value is None:
         return ABSENT
     return f"{value:.4g}"
@@ -61,7 +63,7 @@ def plus_minus(value: str, error: float, spec: str = ".4f") -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """3725 -> ``1 h 2 min``; seconds below two minutes; ``-`` when unknown."""
+    """Returns 3725 seconds as ``1 h 2 min``; below two minutes in seconds; ``-`` when unknown."""
     if seconds is None or not math.isfinite(seconds):
         return ABSENT
     if seconds < 120:
@@ -77,7 +79,9 @@ def format_duration(seconds: float | None) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart; the first and the last one left-aligned, the others right."""
+    """Returns a table of text, its columns two spaces apart. The first and the last one are
+    left-aligned, the others right-aligned.
+    """
     table = [list(header), *map(list, rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     left = (0, len(header) - 1)

@@ -1,4 +1,4 @@
-"""Whether an estimated number is determined by what was measured: one test and wording for all.
+"""Tells whether an estimated number is determined by what was measured: one wording for all.
 
 A number that a fit or a search returns may rest on the data, or on where the fit began, on the
 edge of what was allowed, or on too few samples. Such a number is printed with its reasons, never
@@ -30,7 +30,7 @@ DoubtKind = Literal["bound", "flat", "wide", "zero", "few", "missing", "rests"]
 
 @dataclass(frozen=True)
 class Doubt:
-    """One reason why a number is not identified, of a kind and in words."""
+    """Holds one reason why a number is not identified, of a kind and in words."""
 
     kind: DoubtKind
     reason: str

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages with interactive charts: one file, no network, works from file://."""
+"""Builds self-contained HTML pages with interactive charts: one file that needs no network."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ CurveKind = Literal["line", "faint", "points"]
 
 
 def escape(text: object) -> str:
-    """`text` as HTML text or attribute value."""
+    """Returns `text` as HTML text or attribute value."""
     return html.escape(str(text), quote=True)
 
 
 def thin(series: Series, max_points: int = MAX_CURVE_POINTS) -> Series:
-    """At most `max_points` points: the lowest and the highest of each stretch, so spikes stay.
+    """Returns the lowest and the highest point of each stretch, `max_points` in all at most, so
+    spikes stay.
 
     A stretch that holds a non-finite value keeps that too, as the gap that it is.
     """
@@ -51,7 +52,9 @@ def thin(series: Series, max_points: int = MAX_CURVE_POINTS) -> Series:
 
 
 def thin_grid(grid: LayerGrid, max_columns: int = MAX_HEATMAP_COLUMNS) -> LayerGrid:
-    """At most `max_columns` columns, each the mean of the finite values of neighbouring steps."""
+    """Returns at most `max_columns` columns, each the mean of the finite values of neighbouring
+    steps.
+    """
     if len(grid.steps) <= max_columns:
         return grid
     edges = np.linspace(0, len(grid.steps), max_columns + 1).astype(int)
@@ -65,7 +68,7 @@ def thin_grid(grid: LayerGrid, max_columns: int = MAX_HEATMAP_COLUMNS) -> LayerG
 
 
 def _numbers(values: FloatArray, digits: int = 6) -> list[float | None]:
-    """JSON has no NaN: None stands for any number that is not finite."""
+    """Returns numbers for JSON, which has no NaN: None stands for any that is not finite."""
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]
 
 
@@ -80,7 +83,7 @@ def asset(package: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve of a chart.
+    """Describes one curve of a chart.
 
     Attributes:
         series: the curve.
@@ -100,7 +103,7 @@ class Curve:
     high: FloatArray | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What the script draws."""
+        """Returns what the page's script draws: attributes, and thinned points."""
         if self.low is None or self.high is None:
             series = thin(self.series)
             bands: dict[str, list[float | None]] = {}
@@ -134,38 +137,38 @@ class Page:
     _extension: tuple[dict[str, Any], str, str] = ({}, "", "")
 
     def extend(self, data: dict[str, Any], *, style: str, script: str) -> None:
-        """Views of the caller's own; the script finds `data` as ``monePage.DATA.extension``."""
+        """Adds views of the caller's own; the script has `data` as ``monePage.DATA.extension``."""
         self._extension = (data, style, script)
 
     def raw(self, markup: str) -> None:
-        """Append markup, already escaped."""
+        """Appends markup that is escaped already."""
         self._body.append(markup)
 
     def heading_one(self, text: str) -> None:
-        """The heading of the page."""
+        """Appends the heading of the page."""
         self.raw(f"<h1>{escape(text)}</h1>")
 
     def heading(self, text: str, note: str = "") -> None:
-        """A section heading with a line under it."""
+        """Appends a section heading, with `note` as a line under it."""
         self.raw(f"<h2>{escape(text)}</h2>")
         if note:
             self.note(note)
 
     def note(self, text: str) -> None:
-        """A quiet paragraph."""
+        """Appends a quiet paragraph."""
         self.raw(f'<p class="note">{escape(text)}</p>')
 
     def banner(
         self, kind: Literal["warn", "bad", "good"], text: str, items: Sequence[str] = ()
     ) -> None:
-        """A coloured box: what the reader has to know before the figures."""
+        """Appends a coloured box: what the reader has to know before the figures."""
         listing = "".join(f"<li>{escape(item)}</li>" for item in items)
         listing = f"<ul>{listing}</ul>" if listing else ""
         strong = f"<strong>{escape(text)}</strong>"
         self.raw(f'<div class="banner {kind}" role="status">{strong}{listing}</div>')
 
     def tiles(self, tiles: Sequence[tuple[str, str, str]]) -> None:
-        """Headline figures: (label, value, detail)."""
+        """Appends headline figures, each a tuple (label, value, detail)."""
         cells = "".join(
             f'<div class="tile"><div class="label">{escape(label)}</div>'
             f'<div class="value">{escape(value)}</div>'
@@ -177,7 +180,7 @@ class Page:
     def table(
         self, header: Sequence[str], rows: Sequence[Sequence[str]], wrap: bool = False
     ) -> None:
-        """A table whose first column is text; `wrap` makes all cells text that wraps."""
+        """Appends a table whose first column is text; `wrap` makes all cells text that wraps."""
         kind = ' class="text wrap"' if wrap else ""
         head = "".join(f"<th{kind}>{escape(cell)}</th>" for cell in header)
         body = "".join(
@@ -187,17 +190,17 @@ class Page:
         self.raw(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
 
     def details(self, summary: str, text: str) -> None:
-        """Preformatted text that opens on a click."""
+        """Appends preformatted text that opens on a click."""
         self.raw(
             f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
         )
 
     def open_grid(self) -> None:
-        """Cards that follow stand side by side where the window is wide enough."""
+        """Opens a grid: cards that follow stand side by side where the window is wide enough."""
         self.raw('<div class="grid">')
 
     def close_grid(self) -> None:
-        """End of the cards side by side."""
+        """Ends the cards side by side."""
         self.raw("</div>")
 
     def chart(
@@ -212,7 +215,8 @@ class Page:
         x_label: str = "step",
         marks: Sequence[tuple[int, str]] = (),
     ) -> None:
-        """A chart over steps with hover readout, zoom by dragging, and a double click to undo.
+        """Appends a chart over steps with hover readout, zoom by dragging, and a double click to
+        undo.
 
         Args:
             title: over the chart.
@@ -244,7 +248,7 @@ class Page:
         note: str = "",
         columns: Literal["step", "expert"] = "step",
     ) -> None:
-        """Layers by steps, or by experts; grey where there is no finite value.
+        """Appends a picture of layers by steps, or by experts; grey where there is no finite value.
 
         A metric that never changes is told in words: a picture of one colour says less.
         """
@@ -280,7 +284,7 @@ class Page:
         )
 
     def render(self) -> str:
-        """The page as one HTML document."""
+        """Returns the page as one HTML document."""
         extension, style, script = self._extension
         data = json.dumps(
             {"charts": self._charts, "heatmaps": self._heatmaps, "extension": extension},

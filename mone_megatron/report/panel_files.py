@@ -1,4 +1,4 @@
-"""Reading ``alerts.jsonl`` and ``panel.jsonl`` of a run (docs/metrics.md)."""
+"""Reads ``alerts.jsonl`` and ``panel.jsonl`` of a run (docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PANEL_FILE = "panel.jsonl"
 
 @dataclass(frozen=True)
 class AlertSpan:
-    """One alert from its beginning to its end.
+    """Describes one alert from its beginning to its end.
 
     Attributes:
         kind: dead_expert, dead_neurons, load_collapse or shrinking_weights.
@@ -45,7 +45,7 @@ class AlertSpan:
 
 @dataclass(frozen=True)
 class LastPanel:
-    """Every routed expert at the last step that looked at them.
+    """Holds the statistics of every routed expert at the last step that looked at them.
 
     Attributes:
         step: that step.
@@ -57,7 +57,7 @@ class LastPanel:
 
 
 def read_alerts(directory: Path) -> list[AlertSpan] | None:
-    """The alerts of a run in the order in which they began; None where none were looked for.
+    """Returns the alerts of a run as they began, in order; None where none were looked for.
 
     Raises:
         ValueError: a line is no alert; one line naming the file and the line.
@@ -88,7 +88,7 @@ def read_alerts(directory: Path) -> list[AlertSpan] | None:
 
 
 def read_last_panel(directory: Path) -> LastPanel | None:
-    """The routed experts at the last step that looked at them; None when none did.
+    """Returns the routed experts at the last step that looked at them; None when none did.
 
     Raises:
         ValueError: the last line is no panel; one line naming the file and the line.
@@ -126,7 +126,7 @@ def read_last_panel(directory: Path) -> LastPanel | None:
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Parsed lines with their numbers; a last one that a kill cut off is passed over."""
+    """Yields parsed lines with their numbers; a last one that a kill cut off is passed over."""
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:

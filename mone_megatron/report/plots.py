@@ -1,4 +1,4 @@
-"""Static pictures of runs. Figures are built without pyplot, so nothing global is touched."""
+"""Draws static pictures of runs. Figures are built without pyplot, so nothing global is touched."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _MAX_LEGEND_ROWS = 24
 
 
 def color_of(index: int) -> str:
-    """Colour of the index-th run; repeats after eight."""
+    """Returns the colour of the index-th run; colours repeat after eight."""
     return COLORS[index % len(COLORS)]
 
 
 def line_style_of(index: int) -> str:
-    """Line style of the index-th run: changes when the colours start over."""
+    """Returns the line style of the index-th run, which changes when the colours start over."""
     return _LINE_STYLES[index // len(COLORS) % len(_LINE_STYLES)]
 
 
 def loss_figure(run: Run) -> Figure:
-    """Train and validation loss over a small learning-rate panel, 1200 by 700 pixels."""
+    """Draws train and validation loss over a small learning-rate panel, 1200 by 700 pixels."""
     figure = new_figure()
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4.2, 1])
     loss = run.series("loss")
@@ -103,7 +103,7 @@ def loss_figure(run: Run) -> Figure:
 
 @dataclass(frozen=True)
 class ComparedCurve:
-    """One run, or the mean of a group of replicates, in a comparison.
+    """Holds one run, or the mean of a group of replicates, in a comparison.
 
     Attributes:
         label: legend text.
@@ -123,7 +123,7 @@ class ComparedCurve:
 
 
 def comparison_figure(curves: Sequence[ComparedCurve], heading: str, warning: str = "") -> Figure:
-    """Overlaid loss curves over their difference to the first one.
+    """Draws overlaid loss curves over their difference to the first one.
 
     Args:
         curves: the first is the reference of the differences.
@@ -222,19 +222,19 @@ def comparison_figure(curves: Sequence[ComparedCurve], heading: str, warning: st
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+    """Returns the figure as a PNG file."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
 def png_data_uri(figure: Figure) -> str:
-    """The figure as a ``data:`` address for an ``img`` element."""
+    """Returns the figure as a ``data:`` address for an ``img`` element."""
     return "data:image/png;base64," + base64.b64encode(png_bytes(figure)).decode("ascii")
 
 
 def write_loss_plot(run_dir: str | Path) -> Path:
-    """Write ``loss.png`` into the run directory and return its path.
+    """Writes ``loss.png`` into the run directory and returns the picture's path.
 
     Raises:
         ValueError: the directory is not a readable run (:func:`load_run`).
@@ -244,7 +244,7 @@ def write_loss_plot(run_dir: str | Path) -> Path:
 
 
 def parameter_line(run: Run) -> str:
-    """Total and activated parameters, the convention named."""
+    """Returns a line with total and activated parameters, the convention named."""
     parameters = run.summary.parameters
     line = f"{format_count(parameters.get('total'))} parameters"
     if "activated_gate_counted" in parameters:
@@ -253,18 +253,18 @@ def parameter_line(run: Run) -> str:
 
 
 def new_figure() -> Figure:
-    """An empty figure of 1200 by 700 pixels."""
+    """Returns an empty figure of 1200 by 700 pixels."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.09)
     return Figure(figsize=(12, 7), dpi=100, layout=layout, facecolor="white")
 
 
 def _dot_size(validation: Series) -> float:
-    """Marker size in points that keeps many evaluations apart."""
+    """Returns a marker size in points that keeps many evaluations apart."""
     return 7.0 if len(validation) <= 30 else 4.0
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib neither reads as mathematics nor hides for its first underscore."""
+    """Returns text that matplotlib takes for no mathematics, nor hides for its first underscore."""
     text = text.replace("\\", "\\\\").replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
 
@@ -274,7 +274,7 @@ def _shorten(text: str, length: int) -> str:
 
 
 def title_axes(axes: Axes, heading: str, line: str, warn: bool = False) -> None:
-    """A heading and a quiet line under it, red when it warns."""
+    """Puts a heading over the axes, and a quiet line under it, red when it warns."""
     axes.set_title(
         _plain(_shorten(heading, 90)),
         loc="left",
@@ -295,7 +295,7 @@ def title_axes(axes: Axes, heading: str, line: str, warn: bool = False) -> None:
 
 
 def style_axes(axes: Axes) -> None:
-    """Grid, spines and ticks of our pictures, for axes that count whole steps along x."""
+    """Sets grid, spines and ticks of our pictures, for axes that count whole steps along x."""
     axes.grid(True, color=_GRID, linewidth=0.9)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -310,12 +310,14 @@ def style_axes(axes: Axes) -> None:
 
 
 def _settled(values: FloatArray) -> FloatArray:
-    """Values after the first 2%, where a loss has not come down from its start yet."""
+    """Returns the values after the first 2%, where a loss has not come down from its start yet."""
     return values[len(values) // 50 :]
 
 
 def _limit_losses(axes: Axes, series: Sequence[Series]) -> None:
-    """Vertical limits from the finite values: room for the fall from the start, not for a spike."""
+    """Sets vertical limits from the finite values: room for the fall from the start, not for a
+    spike.
+    """
     values = np.concatenate([one.values for one in series])
     values = values[np.isfinite(values)]
     if not len(values):

@@ -1,4 +1,4 @@
-"""``report.html``: one run on one self-contained page."""
+"""Writes ``report.html``: one run on one self-contained page."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ _ALERTS_IN_BANNER = 5
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` into the run directory and return its path.
+    """Writes ``report.html`` into the run directory and returns its path.
 
     Raises:
         ValueError: the directory is not a readable run (:func:`load_run`).
@@ -95,7 +95,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def report_page(run: Run) -> str:
-    """The report as the text of an HTML file that needs no other file and no network."""
+    """Returns the report as the text of an HTML file that needs no other file and no network."""
     page = Page(f"{run.name}: training report")
     alerts = read_alerts(run.path)
     _head(page, run, alerts or [])
@@ -111,7 +111,7 @@ def report_page(run: Run) -> str:
 
 
 def status_sentence(run: Run) -> str | None:
-    """What a reader must know about how the run ended; None when it completed."""
+    """Returns what a reader must know about how the run ended; None when it completed."""
     planned = run.setting("train.steps")
     place = f"at step {run.last_step}" + (f" of {planned}" if planned is not None else "")
     return {
@@ -226,7 +226,7 @@ def _line(
     note: str = "",
     alerts: Sequence[AlertSpan] = (),
 ) -> None:
-    """A card with one metric: raw behind, smoothed in front; alerts about it marked."""
+    """Appends a card with one metric: raw behind, smoothed in front, alerts about it marked."""
     if not run.has(key):
         return
     series = run.series(key)
@@ -242,7 +242,7 @@ def _line(
 
 
 def _marks(metric: str, alerts: Sequence[AlertSpan]) -> list[tuple[int, str]]:
-    """Where alerts about a metric begin and end, one mark a step."""
+    """Returns where alerts about a metric begin and end, one mark a step."""
     kind, parts = _MARKED.get(metric, ("", ()))
     steps: dict[int, list[str]] = {}
     for alert in alerts:
@@ -310,7 +310,7 @@ def _balance(page: Page, run: Run, alerts: Sequence[AlertSpan]) -> None:
 
 
 def _tasks(page: Page, run: Run) -> None:
-    """Tasks during training (train.eval_tasks): each metric with its standard error."""
+    """Appends tasks during training (train.eval_tasks): each metric with its standard error."""
     keys = [
         key for key in run.columns if key.startswith(_TASK_PREFIX) and not key.endswith(_STDERR)
     ]
@@ -358,7 +358,7 @@ def _layer_line(
     note: str,
     alerts: Sequence[AlertSpan],
 ) -> None:
-    """Mean over layers as a line, with a band from the lowest to the highest layer."""
+    """Appends the mean over layers as a line, with a band from the lowest to the highest layer."""
     grid = run.layer_grid(metric)
     finite = np.isfinite(grid.values)
     some = finite.any(axis=0)
@@ -412,7 +412,7 @@ def _experts(page: Page, run: Run, alerts: Sequence[AlertSpan]) -> None:
 
 
 def _last_panel(page: Page, run: Run) -> None:
-    """Every expert at the end, and what it cost to know."""
+    """Appends every expert at the last panel step, and what it cost to know."""
     last = read_last_panel(run.path)
     if last is None or not last.grids:
         return

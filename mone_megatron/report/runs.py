@@ -1,4 +1,4 @@
-"""Reading a run directory: ``config.yaml``, ``metrics.jsonl`` and ``run.json``.
+"""Reads a run directory: ``config.yaml``, ``metrics.jsonl`` and ``run.json``.
 
 ``docs/metrics.md`` says what each key means. Reading is tolerant of what a killed or resumed run
 leaves behind and of nothing else.
@@ -43,7 +43,7 @@ _NON_FINITE = {
 
 @dataclass(frozen=True)
 class Series:
-    """One metric over the steps that recorded it.
+    """Holds one metric over the steps that recorded it.
 
     Attributes:
         steps: ``[n]`` int64, strictly ascending.
@@ -57,17 +57,17 @@ class Series:
         return len(self.steps)
 
     def smoothed(self, span: float | None = None) -> Series:
-        """Bias-corrected exponential moving average; `span` None suits the curve's length."""
+        """Returns the bias-corrected moving average; `span` None suits the curve's length."""
         chosen = default_span(len(self)) if span is None else span
         return Series(self.steps, exponential_moving_average(self.values, chosen))
 
     def on(self, steps: IntArray) -> Series:
-        """The part of the series whose step is in `steps`."""
+        """Returns the part of the series whose step is in `steps`."""
         kept = np.isin(self.steps, steps)
         return Series(self.steps[kept], self.values[kept])
 
     def tail_mean(self, share: float = FINAL_SHARE) -> float:
-        """Mean over the last `share` of the points, rounded up, so at least one.
+        """Returns the mean over the last `share` of the points, rounded up, so at least one.
 
         Non-finite values are not left out: a loss that ended as NaN has a NaN mean.
         """
@@ -76,7 +76,7 @@ class Series:
 
 @dataclass(frozen=True)
 class LayerGrid:
-    """One metric of every layer that has it, over the steps that recorded any of them.
+    """Holds one metric of every layer that has it, over the steps that recorded any of them.
 
     Attributes:
         layers: layer numbers from 1, ascending; dense layers without experts are absent.
@@ -91,7 +91,7 @@ class LayerGrid:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """``run.json``. A field the file does not have is None (an empty mapping for mappings)."""
+    """Holds ``run.json``. A field the file does not have is None (or an empty mapping)."""
 
     name: str
     status: str
@@ -111,7 +111,7 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Run:
-    """One run, read.
+    """Holds one run as it was read.
 
     Attributes:
         path: the run directory.
@@ -129,16 +129,16 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's own name."""
+        """Returns the run's own name."""
         return self.summary.name
 
     @property
     def last_step(self) -> int:
-        """The last step with a loss."""
+        """Returns the last step with a loss."""
         return int(self.columns["loss"].steps[-1])
 
     def series(self, key: str) -> Series:
-        """One metric.
+        """Returns one metric over the steps that recorded it.
 
         Raises:
             ValueError: the run never recorded `key`.
@@ -148,11 +148,13 @@ class Run:
         return self.columns[key]
 
     def has(self, key: str) -> bool:
-        """Whether any step recorded `key`."""
+        """Returns whether any step recorded `key`."""
         return key in self.columns
 
     def setting(self, key: str) -> Any:
-        """The value of a dotted configuration key such as ``train.seq_length``; None if absent."""
+        """Returns the value of a dotted configuration key such as ``train.seq_length``; None if
+        absent.
+        """
         value: Any = self.config
         for part in key.split("."):
             if not isinstance(value, Mapping) or part not in value:
@@ -161,7 +163,7 @@ class Run:
         return value
 
     def median(self, key: str) -> float | None:
-        """Median of the finite values of a metric; None when there are none.
+        """Returns the median of the finite values of a metric; None when there are none.
 
         The median leaves out the slow first step and hiccups without a cut-off to choose.
         """
@@ -173,29 +175,31 @@ class Run:
 
     @property
     def final_train_loss(self) -> float:
-        """Mean train loss over the last 5% of the recorded steps (rounded up; NaN if any is)."""
+        """Returns the mean train loss over the last 5% of the recorded steps (rounded up; NaN if
+        any is).
+        """
         return self.columns["loss"].tail_mean()
 
     @property
     def final_validation_loss(self) -> float | None:
-        """The last validation loss; None when the run never evaluated."""
+        """Returns the last validation loss; None when the run never evaluated."""
         return float(self.columns["val_loss"].values[-1]) if self.has("val_loss") else None
 
     @property
     def tokens(self) -> int | None:
-        """Tokens trained on: the last record's count, else ``run.json``'s."""
+        """Returns the tokens trained on: the last record's count, else ``run.json``'s."""
         if self.has("tokens") and math.isfinite(self.columns["tokens"].values[-1]):
             return int(self.columns["tokens"].values[-1])
         return self.summary.tokens
 
     @property
     def seed(self) -> int | None:
-        """``run.json``'s seed, else ``train.seed``."""
+        """Returns ``run.json``'s seed, else ``train.seed``."""
         return self.summary.seed if self.summary.seed is not None else self.setting("train.seed")
 
     @cached_property
     def layer_metrics(self) -> Mapping[str, tuple[int, ...]]:
-        """Metrics that have per-layer keys, with their layer numbers in order."""
+        """Returns the metrics that have per-layer keys, with their layer numbers in order."""
         found: dict[str, list[int]] = {}
         for key in self.columns:
             if match := _LAYER_KEY.fullmatch(key):
@@ -203,7 +207,7 @@ class Run:
         return {metric: tuple(sorted(layers)) for metric, layers in sorted(found.items())}
 
     def layer_grid(self, metric: str) -> LayerGrid:
-        """A per-layer metric as a grid of layers by steps.
+        """Returns a per-layer metric as a grid of layers by steps.
 
         Raises:
             ValueError: no layer recorded `metric`.
@@ -224,7 +228,7 @@ class Run:
 
 
 def load_run(path: str | Path) -> Run:
-    """Read a run directory.
+    """Reads a run directory.
 
     Tolerated, because killed and resumed runs leave them: a half-written last line; a line that a
     resumed run appended to a half-written one; steps recorded again after a resume, where the last
@@ -320,7 +324,7 @@ def _read_summary(path: Path) -> RunSummary:
 
 
 def _read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Records in ascending order of step, and how many broken pieces were passed over."""
+    """Returns records in ascending order of step, and how many broken pieces were passed over."""
     text = _read_text(path, "the run ended before its first step, so there is nothing to show")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1)]
     lines = [(number, line) for number, line in lines if line.strip("\0 \t\r")]
@@ -346,7 +350,7 @@ def _read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _parse_line(line: str) -> tuple[dict[str, Any] | None, int]:
-    """The record of a line, or None, and the number of broken pieces in it.
+    """Returns the record of a line, or None, and the number of broken pieces in it.
 
     A process killed while writing leaves half a line without its end, and a resumed one may append
     its first record right behind it.
@@ -363,7 +367,9 @@ def _parse_line(line: str) -> tuple[dict[str, Any] | None, int]:
 
 
 def _as_number(value: Any) -> float | None:
-    """A JSON value as a float: null and names such as "NaN" are non-finite; None if no number."""
+    """Returns a JSON value as a float: null and names such as "NaN" are non-finite. Returns None
+    for what is no number.
+    """
     if value is None:
         return math.nan
     if isinstance(value, int | float):

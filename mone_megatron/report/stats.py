@@ -1,4 +1,4 @@
-"""Smoothing and confidence intervals: pure functions of numpy arrays."""
+"""Computes smoothing and confidence intervals: pure functions of numpy arrays."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _Z_975 = 1.959964
 
 
 def default_span(num_points: int) -> float:
-    """Smoothing span, in points, that reads well on a curve of `num_points`: 3 to 200."""
+    """Returns a smoothing span, in points, that suits a curve of `num_points`: 3 to 200."""
     return float(min(max(num_points / 60, 3), 200))
 
 
 def exponential_moving_average(values: FloatArray, span: float) -> FloatArray:
-    """Bias-corrected exponential moving average, as Adam corrects its moments.
+    """Returns the exponential moving average, bias-corrected as Adam corrects its moments.
 
     With ``beta = 1 - 2 / (span + 1)`` the k-th output is
     ``(1 - beta) * sum_j beta^(k-j) x_j / (1 - beta^k)``, so the first output is the first value.
@@ -56,7 +56,7 @@ def exponential_moving_average(values: FloatArray, span: float) -> FloatArray:
 
 
 def t_quantile_975(degrees_of_freedom: int) -> float:
-    """97.5% quantile of Student's t.
+    """Returns the 97.5% quantile of Student's t.
 
     A table up to 30 degrees of freedom; beyond, the Cornish-Fisher expansion in 1/df, which is
     within 1e-4 there.
@@ -74,7 +74,7 @@ def t_quantile_975(degrees_of_freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the half-width of its 95% confidence interval (NaN for a single sample)."""
+    """Holds a mean and the half-width of its 95% confidence interval (NaN for a single sample)."""
 
     mean: float
     half_width: float
@@ -82,17 +82,18 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """Lower end."""
+        """Returns the lower end."""
         return self.mean - self.half_width
 
     @property
     def high(self) -> float:
-        """Upper end."""
+        """Returns the upper end."""
         return self.mean + self.half_width
 
 
 def mean_interval(samples: Sequence[float]) -> Interval:
-    """Mean and two-sided 95% Student-t interval: ``t * s / sqrt(n)`` with ``n - 1`` under ``s``.
+    """Returns the mean and its two-sided 95% Student-t interval: ``t * s / sqrt(n)``, with ``n -
+    1`` under ``s``.
 
     One sample has no interval: its half-width is NaN. A NaN among the samples makes the mean NaN,
     so a diverged replicate is not hidden by the others.
