@@ -1,1 +1,1 @@
-"""The command lines, a module each with a ``main``; ``mone NAME`` and ``tools/`` call them."""
+"""Holds the command lines, a module each with a ``main``; ``mone NAME`` and ``tools/`` run them."""

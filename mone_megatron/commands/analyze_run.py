@@ -1,4 +1,4 @@
-"""See which experts and neurons tokens use: of runs, checkpoints, exports, any MoE, or traces."""
+"""Shows which experts and neurons tokens use: of runs, checkpoints, exports, any MoE, or traces."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_used(options: argparse.Namespace, kinds: Collection[str]) -> None:
-    """Refuse options that would be ignored.
+    """Refuses options that would be ignored.
 
     Raises:
         ValueError: naming the first.
@@ -216,6 +216,6 @@ def _owning(options: argparse.Namespace) -> None:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
     return exit_status("analyze_run", _owning, options)

@@ -1,4 +1,4 @@
-"""Benchmarks as ratios within one run: layers, selection, ties, steps, decoding, trainer, saves."""
+"""Benchmarks layers, selection, ties, steps, decoding, trainer and saves, as ratios in one run."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Outcome(NamedTuple):
-    """What a benchmark gives: for people, for files."""
+    """Holds what a benchmark gives: lines for people, results and a picture for files."""
 
     hardware: str
     lines: list[str]
@@ -452,6 +452,6 @@ def _owning(options: argparse.Namespace) -> None:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
     return exit_status("bench", _owning, options)

@@ -1,4 +1,4 @@
-"""Compare training runs: a table on the terminal, comparison.png, comparison.html and .json."""
+"""Compares training runs: a table on the terminal, comparison.png, comparison.html and .json."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
         with owned_folder("--output", Path(options.output)):

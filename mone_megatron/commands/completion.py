@@ -1,4 +1,4 @@
-"""Completion of ``mone`` in a shell: the shell asks ``mone``, so nothing is written down twice."""
+"""Completes ``mone`` in a shell: the shell asks ``mone``, so nothing is written down twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluate models on tasks and corpora: runs, exports, or any model in the transformers format."""
+"""Evaluates models on tasks and corpora: runs, exports, or any model in the transformers format."""
 
 from __future__ import annotations
 
@@ -170,6 +170,6 @@ def _owning(options: argparse.Namespace) -> None:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
     return exit_status("eval_hf", _owning, options)

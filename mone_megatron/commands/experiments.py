@@ -1,4 +1,4 @@
-"""The experiments that are shipped, for those who ask what there is to train."""
+"""Lists the experiments that are shipped, for those who ask what there is to train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convert a checkpoint of any layout to a Hugging Face folder, on a CPU, one shard at a time."""
+"""Converts a checkpoint of any layout to a Hugging Face folder, on a CPU, one shard at a time."""
 
 from __future__ import annotations
 
@@ -119,6 +119,6 @@ def _owning(options: argparse.Namespace) -> None:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
     return exit_status("export_hf", _owning, options)

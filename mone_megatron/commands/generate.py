@@ -1,4 +1,4 @@
-"""Continue a prompt with a run of ours, an export, or any transformers model."""
+"""Continues a prompt with a run of ours, an export, or any transformers model."""
 
 from __future__ import annotations
 
@@ -148,6 +148,6 @@ def _generate(options: argparse.Namespace) -> None:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
     return exit_status("generate", _generate, options)

@@ -1,4 +1,4 @@
-"""What a first GPU is asked: kernels, steps, speed, resuming, each in a process with a limit."""
+"""Checks a first GPU: kernels, steps, speed, resuming, each in a process with a limit."""
 
 from __future__ import annotations
 

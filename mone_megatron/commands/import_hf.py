@@ -1,4 +1,4 @@
-"""Convert a Hugging Face model to a checkpoint that any layout starts from."""
+"""Converts a Hugging Face model to a checkpoint that any layout starts from."""
 
 from __future__ import annotations
 
@@ -138,6 +138,6 @@ def _owning(options: argparse.Namespace) -> None:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
     return exit_status("import_hf", _owning, options)

@@ -1,4 +1,4 @@
-"""``mone NAME ...``: one command for all command lines of the package.
+"""Runs ``mone NAME ...``: one command for all command lines of the package.
 
 A command's module is imported when it is called, so that the list of them costs nothing.
 """
@@ -17,7 +17,7 @@ from mone_megatron.display import harmless
 
 
 class Command(NamedTuple):
-    """One command line."""
+    """Describes one command line."""
 
     # Has a ``main`` that takes the arguments and returns the exit status.
     module: str
@@ -46,7 +46,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """Returns the list of commands."""
+    """Returns the list of commands as text."""
     width = max(map(len, COMMANDS))
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""Before a run: does it fit, how long does it take, what does it cost; without GPU or torch."""
+"""Says before a run, without GPU or torch, whether it fits, how long it takes and what it costs."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def _experiment_of(overrides: Sequence[str]) -> str:
 
 
 def _write_pair(pair: Pair, overrides: Sequence[str], folder: Path) -> list[Path]:
-    """Two files for conf/experiment."""
+    """Writes the two of a pair as files for conf/experiment and returns their paths."""
     base = _experiment_of(overrides)
     start = compose([f"experiment={base}"])
     stem = base.removesuffix("_mone").removesuffix("_moe").removeprefix("mone_")
@@ -235,7 +235,7 @@ def _match(options: argparse.Namespace, config: Config) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse flags that would be ignored and numbers that cannot be.
+    """Refuses flags that would be ignored and numbers that cannot be.
 
     Raises:
         ValueError: naming the flag.
@@ -256,7 +256,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _render(plan: Plan, arguments: Sequence[str], options: argparse.Namespace) -> None:
-    """Write the job that launch/slurm.sh would submit.
+    """Writes the job that launch/slurm.sh would submit.
 
     Raises:
         ValueError: what launch/slurm.sh says.
@@ -316,7 +316,7 @@ def _run(options: argparse.Namespace) -> int:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Runs the command line and returns its exit status."""
     # Flags may stand before, between and behind overrides.
     options = _parser().parse_intermixed_args(arguments)
     try:

@@ -98,7 +98,7 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
 
 @harmless
 def main(given: Sequence[str] | None = None) -> int:
-    """Runs the tool; 0 on success, 1 on bad input, 130 when interrupted."""
+    """Runs the command line and returns 0 on success, 1 on bad input, 130 when interrupted."""
     arguments = _parse(given)
     try:
         summary = preprocess_files(

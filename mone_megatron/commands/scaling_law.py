@@ -1,4 +1,4 @@
-"""Fit scaling laws to runs: coefficients with intervals, held-out error, optima, plots."""
+"""Fits scaling laws to runs: coefficients with intervals, held-out error, optima, plots."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
         _check(options)
@@ -289,7 +289,7 @@ _TABLE_OPTIONS = (
 
 
 def _refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    """Options that would be ignored are refused."""
+    """Refuses options that would be ignored."""
     for name in names:
         value: Any = vars(options)[name]
         if value is not None and value is not False:

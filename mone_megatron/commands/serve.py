@@ -1,4 +1,4 @@
-"""Serve a run or an export with vLLM's OpenAI server."""
+"""Serves a run or an export with vLLM's OpenAI server."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _serve(options: argparse.Namespace, for_vllm: Sequence[str]) -> None:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status, if it does not become the server."""
+    """Runs the command line and returns its exit status, if it does not become the server."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     place = given.index("--") if "--" in given else len(given)
     options = _parser().parse_args(given[:place])

@@ -1,4 +1,4 @@
-"""Prune the neurons of trained models, token by token, and measure what that costs."""
+"""Prunes the neurons of trained models, token by token, and measures what that costs."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def _run(options: argparse.Namespace) -> None:
     tell = once(say)
 
     def texts(facts: ModelFacts) -> tuple[Text, Text]:
-        """To measure on, and to choose shares on."""
+        """Returns the text to measure on, and the one to choose shares on."""
         sizes = bytes_of_tokens(facts.tokenizer.backend_tokenizer, facts.vocab_size)
         read = [
             Text(corpus.name, windows, sizes, options.batch_size, options.max_tokens)
@@ -278,6 +278,6 @@ def _owning(options: argparse.Namespace) -> None:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
     return exit_status("sparsify_hf", _owning, options)

@@ -1,4 +1,4 @@
-"""Train variants over seeds, and say with intervals what differs."""
+"""Trains variants over seeds, and says with intervals what differs."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _run(options: argparse.Namespace) -> None:
 
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from a command line; user errors are one line each."""
+    """Runs the command line and returns its exit status; user errors are one line each."""
     options = _parser().parse_args(arguments)
     try:
         _run(options)

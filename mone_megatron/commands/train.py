@@ -1,4 +1,6 @@
-"""``mone train``: one process, or with ``--processes`` as many as torchrun would start here."""
+"""Trains (``mone train``) in one process, or with ``--processes`` in as many as torchrun would
+start.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Serving exports: which engine is there, and how its server is started."""
+"""Serves exports: finds the engine that is there, and starts its server."""

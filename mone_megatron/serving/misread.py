@@ -1,4 +1,4 @@
-"""What popular programs read otherwise in an exported ``config.json``, without a word.
+"""Tells what popular programs read otherwise in an exported ``config.json``, without a word.
 
 They are written for the published models of a class, and take for granted what those have in
 common. Found in their sources: llama.cpp's graphs (``src/models``) and vLLM 0.32
@@ -32,7 +32,7 @@ _EPSILON = {VLLM: {"olmoe": 1e-5}}
 
 @dataclass(frozen=True)
 class Misreading:
-    """One key that a program passes over.
+    """Describes one key that a program passes over.
 
     Attributes:
         program: which.
@@ -47,7 +47,7 @@ class Misreading:
     taken: Any
 
     def __str__(self) -> str:
-        """Says it in one line."""
+        """Returns it in one line."""
         return (
             f"{self.program} passes over {self.key}={self.value} and computes with {self.taken}, "
             "without a word: its answers would be another model's"

@@ -1,4 +1,4 @@
-"""The server of one model: the folder that it reads, its command and what is said of it."""
+"""Prepares the server of one model: the folder that it reads, its command, what is said of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CACHE_GIGABYTES = 4
 
 @dataclass(frozen=True)
 class Server:
-    """A server that can be started.
+    """Describes a server that can be started.
 
     Attributes:
         command: to execute.
@@ -189,12 +189,12 @@ def server_of(
 
 
 def _misread(config: Mapping[str, Any]) -> list[Misreading]:
-    """What vLLM would compute otherwise without a word."""
+    """Returns what vLLM would compute otherwise without a word."""
     return [wrong for wrong in misreadings(config) if wrong.program == VLLM]
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` says.
+    """Returns what ``config.json`` says.
 
     Raises:
         ValueError: it is not JSON.

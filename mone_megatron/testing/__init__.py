@@ -1,1 +1,1 @@
-"""Helpers for tests that ship with the package: real processes, real runs."""
+"""Helps tests, and ships with the package: real processes, real runs."""

@@ -1,4 +1,4 @@
-"""Launch real training processes from a test."""
+"""Launches real training processes from a test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PORTS = range(20000, 32000)
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports that were free a moment ago.
+    """Returns distinct TCP ports that were free a moment ago.
 
     Raises:
         RuntimeError: when the machine has too few.
@@ -40,7 +40,8 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for_all(workers: Sequence[subprocess.Popen[bytes]], timeout: float) -> list[int | None]:
-    """Exit codes of all workers, or None for those still running when one failed or time ran out.
+    """Returns the exit codes of all workers, or None for those still running when one failed or
+    time ran out.
 
     A failed rank leaves the others waiting in a collective; they are killed at once.
     """
@@ -66,7 +67,7 @@ def run_layouts(
     timeout: float = 600,
     variables: Mapping[str, str] | None = None,
 ) -> None:
-    """Train each job's configuration on ``processes`` ranks, writing into ``folder/NAME``.
+    """Trains each job's configuration on ``processes`` ranks, writing into ``folder/NAME``.
 
     Args:
         jobs: name -> Hydra overrides.

@@ -1,4 +1,4 @@
-"""Several runs one after the other in the same processes: what tests of layouts launch.
+"""Trains several runs one after the other in the same processes: what tests of layouts launch.
 
     python -m mone_megatron.testing.many_runs JOBS.json
 
@@ -18,7 +18,7 @@ from mone_megatron.pretrain import pretrain
 
 
 def main() -> int:
-    """Run all jobs; the exit code of the first that fails."""
+    """Runs all jobs and returns the exit code of the first that fails."""
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         os.environ["MASTER_PORT"] = str(job["port"])
         code = pretrain(compose(job["overrides"]))

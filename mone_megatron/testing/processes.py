@@ -1,4 +1,4 @@
-"""Run functions in real processes joined by gloo: how a test sees several ranks.
+"""Runs functions in real processes joined by gloo: how a test sees several ranks.
 
 The processes are spawned, use the CPU backend with one thread each, and can be kept to run many
 functions one after another, each in a process group of its own:
@@ -43,11 +43,11 @@ _GRACE_SECONDS = 0.5
 
 
 class RankFailedError(RuntimeError):
-    """A function failed in one of the processes; the message holds that rank's traceback."""
+    """Says that a function failed in one of the processes, with that rank's traceback."""
 
 
 def _serve(rank: int, size: int, pipe: Connection) -> None:
-    """What each process does: run what comes through ``pipe`` until it is closed or killed."""
+    """Runs what comes through ``pipe`` until it is closed or killed: what each process does."""
     end_with_parent()
     torch.set_num_threads(1)
     # Before unpickling a function imports its module, which may import megatron-core.
@@ -79,10 +79,12 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
 
 
 class Processes:
-    """``size`` gloo processes, started when first used. A context manager: close what you open."""
+    """Manages ``size`` gloo processes, started when first used. It is a context manager: what is
+    opened must be closed.
+    """
 
     def __init__(self, size: int, *, timeout_seconds: float = 60.0) -> None:
-        """Start nothing yet.
+        """Prepares the processes and starts none yet.
 
         Args:
             size: how many ranks.
@@ -99,7 +101,7 @@ class Processes:
         self.close()
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
-        """Call ``function`` on every rank; the results by rank.
+        """Calls ``function`` on every rank and returns the results by rank.
 
         After a failure the processes are ended, and started afresh by the next call.
 
@@ -120,7 +122,7 @@ class Processes:
             raise
 
     def close(self) -> None:
-        """End the processes; they start again when used again."""
+        """Ends the processes; they start again when used again."""
         for process, pipe in self._workers:
             process.kill()
             process.join()
@@ -143,7 +145,7 @@ class Processes:
         self._results(_START_SECONDS)
 
     def _results(self, seconds: float) -> list[Any]:
-        """What each rank answers next."""
+        """Returns what each rank answers next."""
         deadline = time.monotonic() + seconds
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
@@ -181,6 +183,6 @@ class Processes:
 def run_in_processes(
     size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> list[T]:
-    """:meth:`Processes.run` in fresh processes that end afterwards."""
+    """Calls :meth:`Processes.run` in fresh processes that end afterwards."""
     with Processes(size) as processes:
         return processes.run(function, *args, **kwargs)

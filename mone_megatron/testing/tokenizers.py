@@ -1,4 +1,4 @@
-"""Tokenizers that the tests make of others."""
+"""Makes the tokenizers that tests need of others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command lines under ``tools/``, called in this process."""
+"""Loads the command lines under ``tools/``, to be called in this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Main = Callable[[Sequence[str]], int]
 
 
 def load_tool(name: str) -> Main:
-    """``main`` of ``tools/NAME.py``: takes the arguments, gives the exit status."""
+    """Returns ``main`` of ``tools/NAME.py``: it takes the arguments and gives the exit status."""
     path = REPOSITORY / "tools" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"{name}_tool", path)
     assert spec is not None

@@ -1,4 +1,4 @@
-"""The parts of a trainer on this rank, for tests that look inside."""
+"""Builds the parts of a trainer on this rank, for tests that look inside."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOCABULARY = 512
 
 @dataclass(frozen=True)
 class Trainer:
-    """What :func:`mone_megatron.train.run.run` builds, without data or hooks."""
+    """Holds what :func:`mone_megatron.train.run.run` builds, without data or hooks."""
 
     config: Config
     layout: Layout
@@ -37,7 +37,7 @@ class Trainer:
 
     @property
     def chunks(self) -> list[DistributedDataParallel]:
-        """This rank's part of the model."""
+        """Returns this rank's part of the model."""
         return self.state.chunks
 
 
@@ -48,7 +48,7 @@ def build_trainer(
     dtype: torch.dtype = torch.float32,
     say: Callable[[str], None] = lambda message: None,
 ) -> Trainer:
-    """Compose, validate and build on the CPU. ``torch.distributed`` is initialised.
+    """Composes, validates and builds on the CPU; ``torch.distributed`` must be initialised.
 
     Args:
         overrides: Hydra's.
@@ -80,7 +80,7 @@ def build_trainer(
 
 
 def random_batches(trainer: Trainer) -> list[Batch]:
-    """This rank's microbatches of one step of random tokens, the same step in every layout."""
+    """Returns this rank's microbatches of one step of random tokens, equal in all layouts."""
     train = trainer.config.train
     generator = torch.Generator().manual_seed(3)
     size = (train.global_batch_size, train.seq_length + 1)

@@ -1,4 +1,4 @@
-"""A text to train on that is the same on every machine and Python."""
+"""Writes a text to train on that is the same on every machine and Python."""
 
 from __future__ import annotations
 

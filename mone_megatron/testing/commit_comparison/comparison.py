@@ -56,7 +56,7 @@ _MEASURING = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two versions, compared.
+    """Holds two versions, compared.
 
     Attributes:
         base: the version that is right by definition.
@@ -74,7 +74,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether everything was compared and is the same."""
+        """Returns whether everything was compared and is the same."""
         return all(outcome.status == "equal" for outcome in self.outcomes)
 
     def as_json(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _measure_base(
     chosen: Sequence[Measurement],
     say: Say,
 ) -> Rows:
-    """What BASE computed, from the cache where it is there."""
+    """Returns what BASE computed, from the cache where it is there."""
     results = place / "results"
     results.mkdir(exist_ok=True)
     sources_digest = _sources_digest()
@@ -231,7 +231,7 @@ def _measure_base(
 
 
 def _kept(place: Path, one: Measurement, recipe: str) -> Rows | None:
-    """A measurement from the cache; None when it is not there or was made another way."""
+    """Returns a measurement from the cache; None when it is not there or was made another way."""
     path = place / "results" / f"{one.name}.json"
     # Others read the files that it wrote.
     if not path.exists() or not (place / "work" / one.name).is_dir():
@@ -269,7 +269,7 @@ def _short_digest(facts: Mapping[str, str]) -> str:
 
 @contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM ends it as Ctrl-C does: processes are ended and worktrees removed."""
+    """Makes SIGTERM end the block as Ctrl-C does: processes end, worktrees are removed."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

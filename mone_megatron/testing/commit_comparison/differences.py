@@ -1,4 +1,4 @@
-"""Whether two versions measured the same, value by value and bit by bit; as a table and as JSON."""
+"""Tells whether two versions measured the same, value by value, bit by bit: as table and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ABSENT = "absent"
 
 @dataclass(frozen=True)
 class Measured:
-    """What one version computed of one thing.
+    """Holds what one version computed of one thing.
 
     Attributes:
         values: by name, in the order in which they are compared; empty when it failed.
@@ -28,7 +28,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The comparison of one thing.
+    """Holds the comparison of one thing.
 
     Attributes:
         what: the thing.

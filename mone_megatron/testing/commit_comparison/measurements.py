@@ -1,4 +1,4 @@
-"""What is run with each version and compared: the list, and how each is measured.
+"""Lists what is run with each version and compared, and how each is measured.
 
 Everything goes through the command lines and the files of a run. Data are the source of the Python
 standard library, prepared by each version for itself; all is computed in fp32 on one thread.
@@ -57,7 +57,7 @@ Rows = dict[str, Measured]
 
 @dataclass(frozen=True)
 class Measurement:
-    """Some commands, and the things that are compared after them.
+    """Describes some commands, and the things that are compared after them.
 
     Attributes:
         name: also of the folder that it writes, below ``Version.work``.
@@ -180,7 +180,7 @@ def _training(
     keep: bool = False,
     reads_base: bool = False,
 ) -> Measurement:
-    """Runs of 20 steps, one after another in the same processes; a row for each."""
+    """Returns runs of 20 steps, one after another in the same processes; a row for each."""
 
     def measure(version: Version, folder: str) -> Rows:
         return _train(version, folder, jobs, processes=processes, keep=keep)
@@ -198,7 +198,7 @@ def _training(
 def _resuming(
     name: str, layouts: Mapping[str, Sequence[str]], *, processes: int, quick: bool = False
 ) -> Measurement:
-    """BASE's tiny_mone, resumed from the checkpoint of its tenth step."""
+    """Returns BASE's tiny_mone, resumed from the checkpoint of its tenth step."""
     checkpoint = given_run("tiny_mone") / "checkpoints" / _HALF_WAY
     jobs = {
         f"BASE's tiny_mone: {what}": (
@@ -252,7 +252,7 @@ def _train(
 
 
 def _measured(read: Callable[[], Values], error: str = "") -> Measured:
-    """The values, or why there are none.
+    """Returns the values, or why there are none.
 
     Args:
         read: gives the values.
@@ -265,7 +265,9 @@ def _measured(read: Callable[[], Values], error: str = "") -> Measured:
 
 
 def _script(version: Version, source: Path) -> str:
-    """Copies a script into the work folder: beside it nothing of ours can be imported."""
+    """Copies a script into the work folder, beside which nothing of ours can be imported, and
+    returns the copy's path.
+    """
     target = version.work / source.name
     shutil.copyfile(source, target)
     return str(target)
@@ -363,7 +365,7 @@ def _preprocess(version: Version, folder: str) -> Rows:
 
 
 def _quickstart(version: Version, folder: str) -> Rows:
-    """As a user starts it, once in each of the two ways; the corpus is cut to 3 MB."""
+    """Trains as a user starts it, once in each of the two ways; the corpus is cut to 3 MB."""
     launchers: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "python -m": (("-m",), ("parallel.expert=1",)),
         "torchrun of 2": (

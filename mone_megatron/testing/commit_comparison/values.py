@@ -1,4 +1,4 @@
-"""What a version left on disk, as flat values by name: numbers to the last bit, arrays as SHA-256.
+"""Reads what a version left on disk as flat values by name: exact numbers, arrays as SHA-256.
 
 The order of the names is the order in which differences are looked for: losses first.
 """
@@ -163,7 +163,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Scalar]]:
 
 
 def _digest(array: torch.Tensor | np.ndarray[Any, Any]) -> str:
-    """The type, shape and SHA-256 of the bytes of an array."""
+    """Returns the type, shape and SHA-256 of the bytes of an array."""
     if isinstance(array, torch.Tensor):
         content = array.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     else:
@@ -177,7 +177,7 @@ def _sha256(content: bytes) -> str:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file; none when it is not there, since a run without any makes none."""
+    """Returns the objects of a file; none when it is not there: a run without any makes none."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

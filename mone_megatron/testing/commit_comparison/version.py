@@ -1,4 +1,4 @@
-"""One version of the code in a folder of its own, and the commands that are run with it."""
+"""Keeps one version of the code in a folder of its own, and runs its commands."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TAIL_CHARACTERS = 2000
 
 
 class CommandFailedError(RuntimeError):
-    """A command of a version failed; the message says which, and how its output ends."""
+    """Says that a command of a version failed, which one, and how its output ends."""
 
 
 @dataclass(frozen=True)
 class Revision:
-    """What is compared: a commit, or the working tree as it is.
+    """Describes what is compared: a commit, or the working tree as it is.
 
     Attributes:
         commit: the hash; of the working tree, of the commit that it is a change of.
@@ -66,7 +66,7 @@ def find_revision(repository: Path, name: str | None) -> Revision:
 
 @contextmanager
 def sources(repository: Path, revision: Revision, folder: Path) -> Iterator[Path]:
-    """A git worktree of the revision in ``folder``, removed at the end.
+    """Yields a git worktree of the revision in ``folder``, removed at the end.
 
     Of the working tree it holds every file that git tracks or would track, as it is now: later
     changes do not reach a comparison that has begun.
@@ -111,7 +111,7 @@ def _git(repository: Path, *arguments: str) -> str:
 
 @dataclass(frozen=True)
 class Version:
-    """One version of the code.
+    """Describes one version of the code.
 
     Attributes:
         tree: its sources.
@@ -214,7 +214,7 @@ class Version:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
-    """Exit codes; None for those still running when one failed or time ran out."""
+    """Returns exit codes; None for those still running when one failed or time ran out."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     while True:
         codes = [process.poll() for process in processes]

@@ -1,4 +1,4 @@
-"""A CUDA device that is not there, to see what a training step would ask of one.
+"""Stands in for a CUDA device that is not there, to see what a training step would ask of one.
 
 ``python -m mone_megatron.testing.fake_cuda.step RANK WORLD key=value ...`` (needs g++) runs steps
 of the real model on FakeTensors of ``cuda:0``, which have shapes and devices but no values, with

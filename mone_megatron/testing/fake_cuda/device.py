@@ -1,4 +1,4 @@
-"""``torch.cuda`` without CUDA: streams and events that wait for nothing, eight fake H100s."""
+"""Replaces ``torch.cuda`` without CUDA: streams and events wait for nothing, eight fake H100s."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def install_device(findings: Findings) -> None:
 
 
 def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    """``nn.Module._apply`` by new parameters: a FakeTensor cannot change its device in place."""
+    """Replaces ``nn.Module._apply`` and makes new parameters: a FakeTensor cannot change its device
+    in place.
+    """
     for child in module.children():
         child._apply(change)
     for name, old in module._parameters.items():

@@ -1,4 +1,4 @@
-"""What a run on the fake device found, by the phase it was in, with the lines that did it."""
+"""Collects what a run on the fake device found, by its phase, with the lines that did it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAIT = "wait"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that one line did.
+    """Describes one thing that one line did.
 
     Attributes:
         kind: ``wait`` (the host waits for the device), ``copy`` (a copy between host and device
@@ -33,19 +33,19 @@ class Finding:
 
     @property
     def by_us(self) -> bool:
-        """Whether our code did it itself, rather than a library that it called."""
+        """Returns whether our code did it itself, rather than a library that it called."""
         return self.place.startswith("mone_megatron/")
 
     @property
     def in_layer(self) -> bool:
-        """Whether it is done in each layer, forward or backward."""
+        """Returns whether it is done in each layer, forward or backward."""
         folders = ("mone_megatron/mone/", "mone_megatron/kernels/", "mone_megatron/model/")
         return self.place.startswith((*folders, "megatron/core/transformer/"))
 
 
 @dataclass
 class Findings:
-    """All of a run. ``phase`` is set by whoever runs the steps."""
+    """Holds all findings of a run. ``phase`` is set by whoever runs the steps."""
 
     phase: str = "building"
     found: defaultdict[str, Counter[Finding]] = field(default_factory=lambda: defaultdict(Counter))

@@ -1,4 +1,5 @@
-"""A CUDA device guard and hooks that do nothing, so that a torch without CUDA takes CUDA tensors.
+"""Loads a CUDA device guard and hooks that do nothing, so that a torch without CUDA takes CUDA
+tensors.
 
 To be loaded before torch is imported; this module imports none.
 """

@@ -13,7 +13,7 @@ _OPTIONS = {"num_warps", "num_stages"}
 
 
 class CheckedKernel:
-    """Has the name and parameters of a kernel, and takes launches of it."""
+    """Has the name and parameters of a kernel, and takes its launches in its place."""
 
     def __init__(self, name: str, parameters: list[str], launches: Counter[str]) -> None:
         self.name, self.parameters, self.launches = name, parameters, launches

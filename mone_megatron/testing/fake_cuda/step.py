@@ -57,7 +57,7 @@ _ONE_STEP = ("train.steps=1", "train.eval_interval=0", "logging.layer_interval=0
 
 
 class _Counts:
-    """Numbers on the host that stand for a tensor of row counts."""
+    """Holds numbers on the host that stand for a tensor of row counts."""
 
     def __init__(self, values: list[int]) -> None:
         self.values = values

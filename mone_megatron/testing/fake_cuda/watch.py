@@ -1,4 +1,4 @@
-"""Modes that see every operation, on its way to a FakeTensor, and say what a GPU would do."""
+"""Watches every operation on its way to a FakeTensor, and says what a GPU would do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_
 
 
 class Routing:
-    """The numbers that a mask would give: those of uniform routing."""
+    """Holds the numbers that a mask would give: those of uniform routing."""
 
     def __init__(self, tokens: int, topk: int, experts: int, kept: int) -> None:
         self.tokens, self.topk, self.experts, self.kept = tokens, topk, experts, kept
@@ -37,7 +37,7 @@ class Routing:
 
 
 def on_gpu(value: object) -> bool:
-    """Whether it is a tensor of the fake device."""
+    """Returns whether it is a tensor of the fake device."""
     return isinstance(value, Tensor) and value.device.type == "cuda"
 
 
@@ -158,7 +158,7 @@ class WatchOperations(TorchDispatchMode):
 
 
 class WatchFunctions(TorchFunctionMode):
-    """Sees what does not reach the dispatcher."""
+    """Sees the calls of torch that do not reach the dispatcher."""
 
     def __init__(self, findings: Findings) -> None:
         super().__init__()
@@ -204,5 +204,5 @@ class WatchFunctions(TorchFunctionMode):
 
 
 def on_device(kwargs: dict[str, Any]) -> bool:
-    """Whether a call's ``device`` is the fake one."""
+    """Returns whether a call's ``device`` is the fake one."""
     return torch.device(kwargs.get("device") or "cpu").type == "cuda"

@@ -1,4 +1,4 @@
-"""``config.json`` of an export as vLLM reads it, without running code that lies beside it."""
+"""Reads ``config.json`` of an export for vLLM, without running code that lies beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mone_vllm.versions import unsupported_vllm
 
 
 class MoneConfig(Qwen3MoeConfig):
-    """A Qwen3-MoE configuration with what our family adds to it (hf/configuration_mone.py)."""
+    """Is a Qwen3-MoE configuration with what our family adds to it (hf/configuration_mone.py)."""
 
     model_type = "mone"
 

@@ -1,4 +1,4 @@
-"""Routed experts with neuron selection, in the place of vLLM's own.
+"""Computes routed experts with neuron selection, in the place of vLLM's own.
 
 vLLM computes a layer's experts by a class that it chooses for the device; ours extend two of them.
 
@@ -25,7 +25,7 @@ from mone_vllm.selection import Selection
 
 
 class SelectingExperts:
-    """What both classes share.
+    """Holds what both classes of experts share.
 
     Attributes:
         selection: which neurons are kept; None for all of them, where the layer needs our class
@@ -94,11 +94,11 @@ def _(
     ids_NK: Tensor,
     layer_name: str,
 ) -> None:
-    """Nothing: the output is there."""
+    """Does nothing: the output is there."""
 
 
 class MoneCpuExperts(SelectingExperts, CPUUnquantizedExperts):
-    """Experts in torch, since vLLM's CPU op has the activation inside."""
+    """Computes experts in torch, since vLLM's CPU op has the activation inside."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Lays the down projections out neuron by neuron; nothing is packed for vLLM's op."""
@@ -121,7 +121,7 @@ class MoneCpuExperts(SelectingExperts, CPUUnquantizedExperts):
         *args: Any,
         **others: Any,
     ) -> None:
-        """Writes into ``output``, ``[N, H]``."""
+        """Writes the experts' output into ``output``, ``[N, H]``."""
         ids_NK = topk_ids.long()
         if expert_map is not None:
             ids_NK = expert_map[ids_NK].long()
@@ -161,7 +161,7 @@ class MoneCpuExperts(SelectingExperts, CPUUnquantizedExperts):
 
 
 class MoneTritonExperts(SelectingExperts, TritonExperts):
-    """vLLM's grouped products on CUDA, with the selection between them.
+    """Runs vLLM's grouped products on CUDA, with the selection between them.
 
     Written from vLLM's source and not run: no GPU was at hand.
     """

@@ -1,4 +1,4 @@
-"""Experts of a few rows on CPU: the gate is computed whole, of up and down the kept rows only.
+"""Computes experts of a few rows on CPU: the gate whole, of up and down the kept rows only.
 
 Reading the weights is what takes the time there. torch's functions for it read each row once and
 copy none: a sampled product is a dot product with each row of a list, an embedding bag a weighted
@@ -30,7 +30,7 @@ _OVERHEAD_BYTES = 4_000_000
 
 @dataclass(frozen=True)
 class GatheredRows:
-    """The weights of one layer's experts, and which of their rows are read."""
+    """Holds the weights of one layer's experts, and says which of their rows are read."""
 
     selection: Selection
     gate_up_EFH: Tensor
@@ -56,7 +56,7 @@ class GatheredRows:
         return cls(selection, gate_up_EFH, down_EFH)
 
     def pays(self, tokens: int, chosen: int) -> bool:
-        """Whether gathering reads enough less than whole matrices, for so many tokens."""
+        """Returns whether gathering reads enough less than whole matrices, for so many tokens."""
         rows = tokens * chosen
         saved = 1 - self.selection.budget.kept / self.selection.budget.neurons
         experts, neurons, hidden = self.down_EFH.shape

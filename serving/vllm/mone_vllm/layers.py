@@ -1,4 +1,4 @@
-"""The layers of an export, of vLLM's parts: its attention, linear layers and experts.
+"""Builds the layers of an export of vLLM's parts: its attention, linear layers and experts.
 
 Shape suffixes: N tokens, F neurons of an MLP on this rank.
 """
@@ -37,7 +37,7 @@ from mone_vllm.selection import Selection
 
 
 class AllHeadsRMSNorm(nn.Module):
-    """RMSNorm over all heads of a token together (OLMoE), also those of other ranks."""
+    """Normalises all heads of a token together by RMS (OLMoE), also those of other ranks."""
 
     def __init__(self, heads: int, all_heads: int, head_dim: int, eps: float) -> None:
         """Prepares for ``heads`` of ``all_heads`` heads."""
@@ -67,7 +67,7 @@ class AllHeadsRMSNorm(nn.Module):
 
 
 class MoneAttention(Qwen3MoeAttention):
-    """vLLM's attention of Qwen3-MoE with our choice of QK-norm."""
+    """Is vLLM's attention of Qwen3-MoE with our choice of QK-norm."""
 
     def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__(
@@ -110,7 +110,7 @@ def hidden_op(gate_up: Tensor, layer_name: str) -> Tensor:
 
 @hidden_op.register_fake
 def _(gate_up: Tensor, layer_name: str) -> Tensor:
-    """Of that shape."""
+    """Returns an empty tensor of that shape."""
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
@@ -142,7 +142,7 @@ def _take(
 
 
 class MoneMLP(nn.Module):
-    """A dense layer or shared expert, with neuron selection where the settings say so."""
+    """Computes a dense layer or shared expert, with neuron selection where the settings say so."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class MoneMLP(nn.Module):
         _take(self.state, f"{self.layer_name}.", held)
 
     def hidden(self, gate_up: Tensor) -> Tensor:
-        """Returns the input of the down projection."""
+        """Returns the input of the down projection, ``[N, F]``, of projections ``[N, 2 F]``."""
         if self.selection is None:
             gate_TF, up_TF = gate_up.chunk(2, dim=-1)
             return self.activate(gate_TF) * up_TF
@@ -205,7 +205,7 @@ class MoneMLP(nn.Module):
         return self.selection.hidden(gate_up, down_norm_TF=norms, state=self.state)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, H]`` to ``[N, H]``."""
+        """Maps ``[N, H]`` to ``[N, H]``."""
         gate_up, _ = self.gate_up_proj(x)
         output: Tensor = self.down_proj(torch.ops.mone.hidden(gate_up, self.layer_name))[0]
         if self.expert_gate is not None:
@@ -214,7 +214,7 @@ class MoneMLP(nn.Module):
 
 
 class MoneSparseMoeBlock(nn.Module):
-    """Router, routed experts, and the shared expert if there is one."""
+    """Holds the router, the routed experts, and the shared expert if there is one."""
 
     def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class MoneSparseMoeBlock(nn.Module):
         _take(self.state, f"{self.experts.layer_name}.", held, here_A)
 
     def check_experts(self) -> None:
-        """Asserts that ours are what runs.
+        """Checks that our experts are what runs, where they are needed.
 
         Raises:
             ValueError: naming what does.
@@ -292,14 +292,14 @@ class MoneSparseMoeBlock(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[N, H]`` to ``[N, H]``."""
+        """Maps ``[N, H]`` to ``[N, H]``."""
         # The experts' layer has the router.
         output: Tensor = self.experts(hidden_states=hidden_states, router_logits=hidden_states)
         return output
 
 
 class MoneDecoderLayer(nn.Module):
-    """One layer."""
+    """Holds attention, the MLP or MoE block, and the norms of one layer."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

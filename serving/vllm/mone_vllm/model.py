@@ -1,4 +1,4 @@
-"""``MoneForCausalLM`` for vLLM."""
+"""Defines ``MoneForCausalLM`` for vLLM."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def refuse(config: Any, vllm_config: VllmConfig) -> None:
 
 
 class MoneForCausalLM(nn.Module, SupportsPP):
-    """An export of mone_megatron."""
+    """Runs an export of mone_megatron as a causal language model."""
 
     hf_to_vllm_mapper = Qwen3MoeModel.hf_to_vllm_mapper
     packed_modules_mapping = {  # noqa: RUF012
@@ -72,7 +72,7 @@ class MoneForCausalLM(nn.Module, SupportsPP):
         self._checked = False
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Returns the tokens' embeddings."""
+        """Returns the embeddings of the tokens."""
         embedded: Tensor = self.model.embed_input_ids(input_ids)
         return embedded
 
@@ -92,7 +92,7 @@ class MoneForCausalLM(nn.Module, SupportsPP):
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Returns logits over the vocabulary."""
+        """Returns logits over the vocabulary; None on ranks to which vLLM gathers none."""
         logits: Tensor | None = self.logits_processor(self.lm_head, hidden_states)
         return logits
 

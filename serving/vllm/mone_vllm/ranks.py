@@ -1,4 +1,4 @@
-"""The ranks of vLLM's tensor parallelism, which hold slices of the same experts."""
+"""Describes the ranks of vLLM's tensor parallelism, which hold slices of the same experts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from vllm.distributed import get_tp_group
 
 
 class TensorParallelRanks:
-    """Every rank of the tensor parallel group, in the order of the neurons."""
+    """Stands for every rank of the tensor parallel group, in the order of the neurons."""
 
     @property
     def rank(self) -> int:
-        """This rank's place among them."""
+        """Returns this rank's place among them."""
         return int(get_tp_group().rank_in_group)
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """Returns how many they are."""
         return int(get_tp_group().world_size)
 
     def sum(self, part: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, where vLLM's own routers compute it otherwise.
+"""Chooses the experts that a token goes to, where vLLM's own routers compute it otherwise.
 
 Shape suffixes: N tokens, A all experts, K experts of a token, G groups of experts.
 """

@@ -1,4 +1,4 @@
-"""Which neurons a row keeps: the training package's own functions, on vLLM's tensors.
+"""Selects the neurons that a row keeps: the training package's own functions, on vLLM's tensors.
 
 Shape suffixes: T rows (a token once for each of its experts), F neurons of an expert on this rank,
 E experts on this rank.
@@ -34,15 +34,15 @@ def topk_mask(values_TF: Tensor, k: int) -> Tensor:
 
 
 class Ranks(Protocol):
-    """The ranks that each hold a slice of every expert, in the order of the neurons."""
+    """Describes the ranks that each hold a slice of every expert, in the order of the neurons."""
 
     @property
     def rank(self) -> int:
-        """This rank's place among them."""
+        """Returns this rank's place among them."""
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """Returns how many they are."""
 
     def sum(self, part: Tensor) -> Tensor:
         """Returns the sum over the ranks. Collective."""
@@ -53,7 +53,7 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class Selection:
-    """``config.mone`` for the MLPs of one width.
+    """Describes ``config.mone`` for the MLPs of one width.
 
     Attributes:
         score: what ranks neurons.
@@ -121,12 +121,12 @@ class Selection:
 
     @property
     def reads_down_norm(self) -> bool:
-        """Whether the score reads the norm of each neuron's row of the down projection."""
+        """Returns whether the score reads the norm of each neuron's row of the down projection."""
         return "down_norm" in self.score.reads
 
     @property
     def is_top_k(self) -> bool:
-        """Whether each row keeps exactly its K best neurons, all of which are on this rank."""
+        """Returns whether each row keeps exactly its K best neurons, all of them on this rank."""
         return self.rule.top_k and self.ranks is None
 
     def scores(self, gate_TF: Tensor, up_TF: Tensor, down_norm_TF: Tensor | None) -> Tensor:

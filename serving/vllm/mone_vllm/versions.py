@@ -1,4 +1,4 @@
-"""Which vLLM the plugin was tried with."""
+"""Says which vLLM the plugin was tried with."""
 
 from __future__ import annotations
 
