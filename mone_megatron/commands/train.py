@@ -1,6 +1,4 @@
-"""Trains (``mone train``) in one process, or with ``--processes`` in as many as torchrun would
-start.
-"""
+"""Trains (``mone train``) in one process, or in ``--processes`` of them as torchrun would."""
 
 from __future__ import annotations
 

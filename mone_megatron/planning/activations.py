@@ -51,7 +51,9 @@ def expert_rows(config: Config, imbalance: float = 1.0) -> int:
 
 
 def kept_by_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
-    """Returns the bytes that one MoE or dense layer keeps with ``train.recompute``, by tensor."""
+    """Returns the bytes by tensor that a layer keeps for its backward pass under
+    ``train.recompute``.
+    """
     if config.train.recompute == "full":
         hidden = config.model.hidden_size
         return {"layer input": split_tokens(config) * hidden * numerics.bytes}
@@ -68,7 +70,7 @@ def kept_by_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
 
 
 def whole_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
-    """Returns the bytes that one MoE or dense layer keeps without recomputation, by tensor."""
+    """Returns the bytes by tensor that a layer keeps for its backward pass if all of it is kept."""
     model, tensor, e = config.model, config.parallel.tensor, numerics.bytes
     n, s, hidden = tokens_of_rank(config), split_tokens(config), model.hidden_size
     saved: Saved = {
@@ -107,7 +109,9 @@ def _one_function(config: Config, numerics: Numerics) -> bool:
 
 
 def _mask(config: Config, numerics: Numerics, width: int) -> int:
-    """Returns the bytes a row of the mask of ``width`` neurons: bits; bytes on CPU in full mode."""
+    """Returns the bytes per row of the mask of ``width`` neurons: bits, or on CPU in full mode
+    whole bytes.
+    """
     if numerics.kernels == "cuda" or config.mone.memory == "packed":
         return -(-width // 8)
     return width
@@ -172,7 +176,7 @@ def _latent_attention(config: Config, numerics: Numerics, n: int, tensor: int) -
 
 
 def _query_and_key_norms(config: Config, numerics: Numerics, heads: int, groups: int) -> int:
-    """Returns the bytes a token of the norms of ``heads`` queries and ``groups`` keys."""
+    """Returns the bytes per token of the norms of ``heads`` queries and ``groups`` keys."""
     head_dim, e = head_dim_of(config.model), numerics.bytes
     # Queries of several heads a group are copied out of the projection's output.
     copied = heads > groups
@@ -213,7 +217,7 @@ def _selected_glu(
     """Returns the values that a row keeps: gate and up, the activation and the last projection's
     input, of each neuron.
 
-    As one function it keeps the gate and computes the activation again. Otherwise the product
+    As one function the unit keeps the gate and computes the activation again. Otherwise the product
     that the router's weight scales is kept, too, where there is one (``scaled``).
     """
     if selecting and config.mone.memory == "packed":
@@ -230,7 +234,7 @@ def most_kept(mone: MoNEConfig, width: int) -> int:
 
 
 def _intermediates(config: Config) -> int:
-    """Returns what the activation keeps beside its input and its result, in values a neuron."""
+    """Returns what the activation keeps beside its input and its result, in values per neuron."""
     return ACTIVATIONS[config.model.activation].intermediates
 
 
@@ -271,7 +275,7 @@ def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
 
 
 def _router(config: Config) -> int:
-    """Returns the bytes a token of the router's logits, probabilities and choices."""
+    """Returns the bytes per token of the router's logits, probabilities and choices."""
     model, router = config.model, config.model.router
     experts, chosen = model.num_experts, model.experts_per_token
     wide = 8 if router.dtype == "fp64" else 4
@@ -344,7 +348,7 @@ def selects_neurons(config: Config, target: str, width: int) -> bool:
 
 
 def embedding(config: Config, numerics: Numerics) -> Saved:
-    """Returns the bytes that the first stage keeps beside its layers, by tensor."""
+    """Returns the bytes by tensor that the first stage keeps beside its layers."""
     saved = {"tokens": 8 * tokens_of_rank(config)}
     if config.model.hidden_dropout:
         saved["dropout masks"] = split_tokens(config) * config.model.hidden_size
@@ -352,8 +356,8 @@ def embedding(config: Config, numerics: Numerics) -> Saved:
 
 
 def output(config: Config, numerics: Numerics, vocab_size: int) -> Saved:
-    """Returns the bytes that the last stage keeps beside its layers: the final norm, the logits and
-    a few numbers a token.
+    """Returns the bytes by tensor that the last stage keeps beside its layers: the final norm, the
+    logits and a few numbers per token.
     """
     n, s, hidden = tokens_of_rank(config), split_tokens(config), config.model.hidden_size
     vocabulary = config.model.padded_vocab_size(vocab_size) // config.parallel.tensor

@@ -43,8 +43,8 @@ class Traffic:
 def stage_traffic(
     config: Config, layout: Layout, state: StageState, stage: int, numerics: Numerics
 ) -> list[Traffic]:
-    """Returns everything that a rank of a pipeline stage sends, one item for each group and
-    operation. Groups of one rank send nothing and are left out.
+    """Returns everything that a rank of a pipeline stage sends, one item per group and operation.
+    Groups of one rank send nothing and are left out.
     """
     found = [
         *_layers(config, layout, stage, numerics),

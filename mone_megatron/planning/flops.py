@@ -1,6 +1,6 @@
 """Counts the floating-point operations of training from the config alone.
 
-A multiply-add is 2 operations. Counted: every matrix product (projections, attention, router,
+A multiply-add is 2 operations. Counted is every matrix product (projections, attention, router,
 experts, output layer over the padded vocabulary) and nothing else: norms, RoPE, softmax, the
 selection and the optimizer are left out, as is usual. Attention is causal: a token of a sequence
 of s reads (s + 1) / 2 keys on average. The backward pass costs twice the forward pass. Activations
@@ -53,16 +53,14 @@ def forward_flops_per_token(
 def training_flops_per_token(
     model: ModelConfig, mone: MoNEConfig, seq_length: int, vocab_size: int
 ) -> Flops:
-    """Returns the operations of one token's forward and backward pass: three times the forward
-    pass.
-    """
+    """Returns the operations of a token's forward and backward pass: three times the forward's."""
     forward = forward_flops_per_token(model, mone, seq_length, vocab_size)
     times = 1 + _BACKWARD
     return Flops(ideal=times * forward.ideal, realised=times * forward.realised)
 
 
 def flops_per_step(config: Config, vocab_size: int) -> Flops:
-    """Returns the operations of one step over all processes; ``vocab_size`` is the true one."""
+    """Returns the operations of a step over all processes; ``vocab_size`` is the unpadded one."""
     train = config.train
     token = training_flops_per_token(config.model, config.mone, train.seq_length, vocab_size)
     tokens = train.global_batch_size * train.seq_length

@@ -1,9 +1,9 @@
 """Lists GPUs and networks as their makers publish them, and what of it a run is taken to get.
 
-Sources: NVIDIA's data sheets "A100 Tensor Core GPU" (80 GB SXM), "H100 Tensor Core GPU" (SXM),
-"H200 Tensor Core GPU" (SXM), "DGX B200", and of "DGX A100", "DGX H100", "DGX H200" and "DGX B200"
-for the network: one adapter a GPU. bf16 without sparsity; where a sheet prints the rate with
-sparsity, half of it. NVLink is printed for both directions together; here is one direction.
+The sources are NVIDIA's data sheets "A100 Tensor Core GPU" (80 GB SXM), "H100 Tensor Core GPU"
+(SXM), "H200 Tensor Core GPU" (SXM), "DGX B200", and those of "DGX A100", "DGX H100", "DGX H200" and
+"DGX B200" for the network: one adapter a GPU. Rates are those of bf16 without sparsity, half of
+those with it. NVLink is printed for both directions together; here is one direction.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ GPUS = {
 
 
 def find_gpu(name: str, **overrides: float | None) -> GPU:
-    """Returns the GPU of a name (in any case), with those of its figures replaced that are not
-    None.
+    """Returns the GPU of a name (in any case); ``overrides`` that are not None replace its figures.
 
     Raises:
         ValueError: for a name that is not in the table.
@@ -75,7 +74,7 @@ class Assumptions:
     reserve: float = 4 * 2**30
 
     def check(self) -> None:
-        """Checks that each figure is one that can be.
+        """Checks that every figure lies in its range.
 
         Raises:
             ValueError: naming the flag.

@@ -44,7 +44,7 @@ def place_of(rank: int, parallel: ParallelConfig, layout: Layout) -> Place:
 
 
 def experts_are_dense_like(parallel: ParallelConfig) -> bool:
-    """Returns whether experts are replicated as all else is, and share its gradient buffers."""
+    """Returns whether experts are replicated like dense weights and share their buffers."""
     return parallel.expert == 1 and parallel.expert_tensor == parallel.tensor
 
 

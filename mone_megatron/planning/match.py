@@ -1,6 +1,4 @@
-"""Finds a MoE and a MoNE model that are equal in one count, by changing one dimension of one of
-them.
-"""
+"""Pairs a MoE and a MoNE model that are equal in one count, changing one dimension of either."""
 
 from __future__ import annotations
 
@@ -51,8 +49,8 @@ class Pair:
 
 
 def value_of(config: Config, count: Count) -> int:
-    """Returns what is to be equal: parameters activated (gate counted) or in all, or ideal FLOPs a
-    step.
+    """Returns the count that is to be equal: activated (gate counted) or total parameters, or ideal
+    FLOPs per step.
     """
     if count == "flops":
         return flops_per_step(config, vocabulary_of(config)).ideal
@@ -115,8 +113,8 @@ def _sizes(model: ModelConfig) -> dict[Dimension, int]:
 
 
 def _candidates(config: Config, dimension: Dimension) -> Iterator[tuple[int, Config]]:
-    """Yields every value of the dimension that gives a valid config on the smallest layout, with
-    the config.
+    """Yields each value of the dimension whose config is valid on the smallest layout, with that
+    config.
     """
     gpus = smallest_world_size(config.parallel)
     for value in range(1, _LARGEST_FACTOR * _sizes(config.model)[dimension] + 1):

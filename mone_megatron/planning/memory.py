@@ -80,8 +80,8 @@ def passes_in_flight(parallel: ParallelConfig, layout: Layout, stage: int) -> Co
     """Returns how many forward passes of each model chunk wait for their backward pass, at the
     worst time.
 
-    megatron-core's schedules: 1F1B, and the interleaved one with groups of as many microbatches as
-    there are stages.
+    The schedules are megatron-core's: 1F1B, and the interleaved one with groups of as many
+    microbatches as there are stages.
     """
     stages, chunks = parallel.pipeline, parallel.virtual_pipeline
     if chunks == 1:

@@ -1,7 +1,7 @@
 """Counts parameters exactly, from the config alone.
 
-Two conventions for the parameters that one token activates, where neurons are selected (an MLP of
-hidden size h and width f that keeps K neurons):
+There are two conventions for the parameters that one token activates, where neurons are selected
+(an MLP of hidden size h and width f that keeps K neurons):
 
 - gate counted (the default): h*f + 2*h*K, since the gate projection is computed in full;
 - neurons only: 3*h*K.

@@ -34,7 +34,7 @@ class Machine:
     installed: frozenset[str] = frozenset()
 
     def check(self) -> None:
-        """Checks that the machine is one that can be.
+        """Checks that the numbers of GPUs and the assumptions are possible ones.
 
         Raises:
             ValueError: naming the flag.
@@ -123,7 +123,7 @@ def check_config(config: Config, machine: Machine) -> Layout:
     """Validates ``config`` on ``machine`` and returns its layout there.
 
     Raises:
-        ConfigError: every problem at once.
+        ConfigError: naming every problem at once.
     """
     machine.check()
     if config.device.kind == "cpu":
@@ -149,10 +149,10 @@ def make_plan(config: Config, machine: Machine, *, rough: bool = False) -> Plan:
     """Counts and predicts what a run needs and takes.
 
     Args:
-        config: of the run.
-        machine: to run on.
-        rough: look at the first and last pipeline stage, and at one rank of each: what a search
-            needs. State bytes may then be off by the padding of a shard.
+        config: the configuration of the run.
+        machine: what it is to run on.
+        rough: whether to look only at the first and last pipeline stage, and at one rank of each:
+            what a search needs. State bytes may then be off by the padding of a shard.
 
     Raises:
         ConfigError: for a config that cannot run there.

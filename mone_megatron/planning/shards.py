@@ -1,6 +1,6 @@
-"""Lists the parameters of one rank, and how megatron-core lays them out in gradient buffers.
+"""Lists the parameters of one rank, and lays them out in gradient buffers as megatron-core does.
 
-A copy of the arithmetic of megatron-core 0.16.1 (``distributed/param_and_grad_buffer.py`` and
+It copies the arithmetic of megatron-core 0.16.1 (``distributed/param_and_grad_buffer.py`` and
 ``optimizer/distrib_optimizer.py``); ``tests/planning`` holds it to real buffers.
 """
 
@@ -150,10 +150,10 @@ def lay_out(
     """Lays ``parameters`` out as megatron-core does, from the last to the first.
 
     Args:
-        parameters: of one model chunk, dense or expert ones.
-        ranks: over which the buffer is sharded.
+        parameters: the dense or the expert parameters of one model chunk.
+        ranks: the number of ranks over which the buffer is sharded.
         bucket_size: elements after which a bucket is closed; None for a single bucket.
-        padded: with the distributed optimizer.
+        padded: whether to align parameters and buckets, as the distributed optimizer needs.
     """
     elements = sum(parameter.elements for parameter in parameters)
     buckets: list[tuple[int, int]] = []
@@ -278,11 +278,11 @@ def stage_state(
     """Lays out everything that a pipeline stage trains.
 
     Args:
-        config: validated.
-        layout: from its validation.
-        vocab_size: the true one.
-        stage: which.
-        weight_bytes: of one weight: 2 for bf16, 4 for fp32.
+        config: the configuration, validated.
+        layout: what its validation returned.
+        vocab_size: the true size of the vocabulary.
+        stage: the pipeline stage, from 0.
+        weight_bytes: bytes of one weight: 2 for bf16, 4 for fp32.
     """
     parallel = config.parallel
     sharded = parallel.distributed_optimizer

@@ -123,7 +123,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Holds runs side by side.
+    """Holds runs side by side, and whether their losses may be compared.
 
     Attributes:
         figures: one entry a run, in the order given; the first is the reference.

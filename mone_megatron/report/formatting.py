@@ -9,7 +9,7 @@ ABSENT = "-"
 
 
 def format_count(value: float | None) -> str:
-    """Returns 1234567 as ``1.23M``: three digits with K, M, B or T; ``-`` when unknown."""
+    """Returns 1234567 as ``1.23M``: three significant digits, K, M, B or T; ``-`` if unknown."""
     if value is None or not math.isfinite(value):
         return ABSENT
     for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):

@@ -215,8 +215,7 @@ class Page:
         x_label: str = "step",
         marks: Sequence[tuple[int, str]] = (),
     ) -> None:
-        """Appends a chart over steps with hover readout, zoom by dragging, and a double click to
-        undo.
+        """Appends a chart over steps with hover readout; dragging zooms, a double click undoes it.
 
         Args:
             title: over the chart.

@@ -57,7 +57,8 @@ class LastPanel:
 
 
 def read_alerts(directory: Path) -> list[AlertSpan] | None:
-    """Returns the alerts of a run as they began, in order; None where none were looked for.
+    """Returns the alerts of a run in the order in which they began; None where none were looked
+    for.
 
     Raises:
         ValueError: a line is no alert; one line naming the file and the line.

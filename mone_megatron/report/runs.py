@@ -230,7 +230,7 @@ class Run:
 def load_run(path: str | Path) -> Run:
     """Reads a run directory.
 
-    Tolerated, because killed and resumed runs leave them: a half-written last line; a line that a
+    Tolerated are flaws that killed and resumed runs leave: a half-written last line; a line that a
     resumed run appended to a half-written one; steps recorded again after a resume, where the last
     record wins and records of later steps from before the resume are dropped with it; non-finite
     numbers written as null, bare NaN or text. Text and nested values are not columns.

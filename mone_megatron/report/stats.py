@@ -58,8 +58,8 @@ def exponential_moving_average(values: FloatArray, span: float) -> FloatArray:
 def t_quantile_975(degrees_of_freedom: int) -> float:
     """Returns the 97.5% quantile of Student's t.
 
-    A table up to 30 degrees of freedom; beyond, the Cornish-Fisher expansion in 1/df, which is
-    within 1e-4 there.
+    It is taken from a table up to 30 degrees of freedom, and beyond from the Cornish-Fisher
+    expansion in 1/df, which is within 1e-4 there.
 
     Raises:
         ValueError: fewer than 1 degree of freedom.
@@ -92,8 +92,9 @@ class Interval:
 
 
 def mean_interval(samples: Sequence[float]) -> Interval:
-    """Returns the mean and its two-sided 95% Student-t interval: ``t * s / sqrt(n)``, with ``n -
-    1`` under ``s``.
+    """Returns the mean and its two-sided 95% Student-t interval.
+
+    The half-width is ``t * s / sqrt(n)``, with ``n - 1`` under ``s``.
 
     One sample has no interval: its half-width is NaN. A NaN among the samples makes the mean NaN,
     so a diverged replicate is not hidden by the others.

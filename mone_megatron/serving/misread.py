@@ -1,7 +1,7 @@
 """Tells what popular programs read otherwise in an exported ``config.json``, without a word.
 
 They are written for the published models of a class, and take for granted what those have in
-common. Found in their sources: llama.cpp's graphs (``src/models``) and vLLM 0.32
+common. What is listed was found in their sources: llama.cpp's graphs (``src/models``) and vLLM 0.32
 (``vllm/model_executor/models``).
 """
 
@@ -35,8 +35,8 @@ class Misreading:
     """Describes one key that a program passes over.
 
     Attributes:
-        program: which.
-        key: of ``config.json``.
+        program: the program's name.
+        key: the key of ``config.json``.
         value: what the model was trained with.
         taken: what the program computes with.
     """

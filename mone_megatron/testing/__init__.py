@@ -1,1 +1,1 @@
-"""Helps tests, and ships with the package: real processes, real runs."""
+"""Helps tests with real processes and real runs; it ships with the package."""

@@ -1,8 +1,7 @@
-"""Lists the parallel layouts that must all train the same model, and parts of the model to try on
-them.
+"""Lists the parallel layouts that must all train the same model, and model parts to try on them.
 
-Read by ``tests/integration/test_layouts_agree.py`` (the layouts agree with one another) and by
-``tools/compare_commits.py`` (each computes the same in two versions of the code).
+They are read by ``tests/integration/test_layouts_agree.py`` (the layouts agree with one another)
+and by ``tools/compare_commits.py`` (each computes the same in two versions of the code).
 """
 
 from __future__ import annotations

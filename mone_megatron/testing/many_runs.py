@@ -2,7 +2,7 @@
 
     python -m mone_megatron.testing.many_runs JOBS.json
 
-with torchrun's variables set (see :mod:`.launch`). JOBS.json lists objects with ``overrides``
+It needs torchrun's variables (see :mod:`.launch`). JOBS.json lists objects with ``overrides``
 (Hydra) and ``port`` (a fresh rendezvous for each run).
 """
 

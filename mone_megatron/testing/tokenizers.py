@@ -1,4 +1,4 @@
-"""Makes the tokenizers that tests need of others."""
+"""Makes tokenizers for tests from other ones."""
 
 from __future__ import annotations
 

@@ -80,7 +80,9 @@ def build_trainer(
 
 
 def random_batches(trainer: Trainer) -> list[Batch]:
-    """Returns this rank's microbatches of one step of random tokens, equal in all layouts."""
+    """Returns this rank's microbatches of one step of random tokens, which is the same step in
+    every layout.
+    """
     train = trainer.config.train
     generator = torch.Generator().manual_seed(3)
     size = (train.global_batch_size, train.seq_length + 1)

@@ -56,7 +56,7 @@ _MEASURING = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Holds two versions, compared.
+    """Holds what the comparison of two versions found.
 
     Attributes:
         base: the version that is right by definition.

@@ -180,7 +180,7 @@ def _training(
     keep: bool = False,
     reads_base: bool = False,
 ) -> Measurement:
-    """Returns runs of 20 steps, one after another in the same processes; a row for each."""
+    """Returns a measurement of runs of 20 steps, in turn in the same processes; a row for each."""
 
     def measure(version: Version, folder: str) -> Rows:
         return _train(version, folder, jobs, processes=processes, keep=keep)
@@ -198,7 +198,7 @@ def _training(
 def _resuming(
     name: str, layouts: Mapping[str, Sequence[str]], *, processes: int, quick: bool = False
 ) -> Measurement:
-    """Returns BASE's tiny_mone, resumed from the checkpoint of its tenth step."""
+    """Returns a measurement of BASE's tiny_mone, resumed from the checkpoint of its tenth step."""
     checkpoint = given_run("tiny_mone") / "checkpoints" / _HALF_WAY
     jobs = {
         f"BASE's tiny_mone: {what}": (
@@ -252,7 +252,7 @@ def _train(
 
 
 def _measured(read: Callable[[], Values], error: str = "") -> Measured:
-    """Returns the values, or why there are none.
+    """Returns the values that were read, or why there are none.
 
     Args:
         read: gives the values.

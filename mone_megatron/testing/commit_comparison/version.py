@@ -68,7 +68,7 @@ def find_revision(repository: Path, name: str | None) -> Revision:
 def sources(repository: Path, revision: Revision, folder: Path) -> Iterator[Path]:
     """Yields a git worktree of the revision in ``folder``, removed at the end.
 
-    Of the working tree it holds every file that git tracks or would track, as it is now: later
+    For the working tree it holds every file that git tracks or would track, as it is now: later
     changes do not reach a comparison that has begun.
     """
     _git(repository, "worktree", "add", "--quiet", "--detach", str(folder), revision.commit)

@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass
 class Findings:
-    """Holds all findings of a run. ``phase`` is set by whoever runs the steps."""
+    """Collects all that a run did, by phase; ``phase`` is set by whoever runs the steps."""
 
     phase: str = "building"
     found: defaultdict[str, Counter[Finding]] = field(default_factory=lambda: defaultdict(Counter))

@@ -1,7 +1,6 @@
-"""Loads a CUDA device guard and hooks that do nothing, so that a torch without CUDA takes CUDA
-tensors.
+"""Loads a CUDA device guard and hooks that do nothing: a torch without CUDA takes CUDA tensors.
 
-To be loaded before torch is imported; this module imports none.
+The guard must be loaded before torch is imported; this module does not import it.
 """
 
 from __future__ import annotations

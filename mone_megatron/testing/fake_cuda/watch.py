@@ -37,7 +37,7 @@ class Routing:
 
 
 def on_gpu(value: object) -> bool:
-    """Returns whether it is a tensor of the fake device."""
+    """Returns whether a value is a tensor of the fake device."""
     return isinstance(value, Tensor) and value.device.type == "cuda"
 
 

@@ -163,7 +163,7 @@ class MoneCpuExperts(SelectingExperts, CPUUnquantizedExperts):
 class MoneTritonExperts(SelectingExperts, TritonExperts):
     """Runs vLLM's grouped products on CUDA, with the selection between them.
 
-    Written from vLLM's source and not run: no GPU was at hand.
+    The class was written from vLLM's source and has not been run: no GPU was at hand.
     """
 
     def process_weights_after_loading(self, layer: Any) -> None:

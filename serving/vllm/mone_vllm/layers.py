@@ -110,7 +110,7 @@ def hidden_op(gate_up: Tensor, layer_name: str) -> Tensor:
 
 @hidden_op.register_fake
 def _(gate_up: Tensor, layer_name: str) -> Tensor:
-    """Returns an empty tensor of that shape."""
+    """Returns an uninitialised tensor of the op's shape, ``[N, F]``."""
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 

@@ -16,7 +16,7 @@ class TensorParallelRanks:
 
     @property
     def size(self) -> int:
-        """Returns how many they are."""
+        """Returns how many ranks there are."""
         return int(get_tp_group().world_size)
 
     def sum(self, part: Tensor) -> Tensor:

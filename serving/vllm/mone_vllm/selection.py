@@ -42,7 +42,7 @@ class Ranks(Protocol):
 
     @property
     def size(self) -> int:
-        """Returns how many they are."""
+        """Returns how many ranks there are."""
 
     def sum(self, part: Tensor) -> Tensor:
         """Returns the sum over the ranks. Collective."""
