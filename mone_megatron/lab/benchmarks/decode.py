@@ -124,8 +124,8 @@ def measure_decode(
 
     Args:
         shape: of the layer; its tokens are not used.
-        tokens: that are decoded at a time.
-        keep_ratios: of the neurons.
+        tokens: numbers of tokens that are decoded at a time.
+        keep_ratios: shares of the neurons that a token keeps.
         repeats: measurements of each.
         device: where.
         dtype: of weights and tokens.

@@ -55,8 +55,8 @@ def measure_select(
     """Times the masks of random |SiLU| scores, interleaved.
 
     Args:
-        rows: of the grid.
-        neurons: of the grid.
+        rows: numbers of rows of the grid.
+        neurons: numbers of neurons of the grid.
         keep_ratio: k is this share of the neurons, at least 1.
         repeats: measurements of each.
         device: where; None is the CPU. On a GPU a measurement is several calls and one wait.

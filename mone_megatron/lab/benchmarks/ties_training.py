@@ -55,8 +55,8 @@ class TrainedTies:
         way: the dtype of parameters and activations, and the tie order, in words.
         seed: ``train.seed``.
         loss: mean train loss over the counted steps.
-        ties: of the counted steps.
-        router: likewise; None for a dense model.
+        ties: what ties decided in the counted steps.
+        router: ties between its logits in the counted steps; None for a dense model.
     """
 
     way: str
@@ -74,7 +74,7 @@ class TrainingTies:
         hardware: where, in words.
         steps: of each model.
         counted_steps: the last of them, which everything is counted over.
-        tokens_per_step: of one model.
+        tokens_per_step: tokens that one model trains on in a step.
         trained: one a seed and way, seeds together.
     """
 

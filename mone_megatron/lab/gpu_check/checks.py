@@ -24,7 +24,7 @@ class Check:
         asks: what it finds out.
         command: prints JSON in its last line, unless ``json_file`` is written.
         seconds: the longest that it may take.
-        needs: of "gpu", "triton", "g++" and "transformer_engine".
+        needs: those of "gpu", "triton", "g++" and "transformer_engine" that it needs.
         expected: what an H100 is expected to show, from models; "" where there is none.
         json_file: where the command writes its result; None for the last line.
     """

@@ -36,8 +36,8 @@ def largest_excess(
     Args:
         kept_GEF: tokens of each group, in each expert, that keep each neuron.
         tokens_GE: tokens of each group in each expert.
-        kept_EF: of all tokens.
-        tokens_E: all tokens.
+        kept_EF: all tokens in each expert that keep each neuron, in a group or not.
+        tokens_E: all tokens in each expert.
         min_count: a group with fewer tokens in an expert is left out there.
     """
     experts, neurons = kept_EF.shape

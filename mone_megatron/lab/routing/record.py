@@ -229,7 +229,7 @@ def record(
         keep_ratio: the share of neurons to record in experts that do not select themselves.
         score: what ranks those.
         progress: told how many tokens were done with each batch.
-        name: of the model, for errors.
+        name: what errors call the model.
 
     Raises:
         ValueError: a dense model, a setting that does not fit it, or experts whose output is not

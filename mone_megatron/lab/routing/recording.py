@@ -42,7 +42,7 @@ class Settings:
 
     Attributes:
         seq_length: tokens of a window; None for what the models are made for, up to 2048.
-        max_tokens: of each domain.
+        max_tokens: tokens to read of each domain.
         batch_size: windows in one forward pass, and in a shard.
         keep_ratio: share of neurons looked at in models without selection; None for a quarter.
         score: what ranks them; None for |a|.

@@ -53,7 +53,7 @@ class Limits:
         min_count: occurrences below which a share is not given.
         neurons_together: neurons of an expert, the most kept, that are counted together.
         experts_together: experts of a layer, the busiest, for which that is done.
-        table_bytes: of the counts of tokens by neurons.
+        table_bytes: largest size of the counts of tokens by neurons.
     """
 
     expert_tokens: int = 1000
@@ -134,10 +134,10 @@ class NeuronStatistics:
             ``Vocabulary.ids_V``.
         by_domain: the domain, likewise.
         told_apart: how many of the most frequent tokens ``by_token`` looked at.
-        together: of the busiest experts.
-        saturation: with the final checkpoint, in the experts that both route a token to; None
-            without one.
-        adjacent: with the next token, in the experts that both are routed to.
+        together: neurons kept together, of the busiest experts.
+        saturation: kept neurons shared with the final checkpoint, in the experts that both route a
+            token to; None without one.
+        adjacent: kept neurons shared with the next token, in the experts that both are routed to.
     """
 
     kept_EF: Counts

@@ -44,7 +44,7 @@ class Analysis:
     Attributes:
         checkpoints: the statistics.
         header: of the last checkpoint's trace: layers, domains, selection, texts of tokens.
-        limits: that the statistics were made with.
+        limits: what the statistics were made with.
         how: what the user asked for, to be written beside the numbers.
     """
 
@@ -269,7 +269,7 @@ def _expert_tokens(
 ) -> Columns | None:
     """Returns a row for each frequent token and expert that it was routed to.
 
-    It is None without token ids.
+    It is None where no token is frequent, or token ids are not known.
     """
     token_VE = layer.experts.token_VE
     if not len(token_VE):

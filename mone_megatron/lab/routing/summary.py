@@ -27,12 +27,12 @@ class LayerSummary:
     """Holds a layer in a few numbers; they are NaN where there is nothing to measure.
 
     Attributes:
-        load_entropy: of the experts' loads, 1 when even.
-        load_max_over_mean: of the experts' loads, 1 when even.
-        dead_experts: that no token was routed to.
-        expert_saturation: of all K, against the final checkpoint.
+        load_entropy: entropy of the experts' loads, 1 when even.
+        load_max_over_mean: largest over mean load of the experts, 1 when even.
+        dead_experts: experts that no token was routed to.
+        expert_saturation: share of the K experts that the final checkpoint also takes.
         expert_saturation_by_load: what two independent choices with these loads would share.
-        expert_adjacent: of all K, against the next token.
+        expert_adjacent: share of the K experts that the next token also takes.
         expert_adjacent_by_load: what two independent tokens with these loads would share.
         token_specialisation: largest share of a frequent token's occurrences that goes to one
             expert; mean over occurrences.

@@ -59,7 +59,7 @@ class Text:
 
         Args:
             reader: the model.
-            max_tokens: of each domain, at least.
+            max_tokens: tokens to read of each domain, at least.
             say: is told what the user should know of the reading.
 
         Raises:
@@ -107,7 +107,7 @@ def batches_of(
 
     Args:
         domains: from :meth:`Text.domains`.
-        max_tokens: of each.
+        max_tokens: tokens to read of each domain, at most.
         batch_size: windows in a batch; fewer where their lengths differ.
     """
     for number, windows in enumerate(domains):

@@ -41,7 +41,7 @@ class LayerShape:
         layer: its number, from 1, as in a run's metrics.
         experts: how many there are.
         top_k: experts of a token.
-        neurons: of one expert; 0 when the trace holds no neurons.
+        neurons: neurons of one expert; 0 when the trace holds no neurons.
         kept: neurons that a token keeps in an expert; 0 likewise.
     """
 
@@ -76,7 +76,7 @@ class TraceHeader:
         name: the model, for people.
         step: optimizer steps done, of a checkpoint; None otherwise.
         identity: equal for two traces of the same weights: SHA-256, hex.
-        layers: with routed experts, ascending.
+        layers: the layers with routed experts, ascending.
         domains: names, in the order of their numbers in the shards.
         selection: None when the trace holds no neurons.
         ordered: the experts of a token stand in the order of their weights, largest first.

@@ -103,7 +103,7 @@ def k_fold(
     Args:
         table: the runs.
         folds: at least 2, at most the number of different points.
-        delta: of the Huber loss.
+        delta: where the Huber loss turns from quadratic to linear.
         neuron_term: fit gamma too.
         starts: starting points of each fit.
         seed: of the deal and the starts.

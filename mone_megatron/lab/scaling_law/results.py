@@ -37,15 +37,15 @@ class Options:
 
     Attributes:
         methods: fits to make.
-        delta: of the Huber loss of the log loss.
+        delta: where the Huber loss of the log loss turns from quadratic to linear.
         neuron_term: fit the activated-neuron term.
         starts: starting points of the parametric fit, at most 4,500.
         seed: of starts, folds and resamples.
-        resamples: of the bootstrap; 0 gives no intervals.
+        resamples: resamples of the bootstrap; 0 gives no intervals.
         bootstrap_kind: what is resampled.
-        confidence: of the intervals.
+        confidence: share of resamples that an interval holds, such as 0.95.
         holdout_budgets: largest FLOP budgets to hold out; 0 for none.
-        folds: of the cross-validation; 0 for none.
+        folds: folds of the cross-validation; 0 for none.
         budget_tolerance: relative width of one FLOP budget.
         parabola_width: take only sizes within this factor of a budget's best; None takes all.
         allow_outside: take parabolas' minima outside the sizes of their budget.

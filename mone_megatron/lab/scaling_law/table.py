@@ -139,7 +139,7 @@ def read_csv(
         columns: names of the columns; None takes the usual ones.
         tokens_from_flops: the table has FLOPs and no tokens: D is
             ``C / (flops_per_param_token * N)``.
-        flops_per_param_token: of the two rules above.
+        flops_per_param_token: FLOPs over N*D, for the two rules above.
         allow_duplicates: rows of the same run and seed, or of the same point where the table has
             neither column, are taken as replicates.
 

@@ -28,7 +28,7 @@ class Questions:
 
     Attributes:
         tasks: loaded.
-        facts: of the model that is asked.
+        facts: what is known of the model that is asked.
         limit: questions of each task; None for all.
         batch_size: sequences at once.
     """
@@ -86,7 +86,7 @@ class RequestBatch:
     """Holds requests of like length as one batch.
 
     Attributes:
-        places: of the requests among all.
+        places: where the requests stand among all.
         tokens_BS: what the model reads, filled up behind with token 0, which nothing before sees.
         labels_BS: what it is to predict.
     """

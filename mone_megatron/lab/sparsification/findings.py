@@ -17,8 +17,8 @@ class BudgetSettings:
 
     Attributes:
         rise: the largest rise of the loss, nats a token.
-        score: neurons are ranked by.
-        shares: that each layer's sensitivity is measured at, ascending, above 0.
+        score: what ranks the neurons.
+        shares: pruned shares that each layer's sensitivity is measured at, ascending, above 0.
     """
 
     rise: float
@@ -66,7 +66,7 @@ class Point:
     """Holds what was measured of a model under a plan.
 
     Attributes:
-        score: neurons are ranked by.
+        score: what ranks the neurons.
         share: asked for.
         pruned: share of the neurons of a token that is gone: a whole number of each expert's, and
             those that the model itself leaves out.
@@ -93,7 +93,7 @@ class BudgetResult:
         best: the shares, with the rise of the loss as predicted and as measured.
         best_change: the measured rise with its standard error.
         probes: all that were measured.
-        uniform_change: of pruning as many neurons with one share for all layers.
+        uniform_change: the rise when as many neurons are pruned with one share for all layers.
         elsewhere: the rise on the text that the study is about; None when that is the same.
     """
 

@@ -56,8 +56,8 @@ class StudySettings:
     """Holds what to measure of every model, and how.
 
     Attributes:
-        scores: to rank neurons by.
-        shares: to prune, each in every layer.
+        scores: scores to rank neurons by.
+        shares: shares to prune, each in every layer.
         tops: shares of the largest activations to give thresholds for.
         targets: kinds of neurons to prune; None for the routed experts, or the dense MLPs of a
             model that has none.
@@ -69,7 +69,7 @@ class StudySettings:
         dtype: of the weights; None for the model's own.
         device: as torch names it.
         stream: hold one decoder layer at a time.
-        stream_bytes: of hidden states between layers, about.
+        stream_bytes: size of the hidden states held between layers, about.
         trust_remote_code: whether a model may bring code of its own.
     """
 
@@ -96,8 +96,8 @@ class Subject:
     Attributes:
         label: what to call it.
         facts: known of it before its weights are.
-        text: to measure on.
-        calibration: to choose shares for layers on; the same object as ``text`` when it is.
+        text: text to measure on.
+        calibration: text to choose shares for layers on; the same object as ``text`` when it is.
         tasks: None for none.
     """
 

@@ -39,7 +39,7 @@ class Plan:
     """Holds what to prune in every layer; :func:`plan` makes it.
 
     Attributes:
-        score: of all layers; ``none`` when nothing is pruned.
+        score: what ranks neurons in all layers; ``none`` when nothing is pruned.
         shares: one a decoder layer, in [0, 1).
     """
 

@@ -49,7 +49,7 @@ class _Inputs:
     """Holds what the model gives its layers.
 
     Attributes:
-        states: to the first layer.
+        states: hidden states to the first layer, a tensor a batch.
         arguments: beside them, by layer and shape of the batch; they do not depend on the tokens.
     """
 
@@ -220,7 +220,7 @@ class StreamedEngine:
         """Returns the last layer's output under each plan, by its whole prefix.
 
         Args:
-            plans: that are wanted.
+            plans: plans whose output is wanted.
             tokens: batches of them, int64 ``[B, S]``.
             progress: told of tokens through a layer.
             finished: called after each layer.

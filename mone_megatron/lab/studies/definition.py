@@ -42,11 +42,11 @@ class Study:
 
     Attributes:
         name: of the file.
-        question: that it is to answer, for people.
+        question: the question that it is to answer, for people.
         experiment: the option of ``conf/experiment`` that variants start from.
         reference: the variant that others are compared with.
         variants: what each changes, as overrides; every variant once for each seed.
-        overrides: of all variants.
+        overrides: Hydra overrides of all variants.
         equal: what all variants must have the same number of (within 1%), or "".
     """
 
