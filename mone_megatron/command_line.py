@@ -1,4 +1,4 @@
-"""What all command lines share: how they end, and how they say how far they are.
+"""Holds what all command lines share: how they end, and how they say how far they are.
 
 Imports nothing that takes time.
 """
@@ -38,7 +38,7 @@ def exit_status(
 
 
 def told(error: ValueError | OSError) -> str:
-    """What went wrong, in words: a line for each reason."""
+    """Returns what went wrong, in words: a line for each reason."""
     if isinstance(error, OSError) and type(error).__str__ is OSError.__str__:
         return explained(error)
     return str(error)

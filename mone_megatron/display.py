@@ -1,4 +1,4 @@
-"""Standard output and error that stop nothing: for whom a log is shown may leave, or read ASCII.
+"""Lets standard output and error stop nothing: a log's reader may leave, or read ASCII only.
 
 A reader that ends (``| head``, a killed ``tee``, a closed terminal) makes writing fail, a terminal
 that knows no umlaut makes encoding fail. Neither is the work's failure: what cannot be shown is
@@ -22,7 +22,7 @@ _STREAMS = {"stdout": "standard output", "stderr": "standard error"}
 
 
 class _Shown:
-    """A text stream whose writes do not fail; everything else is the stream's own."""
+    """Is a text stream whose writes do not fail; everything else is the stream's own."""
 
     def __init__(self, stream: TextIO, name: str, patience: float | None) -> None:
         self._stream = stream
@@ -63,7 +63,7 @@ class _Shown:
             self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def _is_read(self) -> bool:
-        """Whether there is room; a reader that stands still is waited for once."""
+        """Returns whether there is room; a reader that stands still is waited for once."""
         if self._polled is None:
             return True
         patience = 0.0 if self._stalled else self._patience
@@ -77,7 +77,7 @@ class _Shown:
             self._why = getattr(error, "strerror", None) or str(error)
 
     def _end(self) -> None:
-        """What is left in buffers must not fail when the interpreter flushes them at its end."""
+        """Empties the buffers, so that the interpreter's own flush at its end cannot fail."""
         try:
             if not self._stalled:
                 self._stream.flush()
@@ -91,7 +91,7 @@ class _Shown:
 
 
 def _pollable(stream: TextIO) -> int | None:
-    """Its descriptor, where a reader at the other end may stand still."""
+    """Returns the stream's descriptor if a reader at the other end may stand still, else None."""
     try:
         descriptor = stream.fileno()
         mode = os.fstat(descriptor).st_mode
@@ -104,7 +104,7 @@ def _pollable(stream: TextIO) -> int | None:
 
 @contextmanager
 def harmless_output(*, patience: float | None = None) -> Iterator[None]:
-    """Standard output and error cannot make the block fail. May be nested.
+    """Keeps standard output and error from making the block fail. It may be nested.
 
     Args:
         patience: seconds to wait for a reader that stands still (``less``, a stopped ``tee``);
@@ -131,7 +131,7 @@ def harmless_output(*, patience: float | None = None) -> Iterator[None]:
 
 
 def harmless(main: Callable[P, int]) -> Callable[P, int]:
-    """The command line ``main`` with :func:`harmless_output` around it."""
+    """Returns the command line ``main`` with :func:`harmless_output` around it."""
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -142,7 +142,7 @@ def harmless(main: Callable[P, int]) -> Callable[P, int]:
 
 
 def lost() -> dict[str, str]:
-    """Of the streams that could not show something so far, why: ``{"standard error": ...}``."""
+    """Returns why streams could not show something so far: ``{"standard error": ...}``."""
     streams = (getattr(sys, name) for name in _STREAMS)
     return {
         stream._name: stream._why
@@ -152,12 +152,15 @@ def lost() -> dict[str, str]:
 
 
 def is_read(name: str) -> bool:
-    """Whether ``stdout`` or ``stderr`` has lost nothing: whether showing more has a point."""
+    """Returns whether ``stdout`` or ``stderr`` lost nothing, so that showing more has a point."""
     return _STREAMS[name] not in lost()
 
 
 def _occupy_standard_descriptors() -> None:
-    """Open what was closed: the next file would take the number, and libraries' output with it."""
+    """Opens the standard descriptors that were closed.
+
+    The next file would take the number, and libraries' output with it.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

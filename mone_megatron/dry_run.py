@@ -1,4 +1,4 @@
-"""What a run would be, checked up to the point where its model would be built."""
+"""Tells what a run would be, checked up to the point where its model would be built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command lines over optional libraries share."""
+"""Holds what the command lines over optional libraries share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 
 def require(extra: str, *packages: str) -> None:
-    """Check that the packages of an extra are there, without importing them.
+    """Checks that the packages of an extra are there, without importing them.
 
     Raises:
         ValueError: naming those that are not, and the fix.
@@ -21,7 +21,7 @@ def require(extra: str, *packages: str) -> None:
 
 
 def calm_bars() -> None:
-    """Let the libraries' progress bars (tqdm) write now and then only where there is no terminal.
+    """Lets libraries' progress bars (tqdm) write only now and then where there is no terminal.
 
     To be called before they are imported; a setting of the user's stays.
     """

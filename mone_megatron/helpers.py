@@ -1,4 +1,4 @@
-"""How the failure of a thread or process reaches the one that started it: as one line.
+"""Tells the failure of a thread or process to the one that started it, in one line.
 
 A thread that raises prints a traceback and is gone; a process that is killed says nothing; and who
 waits for either waits for ever. So every thread of a run is a :class:`HelperThread`, every start is
@@ -31,7 +31,7 @@ _NO_THREADS = "can't start new thread"
 
 
 class HelperError(OSError):
-    """A thread or process that this one started failed, or could not be started; one line."""
+    """Says, in one line, that a thread or process failed, or could not be started."""
 
 
 def one_line(error: BaseException) -> str:
@@ -86,7 +86,7 @@ def starting(what: str, otherwise: str = "") -> Iterator[None]:
 
 
 class HelperThread(threading.Thread):
-    """A daemon thread whose failure is told, in one line, to the one that started it."""
+    """Is a daemon thread whose failure is told, in one line, to the one that started it."""
 
     def __init__(
         self,

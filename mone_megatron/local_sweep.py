@@ -1,4 +1,4 @@
-"""Sweeps on this machine (``-m``): runs one after the other, told apart, compared at the end.
+"""Runs sweeps on this machine (``-m``): one run after the other, compared at the end.
 
 Hydra's sweeper makes the runs; what they are called and whether all of them can be run is settled
 before the first one starts. On SLURM ``launch/jobs.py`` does the same for arrays of jobs.
@@ -20,7 +20,7 @@ from mone_megatron.parallel.world import World
 
 
 class LocalSweep:
-    """The runs of one command line with ``-m``."""
+    """Holds the runs of one command line with ``-m``."""
 
     def __init__(self, overrides: Sequence[str], world: World) -> None:
         """Checks every run of the sweep.

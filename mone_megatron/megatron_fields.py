@@ -1,4 +1,4 @@
-"""The settings of the installed megatron-core, read from its source: nothing of it is imported.
+"""Reads the settings of the installed megatron-core from its source, and imports none of it.
 
 Its dataclasses say which fields there are and of which type. A run can then be refused before torch
 is imported, whatever release is installed.
@@ -31,7 +31,7 @@ MLA_CLASS = ("transformer/transformer_config.py", "MLATransformerConfig")
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a dataclass.
+    """Describes one field of a dataclass.
 
     Attributes:
         annotation: its type as it is written.
@@ -44,7 +44,7 @@ class Field:
     choices: tuple[Scalar, ...]
 
     def takes(self, value: Scalar) -> bool:
-        """Whether the type allows a value. A whole number is allowed for a float."""
+        """Returns whether the type allows a value. A whole number is allowed for a float."""
         if value in self.choices and type(value) in {type(choice) for choice in self.choices}:
             return True
         return type(value) in self.types or (type(value) is int and float in self.types)

@@ -1,4 +1,4 @@
-"""Which megatron-core is installed, read from its files, without importing it or torch."""
+"""Tells which megatron-core is installed, by its files, without importing it or torch."""
 
 from __future__ import annotations
 

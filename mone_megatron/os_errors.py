@@ -1,4 +1,4 @@
-"""What the operating system refuses, in one line: the key or option, the file, the reason."""
+"""Says what the operating system refuses in one line: the key or option, the file, the reason."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def unusable(key: str, path: Path, error: OSError) -> ValueError:
-    """What the system said of ``path``, as an error that names the key or option and the fix."""
+    """Returns an error that says what the system said of ``path``, the key or option and a fix."""
     return ValueError(f"{key}: cannot use {str(path)!r} ({explained(error)}); name another")
 
 
 def explained(error: OSError) -> str:
-    """What the system said, with the file it said it of: ``Permission denied: /a/b``."""
+    """Returns what the system said, and the file it is about: ``Permission denied: /a/b``."""
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     if error.filename is None or isinstance(error.filename, int):
         return reason

@@ -1,4 +1,4 @@
-"""One process at a time writes into a folder: who owns it, and what a second one is told.
+"""Lets one process at a time write into a folder, and says who owns it to a second one.
 
 Ownership is a lock (``flock``) on a small file that also says who holds it. The kernel takes it
 back from an owner that ends, however it ends. Forked children close their copy at once, so neither
@@ -53,7 +53,7 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock, as its file says.
+    """Describes who holds a lock, as its file says.
 
     Attributes:
         host: its machine.
@@ -76,7 +76,7 @@ class Owner:
 
     @property
     def is_seen_alive(self) -> bool:
-        """Whether it runs on this machine; False also where that cannot be seen."""
+        """Returns whether it runs on this machine; False also where that cannot be seen."""
         if self.host != platform.node():
             return False
         try:
@@ -212,7 +212,7 @@ def await_owner(key: str, folder: Path, *, job: str, patience: float = 5.0) -> N
 
 
 def live_owner(folder: Path) -> Owner | None:
-    """Whoever owns ``folder`` now; None for nobody."""
+    """Returns whoever owns ``folder`` now; None for nobody."""
     return _holder(folder / OWNER_FILE)
 
 
@@ -241,7 +241,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class _Lock:
-    """The lock on one file, from its taking to its release."""
+    """Is the lock on one file, from its taking to its release."""
 
     def __init__(self, path: Path, *, job: str = "", allocation: str = "") -> None:
         # Whoever changes the working directory meanwhile lets go of the same file.
@@ -251,7 +251,11 @@ class _Lock:
         self._descriptor = -1
 
     def take(self, patience: float = _ENDING_SECONDS) -> bool:
-        """Whether the lock is had, within ``patience`` seconds or those of a lease."""
+        """Takes the lock, and returns whether it is had.
+
+        It tries for ``patience`` seconds, or for those of a lease where this job's earlier life
+        holds the lock.
+        """
         begun = time.monotonic()
         said = False
         while not self._try():
@@ -272,11 +276,11 @@ class _Lock:
         return True
 
     def owner(self) -> Owner | None:
-        """Whoever the file names; None while it names nobody."""
+        """Returns whoever the file names; None while it names nobody."""
         return _named(self.path)
 
     def release(self) -> None:
-        """Let the next one have it. In a forked child, which has nothing, this does nothing."""
+        """Lets the next one have the lock; does nothing in a forked child, which has none."""
         if self._descriptor not in _held or os.getpid() != self.me.process:
             return
         # While it is held: whoever opened this file before finds another, or none, in its place.
@@ -337,7 +341,10 @@ def _close(descriptor: int) -> None:
 
 
 def _lies_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one of that name. Opened anew: a server is asked then."""
+    """Returns whether the open file is the one of that name.
+
+    The name is opened anew, so that a file server is asked then.
+    """
     try:
         other = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -349,7 +356,7 @@ def _lies_at(descriptor: int, path: Path) -> bool:
 
 
 def _holder(path: Path) -> Owner | None:
-    """Whoever holds the lock at ``path``; None for nobody."""
+    """Returns whoever holds the lock at ``path``; None for nobody."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -377,7 +384,10 @@ def _named(path: Path) -> Owner | None:
 
 
 def _started(process: int) -> int | None:
-    """When a process of this machine began, in ticks; 0 without /proc, None for no process."""
+    """Returns when a process of this machine began, in the kernel's ticks.
+
+    It is 0 where that is not known, as without /proc, and None where there is no such process.
+    """
     try:
         text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
         return int(text.rpartition(")")[2].split()[19])

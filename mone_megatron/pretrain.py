@@ -1,4 +1,4 @@
-"""Entry point: Hydra overrides -> checked, typed config -> ``train.run``; nothing else.
+"""Is the entry point: Hydra overrides -> checked, typed config -> ``train.run``; nothing else.
 
 python -m mone_megatron.pretrain experiment=tiny_mone train.steps=5
 torchrun --nproc-per-node 2 -m mone_megatron.pretrain experiment=quickstart_mone
@@ -53,7 +53,7 @@ _DRY_RUN = "--dry-run"
 
 
 def pretrain(config: Config, written: Mapping[str, str] | None = None) -> int:
-    """Check everything that can be checked without a device, then train.
+    """Checks everything that can be checked without a device, then trains.
 
     Args:
         config: of the run.
@@ -121,7 +121,7 @@ def _pretrain(config: Config, written: Mapping[str, str] | None) -> int:
 
 @contextmanager
 def _own_run_directory(config: Config, world: World) -> Iterator[None]:
-    """Rank 0 owns ``run.dir``; the others make sure that no run of another job does."""
+    """Owns ``run.dir`` on rank 0; the others make sure that no run of another job does."""
     folder = Path(config.run.dir)
     if world.rank != 0:
         await_owner("run.dir", folder, job=world.job)
@@ -133,7 +133,7 @@ def _own_run_directory(config: Config, world: World) -> Iterator[None]:
 
 
 def _through_hydra(sweep: LocalSweep | None) -> None:
-    """For Hydra's own flags: ``--multirun``, ``--cfg job``, ``--help``.
+    """Runs through Hydra, for its own flags: ``--multirun``, ``--cfg job``, ``--help``.
 
     A run that does not end with 0 ends the sweep: Hydra knows exit codes only this way.
     """
@@ -157,14 +157,14 @@ def _through_hydra(sweep: LocalSweep | None) -> None:
 
 
 def _tell(error: ValueError | OSError, world: World) -> None:
-    """One line for each problem, once."""
+    """Prints one line for each problem, once: on rank 0."""
     if world.rank == 0:
         for line in told(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from a command line; user errors are one line each, without a traceback."""
+    """Runs from a command line; user errors are one line each, without a traceback."""
     with harmless_output(patience=_READER_PATIENCE_SECONDS):
         return _main(list(sys.argv[1:] if arguments is None else arguments))
 

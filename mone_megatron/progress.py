@@ -1,4 +1,4 @@
-"""Progress of a long job: a bar on a terminal, a line every few seconds elsewhere."""
+"""Shows the progress of a long job: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Progress(ABC):
     def __init__(
         self, title: str, total: int, bar: dict[str, Any], stream: TextIO | None = None
     ) -> None:
-        """Begin.
+        """Begins to show the progress, with a bar on a terminal.
 
         Args:
             title: of the job.
@@ -39,7 +39,7 @@ class Progress(ABC):
 
     @abstractmethod
     def line(self, passed: float) -> str:
-        """How far it is after ``passed`` seconds, without the title."""
+        """Returns how far it is after ``passed`` seconds, without the title."""
 
     def __enter__(self: P) -> P:
         return self
@@ -56,7 +56,7 @@ class Progress(ABC):
             self._print_line()
 
     def add(self, count: int) -> None:
-        """Count ``count`` more."""
+        """Counts ``count`` more and shows that."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)

@@ -1,4 +1,4 @@
-"""Where the files are that come with the package and are no modules: ``conf/``.
+"""Tells where the files are that come with the package and are no modules: ``conf/``.
 
 They stand at the top of a checkout, where people look for them; a wheel carries a copy inside the
 package (setup.py). Imports nothing that takes time.

@@ -1,4 +1,4 @@
-"""A function of many inputs, in processes, with the results in the order of the inputs.
+"""Computes a function of many inputs in processes, with the results in the order of the inputs.
 
 ``concurrent.futures.ProcessPoolExecutor`` of the Pythons that are supported can wait for ever when
 one of its processes is killed while the next input is handed over (its manager thread and the
@@ -28,7 +28,7 @@ _IN_FLIGHT = 4
 
 
 class WorkerProcesses(Generic[Input, Output]):
-    """Processes that each call one function; they end with the ``with`` block."""
+    """Runs processes that each call one function, and ends them with the ``with`` block."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class WorkerProcesses(Generic[Input, Output]):
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a process says of one input: one of the three."""
+    """Holds what a process says of one input: its value, a refusal or a failure."""
 
     value: Any = None
     refusal: ValueError | None = None
@@ -113,7 +113,7 @@ class _Answer:
 
 
 class _Worker:
-    """One process and the pipe to it."""
+    """Holds one process and the pipe to it."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         context = multiprocessing.get_context("spawn")

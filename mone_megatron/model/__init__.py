@@ -1,1 +1,1 @@
-"""From a configuration to megatron-core model chunks."""
+"""Turns a configuration into megatron-core model chunks."""

@@ -1,4 +1,4 @@
-"""Core attention on ``torch.nn.functional.scaled_dot_product_attention``.
+"""Computes core attention by ``torch.nn.functional.scaled_dot_product_attention``.
 
 megatron-core's own, without Transformer Engine, builds the whole score matrix.
 

@@ -1,4 +1,4 @@
-"""build_model: the model chunks of this rank, wrapped for data parallelism."""
+"""Builds the model chunks of this rank, wrapped for data parallelism."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build_gpt(
     on_cpu: bool,
     vp_stage: int | None,
 ) -> GPTModel:
-    """One model chunk with its initial weights, unwrapped."""
+    """Returns one model chunk with its initial weights, unwrapped."""
     stage = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
     first, last = (is_edge(ignore_virtual=False, vp_stage=vp_stage) for is_edge in stage)
     model = LanguageModel(
@@ -72,7 +72,9 @@ def build_model(
     sequence_parallel: bool,
     sources: ExpertSources,
 ) -> list[DistributedDataParallel]:
-    """The chunks of this pipeline rank, on its device, inside megatron-core's data parallelism.
+    """Returns this pipeline rank's chunks, on its device, wrapped for data parallelism.
+
+    The wrapper is megatron-core's ``DistributedDataParallel``.
 
     Args:
         config: validated.

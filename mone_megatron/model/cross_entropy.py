@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that is spread over ranks, some rows of logits at a time.
+"""Computes cross-entropy over a vocabulary that is spread over ranks, a few rows at a time.
 
 Logits are the largest activation of a model with a large vocabulary. megatron-core's loss makes a
 copy of them in fp32, which lives until the backward pass. Here fp32 exists for a block of rows:
@@ -27,7 +27,7 @@ def vocab_parallel_cross_entropy(
     valid: int,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """``-log softmax(logits)[target]`` of each token, ``[T]`` in fp32.
+    """Returns ``-log softmax(logits)[target]`` of each token, ``[T]`` in fp32.
 
     Equal to ``F.cross_entropy`` in fp32 up to rounding. The backward pass overwrites the logits
     with their gradient, so it can run once.

@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel with a loss over the true vocabulary.
+"""Gives megatron-core's GPTModel a loss over the true vocabulary.
 
 Shape suffixes: S sequence, B batch, V vocabulary entries of this rank.
 """
@@ -14,19 +14,19 @@ from mone_megatron.model.cross_entropy import vocab_parallel_cross_entropy
 
 
 class LanguageModel(GPTModel):
-    """A GPTModel whose vocabulary is padded, and whose loss does not see the padding.
+    """Is a GPTModel whose vocabulary is padded, and whose loss does not see the padding.
 
     The padded columns stand for no token, and an exported model has none of them: with them in
     the softmax its loss would be another one.
     """
 
     def __init__(self, *, true_vocab_size: int, **kwargs: Any) -> None:
-        """As GPTModel, plus the size of the vocabulary without padding."""
+        """Builds a GPTModel, and keeps the size of the vocabulary without padding."""
         super().__init__(**kwargs)
         self.true_vocab_size = true_vocab_size
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy over the true vocabulary, ``[B, S]`` in fp32.
+        """Returns the cross-entropy over the true vocabulary, ``[B, S]`` in fp32.
 
         Args:
             labels: ``[B, S]``.

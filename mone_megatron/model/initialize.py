@@ -1,4 +1,4 @@
-"""Initial weights: a function of the seed, the parameter's global name and the expert's index.
+"""Draws initial weights by the seed, the parameter's global name and the expert's index.
 
 Never of the layout. megatron-core draws from one stream per rank in construction order, so
 pipeline and expert parallelism change its initial weights, and no two layouts can be compared.
@@ -23,7 +23,7 @@ _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "down_weight")
 
 
 def global_name(model: GPTModel, name: str) -> str:
-    """A parameter's name with its layer's number in the whole model (from 0)."""
+    """Returns a parameter's name with its layer's number in the whole model (from 0)."""
     match = _LAYER.match(name)
     if match:
         layer = model.decoder.layers[int(match.group(1))]
@@ -65,7 +65,7 @@ def _fill(
     tp_size: int,
     vocab_size: int,
 ) -> None:
-    """Draw the whole tensor and take this rank's part."""
+    """Draws the whole tensor and takes this rank's part."""
     shape = list(parameter.shape)
     split = getattr(parameter, "tensor_model_parallel", False)
     dim = parameter.partition_dim if split else 0  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ def _fill(
 
 @torch.no_grad()
 def initialize_weights(model: GPTModel, *, seed: int, std: float, vocab_size: int) -> None:
-    """Fill the parameters of one model chunk in place.
+    """Fills the parameters of one model chunk in place.
 
     Norm weights are 1, biases and the rows that pad the vocabulary 0, all else normal with ``std``,
     or ``std / sqrt(2 * num_layers)`` for projections into the residual stream.

@@ -1,4 +1,4 @@
-"""megatron-core's refusals in the words of our configuration.
+"""Translates megatron-core's refusals into the words of our configuration.
 
 :mod:`mone_megatron.config.validate` refuses what megatron-core would, with our keys and before
 anything starts. What it does not know of (a rule of another release) is translated here, so that no
@@ -26,7 +26,7 @@ _NAME = re.compile(r"(?<![\w.-])(--)?([a-z][a-z0-9]*(?:[-_][a-z0-9]+)+)\b")
 
 
 def in_our_words(text: str) -> str:
-    """Their message in one line, with our keys for their fields and options."""
+    """Returns megatron-core's message in one line, with our keys for its fields and options."""
 
     def translate(match: re.Match[str]) -> str:
         key = _KEYS.get(match[2].replace("-", "_"))

@@ -1,4 +1,4 @@
-"""torch RMSNorm under megatron-core's constructor, with sequence parallelism.
+"""Defines RMSNorms with megatron-core's constructor that work with sequence parallelism.
 
 Shape suffixes: S sequence, B batch, N heads of this rank, D head dimension.
 """
@@ -25,7 +25,7 @@ from mone_megatron.mone.megatron_settings import NORM, refuse_unread
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm over the last dimension.
+    """Is torch's RMSNorm over the last dimension.
 
     megatron-core's torch norm refuses sequence parallelism, which MoE with tensor parallelism
     needs; all it takes is to mark the weight, whose gradient is then summed over the
@@ -35,7 +35,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
     ) -> None:
-        """As megatron-core constructs norms.
+        """Takes the arguments that megatron-core constructs norms with.
 
         Raises:
             ValueError: for settings that it does not read.
@@ -46,7 +46,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class AllHeadsRMSNorm(torch.nn.Module):
-    """RMSNorm of queries or keys over all heads together (OLMoE), with a weight for every value.
+    """Normalises queries or keys over all heads together (OLMoE), with a weight for every value.
 
     Heads are split over the tensor-parallel ranks, and the weight with them; the sum of squares is
     added up over the ranks.
@@ -61,7 +61,7 @@ class AllHeadsRMSNorm(torch.nn.Module):
         num_heads: int,
         **kwargs: Any,
     ) -> None:
-        """As megatron-core constructs norms of queries and keys.
+        """Takes what megatron-core gives the norms of queries and keys.
 
         Args:
             config: megatron-core's.
@@ -83,7 +83,7 @@ class AllHeadsRMSNorm(torch.nn.Module):
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, heads_SBND: Tensor) -> Tensor:
-        """Normalise the heads of this rank, ``[S, B, N, D]``, by the mean square of all heads."""
+        """Normalises this rank's heads, ``[S, B, N, D]``, by the mean square of all heads."""
         if self.tp_group.size() == 1:
             joined = heads_SBND.flatten(2)
             return F.rms_norm(joined, (self.width,), self.weight, self.eps).view_as(heads_SBND)
@@ -102,7 +102,10 @@ class AllHeadsRMSNorm(torch.nn.Module):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict | None = None,
     ) -> ShardedStateDict:
-        """A global tensor ``[num_heads * D]``, in the order of the heads: any layout."""
+        """Returns the weight as a global tensor, which any layout can load.
+
+        It is ``[num_heads * D]``, in the order of the heads.
+        """
         state_dict = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(
             state_dict, prefix, {"weight": 0}, sharded_offsets

@@ -1,4 +1,4 @@
-"""Weights that every tensor-parallel rank has whole say so, whoever made the module.
+"""Takes the mark of a split weight off those that every tensor-parallel rank has whole.
 
 Transformer Engine marks the weight of each of its linear layers as split over the tensor-parallel
 ranks, also where the layer is not (the down projections of multi-latent attention). Whoever reads

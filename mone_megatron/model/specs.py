@@ -1,4 +1,4 @@
-"""Which module stands where: megatron-core layer specs through a BackendSpecProvider.
+"""Says which module stands where: megatron-core layer specs, by a BackendSpecProvider.
 
 Without Transformer Engine: megatron-core's parallel linear layers, torch RMSNorm and
 scaled_dot_product_attention. With it: its linear layers, norms and attention (not run here). The
@@ -46,20 +46,20 @@ from mone_megatron.parallel.megatron_compat import latent_attention, self_attent
 
 
 class TorchSpecProvider(LocalSpecProvider):
-    """Modules that need nothing but torch, and train under every layout."""
+    """Provides modules that need nothing but torch, and train under every layout."""
 
     def layer_norm(
         self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
     ) -> type:
-        """RMSNorm; megatron-core's refuses sequence parallelism."""
+        """Returns our RMSNorm, since megatron-core's refuses sequence parallelism."""
         return RMSNorm
 
     def linear(self) -> type:
-        """A linear layer that every tensor-parallel rank has whole."""
+        """Returns the class of linear layers that every tensor-parallel rank has whole."""
         return Linear
 
     def core_attention(self) -> type:
-        """scaled_dot_product_attention; megatron-core's builds the score matrix."""
+        """Returns our attention, since megatron-core's builds the whole score matrix."""
         return SDPAttention
 
 
@@ -67,21 +67,21 @@ def _transformer_engine_provider(*, own_attention: bool) -> BackendSpecProvider:
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     class TransformerEngineSpecProvider(TESpecProvider):
-        """Transformer Engine's dense modules, unfused so that parameter names stay the same."""
+        """Provides Transformer Engine's dense modules, unfused so that parameter names stay."""
 
         def fuse_layernorm_and_linear(self) -> bool:
-            """Norm and linear apart, as without Transformer Engine."""
+            """Returns False: norm and linear layer stay apart, as without Transformer Engine."""
             return False
 
         def core_attention(self) -> type:
-            """Its attention, unless only ours computes what is asked for."""
+            """Returns Transformer Engine's attention, or ours where only ours can do it."""
             return SDPAttention if own_attention else super().core_attention()
 
     return TransformerEngineSpecProvider()
 
 
 def spec_provider(*, on_cpu: bool, own_attention: bool = False) -> BackendSpecProvider:
-    """Transformer Engine's modules on a GPU where it is installed, torch's otherwise.
+    """Returns Transformer Engine's modules on a GPU where it is installed, otherwise torch's.
 
     Args:
         on_cpu: CPU backend.
@@ -94,7 +94,7 @@ def spec_provider(*, on_cpu: bool, own_attention: bool = False) -> BackendSpecPr
 
 
 def neuron_settings(mone: MoNEConfig, target: str) -> NeuronSettings | None:
-    """The method's settings for one kind of MLP; None where it does not apply."""
+    """Returns the method's settings for one kind of MLP; None where it does not apply."""
     if not mone.enabled or target not in mone.apply_to:
         return None
     return NeuronSettings(
@@ -127,7 +127,7 @@ def sparsity_settings(config: Config) -> Sparsity | None:
 
 
 def _router(model: ModelConfig) -> type:
-    """The router's class, with the keys of ``model.router`` that it reads."""
+    """Returns the router's class, with the keys of ``model.router`` that it reads."""
     router = ROUTERS[model.router.kind]
     if not router.settings:
         return router.module
@@ -166,7 +166,7 @@ def _moe_mlp(
 
 
 def _qk_norm(backend: BackendSpecProvider, model: ModelConfig, num_heads: int) -> type | ModuleSpec:
-    """The norm of ``num_heads`` queries or keys."""
+    """Returns the norm of ``num_heads`` queries or keys; IdentityOp where there is none."""
     if not model.qk_norm:
         return IdentityOp
     if model.qk_norm_scope == "all_heads":
@@ -239,7 +239,7 @@ def decoder_spec(
     vp_stage: int | None = None,
     sparsity: Sparsity | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage (and virtual stage).
+    """Returns the layers of one pipeline stage (and virtual stage).
 
     Args:
         transformer: megatron-core's configuration.

@@ -1,4 +1,4 @@
-"""Our configuration as megatron-core's TransformerConfig. Plain data in, plain data out."""
+"""Turns our configuration into megatron-core's TransformerConfig, plain data into plain data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SINKS = {"none": "vanilla", "zero": "off-by-one", "learnable": "learnable"}
 
 
 def _leave(tensor: torch.Tensor) -> torch.Tensor:
-    """megatron-core's initial values are replaced by :mod:`.initialize`."""
+    """Returns the tensor as it is: :mod:`.initialize` replaces megatron-core's initial values."""
     return tensor
 
 
@@ -64,7 +64,7 @@ def _attention_fields(model: ModelConfig) -> dict[str, object]:
 
 
 def moe_layer_pattern(config: Config) -> list[int]:
-    """1 for each layer that is MoE, 0 for each that is dense."""
+    """Returns 1 for each layer that is MoE, and 0 for each that is dense."""
     model = config.model
     if model.num_experts == 0:
         return [0] * model.num_layers
@@ -76,7 +76,7 @@ def moe_layer_pattern(config: Config) -> list[int]:
 def transformer_config(
     config: Config, *, dtype: torch.dtype, on_cpu: bool, sequence_parallel: bool
 ) -> TransformerConfig:
-    """megatron-core's configuration of the model and its parallelism.
+    """Returns megatron-core's configuration of the model and its parallelism.
 
     Args:
         config: validated.

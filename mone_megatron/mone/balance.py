@@ -1,4 +1,4 @@
-"""What the neuron balance loss, which keeps all neurons of an expert in use, is made of.
+"""Computes what the neuron balance loss, which keeps all neurons in use, is made of.
 
 The loss itself is a method (:mod:`mone_megatron.methods.losses`): a function of sums of the
 weights of neurons over the tokens of an expert.

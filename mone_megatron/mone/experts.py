@@ -1,4 +1,4 @@
-"""The routed experts of one rank: three weights a neuron, one grouped matrix product a projection.
+"""Computes a rank's routed experts: three weights a neuron, one grouped product a projection.
 
 The same class is the MoE baseline (no neuron settings) and MoNE, on CPU and GPU, through
 :func:`mone_megatron.kernels.ops.grouped_mm`.

@@ -1,4 +1,4 @@
-"""MoNELayer: megatron-core's MoE layer with neuron selection inside its experts.
+"""Defines MoNELayer, megatron-core's MoE layer with neuron selection inside its experts.
 
 Routing, dispatch and combination are megatron-core's. This subclass tells the experts which rows
 came from which microbatch, so that the neuron balance loss means the same in every layout: with
@@ -48,12 +48,12 @@ class MicrobatchSources:
 
     @property
     def num_microbatches(self) -> int:
-        """The number of microbatches whose tokens meet in this rank's experts."""
+        """Returns the number of microbatches whose tokens meet in this rank's experts."""
         return max(self.microbatch_of_source) + 1
 
     @property
     def num_parts(self) -> int:
-        """The number of sets of tokens that each expert is balanced over."""
+        """Returns the number of sets of tokens that each expert is balanced over."""
         return 1 if self.together else self.num_microbatches
 
 

@@ -1,4 +1,4 @@
-"""Settings of megatron-core that a module of ours does not read, refused when it is built.
+"""Refuses settings of megatron-core that a module of ours does not read, when it is built.
 
 megatron-core's own modules read them. One that takes their place and leaves a setting out would
 compute something else than was asked for, without a word. It imports no torch: a configuration that

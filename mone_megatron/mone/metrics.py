@@ -1,4 +1,4 @@
-"""How experts and their neurons are used: counts while training, then a few numbers each.
+"""Counts how experts and their neurons are used while training, then gives a few numbers each.
 
 A :class:`Usage` belongs to one module that selects neurons (or routes tokens) and counts only
 while ``collecting`` is set, so that its cost is paid on the steps that log it. :func:`summarise`

@@ -1,4 +1,4 @@
-"""Neuron selection in the MLPs every token visits: dense layers and shared experts.
+"""Selects neurons in the MLPs that every token visits: dense layers and shared experts.
 
 Each is one expert of the method. Tensor parallelism spreads its neurons over ranks; all of them
 see all tokens of the microbatch.

@@ -1,4 +1,4 @@
-"""What every MLP that selects neurons shares: the top-k, the balance loss and the counts.
+"""Holds what every MLP that selects neurons shares: selection, balance loss and counts.
 
 Used by the routed experts (:mod:`.experts`) and by shared experts and dense layers (:mod:`.mlp`).
 
@@ -352,7 +352,7 @@ class NeuronGate(MegatronModule):
 
     @property
     def _selecting(self) -> bool:
-        """Whether some neuron is left out; with a schedule that may begin later.
+        """Returns whether some neuron is left out; with a schedule that may begin later.
 
         Keeping all neurons is the plain expert: the same code, bit for bit, and nothing to balance.
         """

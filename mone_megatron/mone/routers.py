@@ -1,4 +1,4 @@
-"""megatron-core's router with other assignments of tokens to experts (:mod:`.methods.routers`).
+"""Gives megatron-core's router other assignments of tokens to experts (:mod:`.methods.routers`).
 
 Logits, the z-loss, the balance losses and their logging are megatron-core's. The dispatchers take
 any number of experts a token, but for flex, which ``config.validate`` refuses.

@@ -1,4 +1,4 @@
-"""How many rows each expert gets, and from whom, as megatron-core's dispatcher counted them.
+"""Keeps how many rows each expert gets, and from whom, as megatron-core's dispatcher counted.
 
 The dispatchers count rows on the device, and copy what they need to the host. What they counted is
 kept here on the device, so that reading it makes nobody wait, and nothing is gathered again.

@@ -1,4 +1,4 @@
-"""Which neurons a token keeps, also when an expert's neurons are spread over ranks.
+"""Selects the neurons that a token keeps, also when they are spread over ranks.
 
 A rule (:mod:`mone_megatron.methods.rules`) chooses by scores (:mod:`mone_megatron.methods.scores`).
 This file gives it what it chooses among, and keeps its state.
@@ -77,12 +77,12 @@ class GroupShards:
 
     @property
     def rank(self) -> int:
-        """This rank's place among those that share the neurons."""
+        """Returns this rank's place among those that share the neurons."""
         return dist.get_rank(self.group)
 
     @property
     def size(self) -> int:
-        """How many ranks share the neurons."""
+        """Returns how many ranks share the neurons."""
         return dist.get_world_size(self.group)
 
     def sum(self, part: Tensor) -> Tensor:
@@ -154,12 +154,12 @@ class NeuronSelector(nn.Module):
 
     @property
     def kept(self) -> int:
-        """K: how many neurons of a row the keep ratio stands for."""
+        """Returns K, the number of neurons of a row that the keep ratio stands for."""
         return self.budget.kept
 
     @property
     def most_kept(self) -> int:
-        """The largest number of neurons that a row keeps."""
+        """Returns the largest number of neurons that a row keeps."""
         return self.rule.most_kept(self.budget)
 
     def set_keep_ratio(self, keep_ratio: float) -> None:
@@ -169,7 +169,7 @@ class NeuronSelector(nn.Module):
 
     @property
     def for_kernels(self) -> TopK | None:
-        """The selection as a kernel applies it; None when only this module can.
+        """Returns the selection as a kernel applies it; None when only this module can.
 
         A kernel knows the largest K of a row that it sees whole, by a score of gate and up alone.
         """
@@ -179,12 +179,12 @@ class NeuronSelector(nn.Module):
 
     @property
     def watched(self) -> bool:
-        """Whether a forward hook wants to see the mask."""
+        """Returns whether a forward hook wants to see the mask."""
         return bool(self._forward_hooks)
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The rule's state by name, fp32 ``[E]`` each."""
+        """Returns the rule's state by name, fp32 ``[E]`` each."""
         return {name: self.get_buffer(f"{STATE_PREFIX}{name}") for name in self.rule.state}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NeuronSelector:
@@ -290,7 +290,7 @@ class NeuronSelector(nn.Module):
 
     @property
     def _copies(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-        """The groups whose ranks hold the same state: those of the neurons and the replicas."""
+        """Returns the groups whose ranks hold the same state: neuron shards and replicas."""
         return self.group, self.replica_group
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""The sparsity loss on the hidden values of routed experts, of MoE and MoNE alike.
+"""Applies the sparsity loss to the hidden values of routed experts, of MoE and MoNE alike.
 
 The loss itself is a method (:mod:`mone_megatron.methods.sparsity_losses`): a function of sums of
 absolute hidden values over the tokens of an expert. It is attached to the hidden values, so that it

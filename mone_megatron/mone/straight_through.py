@@ -1,4 +1,4 @@
-"""The straight-through estimator: the forward pass is masked, the backward pass is not.
+"""Defines the straight-through estimator: only the forward pass is masked.
 
 Shape suffixes: T tokens (rows), F neurons of one expert on this rank.
 """

@@ -1,1 +1,1 @@
-"""Devices, process groups, and every workaround for megatron-core."""
+"""Holds devices, process groups, and every workaround for megatron-core."""

@@ -1,4 +1,4 @@
-"""CUDA with NCCL or CPU with gloo, behind one small interface."""
+"""Puts CUDA with NCCL and CPU with gloo behind one small interface."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _opened = itertools.count()
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run computes.
+    """Describes where a run computes.
 
     Attributes:
         kind: ``cuda`` or ``cpu``.
@@ -40,7 +40,7 @@ class Device:
     hardware: str
 
     def synchronize(self) -> None:
-        """Wait until all work given to the device is done."""
+        """Waits until all work given to the device is done."""
         if self.kind == "cuda":
             torch.cuda.synchronize()
 
@@ -66,7 +66,7 @@ def _cpu_name() -> str:
 
 
 def choose_kind(config: DeviceConfig) -> str:
-    """``cuda`` or ``cpu``; ``auto`` takes CUDA when there is a GPU.
+    """Returns ``cuda`` or ``cpu``; ``auto`` takes CUDA when there is a GPU.
 
     Raises:
         ValueError: when CUDA is asked for and there is none.
@@ -82,7 +82,9 @@ def choose_kind(config: DeviceConfig) -> str:
 
 
 def open_device(config: DeviceConfig, world: World) -> Device:
-    """Take this process's device and import megatron-core for it. Call before any megatron import.
+    """Takes this process's device and imports megatron-core for it.
+
+    It must be called before any megatron import.
 
     Raises:
         ValueError: when CUDA is asked for and there is none, too few GPUs for the processes of
@@ -113,7 +115,7 @@ def open_device(config: DeviceConfig, world: World) -> Device:
 
 
 def connects_at_once(device: Device, world: World) -> bool:
-    """Whether each process group makes its NCCL communicator when the group is made.
+    """Returns whether each process group makes its NCCL communicator when the group is made.
 
     On one machine that is quick, and tells of a broken link before training. megatron-core makes
     groups that nothing uses, and each rank makes those of all others: their number grows with the
@@ -124,7 +126,7 @@ def connects_at_once(device: Device, world: World) -> bool:
 
 
 def open_process_group(device: Device, world: World, timeout_seconds: int) -> None:
-    """Join the run's process group: NCCL on CUDA, gloo on CPU. One process needs no launcher."""
+    """Joins the run's process group: NCCL on CUDA, gloo on CPU. One process needs no launcher."""
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.kind == "cuda" else "gloo"
     device_id = device.torch_device if connects_at_once(device, world) else None

@@ -1,4 +1,4 @@
-"""One network device for all gloo groups of a process.
+"""Shares one network device among all gloo groups of a process.
 
 torch gives every gloo group a device of its own, with a thread that wakes a hundred times a second
 for as long as anything refers to the group. megatron-core makes ten to thirty groups a process:
@@ -20,13 +20,13 @@ _Gloo: Any = c10d.ProcessGroupGloo
 
 
 class SharedDeviceGloo(_Gloo):
-    """A gloo process group on the device of the first of them, which torch chose as it does."""
+    """Is a gloo process group on the device of this process's first one, which torch chose."""
 
     # By process: a forked one has no thread for its parent's, which must not be closed there.
     _devices: ClassVar[dict[int, list[Any]]] = {}
 
     def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
-        """As torch constructs its own."""
+        """Makes the group with torch's own arguments, on the shared device."""
         devices = self._devices.get(os.getpid())
         if devices is None:
             super().__init__(store, rank, size, timeout=timeout)
@@ -41,5 +41,5 @@ class SharedDeviceGloo(_Gloo):
 
 
 def share_gloo_devices() -> None:
-    """Let groups that are made from now on share their devices. Idempotent."""
+    """Lets groups that are made from now on share their devices. It may be called again."""
     c10d.ProcessGroupGloo = SharedDeviceGloo  # type: ignore[misc]

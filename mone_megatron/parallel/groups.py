@@ -1,4 +1,4 @@
-"""megatron-core's process groups for a layout, and the one kind it does not make."""
+"""Makes megatron-core's process groups for a layout, and the one kind that it does not make."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mone_megatron.parallel.megatron_compat import forget_layer_losses
 
 @dataclass(frozen=True)
 class ExpertSources:
-    """See :class:`mone_megatron.mone.layer.MicrobatchSources`, which is made from this."""
+    """Holds what :class:`mone_megatron.mone.layer.MicrobatchSources` is made from; see there."""
 
     microbatch_of_source: tuple[int, ...]
     shared_group: dist.ProcessGroup | None
 
 
 def open_groups(parallel: ParallelConfig, train: TrainConfig, *, timeout_seconds: int) -> None:
-    """Make megatron-core's groups and seed its RNG trackers. Collective over all processes."""
+    """Makes megatron-core's groups and seeds its RNG trackers. Collective over all processes."""
     from megatron.core import parallel_state, tensor_parallel
 
     _forget_the_last_run()
@@ -41,7 +41,7 @@ def open_groups(parallel: ParallelConfig, train: TrainConfig, *, timeout_seconds
 
 
 def open_expert_sources(parallel: ParallelConfig) -> ExpertSources:
-    """Which microbatches meet in the experts of this rank. Collective over all processes.
+    """Returns which microbatches meet in the experts of this rank. Collective over all processes.
 
     megatron-core numbers ranks with tensor parallelism innermost, then context, data and pipeline
     parallelism; experts split the ranks of a pipeline stage into expert-tensor parallelism, then
@@ -72,7 +72,7 @@ def open_expert_sources(parallel: ParallelConfig) -> ExpertSources:
 
 
 def close_groups() -> None:
-    """Leave all groups; safe to call when they were never made."""
+    """Leaves all groups; it may be called when they were never made."""
     if dist.is_initialized():
         from megatron.core import parallel_state
 
@@ -82,7 +82,7 @@ def close_groups() -> None:
 
 
 def _forget_the_last_run() -> None:
-    """Two process-wide globals of megatron-core, of another model's shape and batch."""
+    """Drops two process-wide globals of megatron-core, of another model's shape and batch."""
     from megatron.core.transformer.moe import moe_utils
 
     forget_layer_losses()

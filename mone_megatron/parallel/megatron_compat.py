@@ -1,4 +1,4 @@
-"""Every workaround for megatron-core, and every difference between its releases; nowhere else.
+"""Holds all workarounds for megatron-core and differences of its releases; no other file does.
 
 Releases: 0.16.1 (the last for Python 3.10 and 3.11) and 0.19 (Python 3.12). A difference is asked
 for where it lies, by what the installed release has, never by its number; the tests know the number
@@ -88,39 +88,39 @@ CONSTANT_REWRITES: tuple[tuple[str, str, str], ...] = (
 
 
 class _Stream:
-    """A CUDA stream's interface on a device whose work is already in order."""
+    """Has a CUDA stream's interface, on a device whose work is already in order."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
     def wait_stream(self, stream: object) -> None:
-        """Nothing to wait for: CPU work is in order."""
+        """Does nothing: CPU work is in order, so there is nothing to wait for."""
 
     def wait_event(self, event: object) -> None:
-        """Nothing to wait for: CPU work is in order."""
+        """Does nothing: CPU work is in order, so there is nothing to wait for."""
 
     def record_event(self, event: _Event | None = None) -> _Event:
-        """An event that has already happened."""
+        """Returns an event that has already happened."""
         return event or _Event()
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Does nothing: there is nothing to wait for."""
 
 
 class _Event:
-    """A CUDA event's interface on a device whose work is already in order."""
+    """Has a CUDA event's interface, on a device whose work is already in order."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
     def record(self, stream: object = None) -> None:
-        """Nothing to record."""
+        """Does nothing: there is nothing to record."""
 
     def wait(self, stream: object = None) -> None:
-        """Nothing to wait for."""
+        """Does nothing: there is nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Does nothing: there is nothing to wait for."""
 
 
 _THE_STREAM = _Stream()
@@ -133,7 +133,7 @@ def _stream_context(stream: object) -> Iterator[None]:
 
 
 def _nothing() -> Callable[..., None]:
-    """A function of its own that does nothing: torch._dynamo refuses one function twice."""
+    """Returns a new function that does nothing: torch._dynamo refuses one function twice."""
     return lambda *args, **kwargs: None
 
 
@@ -172,12 +172,15 @@ CUDA_REDIRECTIONS: dict[str, Any] = {
 
 
 def _stay(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    """``Tensor.cuda``: embeddings tied over pipeline stages are moved with it when built."""
+    """Stands in for ``Tensor.cuda`` and returns the tensor as it is.
+
+    megatron-core moves embeddings that are tied over pipeline stages by it when it builds them.
+    """
     return tensor
 
 
 def _rewrite_code(code: types.CodeType) -> tuple[types.CodeType, int]:
-    """``code`` with CUDA constants replaced, nested functions included, and how many were."""
+    """Returns ``code`` with its CUDA constants replaced, nested functions' too, and how many."""
     changed = 0
     constants = []
     for constant in code.co_consts:
@@ -208,7 +211,7 @@ def _resolve(module: str, qualified_name: str) -> types.FunctionType:
 
 
 def rewrite_constants(module: str, qualified_name: str) -> int:
-    """Replace the CUDA constants of one megatron-core function in place.
+    """Replaces the CUDA constants of one megatron-core function in place.
 
     Returns:
         How many constants were replaced.
@@ -231,8 +234,11 @@ def _cpu_set_rng_state(
 
 
 def _to_cpu_always(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``maybe_move_tensor_to_cpu`` converts to numpy only what was on a GPU; the split sizes that
-    all-to-all needs must become numpy on CPU too."""
+    """Returns ``maybe_move_tensor_to_cpu`` for the CPU: it converts whatever it is asked to.
+
+    The original converts only what was on a GPU; the split sizes that all-to-all needs must become
+    numpy on CPU, too.
+    """
 
     @functools.wraps(original)
     def maybe_move_tensor_to_cpu(
@@ -248,7 +254,7 @@ def _to_cpu_always(original: Callable[..., Any]) -> Callable[..., Any]:
 def _l2_norm(
     chunk_size: int, noop_flag: object, tensor_lists: list[list[torch.Tensor]], *args: object
 ) -> tuple[torch.Tensor, None]:
-    """``local_multi_tensor_l2_norm`` on CPU: the norm of all tensors together, ``[1]`` fp32.
+    """Computes ``local_multi_tensor_l2_norm`` on CPU: the norm of all tensors, ``[1]`` fp32.
 
     The library's returns it on CUDA, and adds up squares in fp32 over whole gradient buffers,
     whose rounding alone (1e-5 relative) hides what layouts could differ by.
@@ -258,7 +264,7 @@ def _l2_norm(
 
 
 def _gather_uneven(part: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
-    """All ranks' rows in rank order; gloo's all_gather takes equal parts only, so pad them."""
+    """Returns all ranks' rows in rank order, padded on the way: gloo gathers equal parts only."""
     largest = max(sizes)
     padded = part.new_zeros(largest, *part.shape[1:])
     padded[: part.shape[0]] = part
@@ -270,15 +276,18 @@ def _gather_uneven(part: torch.Tensor, group: dist.ProcessGroup, sizes: list[int
 def _reduce_scatter_uneven(
     whole: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]
 ) -> torch.Tensor:
-    """This rank's rows of the sum; gloo's reduce_scatter takes equal parts only."""
+    """Returns this rank's rows of the sum; gloo's reduce_scatter takes equal parts only."""
     summed = whole.clone()
     dist.all_reduce(summed, group=group)
     return summed.split(sizes)[group.rank()].clone()
 
 
 def _with_uneven_splits(even: Callable[..., Any], uneven: Callable[..., Any]) -> Callable[..., Any]:
-    """``mappings._gather_along_first_dim`` and its counterpart: with expert tensor parallelism
-    ranks hold different numbers of tokens, which gloo's collectives refuse."""
+    """Returns ``even``, with ``uneven`` in its place where ranks hold different numbers of rows.
+
+    ``even`` is ``mappings._gather_along_first_dim`` or its counterpart. With expert tensor
+    parallelism ranks hold different numbers of tokens, which gloo's collectives refuse.
+    """
 
     @functools.wraps(even)
     def along_first_dim(
@@ -297,14 +306,14 @@ def _with_uneven_splits(even: Callable[..., Any], uneven: Callable[..., Any]) ->
 def _angles_of_context_rank(
     pos_emb: torch.Tensor, seq_dim: int, cp_group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """``rope_utils.get_pos_emb_on_this_cp_rank``, whose index goes through pinned memory."""
+    """Stands in for ``rope_utils.get_pos_emb_on_this_cp_rank``, which needs pinned memory."""
     chunks = pos_emb.chunk(2 * cp_group.size(), dim=seq_dim)
     mine = cp_group.rank(), 2 * cp_group.size() - cp_group.rank() - 1
     return torch.cat([chunks[number] for number in mine], dim=seq_dim)
 
 
 def patch_missing_transformer_engine() -> None:
-    """Make megatron-core work without Transformer Engine, on any device.
+    """Makes megatron-core work without Transformer Engine, on any device.
 
     ``moe_utils.router_gating_linear`` reads ``te_general_gemm``, which exists only when
     Transformer Engine was imported: a NameError in every router until it is None.
@@ -327,7 +336,7 @@ def patch_missing_transformer_engine() -> None:
 
 
 def patch_checkpoint_results() -> None:
-    """Keep the results of writing a checkpoint in this process, on any device.
+    """Keeps the results of writing a checkpoint in this process, on any device.
 
     ``filesystem_async`` starts a server process, with torch imported in it, for each rank's first
     save, to take results from writers that it does not own. Ours report to the process itself.
@@ -344,7 +353,7 @@ def _says_something_else(start: str, record: logging.LogRecord) -> bool:
 def _fused_l2_norm(
     chunk_size: int, noop_flag: object, tensor_lists: list[list[torch.Tensor]], *args: object
 ) -> tuple[torch.Tensor, None]:
-    """``local_multi_tensor_l2_norm`` without waiting: the norm of all tensors, ``[1]`` fp32."""
+    """Computes ``local_multi_tensor_l2_norm`` without waiting: the norm of all, ``[1]`` fp32."""
     tensors = [tensor for tensors in tensor_lists for tensor in tensors]
     return torch.nn.utils.get_total_norm(tensors).float().view(1), None
 
@@ -352,7 +361,7 @@ def _fused_l2_norm(
 def _fused_scale(
     chunk_size: int, noop_flag: object, tensor_lists: list[list[torch.Tensor]], scale: float
 ) -> None:
-    """``local_multi_tensor_scale`` at once, and in place where source and target are the same."""
+    """Does ``local_multi_tensor_scale`` at once, and in place where source and target are one."""
     sources, targets = tensor_lists
     for source, target in zip(sources, targets, strict=True):
         if source is not target:
@@ -361,7 +370,7 @@ def _fused_scale(
 
 
 def fuse_gradient_norm() -> None:
-    """Gradients are measured and clipped by fused kernels, on CUDA.
+    """Lets fused kernels measure and clip gradients, on CUDA.
 
     Without Transformer Engine or apex megatron-core takes the norm of one gradient after another to
     the host, which waits for each, and clips each by a product and a copy.
@@ -376,7 +385,7 @@ def fuse_gradient_norm() -> None:
 
 
 def import_megatron(*, compile_fused: bool) -> None:
-    """Import megatron-core, quietly.
+    """Imports megatron-core, quietly.
 
     Args:
         compile_fused: whether megatron-core's ``jit_fuser`` is torch.compile. It decorates small
@@ -420,7 +429,7 @@ def import_megatron(*, compile_fused: bool) -> None:
 
 
 def install_cpu_backend() -> None:
-    """Redirect megatron-core's uses of CUDA to the CPU. Idempotent.
+    """Redirects megatron-core's uses of CUDA to the CPU. It may be called again.
 
     Raises:
         RuntimeError: when megatron-core was imported before this call by somebody else, since

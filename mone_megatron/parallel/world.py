@@ -1,4 +1,4 @@
-"""This process's place among the processes of a run. Needs no torch, so it is known at once."""
+"""Tells this process's place among those of a run, without torch, so that it is known at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class World:
-    """This process among the processes of the run, as torchrun numbers them."""
+    """Describes this process among those of the run, as torchrun numbers them."""
 
     rank: int = 0
     size: int = 1
@@ -21,7 +21,7 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """Read torchrun's variables; one process when there are none.
+        """Reads torchrun's variables; without any it is one process.
 
         Raises:
             ValueError: when only some of them are set, or one is not a number.
