@@ -1,4 +1,4 @@
-"""Tensor operations of the method. Imports nothing else of this package.
+"""Computes the method's tensor operations. It imports nothing else of this package.
 
 ``reference`` defines what is correct; ``ops`` chooses the fastest exact implementation.
 """

@@ -1,4 +1,4 @@
-"""The fast paths on CPU in fp32: the top-k mask, and SwiGLU with selection in one function.
+"""Has the fast paths on CPU in fp32: the top-k mask, and SwiGLU with selection in one function.
 
 The k-th largest score comes from numpy's vectorised partial sort (4 to 5 times faster than
 ``torch.topk`` for rows of a few hundred). One autograd function takes a block of rows after the
@@ -36,7 +36,7 @@ def _rows_in_block(neurons: int, threads: int) -> int:
 
 
 def supports(*tensors: Tensor | None, activate: Activate, sums: WeightSums | None) -> bool:
-    """Whether :func:`selected_swiglu` can do it: fp32, SiLU, weights of selected neurons."""
+    """Returns whether :func:`selected_swiglu` can: fp32, SiLU, weights of selected neurons."""
     return (
         activate is F.silu
         and (sums is None or sums.weights == "selected")
@@ -73,7 +73,7 @@ def kept_places(scores_TF: Tensor, k: int) -> Tensor | None:
 
 
 def _is_exact(kept: int, wanted: int, scores_BF: Tensor) -> bool:
-    """Whether a threshold, which keeps at least k of a row without NaN, kept k of each."""
+    """Returns whether a threshold, which keeps k or more of a row without NaN, kept k of each."""
     # A NaN is the largest score to numpy, so ties may hide it in the count; the sum shows it.
     return kept == wanted and not scores_BF.sum().isnan()
 

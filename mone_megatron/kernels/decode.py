@@ -1,4 +1,4 @@
-"""Experts for a few tokens at a time: only the rows of kept neurons are read.
+"""Computes experts for a few tokens at a time, reading only the rows of kept neurons.
 
 While a text is generated, a step multiplies one token (or a few) by large matrices, and reading the
 weights is what takes the time. The gate projection has to be read in full, since it says which

@@ -1,4 +1,4 @@
-"""Autograd over the Triton kernels: selection, gated linear unit and balance sums in one pass.
+"""Runs the Triton kernels under autograd: selection, gated unit and balance sums in one pass.
 
 Imported only where Triton is (see :mod:`.ops`). Tensors are on CUDA, or on CPU under Triton's
 interpreter, which the tests use.
@@ -92,7 +92,7 @@ def fused_score(name: str) -> triton.JITFunction | None:
 
 
 def supports(gate_TF: Tensor, up_TF: Tensor, activate: Activate) -> bool:
-    """Whether the kernels know these dtypes, this width and this activation."""
+    """Returns whether the kernels know these dtypes, this width and this activation."""
     return (
         up_TF.dtype is gate_TF.dtype
         and gate_TF.shape[-1] <= MOST_NEURONS.get(gate_TF.dtype, 0)
@@ -102,7 +102,9 @@ def supports(gate_TF: Tensor, up_TF: Tensor, activate: Activate) -> bool:
 
 @cache
 def scores_equal_torch(activate: Activate, device: torch.device) -> bool:
-    """Whether the kernels' bf16 activation is torch's for every bf16 number on this device.
+    """Returns whether the kernels' bf16 activation is torch's, for every bf16 number.
+
+    The numbers are compared on ``device``.
 
     NaN counts as equal to NaN. Subnormal numbers are left out: an activation that small is never
     among the K largest unless nearly all are zero.

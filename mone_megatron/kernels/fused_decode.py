@@ -1,4 +1,4 @@
-"""The Triton kernels of :mod:`.triton_decode`, one after the other: see :mod:`.decode`.
+"""Runs the Triton kernels of :mod:`.triton_decode`, one after the other: see :mod:`.decode`.
 
 Imported only where Triton is. Tensors are on CUDA, or on CPU under Triton's interpreter, which the
 tests use. On a GPU: not run here.
@@ -48,7 +48,7 @@ def sparse_experts(
     keep: TopK,
     activate: Activate,
 ) -> Tensor:
-    """As :func:`mone_megatron.kernels.decode.sparse_experts`, whose checks are done before."""
+    """Computes :func:`mone_megatron.kernels.decode.sparse_experts`, which has done the checks."""
     tokens_NH = tokens_NH.contiguous()
     hidden, neurons = tokens_NH.shape[-1], gate_EFH.shape[1]
     expert_S, order_S = experts_NK.flatten().sort(stable=True)

@@ -1,4 +1,4 @@
-"""The same operations as :mod:`.reference`, as fast as this device allows and still exact.
+"""Does the operations of :mod:`.reference` as fast as this device allows, and still exactly.
 
 * CUDA, where Triton is installed: :mod:`.fused`, one kernel forward and one backward.
 * CPU in fp32: :mod:`.cpu`.
@@ -79,7 +79,7 @@ def _neurons(device: torch.device) -> str:
 
 
 def on_triton(tensor: Tensor) -> bool:
-    """Whether Triton kernels compute with ``tensor``."""
+    """Returns whether Triton kernels compute with ``tensor``."""
     return _chosen == "auto" and tensor.is_cuda and _HAVE_TRITON
 
 
@@ -120,7 +120,7 @@ def grouped_mm(rows_TI: Tensor, weight_EIO: Tensor, groups: RowGroups) -> Tensor
 
 
 def leaves_gradients_unwritten(device: torch.device) -> bool:
-    """Whether torch's grouped product may not write the gradient of experts without rows.
+    """Returns whether torch's grouped product may not write gradients of experts without rows.
 
     Reported of Blackwell GPUs, where what the memory held before would be taken for a gradient. Not
     run here; ``pytest --gpu`` asks the GPU that there is.
@@ -129,7 +129,7 @@ def leaves_gradients_unwritten(device: torch.device) -> bool:
 
 
 class _ZeroWithoutRows(torch.autograd.Function):
-    """The weight itself, whose gradient is zero for experts without rows. Nobody waits."""
+    """Gives the weight itself, whose gradient is zero for experts without rows, with no wait."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Memory mode in plain torch: saves the kept gate and up values and the mask as bits.
+"""Packs what the backward pass needs, in plain torch: kept gate and up values, the mask as bits.
 
 The backward pass spreads them out again, zeros elsewhere, and runs the operation once more: the
 other entries are multiplied by zero anyway, so its gradients are those of the full mode. A NaN at a

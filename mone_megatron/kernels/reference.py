@@ -1,4 +1,4 @@
-"""Neuron selection in plain eager torch: the definition every fast path is tested against.
+"""Defines neuron selection in plain eager torch; every fast path is tested against it.
 
 Shape suffixes: T tokens (rows), F neurons of one expert on this rank, K kept neurons, S segments
 of rows.

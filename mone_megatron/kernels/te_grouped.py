@@ -1,4 +1,4 @@
-"""Grouped products by Transformer Engine (2.11 or later): one cuBLAS product an expert, at once.
+"""Computes grouped products by Transformer Engine (2.11 or later): a cuBLAS product an expert.
 
 Not run here: no machine with Transformer Engine was at hand. The tests give the same calls to a
 stand-in that multiplies as ``general_grouped_gemm`` documents.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class GroupedGemm(Protocol):
-    """``transformer_engine.pytorch.cpp_extensions.general_grouped_gemm``, as it is called here.
+    """Is ``transformer_engine.pytorch.cpp_extensions.general_grouped_gemm``, as it is called here.
 
     One product a pair of ``A`` and ``B``: ``B @ A.T`` for layout TN, ``B @ A`` for NN and
     ``B.T @ A`` for NT. With ``single_output`` the results lie one after the other in ``out[0]``.
@@ -42,12 +42,12 @@ class GroupedGemm(Protocol):
         grad: bool,
         single_output: bool,
     ) -> object:
-        """Write the products to ``out``."""
+        """Writes the products to ``out``."""
 
 
 @cache
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine's modules for torch are installed, and can be imported.
+    """Returns whether Transformer Engine's modules for torch are installed, and can be imported.
 
     Raises:
         ValueError: it is installed, but not for this torch or this GPU's driver. megatron-core
@@ -67,7 +67,7 @@ def have_transformer_engine() -> bool:
 
 
 def transformer_engines() -> GroupedGemm:
-    """Its function; not run here.
+    """Returns Transformer Engine's function; not run here.
 
     Raises:
         ImportError: when Transformer Engine is not installed.
@@ -80,7 +80,7 @@ def transformer_engines() -> GroupedGemm:
 def grouped_mm(
     rows_TI: Tensor, weight_EIO: Tensor, counts_E: Tensor, gemm: GroupedGemm | None = None
 ) -> Tensor:
-    """Each expert's rows times its matrix.
+    """Returns each expert's rows times its matrix.
 
     Args:
         rows_TI: sorted by expert.
@@ -108,7 +108,7 @@ def grouped_mm(
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """``stored`` is ``[E, O, I]`` when transposed, else ``[E, I, O]``."""
+    """Computes the product; ``stored`` is ``[E, O, I]`` when transposed, else ``[E, I, O]``."""
 
     @staticmethod
     def forward(
@@ -159,7 +159,7 @@ def _rows_product(
     grad: bool,
     gemm: GroupedGemm,
 ) -> Tensor:
-    """Each expert's rows times its stored matrix, or times its transpose."""
+    """Returns each expert's rows times its stored matrix, or times its transpose."""
     output = rows.new_empty(len(rows), stored.shape[1 if transposed else 2])
     gemm(
         list(stored.unbind(0)),

@@ -1,4 +1,4 @@
-"""Triton: activations of the gate projection, as device functions.
+"""Computes activations of the gate projection in Triton, as device functions.
 
 The kernels are given these functions as constants (``ACTIVATION``, ``SLOPE``); the entry of an
 activation in :mod:`mone_megatron.methods.activations` names them.
@@ -22,7 +22,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class FusedActivation(NamedTuple):
-    """The forms of one activation, each a device function of the gate projection in fp32."""
+    """Holds the forms of one activation, each a device function of the gate projection in fp32."""
 
     # a.
     value: triton.JITFunction
@@ -34,7 +34,7 @@ class FusedActivation(NamedTuple):
 
 @triton.jit
 def exponential(value: tl.tensor) -> tl.tensor:
-    """exp in fp32, as torch's CUDA kernels compute it; ``tl.exp`` is several ulps off."""
+    """Returns exp in fp32, as torch's CUDA kernels compute it; ``tl.exp`` is several ulps off."""
     if INTERPRETED:
         return tl.exp(value)
     else:  # noqa: RET505  Triton compiles the branch that is taken only if there is an else
@@ -43,52 +43,52 @@ def exponential(value: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def silu(gate: tl.tensor) -> tl.tensor:
-    """g / (1 + exp(-g)), in torch's order of operations."""
+    """Returns SiLU, g / (1 + exp(-g)), in torch's order of operations."""
     return tl.div_rn(gate, 1.0 + exponential(-gate))
 
 
 @triton.jit
 def silu_and_slope(gate: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """SiLU and its derivative."""
+    """Returns SiLU and its derivative."""
     share = tl.div_rn(1.0, 1.0 + exponential(-gate))
     return gate * share, share * (1.0 + gate * (1.0 - share))
 
 
 @triton.jit
 def sigmoid(gate: tl.tensor) -> tl.tensor:
-    """1 / (1 + exp(-g))."""
+    """Returns the sigmoid, 1 / (1 + exp(-g))."""
     return tl.div_rn(1.0, 1.0 + exponential(-gate))
 
 
 @triton.jit
 def sigmoid_and_slope(gate: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The sigmoid and its derivative."""
+    """Returns the sigmoid and its derivative."""
     share = tl.div_rn(1.0, 1.0 + exponential(-gate))
     return share, share * (1.0 - share)
 
 
 @triton.jit
 def relu(gate: tl.tensor) -> tl.tensor:
-    """max(g, 0); NaN is not below 0, so it stays."""
+    """Returns max(g, 0); NaN is not below 0, so it stays."""
     return tl.where(gate < 0, 0.0, gate)
 
 
 @triton.jit
 def relu_and_slope(gate: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """ReLU and its derivative, 0 at 0 as torch has it."""
+    """Returns ReLU and its derivative, which is 0 at 0 as torch has it."""
     return tl.where(gate < 0, 0.0, gate), tl.where(gate <= 0, 0.0, 1.0)
 
 
 @triton.jit
 def relu2(gate: tl.tensor) -> tl.tensor:
-    """max(g, 0)^2."""
+    """Returns max(g, 0)^2."""
     positive = tl.where(gate < 0, 0.0, gate)
     return positive * positive
 
 
 @triton.jit
 def relu2_and_slope(gate: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The square of ReLU and its derivative."""
+    """Returns the square of ReLU and its derivative."""
     positive = tl.where(gate < 0, 0.0, gate)
     return positive * positive, 2.0 * positive
 

@@ -1,4 +1,4 @@
-"""Triton: experts for a few tokens, reading the rows of kept neurons only.
+"""Computes experts for a few tokens in Triton, reading the rows of kept neurons only.
 
 Four kernels over slots (a token once for each of its experts), in the order of the slots' experts,
 so that rows which several tokens want are found in the L2 cache:
@@ -41,7 +41,7 @@ def _dot_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """fp32 products of a slot's token and the rows of some neurons of its expert, ``[R]``."""
+    """Returns fp32 products, ``[R]``, of a slot's token and rows of neurons of its expert."""
     base = weight + tl.load(expert + slot).to(tl.int64) * expert_stride
     row_R = base + neuron_R.to(tl.int64) * neuron_stride
     start = tokens + tl.load(token + slot).to(tl.int64) * hidden_size
@@ -75,7 +75,11 @@ def project_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid: slots fastest, so that slots of an expert read its rows at about the same time."""
+    """Writes the gate or up values of all neurons of each slot, ``[S, F]``.
+
+    Grid: slots fastest, so that slots of an expert read its rows at about the same time; then
+    ceil(F / ROWS).
+    """
     slot = tl.program_id(0)
     neuron_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside_R = neuron_R < neurons
@@ -105,7 +109,10 @@ def choose_kernel(
     SIGNED: tl.constexpr,
     NARROW: tl.constexpr,
 ) -> None:
-    """Weights are a times the router's weight (times u where it is given). Grid: slots."""
+    """Writes each slot's kept neurons and their weights. Grid: slots.
+
+    Weights are a times the router's weight (times u where it is given).
+    """
     slot = tl.program_id(0).to(tl.int64)
     lane_N = tl.arange(0, BLOCK)
     inside_N = lane_N < neurons
@@ -147,7 +154,7 @@ def up_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid: slots, ceil(K / ROWS)."""
+    """Multiplies the weights of kept neurons by their up values. Grid: slots, ceil(K / ROWS)."""
     slot = tl.program_id(0)
     place_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside_R = place_R < k
@@ -179,7 +186,7 @@ def down_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid: slots, ceil(H / BLOCK), parts."""
+    """Writes weighted sums of down rows, in parts. Grid: slots, ceil(H / BLOCK), parts."""
     slot = tl.program_id(0)
     lane_N = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(2)

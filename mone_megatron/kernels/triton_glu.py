@@ -1,4 +1,4 @@
-"""Triton: selection, gated linear unit and router weight in one pass, and its backward pass.
+"""Fuses selection, gated linear unit and router weight in Triton: one pass forward, one back.
 
 **Forward.** One program takes ``ROWS`` consecutive rows, one after the other, each whole in
 registers: gate and up are read once, the K-th largest score is bisected (:mod:`.triton_select`),
@@ -45,14 +45,14 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 @triton.jit
 def bits_of(kept_N: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """Bytes of 8 neurons each, the first in the lowest bit."""
+    """Returns bytes of 8 neurons each, the first in the lowest bit."""
     kept_B8 = tl.reshape(kept_N.to(tl.int32), [BLOCK // 8, 8])
     return tl.sum(kept_B8 << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)
 
 
 @triton.jit
 def kept_from(bits_B: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """int32, 1 at kept neurons."""
+    """Returns 1 at kept neurons and 0 at others, int32: undoes :func:`bits_of`."""
     kept_B8 = (bits_B.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
     return tl.reshape(kept_B8, [BLOCK])
 
@@ -97,7 +97,7 @@ def forward_kernel(
     WEIGHTS: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ) -> None:
-    """Grid: ceil(rows / ROWS)."""
+    """Writes hidden values, bits and sums of ROWS rows, as asked. Grid: ceil(rows / ROWS)."""
     program = tl.program_id(0).to(tl.int64)
     first = program * ROWS
     lane_N = tl.arange(0, BLOCK)
@@ -181,7 +181,7 @@ def rebuild_kernel(
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
-    """Hidden values once more, from packed values. One program a row. Grid: rows."""
+    """Writes hidden values once more, from packed values. One program a row. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     lane_N = tl.arange(0, BLOCK)
     byte_B = tl.arange(0, BLOCK // 8)
@@ -212,7 +212,7 @@ def segment_sums(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Add the slots of one segment for BLOCK neurons, SLOTS at a time. Grid: S, blocks."""
+    """Adds the slots of one segment for BLOCK neurons, SLOTS at a time. Grid: S, blocks."""
     segment = tl.program_id(0).to(tl.int64)
     lane_N = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside_N = lane_N < neurons
@@ -262,7 +262,7 @@ def backward_kernel(
     WEIGHTS: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ) -> None:
-    """One program a row. Grid: rows."""
+    """Writes the gradients of gate, up and scale. One program a row. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     lane_N = tl.arange(0, BLOCK)
     inside_N = lane_N < neurons

@@ -1,4 +1,4 @@
-"""Triton: scores of neurons, as device functions of (gate, up, weight, NARROW).
+"""Computes scores of neurons in Triton, as device functions of (gate, up, weight, NARROW).
 
 The kernels are given one of these as a constant (``SCORE``), or None, which means that torch has
 computed the scores; the entry of a score in :mod:`mone_megatron.methods.scores` names it. Values
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def narrow_bits(value: tl.tensor) -> tl.tensor:
-    """The fp32 bits of the nearest bf16, ties to even; of NaN, its own."""
+    """Returns the fp32 bits of the nearest bf16, ties to even; of NaN, its own."""
     bits = value.to(tl.int32, bitcast=True)
     return tl.where(value != value, bits, (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536)
 
@@ -24,7 +24,7 @@ def narrow_bits(value: tl.tensor) -> tl.tensor:
 def gate_score(
     gate: tl.tensor, up: tl.tensor, weight: tl.tensor, NARROW: tl.constexpr
 ) -> tl.tensor:
-    """g."""
+    """Returns g."""
     return gate
 
 
@@ -32,7 +32,7 @@ def gate_score(
 def weight_score(
     gate: tl.tensor, up: tl.tensor, weight: tl.tensor, NARROW: tl.constexpr
 ) -> tl.tensor:
-    """a."""
+    """Returns a."""
     return weight
 
 
@@ -40,7 +40,7 @@ def weight_score(
 def product_score(
     gate: tl.tensor, up: tl.tensor, weight: tl.tensor, NARROW: tl.constexpr
 ) -> tl.tensor:
-    """a * u; in bf16 the reference rounds the activation before the product."""
+    """Returns a * u; in bf16 the reference rounds the activation before the product."""
     if NARROW:
         weight = narrow_bits(weight).to(tl.float32, bitcast=True)
     return weight * up

@@ -1,4 +1,4 @@
-"""Triton: which neurons a row keeps, exactly. Device functions, and one kernel for given scores.
+"""Finds the neurons a row keeps, exactly: Triton device functions, a kernel for given scores.
 
 One program holds a whole row in registers. The order of non-negative floats is the order of their
 bits read as integers, so the K-th largest score is found by bisection over those bits: 15 passes
@@ -40,13 +40,13 @@ def neuron_score(
     ACTIVATION: tl.constexpr,
     NARROW: tl.constexpr,
 ) -> tl.tensor:
-    """The score in fp32, up to its sign and its last rounding; ``NARROW`` for bf16 inputs."""
+    """Returns the score in fp32, up to its sign and last rounding; ``NARROW`` for bf16 inputs."""
     return SCORE(gate, up, ACTIVATION(gate), NARROW)
 
 
 @triton.jit
 def order_keys(score: tl.tensor, SIGNED: tl.constexpr, NARROW: tl.constexpr) -> tl.tensor:
-    """int32 in the order of the scores: of their magnitudes, or with their signs.
+    """Returns int32 keys in the order of the scores: of their magnitudes, or with their signs.
 
     Of bf16 scores the lowest 16 bits are zero before the shift, so that 15 passes suffice.
     """
@@ -67,7 +67,7 @@ def largest(
     SIGNED: tl.constexpr,
     NARROW: tl.constexpr,
 ) -> tl.tensor:
-    """True at the ``k`` largest scores of a row, ties to the lowest index; none if one is NaN."""
+    """Returns True at a row's ``k`` largest scores, ties to lower indices; none if one is NaN."""
     BITS: tl.constexpr = 15 if NARROW else 31
     keys_N = tl.where(inside_N, order_keys(score_N, SIGNED, NARROW), _OUTSIDE)
     kth = tl.full([], 0, tl.int32)
@@ -96,7 +96,7 @@ def topk_mask_kernel(
     BLOCK: tl.constexpr,
     NARROW: tl.constexpr,
 ) -> None:
-    """One program a row: int8 1 at the ``k`` largest of ``scores[row]``. Grid: rows."""
+    """Writes int8 1 at the ``k`` largest of ``scores[row]``, else 0. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     lane_N = tl.arange(0, BLOCK)
     inside_N = lane_N < neurons
@@ -109,7 +109,7 @@ def topk_mask_kernel(
 def activation_kernel(
     gate: tl.tensor, out: tl.tensor, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr
 ) -> None:
-    """The bits (int16) of bf16 activations as the scores have them, to compare with torch's."""
+    """Writes the int16 bits of bf16 activations as scores have them, to compare with torch's."""
     lane_N = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     weight_N = ACTIVATION(tl.load(gate + lane_N).to(tl.float32))
     tl.store(out + lane_N, (narrow_bits(weight_N) >> 16).to(tl.int16))

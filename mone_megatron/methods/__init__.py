@@ -1,4 +1,4 @@
-"""The methods that a configuration can name, one small file each.
+"""Holds the methods that a configuration can name, one small file each.
 
 A folder holds the methods of one kind (``scores``, ``activations``, ``rules``, ``losses``), and a
 file of it defines ``METHOD``: its name, what it computes and what it needs. Nothing else lists

@@ -1,4 +1,4 @@
-"""What an activation is: the function that makes the weights a of neurons of the gate projection g.
+"""Defines what an activation is: it makes the weights a of neurons of the gate projection g.
 
 It imports no torch, so that names can be checked without.
 """
@@ -20,7 +20,7 @@ Activate = Callable[["Tensor"], "Tensor"]
 
 @dataclass(frozen=True)
 class Activation:
-    """One activation: ``model.activation`` names it.
+    """Describes one activation; ``model.activation`` names it.
 
     Attributes:
         name: as in the configuration, and as transformers knows it (``hidden_act``).
@@ -52,5 +52,5 @@ class Activation:
 
     @cached_property
     def function(self) -> Activate:
-        """The function itself; importing torch is left until it is asked for."""
+        """Returns the function itself; importing torch is left until it is asked for."""
         return cast(Activate, imported(self.reference))

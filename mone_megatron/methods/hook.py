@@ -1,4 +1,4 @@
-"""What a hook is: something that measures or watches a run, step by step.
+"""Defines what a hook is: it measures or watches a run, step by step.
 
 The training loop computes a step and asks its hooks for everything else: the panel, evaluation, the
 progress bar and saving are hooks, and so is what ``train.hooks`` names. It imports no torch, so
@@ -20,7 +20,7 @@ Record = dict[str, float]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step was, the same on every rank.
+    """Describes a step, the same on every rank.
 
     Attributes:
         step: its number, from 1.
@@ -104,7 +104,7 @@ class Hook:
 
 @dataclass(frozen=True)
 class HookMethod:
-    """One hook that a configuration can name: ``train.hooks`` lists such names.
+    """Describes one hook that a configuration can name: ``train.hooks`` lists such names.
 
     Attributes:
         name: as in the configuration.

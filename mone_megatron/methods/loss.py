@@ -1,4 +1,4 @@
-"""What a neuron loss is: a function of sums over the tokens of a microbatch.
+"""Defines what a neuron loss is: a function of sums over the tokens of a microbatch.
 
 It imports no torch, so that names can be checked without.
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectionSums:
-    """What a loss is made of.
+    """Holds what a loss is made of.
 
     Attributes:
         weight_sum_SF: fp32, the sum of each neuron's weights over this rank's tokens of a segment;
@@ -40,7 +40,7 @@ class SelectionSums:
 
 @dataclass(frozen=True)
 class NeuronLoss:
-    """One loss over the use of neurons: ``mone.balance.kind`` names it.
+    """Describes one loss over the use of neurons; ``mone.balance.kind`` names it.
 
     Attributes:
         name: as in the configuration.

@@ -1,4 +1,4 @@
-"""What an optimizer is: what turns gradients into updates, under megatron-core's own machinery.
+"""Defines what an optimizer is: it turns gradients into updates, in megatron-core's machinery.
 
 It imports no torch, so that names can be checked without.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """One optimizer: ``optim.name`` names it.
+    """Describes one optimizer; ``optim.name`` names it.
 
     megatron-core clips gradients by their norm, keeps fp32 masters of bf16 weights, shards state
     over data-parallel ranks and schedules the learning rate, whatever the optimizer is.

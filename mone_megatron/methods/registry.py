@@ -1,4 +1,4 @@
-"""A registry: every method of one kind by its name, from one folder and from installed packages."""
+"""Finds every method of one kind by name, in one folder and in installed packages."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ ENTRY_POINTS = "mone_megatron.methods"
 
 
 class Method(Protocol):
-    """What every method has, of whatever kind."""
+    """Has what every method has, of whatever kind."""
 
     @property
     def name(self) -> str:
-        """The name that a configuration uses."""
+        """Returns the name that a configuration uses."""
 
 
 M = TypeVar("M", bound=Method)
 
 
 class Registry(Generic[M]):
-    """The methods of one kind. Looking a name up that it does not hold is a ``ValueError``."""
+    """Holds the methods of one kind; looking up a name that it lacks raises a ``ValueError``."""
 
     def __init__(self, kind: type[M], *, key: str, package: str) -> None:
         """Describes a registry; its files are imported when it is first read.
@@ -71,7 +71,7 @@ class Registry(Generic[M]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name, sorted."""
+        """Returns every name, sorted."""
         return tuple(self._methods)
 
     def __contains__(self, name: object) -> bool:

@@ -1,4 +1,4 @@
-"""What a router is: the module that sends each token to some of the experts.
+"""Defines what a router is: the module that sends each token to some of the experts.
 
 It imports no torch, so that names can be checked without.
 """
@@ -13,7 +13,7 @@ from mone_megatron.methods.registry import imported
 
 @dataclass(frozen=True)
 class Router:
-    """One router: ``model.router.kind`` names it.
+    """Describes one router; ``model.router.kind`` names it.
 
     Attributes:
         name: as in the configuration.
@@ -43,7 +43,7 @@ class Router:
 
     @cached_property
     def module(self) -> type:
-        """The class itself; importing megatron-core is left until it is asked for."""
+        """Returns the class itself; importing megatron-core is left until it is asked for."""
         found = imported(self.reference)
         assert isinstance(found, type), f"{self.reference} is no class"
         return found

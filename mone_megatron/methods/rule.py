@@ -1,4 +1,4 @@
-"""What a selection rule is: the function that says which neurons each token keeps.
+"""Defines what a selection rule is: the function that says which neurons each token keeps.
 
 It imports no torch, so that names and options can be checked without.
 
@@ -33,12 +33,12 @@ def count_kept(keep_ratio: float, neurons: int) -> int:
 
 @dataclass(frozen=True)
 class NoOptions:
-    """The options of a rule that has none."""
+    """Holds the options of a rule that has none."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many neurons a rule is to keep, and its options.
+    """Says how many neurons a rule is to keep, and holds its options.
 
     Attributes:
         keep_ratio: the target density, ``mone.keep_ratio``: a rule with a fixed count keeps exactly
@@ -53,20 +53,20 @@ class Budget:
 
     @property
     def kept(self) -> int:
-        """K: how many neurons of a row the keep ratio stands for."""
+        """Returns K, the number of neurons of a row that the keep ratio stands for."""
         return count_kept(self.keep_ratio, self.neurons)
 
 
 class Shards(Protocol):
-    """The ranks that share the neurons of each row, in the order of the neurons."""
+    """Stands for the ranks that share the neurons of each row, in the order of the neurons."""
 
     @property
     def rank(self) -> int:
-        """This rank's place among them."""
+        """Returns this rank's place among them."""
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """Returns how many they are."""
 
     def sum(self, part: Tensor) -> Tensor:
         """Returns the sum over the ranks, of tensors of one shape. Collective."""
@@ -74,7 +74,7 @@ class Shards(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows whose neurons a rule chooses among.
+    """Holds some rows whose neurons a rule chooses among.
 
     Attributes:
         scores_TF: the score of each neuron on this rank.
@@ -104,7 +104,7 @@ class Rows:
 
     @property
     def block_T(self) -> Tensor:
-        """The block of each row, int64: its expert's rows of its microbatch."""
+        """Returns the block of each row, int64 ``[T]``: its expert's rows of its microbatch."""
         return self.expert_T if self.blocks is None else self.blocks
 
     def largest(self, k: int) -> Tensor:
@@ -130,7 +130,7 @@ def _nothing_wrong(budget: Budget) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """One selection rule: ``mone.rule`` names it.
+    """Describes one selection rule; ``mone.rule`` names it.
 
     Attributes:
         name: as in the configuration.
@@ -257,7 +257,7 @@ class Rule:
 
 
 def _fits(value: object, kind: type) -> bool:
-    """Whether a value is of a type; an integer is a number, and true and false are neither."""
+    """Returns whether a value is of a type; integers are numbers, true and false are neither."""
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     return isinstance(value, (int, float) if kind is float else kind)

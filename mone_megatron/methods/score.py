@@ -1,4 +1,4 @@
-"""What a score is: the function that ranks the neurons of a token. Larger is kept first.
+"""Defines what a score is: the function that ranks the neurons of a token. Larger is kept first.
 
 This file is copied into exported models. It imports no torch, so that names can be checked without.
 
@@ -18,7 +18,7 @@ Part = Literal["gate", "activation", "up", "product", "down_norm"]
 
 
 class Neurons:
-    """The neurons of some rows, as far as a score says that it reads them.
+    """Holds the neurons of some rows, as far as a score says that it reads them.
 
     A part that was not given is an error where it is read: a score that reads more than it declares
     would rank by something that a kernel, a rank or an export does not have.
@@ -52,24 +52,24 @@ class Neurons:
 
     @property
     def gate(self) -> Tensor:
-        """The gate projections g, ``[T, F]``."""
+        """Returns the gate projections g, ``[T, F]``."""
         return self._gate_TF
 
     @property
     def activation(self) -> Tensor:
-        """The weights a of the neurons, ``[T, F]``; a = SiLU(g) in the paper."""
+        """Returns the weights a of the neurons, ``[T, F]``; a = SiLU(g) in the paper."""
         assert self._activate is not None, "the score reads `activation` without declaring it"
         return self._activate(self._gate_TF)
 
     @property
     def up(self) -> Tensor:
-        """The up projections u, ``[T, F]``."""
+        """Returns the up projections u, ``[T, F]``."""
         assert self._up_TF is not None, "the score reads `up` without declaring it"
         return self._up_TF
 
     @property
     def product(self) -> Tensor:
-        """a * u: what a neuron sends to its row of the down projection, ``[T, F]``."""
+        """Returns a * u, what a neuron sends to its row of the down projection, ``[T, F]``."""
         if self._product_TF is not None:
             return self._product_TF
         assert self._activate is not None, "the score reads `product` without declaring it"
@@ -78,14 +78,14 @@ class Neurons:
 
     @property
     def down_norm(self) -> Tensor:
-        """The norm of each neuron's row of the down projection; broadcasts to ``[T, F]``."""
+        """Returns the norm of each neuron's down-projection row; broadcasts to ``[T, F]``."""
         assert self._down_norm_TF is not None, "the score reads `down_norm` without declaring it"
         return self._down_norm_TF
 
 
 @dataclass(frozen=True)
 class Score:
-    """One score: ``mone.score`` names it.
+    """Describes one score; ``mone.score`` names it.
 
     Attributes:
         name: as in the configuration.
@@ -112,12 +112,12 @@ class Score:
 
     @property
     def reads_up(self) -> bool:
-        """Whether the up projection of every neuron has to be known before any is chosen."""
+        """Returns whether all up projections have to be known before any neuron is chosen."""
         return not self.reads.isdisjoint({"up", "product"})
 
     @property
     def reads_activation(self) -> bool:
-        """Whether the activation is computed for it."""
+        """Returns whether the activation is computed for it."""
         return not self.reads.isdisjoint({"activation", "product"})
 
     def of(

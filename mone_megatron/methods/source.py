@@ -1,4 +1,4 @@
-"""What a data source is: where the corpora of a run come from.
+"""Defines what a data source is: where the corpora of a run come from.
 
 It imports no torch, so that names can be checked without.
 """
@@ -15,7 +15,7 @@ from mone_megatron.methods.registry import imported
 
 @dataclass(frozen=True)
 class Source:
-    """One data source: ``data.source`` names it.
+    """Describes one data source; ``data.source`` names it.
 
     Attributes:
         name: as in the configuration.
@@ -34,7 +34,7 @@ class Source:
 
     @property
     def reads_paths(self) -> bool:
-        """Whether ``data.paths`` names its corpora."""
+        """Returns whether ``data.paths`` names its corpora."""
         return self.build is None
 
     def prefix(self, data: Any) -> Path:

@@ -1,4 +1,4 @@
-"""What a sparsity loss is: a function of how large the hidden values of routed experts are.
+"""Defines what a sparsity loss is: a function of how large routed experts' hidden values are.
 
 It imports no torch, so that names can be checked without.
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HiddenSums:
-    """What a loss is made of.
+    """Holds what a loss is made of.
 
     A hidden value is act(gate) * up of a neuron that is kept, before the router's probability.
 
@@ -37,7 +37,7 @@ class HiddenSums:
 
 @dataclass(frozen=True)
 class SparsityLoss:
-    """One loss over hidden values: ``model.sparsity_loss`` names it.
+    """Describes one loss over hidden values; ``model.sparsity_loss`` names it.
 
     Attributes:
         name: as in the configuration.

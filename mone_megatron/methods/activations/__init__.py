@@ -1,4 +1,4 @@
-"""What makes a neuron's weight of its gate projection: ``model.activation``. One file each."""
+"""Holds what makes a neuron's weight of its gate projection: ``model.activation``; a file each."""
 
 from __future__ import annotations
 

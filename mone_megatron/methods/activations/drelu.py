@@ -1,4 +1,4 @@
-"""max(g, 0) max(u, 0): both projections are rectified (Turbo Sparse)."""
+"""Computes max(g, 0) max(u, 0): both projections are rectified (Turbo Sparse)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""max(g, 0), which makes the unit a ReGLU."""
+"""Computes max(g, 0), which makes the unit a ReGLU."""
 
 from mone_megatron.methods.activation import Activation
 

@@ -1,4 +1,4 @@
-"""max(g, 0) squared (Primer)."""
+"""Computes max(g, 0) squared (Primer)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sigmoid of g, which makes the unit a GLU."""
+"""Computes the sigmoid of g, which makes the unit a GLU."""
 
 from mone_megatron.methods.activation import Activation
 

@@ -1,4 +1,4 @@
-"""SiLU(g) = g / (1 + exp(-g)), which makes the unit a SwiGLU."""
+"""Computes SiLU(g) = g / (1 + exp(-g)), which makes the unit a SwiGLU."""
 
 from mone_megatron.methods.activation import Activation
 

@@ -1,4 +1,4 @@
-"""Hooks that a configuration can name: ``train.hooks``. One file each."""
+"""Holds the hooks that a configuration can name: ``train.hooks``. One file each."""
 
 from mone_megatron.methods.hook import HookMethod
 from mone_megatron.methods.registry import Registry

@@ -1,4 +1,4 @@
-"""A running average of the loss, whose course is easier to see than that of single steps.
+"""Averages the loss over steps, so that its course is easier to see than that of single steps.
 
 After n applied steps it is the mean of their losses with weights 0.98, 0.98 ** 2, ... from the last
 one backwards, divided by the sum of the weights, so that the first steps count as they should.

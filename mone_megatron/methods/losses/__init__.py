@@ -1,4 +1,4 @@
-"""Losses over the use of neurons: ``mone.balance.kind``. One file each."""
+"""Holds the losses over the use of neurons: ``mone.balance.kind``. One file each."""
 
 from mone_megatron.methods.loss import NeuronLoss
 from mone_megatron.methods.registry import Registry

@@ -1,4 +1,4 @@
-"""The sum over neurons of load times mean weight: Switch Transformer's loss, for neurons.
+"""Sums load times mean weight over neurons: Switch Transformer's loss, for neurons.
 
 For expert i with T_i tokens: ``f_k`` is the share of its tokens that keep neuron k, divided by
 K/f, so that 1 is perfectly even; ``P_k`` is the mean weight of neuron k. The loss is

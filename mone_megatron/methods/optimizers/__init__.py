@@ -1,4 +1,4 @@
-"""The optimizers: ``optim.name``. One file each."""
+"""Holds the optimizers: ``optim.name``. One file each."""
 
 from mone_megatron.methods.optimizer import Optimizer
 from mone_megatron.methods.registry import Registry

@@ -1,4 +1,4 @@
-"""Adam with decoupled weight decay: megatron-core's own, fused where there is a fused one."""
+"""Names Adam with decoupled weight decay: megatron-core's own, fused where there is a fused one."""
 
 from mone_megatron.methods.optimizer import Optimizer
 

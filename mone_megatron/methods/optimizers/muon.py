@@ -1,4 +1,4 @@
-"""Muon: matrices move along the orthogonalised momentum of their gradients, all else by AdamW."""
+"""Moves matrices along the orthogonalised momentum of their gradients, all else by AdamW."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routers that send tokens to experts: ``model.router.kind``. One file each."""
+"""Holds the routers that send tokens to experts: ``model.router.kind``. One file each."""
 
 from mone_megatron.methods.registry import Registry
 from mone_megatron.methods.router import Router

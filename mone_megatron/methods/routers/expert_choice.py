@@ -1,4 +1,4 @@
-"""Each expert chooses its tokens: the ones of a microbatch to which it gives most weight.
+"""Lets each expert choose its tokens: those of a microbatch to which it gives most weight.
 
 Loads are even without a loss, and tokens go to different numbers of experts. Whether an expert
 takes a token depends on the others, later ones too, so what it trains cannot write a text as it was

@@ -1,4 +1,4 @@
-"""Top-p over experts: the fewest experts that hold a share p of a token's weights.
+"""Routes by top-p over experts: the fewest experts that hold a share p of a token's weights.
 
 Tokens that are hard to route go to more experts. p is ``model.router.top_p``; nothing steers it to
 ``model.experts_per_token``, so the number of experts a token is what is measured.

@@ -1,4 +1,4 @@
-"""The k experts with the largest logits, for each token: megatron-core's own router."""
+"""Routes each token to the k experts with the largest logits: megatron-core's own router."""
 
 from mone_megatron.methods.router import Router
 

@@ -1,4 +1,4 @@
-"""The rules that say which neurons a token keeps: ``mone.rule``. One file each."""
+"""Holds the rules that say which neurons a token keeps: ``mone.rule``. One file each."""
 
 from mone_megatron.methods.registry import Registry
 from mone_megatron.methods.rule import Rule

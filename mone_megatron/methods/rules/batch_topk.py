@@ -1,4 +1,4 @@
-"""Batch top-k: the largest scores of all rows that an expert gets of a microbatch, together.
+"""Keeps the largest scores of all rows that an expert gets of a microbatch: batch top-k.
 
 Some rows keep more neurons than others. Outside training a row must not look at others, so there a
 threshold takes the place of the ranking: the running mean of the smallest score that was kept.

@@ -1,4 +1,4 @@
-"""Whole blocks of adjacent neurons, those with the largest sums of scores.
+"""Keeps whole blocks of adjacent neurons, those with the largest sums of scores.
 
 A kept block is a tile of each projection, which matrix units multiply without gathering.
 """

@@ -1,4 +1,4 @@
-"""Top-p over neurons: the fewest neurons that hold a share p of the row's scores.
+"""Keeps the fewest neurons that hold a share p of the row's scores: top-p over neurons.
 
 p is a state of each expert that steers the density to the keep ratio, or an option that stays.
 """

@@ -1,4 +1,4 @@
-"""The n neurons with the largest scores of every m adjacent ones: structured sparsity (2:4, 8:16).
+"""Keeps the n largest scores of every m adjacent neurons: structured sparsity (2:4, 8:16).
 
 n is the keep ratio's share of m, so that every row keeps exactly the budget.
 """

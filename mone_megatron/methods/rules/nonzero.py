@@ -1,4 +1,4 @@
-"""Every neuron whose score is not zero: the sparsity that an activation makes by itself.
+"""Keeps every neuron whose score is not zero: the sparsity that an activation makes by itself.
 
 With ``model.activation=relu`` or ``drelu`` and ``mone.score=abs_product`` the kept neurons are
 those whose product a u is not zero, so the layer computes what a plain one does, and its true

@@ -1,4 +1,6 @@
-"""Statistical top-k: the scores above a quantile of a normal distribution with the row's moments.
+"""Keeps scores above a quantile of a normal distribution with the row's moments.
+
+Its name in the literature is statistical top-k.
 
 Nothing is sorted: theta = mean + std * PhiInv(1 - r) of the row. As many neurons are kept as the
 ratio says if the scores are about normal, as gate projections are (``mone.score=signed_gate``);

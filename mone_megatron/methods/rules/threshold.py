@@ -1,4 +1,4 @@
-"""A calibrated threshold: the scores above tau, in training and outside.
+"""Keeps the scores above a calibrated threshold tau, in training and outside.
 
 tau begins as the mean of the rows' K-th largest scores, and moves in proportion to how far the
 density is from the keep ratio. Rows keep different numbers of neurons, and nothing is sorted.

@@ -1,4 +1,4 @@
-"""The K neurons with the largest scores, for each token: the rule of the paper."""
+"""Keeps the K neurons with the largest scores, for each token: the rule of the paper."""
 
 from __future__ import annotations
 

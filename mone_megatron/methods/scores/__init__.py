@@ -1,4 +1,4 @@
-"""The scores that rank the neurons of a token: ``mone.score``. One file each."""
+"""Holds the scores that rank the neurons of a token: ``mone.score``. One file each."""
 
 from mone_megatron.methods.registry import Registry
 from mone_megatron.methods.score import Score

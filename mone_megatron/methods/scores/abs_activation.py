@@ -1,4 +1,4 @@
-"""|a|, the magnitude of a neuron's activation: the score of the paper."""
+"""Scores by |a|, the magnitude of a neuron's activation: the score of the paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""|g|, the magnitude of a neuron's gate projection."""
+"""Scores by |g|, the magnitude of a neuron's gate projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""|a u|, the magnitude of what a neuron sends to its row of the down projection."""
+"""Scores by |a u|, the magnitude of what a neuron sends to its row of the down projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""g with its sign: the rule of Mixture-of-Channels."""
+"""Scores by g with its sign: the rule of Mixture-of-Channels."""
 
 from __future__ import annotations
 

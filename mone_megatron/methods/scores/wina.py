@@ -1,4 +1,4 @@
-"""|a u| times the norm of the neuron's row of the down projection: what the neuron adds.
+"""Scores by |a u| times the norm of the neuron's down-projection row: what the neuron adds.
 
 This is the half of WINA that concerns the input of the down projection; the official method also
 prunes the inputs of the other projections.

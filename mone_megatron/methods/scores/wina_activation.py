@@ -1,4 +1,4 @@
-"""|a| times the norm of the neuron's row of the down projection: WINA without the up projection."""
+"""Scores by |a| times the norm of the neuron's down-projection row: WINA without up projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where data comes from: ``data.source``. One file each."""
+"""Holds the places where data comes from: ``data.source``. One file each."""
 
 from mone_megatron.methods.registry import Registry
 from mone_megatron.methods.source import Source

@@ -1,4 +1,4 @@
-"""Corpora that were prepared before: Megatron's .bin and .idx files."""
+"""Reads corpora that were prepared before: Megatron's .bin and .idx files."""
 
 from mone_megatron.methods.source import Source
 

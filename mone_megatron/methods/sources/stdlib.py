@@ -1,4 +1,4 @@
-"""The source of the Python standard library that is running: real text on every machine."""
+"""Reads the Python standard library that is running: real text on every machine."""
 
 from mone_megatron.methods.source import Source
 

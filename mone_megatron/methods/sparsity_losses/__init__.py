@@ -1,4 +1,4 @@
-"""Losses over the hidden values of routed experts: ``model.sparsity_loss``. One file each."""
+"""Holds losses over the hidden values of routed experts: ``model.sparsity_loss``; a file each."""
 
 from mone_megatron.methods.registry import Registry
 from mone_megatron.methods.sparsity_loss import SparsityLoss

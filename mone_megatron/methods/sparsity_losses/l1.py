@@ -1,4 +1,4 @@
-"""The mean over tokens of the sum of absolute hidden values, over a token's experts and neurons.
+"""Averages over tokens the sum of absolute hidden values, over a token's experts and neurons.
 
 Neurons that a token does not need are pushed to zero, so that fewer carry what it does need.
 """

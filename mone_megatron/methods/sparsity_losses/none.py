@@ -1,4 +1,4 @@
-"""No loss: nothing is summed."""
+"""Is no loss: nothing is summed."""
 
 from mone_megatron.methods.sparsity_loss import SparsityLoss
 
