@@ -1,4 +1,4 @@
-"""Typed configuration: `schema` (what there is), `load` (YAML and command line to it), `validate`.
+"""Holds the typed configuration: `schema` (what there is), `load` (YAML to it), `validate`.
 
 Only the parts without third-party imports are re-exported, so that importing the schema does not
 import Hydra.

@@ -1,4 +1,4 @@
-"""The sections ``model.mla`` and ``model.rope_scaling``: latent attention and longer sequences."""
+"""Defines ``model.mla`` and ``model.rope_scaling``: latent attention and longer sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The group ``checkpoint``: saving and resuming."""
+"""Defines the group ``checkpoint``: saving and resuming."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def open_sections(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def is_known(key: str, known: Sequence[str], cls: type) -> bool:
-    """Whether ``key`` is among ``known``, or within an open section of ``cls``."""
+    """Returns whether ``key`` is among ``known``, or within an open section of ``cls``."""
     section, _, name = key.rpartition(".")
     return key in known or (bool(name) and section in open_sections(cls))
 
@@ -150,14 +150,14 @@ def _is_open(kind: type) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """A value, and the text that the user wrote for it, or None where that is not known."""
+    """Holds a value, and the text that the user wrote for it, or None where that is not known."""
 
     value: Any
     text: str | None = None
 
     @property
     def shown(self) -> str:
-        """The value as messages show it: a text in quotes, anything else as it was written."""
+        """Returns the value as messages show it: a text in quotes, others as they were written."""
         if isinstance(self.value, str):
             return f"the text {self.value!r}"
         if self.text is not None:
@@ -168,7 +168,7 @@ class _Given:
 
     @property
     def written(self) -> str:
-        """The value as it was written, or as one would write it."""
+        """Returns the value as it was written, or as one would write it."""
         if self.text is not None:
             return self.text
         if self.value is None or isinstance(self.value, bool):

@@ -1,4 +1,4 @@
-"""The group ``data``: what the model reads."""
+"""Defines the group ``data``: what the model reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The group ``device``: the hardware."""
+"""Defines the group ``device``: the hardware."""
 
 from __future__ import annotations
 

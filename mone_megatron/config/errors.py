@@ -1,4 +1,4 @@
-"""The error of a configuration that cannot be run."""
+"""Defines the error of a configuration that cannot be run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run.
+    """Says that a configuration cannot be run, and why.
 
     Attributes:
         problems: one line each, ``key: what is wrong; fix``. ``str(error)`` is these lines.

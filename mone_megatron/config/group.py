@@ -1,4 +1,4 @@
-"""What every group of the configuration has: bounds on its fields, and rules of its own."""
+"""Gives every group of the configuration bounds on its fields, and rules of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mone_megatron.config.marks import Bound
 
 
 class Group:
-    """A dataclass of configuration fields that says by itself what is wrong with it.
+    """Is a dataclass of configuration fields that says by itself what is wrong with it.
 
     Bounds stand in the annotations of the fields (:mod:`mone_megatron.config.marks`). Each message
     is one line, ``key: what is wrong; fix``.
@@ -53,7 +53,7 @@ def problems(group: Group, written: Mapping[str, str], prefix: str = "") -> Iter
 
 @cache
 def _bounds(cls: type) -> dict[str, tuple[Bound, ...]]:
-    """Field -> its bounds."""
+    """Returns the bounds of each field, by its name."""
     return {
         name: tuple(mark for mark in get_args(kind)[1:] if isinstance(mark, Bound))
         if get_origin(kind) is Annotated
@@ -63,7 +63,7 @@ def _bounds(cls: type) -> dict[str, tuple[Bound, ...]]:
 
 
 def _shown(value: object, written: str) -> str:
-    """The number that is wrong, before what is wrong with it; a blank text is not shown."""
+    """Returns the wrong number, to stand before what is wrong with it; "" for a blank text."""
     if isinstance(value, str):
         return ""
     # An interpolation says nothing about the number.

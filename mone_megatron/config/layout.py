@@ -1,4 +1,4 @@
-"""How the processes of a run are used: derived from the configuration, never configured."""
+"""Derives how the processes of a run are used from the configuration, which never says it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mone_megatron.config.schema import Config
 
 @dataclass(frozen=True)
 class Layout:
-    """How the processes of a run are used.
+    """Describes how the processes of a run are used.
 
     Attributes:
         world_size: processes in all.

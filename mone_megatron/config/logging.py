@@ -1,4 +1,4 @@
-"""The group ``logging``: what a run shows."""
+"""Defines the group ``logging``: what a run shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The marks of configuration fields: which numbers, texts and names a field may have.
+"""Marks configuration fields: which numbers, texts and names a field may have.
 
 A mark stands in a field's annotation, beside its type and default::
 
@@ -19,20 +19,20 @@ from typing import Any, Literal, Protocol
 
 
 class HasNames(Protocol):
-    """A registry, as far as a configuration reads it."""
+    """Is a registry, as far as a configuration reads it."""
 
     @property
     def names(self) -> Iterable[str]:
-        """Every name that it holds."""
+        """Returns every name that it holds."""
 
     @property
     def package(self) -> str:
-        """The folder of its files, as Python imports it."""
+        """Returns the folder of its files, as Python imports it."""
 
 
 @dataclass(frozen=True)
 class NameIn:
-    """The value is a name in a registry of methods."""
+    """Says that the value is a name in a registry of methods."""
 
     registry: HasNames
 
@@ -43,12 +43,12 @@ class Bound(ABC):
     @property
     @abstractmethod
     def words(self) -> str:
-        """The right values in a few words, as in "1 or more"; "" where the type says enough."""
+        """Returns the right values in words, such as "1 or more"; "" if the type says enough."""
 
     @property
     @abstractmethod
     def json_schema(self) -> dict[str, Any]:
-        """The right values as keywords of JSON Schema."""
+        """Returns the right values as keywords of JSON Schema."""
 
     @abstractmethod
     def problem(self, value: Any) -> str | None:
@@ -57,7 +57,7 @@ class Bound(ABC):
 
 @dataclass(frozen=True)
 class AtLeast(Bound):
-    """A number from ``least`` on.
+    """Allows a number from ``least`` on.
 
     Attributes:
         least: the smallest right value.
@@ -85,7 +85,7 @@ class AtLeast(Bound):
 
 @dataclass(frozen=True)
 class AtMost(Bound):
-    """A number up to ``most``."""
+    """Allows a number up to ``most``."""
 
     most: int
 
@@ -106,7 +106,7 @@ class AtMost(Bound):
 
 @dataclass(frozen=True)
 class Above(Bound):
-    """A number greater than ``limit``.
+    """Allows a number greater than ``limit``.
 
     Attributes:
         limit: the largest wrong value.
@@ -132,7 +132,7 @@ class Above(Bound):
 
 @dataclass(frozen=True)
 class Within(Bound):
-    """A number between 0 and 1.
+    """Allows a number between 0 and 1.
 
     Attributes:
         interval: which of the two ends belong to it: a square bracket includes the end.
@@ -170,7 +170,7 @@ class Within(Bound):
 
 @dataclass(frozen=True)
 class NotEmpty(Bound):
-    """A text with a letter, a digit or a sign in it."""
+    """Allows a text with a letter, a digit or a sign in it."""
 
     @property
     def words(self) -> str:

@@ -1,4 +1,4 @@
-"""The group ``megatron``: settings of megatron-core that have no key of ours, by its own names."""
+"""Defines the group ``megatron``: megatron-core's settings without a key of ours, by its names."""
 
 from __future__ import annotations
 

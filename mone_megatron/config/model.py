@@ -1,4 +1,4 @@
-"""The group ``model``: the shape of the transformer."""
+"""Defines the group ``model``: the shape of the transformer."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class ModelConfig(Group):
 
     @property
     def dense_layers(self) -> int:
-        """How many layers are dense: the first ones, or all of a model without experts."""
+        """Returns how many layers are dense: the first ones, or all of a model without experts."""
         return (
             min(self.first_dense_layers, self.num_layers) if self.num_experts else self.num_layers
         )

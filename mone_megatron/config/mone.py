@@ -1,4 +1,4 @@
-"""The group ``mone``: which neurons of an expert each token keeps."""
+"""Defines the group ``mone``: which neurons of an expert each token keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The group ``optim``: the optimizer and its learning rate."""
+"""Defines the group ``optim``: the optimizer and its learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The group ``parallel``: how the model is spread over processes."""
+"""Defines the group ``parallel``: how the model is spread over processes."""
 
 from __future__ import annotations
 

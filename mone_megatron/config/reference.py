@@ -1,4 +1,4 @@
-"""The reference of the configuration's keys, made from the schema: tables and a JSON Schema.
+"""Makes the reference of the configuration's keys from the schema: tables and a JSON Schema.
 
 ``python tools/config_reference.py`` writes the tables into ``docs/configuration.md`` and the JSON
 Schema, by which editors complete and check YAML files, to ``docs/config.schema.json``.
@@ -32,7 +32,7 @@ _INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a group.
+    """Describes one field of a group.
 
     Attributes:
         name: without the group.
@@ -50,17 +50,17 @@ class Field:
 
     @property
     def is_section(self) -> bool:
-        """Whether it holds fields of its own."""
+        """Returns whether it holds fields of its own."""
         return dataclasses.is_dataclass(self.kind)
 
     @property
     def is_open(self) -> bool:
-        """Whether it holds names that are not the schema's."""
+        """Returns whether it holds names that are not the schema's."""
         return get_origin(self.kind) is collections.abc.Mapping
 
     @property
     def bounds(self) -> list[Bound]:
-        """The bounds among the marks."""
+        """Returns the bounds among the marks."""
         return [mark for mark in self.marks if isinstance(mark, Bound)]
 
 
@@ -80,7 +80,7 @@ def fields(cls: type) -> Iterator[Field]:
 
 
 def _texts(cls: type) -> dict[str, str]:
-    """Field -> the text that stands below it in the source."""
+    """Returns the text that stands below each field in the source, by the field's name."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     return {
@@ -108,7 +108,7 @@ def write_tables(page: str) -> str:
 
 
 def _tables() -> str:
-    """A heading, a sentence and a table for each group."""
+    """Returns a heading, a sentence and a table for each group."""
     lines: list[str] = []
     for group in fields(Config):
         lines += [f"### {group.name}", "", _linked(_summary(group.kind)), ""]
@@ -134,12 +134,12 @@ def _summary(cls: type) -> str:
 
 
 def _linked(text: str) -> str:
-    """The text with links to the pages of this documentation that it names."""
+    """Returns the text with links to the pages of this documentation that it names."""
     return _PAGE.sub(lambda match: f"[{match[1]}]({match[1]}{match[2] or ''})", text)
 
 
 def _value(field: Field) -> str:
-    """What a field takes, in words."""
+    """Returns what a field takes, in words."""
     words = [_kind_words(field.kind, field.marks), *(bound.words for bound in field.bounds)]
     return ", ".join(words)
 
@@ -164,7 +164,7 @@ def _kind_words(kind: Any, marks: tuple[Any, ...], *, several: bool = False) -> 
 
 
 def _yaml(value: Any) -> str:
-    """A default as a YAML file or the command line has it."""
+    """Returns a default as a YAML file or the command line has it."""
     if isinstance(value, tuple):
         return "[" + ", ".join(_yaml(item) for item in value) + "]"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""What there is to run a configuration on, as far as it is known before a device is touched."""
+"""Says what there is to run a configuration on, as far as is known before a device is touched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mone_megatron.config.device import DeviceConfig
 
 @dataclass(frozen=True)
 class Resources:
-    """The processes, devices and optional packages of a run.
+    """Describes the processes, devices and optional packages of a run.
 
     Attributes:
         world_size: processes in all.

@@ -1,4 +1,4 @@
-"""The section ``model.router``: expert routing and balancing."""
+"""Defines the section ``model.router``: expert routing and balancing."""
 
 from __future__ import annotations
 
@@ -113,7 +113,10 @@ class RouterConfig(Group):
             yield from self._groups(num_experts, experts_per_token)
 
     def _groups(self, num_experts: int, experts_per_token: int) -> Iterator[str]:
-        """Group-limited routing, which splits the experts into groups and a token visits a few."""
+        """Yields what is wrong with group-limited routing.
+
+        It splits the experts into groups, and a token visits a few of them.
+        """
         groups, chosen = self.num_groups, self.group_topk
         if groups < 1 or chosen < 1:
             yield (

@@ -1,4 +1,4 @@
-"""The group ``run``: where a run lives."""
+"""Defines the group ``run``: where a run lives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration as typed data: the root, and the names of its groups.
+"""Defines the configuration as typed data: the root, and the names of its groups.
 
 A group is one file beside this one (``model.py``, ``train.py``, ...): its fields, each with its
 bounds, default and documentation, and the rules of that group alone. Values are read from YAML and

@@ -26,7 +26,7 @@ _ENDLESS = ("interval(", "glob(")
 
 @dataclass(frozen=True)
 class Combination:
-    """One run of a sweep.
+    """Describes one run of a sweep.
 
     Attributes:
         label: its swept keys and values, fit for a file name and for no other run of the sweep.

@@ -1,4 +1,4 @@
-"""The group ``train``: length, batch, evaluation, and what follows a bad loss."""
+"""Defines the group ``train``: length, batch, evaluation, and what follows a bad loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of a whole configuration, before any device or process group is touched.
+"""Checks a whole configuration, before any device or process group is touched.
 
 It is pure arithmetic over the configuration and what there is to run on. It repeats, with our key
 names, the rules that megatron-core 0.16.1 would otherwise enforce with an assertion after minutes

@@ -1,4 +1,4 @@
-"""The numbers that messages show and offer."""
+"""Words the numbers that messages show and offer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples whose documents do not see one another: ``data.reset_attention``.
+"""Makes samples whose documents do not see one another: ``data.reset_attention``.
 
 A sample of packed documents gets, beside its tokens, the number of each token's document and its
 place in it. Attention reads the number (:class:`mone_megatron.model.attention.SDPAttention`).

@@ -1,4 +1,4 @@
-"""Training and validation datasets through megatron-core's builders.
+"""Builds training and validation datasets through megatron-core's builders.
 
 The builders keep their shuffles (indices) in files. Those files are made under a name that digests
 everything they depend on, the data's fingerprint included, and count only once a marker with their
@@ -110,13 +110,13 @@ def build_datasets(
 
 
 def _digests(cache: Path) -> dict[str, str]:
-    """Name -> digest of every file but the marker; of large files a sample."""
+    """Returns the digest of every file but the marker, by name; of large files of a sample."""
     names = sorted(path.name for path in cache.iterdir() if path.name != _MARKER)
     return {name: quick_digest(cache / name) for name in names}
 
 
 def _is_whole(cache: Path) -> bool:
-    """Whether the files are those that the marker was written for."""
+    """Returns whether the files are those that the marker was written for."""
     try:
         expected = json.loads((cache / _MARKER).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -125,7 +125,7 @@ def _is_whole(cache: Path) -> bool:
 
 
 class _TokenizerFacts:
-    """All that GPTDataset asks of a tokenizer; its identity goes into the cache's file names."""
+    """Has all that GPTDataset asks of a tokenizer; its identity is in the cache's file names."""
 
     def __init__(self, prepared: PreparedData) -> None:
         self.vocab_size = prepared.vocab_size
@@ -136,7 +136,7 @@ class _TokenizerFacts:
 
 
 class _InMemoryBlendedDataset(BlendedDataset):
-    """A BlendedDataset that keeps its (small) index in memory.
+    """Is a BlendedDataset that keeps its (small) index in memory.
 
     The library asks for the rank before it writes that index to the cache, which fails unless
     torch.distributed is initialised.
@@ -155,7 +155,7 @@ class _InMemoryBlendedDataset(BlendedDataset):
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """The library's builder, but that a blend is as long as asked.
+    """Is the library's builder, except that a blend is as long as asked.
 
     The library asks each source for its share of the samples, rounded up, and makes the blend as
     long as the sum of those. Many small shares make that so much more than asked that the largest
@@ -189,7 +189,7 @@ class _Builder(BlendedMegatronDatasetBuilder):
 
 
 class _SingleProcessBuilder(_Builder):
-    """The builder for a process without torch.distributed."""
+    """Is the builder for a process without torch.distributed."""
 
     def _build_one(
         self,

@@ -34,7 +34,7 @@ _COMPRESSED: tuple[Format, ...] = ("jsonl", "text")
 
 @dataclass(frozen=True)
 class InputSettings:
-    """Where the text is inside the input files, and what happens with records that are bad."""
+    """Says where the text is inside the input files, and what happens with bad records."""
 
     # Key of a JSON object that holds its text.
     json_key: str = "text"
@@ -62,7 +62,7 @@ class InputSettings:
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files named by paths and globs: patterns in the order given, each one's files sorted.
+    """Returns the files named by paths and globs, in the patterns' order, each one's files sorted.
 
     Raises:
         ValueError: a pattern names no file, a folder, or a file named before.
@@ -88,7 +88,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
 
 
 def file_format(path: Path, settings: InputSettings) -> Format:
-    """The format ``path`` is read in.
+    """Returns the format that ``path`` is read in.
 
     Raises:
         ValueError: its extension is not known and no format is set.

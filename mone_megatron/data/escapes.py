@@ -1,4 +1,4 @@
-"""Characters that are awkward to type on a command line, written with a backslash."""
+"""Reads characters that are awkward to type on a command line, written with a backslash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small file operations whose order matters: durable renames and digests."""
+"""Holds small file operations whose order matters: durable renames and digests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SAMPLED_BLOCK_BYTES = 64 << 10
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a whole file, as hex."""
+    """Returns the SHA-256 of a whole file, as hex."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
@@ -23,7 +23,7 @@ def sha256_file(path: Path) -> str:
 
 
 def quick_digest(path: Path) -> str:
-    """A digest cheap enough to take at every start, as hex.
+    """Returns a digest of a file, as hex, that is cheap enough to take at every start.
 
     Up to ``FULL_DIGEST_BYTES`` it is :func:`sha256_file`; above, the SHA-256 of the size and of
     64 blocks of 64 KiB spread evenly from the first byte to the last.

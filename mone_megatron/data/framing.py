@@ -1,4 +1,4 @@
-"""How a document becomes tokens: the special tokens around its own, and what has no text.
+"""Says how a document becomes tokens: the special tokens around its own, and what has no text.
 
 Preprocessing decides it once. It is kept beside the corpus, in every checkpoint and export, and
 everything that turns text into tokens for a model follows it.
@@ -22,7 +22,7 @@ BosChoice = Literal["auto", "always", "never"]
 
 @dataclass(frozen=True)
 class Framing:
-    """The special tokens that a model saw around each document's own when it was trained.
+    """Describes the special tokens that a model saw around each document's own in training.
 
     Attributes:
         opening: ids before each document: the begin-of-sequence token, of few tokenizers several
@@ -101,7 +101,7 @@ def template_opening(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _template(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer's own template puts before and after a text."""
+    """Returns what the tokenizer's own template puts before and after a text."""
     whole = tokenizer.encode("a", add_special_tokens=True)
     marked = list(
         itertools.compress(
@@ -219,7 +219,7 @@ _WITHOUT_TOKENS = {
 
 
 def _parts(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The settings of the tokenizer's post-processors, one after the other."""
+    """Returns the settings of the tokenizer's post-processors, one after the other."""
     settings = json.loads(tokenizer.to_str())["post_processor"]
     if settings is None:
         return []

@@ -1,4 +1,4 @@
-"""Megatron's ``.bin``/``.idx`` files: a streaming writer and a reader that checks what it reads.
+"""Writes Megatron's ``.bin``/``.idx`` files as a stream, and reads them with checks.
 
 The bytes are those of megatron-core's ``IndexedDatasetBuilder`` (a test compares them). They are
 written and checked here because this runs before megatron-core may be imported: on CPU its import
@@ -35,17 +35,17 @@ _CHUNK = 1 << 22
 
 
 def bin_path(prefix: Path) -> Path:
-    """The token file of a corpus prefix."""
+    """Returns the path of a corpus prefix's token file."""
     return prefix.with_name(prefix.name + ".bin")
 
 
 def idx_path(prefix: Path) -> Path:
-    """The index file of a corpus prefix."""
+    """Returns the path of a corpus prefix's index file."""
     return prefix.with_name(prefix.name + ".idx")
 
 
 def token_dtype(vocab_size: int) -> type[np.integer]:
-    """The dtype Megatron uses for a vocabulary: uint16 when it fits, else int32."""
+    """Returns the dtype Megatron uses for a vocabulary: uint16 when it fits, else int32."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
@@ -105,7 +105,7 @@ class IndexedWriter:
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """A checked ``.idx`` and its ``.bin``, both memory-mapped."""
+    """Is a checked ``.idx`` and its ``.bin``, both memory-mapped."""
 
     prefix: Path
     # Tokens per sequence, int32 [sequences].
@@ -115,11 +115,11 @@ class CorpusIndex:
 
     @property
     def documents(self) -> int:
-        """Number of sequences: what Megatron's GPT datasets split and shuffle."""
+        """Returns the number of sequences, which Megatron's GPT datasets split and shuffle."""
         return int(self.lengths.size)
 
     def split_tokens(self, shares: Sequence[float]) -> list[int]:
-        """Tokens in each consecutive share of the documents, cut where Megatron cuts.
+        """Returns the tokens in each consecutive share of the documents, cut where Megatron cuts.
 
         Args:
             shares: the weights of the splits; they need not sum to 1.
@@ -148,7 +148,7 @@ class CorpusIndex:
         ]
 
     def max_token(self) -> int:
-        """The largest token id, by reading the whole ``.bin``; -1 if any id is negative."""
+        """Returns the largest token id, by reading the whole ``.bin``; -1 if any id is negative."""
         tokens = np.memmap(bin_path(self.prefix), mode="r", dtype=self.dtype)
         largest = 0
         for start in range(0, tokens.size, _CHUNK):

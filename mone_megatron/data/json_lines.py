@@ -1,4 +1,4 @@
-"""Documents out of JSON lines: one object a line, its text under a key."""
+"""Reads documents out of JSON lines: one object a line, its text under a key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a line of a file is, and how bytes become text: one rule for every reader."""
+"""Says what a line of a file is, and how bytes become text: one rule for every reader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OTHER_MARKS = {
 
 
 class NotUTF8Error(ValueError):
-    """Bytes that are not UTF-8; ``position`` is that of the first wrong one."""
+    """Says that bytes are not UTF-8; ``position`` is that of the first wrong one."""
 
     def __init__(self, reason: str, position: int) -> None:
         super().__init__(f"not UTF-8 ({reason})")

@@ -1,4 +1,4 @@
-"""Which samples make up which microbatch, and the loader that fetches them.
+"""Says which samples make up which microbatch, and loads them.
 
 The rule: step s trains on samples ``[s*G, (s+1)*G)`` (G the global batch size, M the micro batch
 size). Its microbatch j is samples ``s*G + j*M + [0, M)``, and data-parallel rank r of d takes the
@@ -35,7 +35,7 @@ DOCUMENTS = "documents"
 
 
 class SampleDataset(Protocol):
-    """A map from sample index to tensors [seq], as megatron-core's GPT datasets are."""
+    """Maps a sample's index to tensors [seq], as megatron-core's GPT datasets do."""
 
     def __len__(self) -> int: ...
 
@@ -44,7 +44,7 @@ class SampleDataset(Protocol):
 
 @dataclass(frozen=True)
 class MicrobatchSampler:
-    """The microbatches of one data-parallel rank, as lists of sample indices.
+    """Lists the microbatches of one data-parallel rank, each as a list of sample indices.
 
     Iterating yields ``microbatches_per_step`` lists for each of the steps
     ``[start_step, end_step)``, each of ``micro_batch_size`` indices. It holds no position: the
@@ -76,12 +76,12 @@ class MicrobatchSampler:
 
     @property
     def microbatches_per_step(self) -> int:
-        """Microbatches of this rank in one step."""
+        """Returns the number of microbatches of this rank in one step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     @property
     def samples_needed(self) -> int:
-        """The length a dataset must have for all steps up to ``end_step``."""
+        """Returns the length that a dataset must have for all steps up to ``end_step``."""
         return self.end_step * self.global_batch_size
 
     def __len__(self) -> int:
@@ -129,7 +129,7 @@ def build_loader(
 
 
 class _FromProcesses(Iterator[Batch]):
-    """Microbatches that processes load, by torch's DataLoader.
+    """Yields microbatches that processes load, by torch's DataLoader.
 
     Batches come as NumPy arrays through the pipe of the DataLoader's queue. As tensors they would
     come through shared memory, for which each process needs room in /dev/shm, a socket in TMPDIR
@@ -188,7 +188,10 @@ class _FromProcesses(Iterator[Batch]):
         return {key: value.pin_memory() for key, value in batch.items()} if self._pin else batch
 
     def _why(self, error: Exception) -> str:
-        """One line. The other processes are ended: nothing is asked of them any more."""
+        """Returns in one line why the loading failed, and ends the other processes.
+
+        Nothing is asked of them any more.
+        """
         lines = [line for line in str(error).splitlines() if line.strip()]
         sent = "Original Traceback" in str(error)
         codes = [worker.exitcode for worker in self._workers]
@@ -207,7 +210,7 @@ def _kill(processes: Iterable[BaseProcess]) -> None:
 
 
 class _Deaths:
-    """Whether the main thread waits for loader processes, and so wants to hear of their deaths.
+    """Says whether the main thread waits for loader processes, and so is to hear of their deaths.
 
     torch's handler of SIGCHLD raises when a loader process has died, wherever the main thread is:
     within a step or a save, which that has nothing to do with. While it waits for a batch it has

@@ -1,4 +1,4 @@
-"""Documents out of Parquet: a row each, its text in a column."""
+"""Reads documents out of Parquet: a row each, its text in a column."""
 
 from __future__ import annotations
 

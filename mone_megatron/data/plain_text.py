@@ -1,4 +1,4 @@
-"""Documents out of plain text: a whole file, or its parts between separators."""
+"""Reads documents out of plain text: a whole file, or its parts between separators."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _DOCUMENTS_LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Data that was checked: what the model and the datasets need to know of it."""
+    """Describes data that was checked: what the model and the datasets need to know of it."""
 
     # Prefixes of the .bin/.idx pairs.
     prefixes: tuple[str, ...]
@@ -52,13 +52,13 @@ class PreparedData:
 
     @property
     def eod(self) -> int:
-        """Id of the token that ends each document."""
+        """Returns the id of the token that ends each document."""
         return self.framing.end
 
 
 @dataclass(frozen=True)
 class _Corpus:
-    """One checked prefix."""
+    """Is one checked prefix."""
 
     key: str
     index: CorpusIndex
@@ -178,7 +178,7 @@ def _open(key: str, prefix: Path, fix: str) -> _Corpus:
 
 
 def _check_length(config: Config, corpus: _Corpus) -> None:
-    """Each split in use must fill one sequence (and the label after its last token)."""
+    """Checks that each split in use fills one sequence (and the label after its last token)."""
     needed = config.train.seq_length + 1
     train, valid, _ = corpus.index.split_tokens(config.data.split)
     if train < needed:
@@ -250,7 +250,7 @@ def _check_tokens(config: Config, corpus: _Corpus, vocab_size: int) -> None:
 
 
 def _scanned_max_token(corpus: _Corpus, cache_dir: Path) -> int:
-    """The largest token of a corpus without a sidecar: read once, then remembered."""
+    """Returns the largest token of a corpus without a sidecar: read once, then remembered."""
     identity = f"{corpus.idx_digest} {corpus.bin_digest}"
     folder = cache_dir / "scans"
     name = hashlib.sha256(identity.encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Documents in, Megatron ``.bin``/``.idx`` out.
+"""Turns documents into a corpus: Megatron's ``.bin`` and ``.idx``.
 
 Everything is written under temporary names in the target folder, brought to disk and then renamed,
 the ``.idx`` last: a corpus that has an ``.idx`` is whole.
@@ -42,7 +42,7 @@ _CHUNK_DOCUMENTS = 1024
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """Which tokenizer turns text into ids: a folder, or one to train. Exactly one is set."""
+    """Says which tokenizer turns text into ids: a folder, or one to train. Exactly one is set."""
 
     # A Hugging Face tokenizer folder.
     folder: Path | None = None
@@ -69,7 +69,7 @@ class TokenizerSettings:
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What was written."""
+    """Describes the corpus that was written."""
 
     prefix: Path
     documents: int
@@ -284,7 +284,7 @@ def _first_megabytes(documents: Iterable[Document], megabytes: float) -> Iterato
 def _encode(
     documents: Iterable[Document], encoding: _Encoding, workers: int
 ) -> Iterator[tuple[_EncodedChunk, int]]:
-    """Encoded chunks in the order of the documents, each with the bytes read for it."""
+    """Yields encoded chunks in the order of the documents, each with the bytes read for it."""
     chunks = _chunks(documents)
     if workers == 1:
         for texts, bytes_read in chunks:
@@ -324,7 +324,7 @@ def _chunks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
 
 @functools.lru_cache(maxsize=1)
 def _worker_encoder(folder: Path, framing: Framing) -> DocumentEncoder:
-    """The encoder of this process, loaded once."""
+    """Returns the encoder of this process, loaded once."""
     return DocumentEncoder(load_tokenizer(folder).tokenizer, framing)
 
 

@@ -1,4 +1,4 @@
-"""Progress over bytes that are read."""
+"""Shows progress over bytes that are read."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ class ByteProgress(Progress):
         super().__init__(title, total_bytes, {"unit": "B"}, stream)
 
     def line(self, passed: float) -> str:
-        """Megabytes, and how many a second."""
+        """Returns the megabytes read, and how many a second."""
         rate = self._done / max(passed, 1e-9)
         return f"{self._done / 1e6:.1f} of {self._total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"

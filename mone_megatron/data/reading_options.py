@@ -1,4 +1,4 @@
-"""The options of command lines that read documents. Imports nothing that takes time."""
+"""Holds the options of command lines that read documents. It imports nothing that takes time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the readers of the file formats yield."""
+"""Holds what the readers of the file formats yield."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 
 @dataclass(frozen=True)
 class Document:
-    """One document and how many bytes of its file were read to get it (for progress)."""
+    """Holds one document and how many bytes of its file were read to get it (for progress)."""
 
     text: str
     bytes_read: int
@@ -22,7 +22,7 @@ class Document:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A part of a file that is no document."""
+    """Describes a part of a file that is no document."""
 
     # File and line, row or row group, and what is wrong: one line.
     message: str

@@ -1,4 +1,4 @@
-"""``PREFIX.meta.json``: what is known of a corpus without reading it."""
+"""Keeps ``PREFIX.meta.json``: what is known of a corpus without reading it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The facts ``tools/preprocess_data.py`` writes beside a corpus."""
+    """Holds the facts that ``tools/preprocess_data.py`` writes beside a corpus."""
 
     format: int
     # Size of the tokenizer's vocabulary (largest id + 1, unpadded).
@@ -37,22 +37,22 @@ class Sidecar:
 
 
 def sidecar_path(prefix: Path) -> Path:
-    """The sidecar of a corpus prefix."""
+    """Returns the path of a corpus prefix's sidecar."""
     return prefix.with_name(prefix.name + ".meta.json")
 
 
 def tokenizer_path(prefix: Path) -> Path:
-    """The tokenizer folder of a corpus prefix."""
+    """Returns the path of a corpus prefix's tokenizer folder."""
     return prefix.with_name(prefix.name + ".tokenizer")
 
 
 def dump_sidecar(sidecar: Sidecar) -> str:
-    """The sidecar as JSON text."""
+    """Returns the sidecar as JSON text."""
     return json.dumps(asdict(sidecar), indent=2) + "\n"
 
 
 def read_sidecar(prefix: Path) -> Sidecar | None:
-    """The sidecar of a corpus; None when there is none (a corpus another tool wrote).
+    """Returns the sidecar of a corpus; None if there is none (a corpus another tool wrote).
 
     Raises:
         ValueError: the file is not a sidecar; the message starts with its name.

@@ -1,4 +1,4 @@
-"""A corpus out of the Python standard library that is running: real text on every machine.
+"""Makes a corpus of the Python standard library that is running: real text on every machine.
 
 Built once under ``data.cache_dir`` and reused. The folder's name holds the Python version and a
 digest of everything the corpus depends on, so another version or setting gets another folder.
@@ -64,7 +64,7 @@ def build_stdlib_corpus(config: DataConfig) -> Path:
 
 
 def stdlib_files(root: Path, max_megabytes: float) -> list[Path]:
-    """The library's non-empty ``.py`` files, relative to ``root``, in corpus order.
+    """Returns the library's non-empty ``.py`` files, relative to ``root``, in corpus order.
 
     Args:
         root: the standard library's folder.

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizer folders: loading one, finding its end-of-document token, training one."""
+"""Loads Hugging Face tokenizer folders, finds their end-of-document token, and trains one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MIN_VOCAB_SIZE = 257
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer and the facts about it that data files need."""
+    """Holds a tokenizer and the facts about it that data files need."""
 
     tokenizer: Tokenizer
     folder: Path
@@ -67,7 +67,7 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a tokenizer, relative to its folder, chat templates included."""
+    """Returns the files of a tokenizer, relative to its folder, chat templates included."""
     templates = sorted((folder / _TEMPLATES).glob("*.jinja"))
     found = [folder / name for name in _FILES] + templates
     return [path.relative_to(folder) for path in found if path.is_file()]
@@ -82,7 +82,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def end_of_document(loaded: LoadedTokenizer, eod_token: str | None = None) -> int:
-    """Id of the token that ends a document.
+    """Returns the id of the token that ends a document.
 
     Args:
         loaded: the tokenizer.

@@ -1,4 +1,4 @@
-"""What is wrong between the groups of a configuration, by topic.
+"""Finds what is wrong between the groups of a configuration, by topic.
 
 A check yields one line for each problem, ``key: what is wrong; fix``. It looks at values whose own
 bounds are already told by their groups, so a value that is out of bounds must not make it fail.

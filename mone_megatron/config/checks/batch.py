@@ -1,4 +1,4 @@
-"""The batch against the processes that share it."""
+"""Checks the batch against the processes that share it."""
 
 from __future__ import annotations
 

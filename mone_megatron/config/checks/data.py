@@ -1,4 +1,4 @@
-"""The data against the model that reads it and the evaluation that holds some of it out."""
+"""Checks the data against the model that reads it and the evaluation that holds some of it out."""
 
 from __future__ import annotations
 

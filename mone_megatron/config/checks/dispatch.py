@@ -1,4 +1,4 @@
-"""The dispatcher of tokens against the router that it serves and the device that it runs on."""
+"""Checks the dispatcher of tokens against the router that it serves and the device it runs on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks run while training against the layout and the packages that they need."""
+"""Checks tasks run while training against the layout and the packages that they need."""
 
 from __future__ import annotations
 

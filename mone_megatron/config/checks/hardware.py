@@ -1,4 +1,4 @@
-"""The configuration against the devices and the packages that there are."""
+"""Checks the configuration against the devices and the packages that there are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of megatron-core by its own names, against the release that is installed."""
+"""Checks settings of megatron-core by its own names, against the release that is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Neuron selection against the widths of the MLPs and the ranks that share their neurons."""
+"""Checks neuron selection against the widths of MLPs and the ranks that share their neurons."""
 
 from __future__ import annotations
 

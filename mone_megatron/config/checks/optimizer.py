@@ -1,4 +1,4 @@
-"""The optimizer against the ways in which weights are split over ranks."""
+"""Checks the optimizer against the ways in which weights are split over ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows a bad loss against what there is to go back to."""
+"""Checks what follows a bad loss against what there is to go back to."""
 
 from __future__ import annotations
 

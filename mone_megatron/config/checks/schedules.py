@@ -1,4 +1,4 @@
-"""Schedules against the number of steps that they run over."""
+"""Checks schedules against the number of steps that they run over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes of the model and the number of processes against the parallel sizes that split them."""
+"""Checks the model's sizes and the number of processes against the parallel sizes."""
 
 from __future__ import annotations
 
