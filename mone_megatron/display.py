@@ -159,7 +159,7 @@ def is_read(name: str) -> bool:
 def _occupy_standard_descriptors() -> None:
     """Opens the standard descriptors that were closed.
 
-    The next file would take the number, and libraries' output with it.
+    Otherwise the next file would take the number, and libraries' output with it.
     """
     for descriptor in range(3):
         try:

@@ -32,7 +32,7 @@ class HasNames(Protocol):
 
 @dataclass(frozen=True)
 class NameIn:
-    """Says that the value is a name in a registry of methods."""
+    """Requires the value to be a name in a registry of methods."""
 
     registry: HasNames
 

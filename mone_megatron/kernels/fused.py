@@ -104,10 +104,8 @@ def supports(gate_TF: Tensor, up_TF: Tensor, activate: Activate) -> bool:
 def scores_equal_torch(activate: Activate, device: torch.device) -> bool:
     """Returns whether the kernels' bf16 activation is torch's, for every bf16 number.
 
-    The numbers are compared on ``device``.
-
-    NaN counts as equal to NaN. Subnormal numbers are left out: an activation that small is never
-    among the K largest unless nearly all are zero.
+    Both are computed on ``device``. NaN counts as equal to NaN. Subnormal numbers are left out: an
+    activation that small is never among the K largest unless nearly all are zero.
     """
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device).to(torch.int16)
     gate = bits.view(torch.bfloat16)

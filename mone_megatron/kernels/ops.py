@@ -46,8 +46,9 @@ _grouped_gemm: GroupedGemm = "torch"
 
 
 def use_kernels(kernels: Kernels, grouped_gemm: GroupedGemm = "torch") -> None:
-    """Chooses for this process: the fastest of each operation (the default), or the reference; and
-    whose grouped products.
+    """Chooses the kernels and whose grouped products this process computes with.
+
+    Kernels are the fastest of each operation (the default), or the reference.
     """
     global _chosen, _grouped_gemm
     _chosen, _grouped_gemm = kernels, grouped_gemm
@@ -129,7 +130,7 @@ def leaves_gradients_unwritten(device: torch.device) -> bool:
 
 
 class _ZeroWithoutRows(torch.autograd.Function):
-    """Gives the weight itself, whose gradient is zero for experts without rows, with no wait."""
+    """Passes the weight on; its gradient is zero for experts without rows. No host waits."""
 
     @staticmethod
     def forward(

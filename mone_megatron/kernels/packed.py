@@ -1,4 +1,4 @@
-"""Packs what the backward pass needs, in plain torch: kept gate and up values, the mask as bits.
+"""Saves only kept gate and up values and the mask as bits: the memory mode, in plain torch.
 
 The backward pass spreads them out again, zeros elsewhere, and runs the operation once more: the
 other entries are multiplied by zero anyway, so its gradients are those of the full mode. A NaN at a

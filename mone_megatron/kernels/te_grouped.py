@@ -1,4 +1,4 @@
-"""Computes grouped products by Transformer Engine (2.11 or later): a cuBLAS product an expert.
+"""Computes grouped products by Transformer Engine (2.11 or later): cuBLAS, all experts at once.
 
 Not run here: no machine with Transformer Engine was at hand. The tests give the same calls to a
 stand-in that multiplies as ``general_grouped_gemm`` documents.

@@ -42,6 +42,7 @@ def _dot_rows(
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
     """Returns fp32 products, ``[R]``, of a slot's token and rows of neurons of its expert."""
+    # The weights of all experts together can have more than 2**31 values: offsets are 64-bit.
     base = weight + tl.load(expert + slot).to(tl.int64) * expert_stride
     row_R = base + neuron_R.to(tl.int64) * neuron_stride
     start = tokens + tl.load(token + slot).to(tl.int64) * hidden_size

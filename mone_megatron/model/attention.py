@@ -79,7 +79,7 @@ class SDPAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,
     ) -> None:
-        """Is built as megatron-core constructs core attention modules.
+        """Takes the arguments that megatron-core constructs core attention modules with.
 
         Raises:
             ValueError: for a mask other than causal, or settings that it does not read (fp8, ...).
@@ -146,7 +146,7 @@ class SDPAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attends.
+        """Returns the attention of this rank's heads.
 
         Args:
             query: ``[S, B, N, D]``.

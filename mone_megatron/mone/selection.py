@@ -93,7 +93,7 @@ class GroupShards:
 
 
 class NeuronSelector(nn.Module):
-    """Chooses the kept neurons of each row. A module so that forward hooks can read the mask.
+    """Chooses the kept neurons of each row, as a module, so that forward hooks can read the mask.
 
     The state of a rule that has one is a buffer ``rule_NAME`` of shape ``[E]`` each. What a step's
     rows say of it is added up until :meth:`advance` moves it, once a step and over all ranks, so
