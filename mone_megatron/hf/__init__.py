@@ -1,4 +1,4 @@
-"""MoNE for transformers, and conversion from and to Hugging Face.
+"""Brings MoNE to transformers, and converts models from and to Hugging Face.
 
 ``import mone_megatron.hf`` registers the experts implementations ``mone``, ``mone_batched_mm`` and
 ``mone_sparse`` and the exported model's class, so that ``AutoModelForCausalLM.from_pretrained``

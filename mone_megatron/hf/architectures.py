@@ -1,7 +1,7 @@
-"""Which Hugging Face architectures can hold which of our models, and what they call the weights.
+"""Tells which Hugging Face architectures hold which of our models, and how weights are named.
 
-A table: each architecture says what it allows beyond a plain GQA decoder, and how its weights are
-named. :func:`choose` finds the stock one that holds a model; what none of them holds, and every
+It is a table: each architecture says what it allows beyond a plain GQA decoder, and how its weights
+are named. :func:`choose` finds the stock one that holds a model; what none of them holds, and every
 MoNE, is exported as our own class (:mod:`.modeling_mone`), which holds all.
 """
 
@@ -16,7 +16,7 @@ from mone_megatron.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """Where the routed experts' weights are, under ``model.layers.N.``."""
+    """Tells where the routed experts' weights are, under ``model.layers.N.``."""
 
     # "split": three matrices an expert, as checkpoints on the Hub have them and other programs
     # read them; "fused": all experts in two tensors, as transformers holds them; "copies": one
@@ -33,7 +33,7 @@ COPIES = ExpertNames("copies")
 
 @dataclass(frozen=True)
 class Architecture:
-    """One Hugging Face model type."""
+    """Describes one Hugging Face model type."""
 
     model_type: str
     class_name: str
@@ -44,7 +44,7 @@ class Architecture:
     shared: str = "shared_expert"
 
     def lacks(self, model: ModelConfig, *, mone: bool) -> list[str]:
-        """What of a model this architecture cannot hold, as ``feature=value``."""
+        """Returns what of a model this architecture cannot hold, as ``feature=value``."""
         return [
             f"{name}={value}"
             for name, value in features(model, mone=mone).items()
@@ -53,7 +53,7 @@ class Architecture:
 
 
 def features(model: ModelConfig, *, mone: bool) -> dict[str, Any]:
-    """What architectures differ in, of one of our models."""
+    """Returns by name the features of one of our models in which architectures differ."""
     has_experts = model.num_experts > 0
     dense = {0: "none", model.num_layers: "all"}.get(model.first_dense_layers, "first")
     shared = "gated" if model.shared_expert_gate else "plain"
@@ -161,12 +161,12 @@ BY_TYPE: dict[str, Architecture] = {one.model_type: one for one in (*STOCK, MONE
 
 
 def choose(model: ModelConfig, *, mone: bool) -> Architecture:
-    """The architecture to export a model as: the first stock one that holds it, else our own."""
+    """Returns what to export a model as: the first stock architecture that holds it, or ours."""
     return next((one for one in STOCK if not one.lacks(model, mone=mone)), MONE)
 
 
 def architecture_of(model_type: str, where: str) -> Architecture:
-    """The architecture of a model that is to be imported.
+    """Returns the architecture of a model that is to be imported; ``where`` names it in errors.
 
     Raises:
         ValueError: it is none that we import.

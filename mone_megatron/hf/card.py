@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, how it was trained, how to load it."""
+"""Makes the model card of an export: what the model is, how it was trained, how to load it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _METRICS = ("loss", "val_loss", "tokens")
 def model_card(
     source: Source, architecture: Architecture, dtype: torch.dtype, verified: str
 ) -> str:
-    """Markdown with the front matter that the Hub reads.
+    """Returns Markdown with the front matter that the Hub reads.
 
     Args:
         source: the checkpoint.
@@ -95,7 +95,7 @@ The recipe is in `training_config.yaml`.
 
 
 def _metrics(source: Source) -> dict[str, str]:
-    """What the run logged last up to the checkpoint's step, where the run is still there."""
+    """Returns what the run logged last up to the checkpoint's step; empty without its metrics."""
     # run.dir/checkpoints/step_N
     path = source.checkpoint.path.parent.parent / "metrics.jsonl"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The checks that end a conversion: both models on real text, in fp32, in this process."""
+"""Checks a conversion at its end: both models on real text, in fp32, in this process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MEGABYTES = 0.2
 
 
 def real_tokens(tokenizer_dir: Path, *, sequences: int, length: int) -> Tensor:
-    """Text of the Python standard library, ``[sequences, length]`` int64.
+    """Returns tokens of the Python standard library's source, int64 ``[sequences, length]``.
 
     Raises:
         ValueError: there is no tokenizer.
@@ -47,12 +47,12 @@ def real_tokens(tokenizer_dir: Path, *, sequences: int, length: int) -> Tensor:
 
 
 def check_export(source: Source, folder: Path, *, dtype: torch.dtype | None) -> Comparison:
-    """Compare a checkpoint's Megatron model with an export of it, loaded from its files.
+    """Compares a checkpoint's Megatron model with an export of it, loaded from its files.
 
     Args:
         source: the checkpoint.
         folder: the export.
-        dtype: that it was exported in; None when each tensor kept its own. Both models have the
+        dtype: what it was exported in; None when each tensor kept its own. Both models have the
             weights of that dtype, so rounding them is no difference.
 
     Raises:
@@ -64,7 +64,7 @@ def check_export(source: Source, folder: Path, *, dtype: torch.dtype | None) -> 
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer that ``AutoTokenizer`` makes another one of.
+    """Refuses a tokenizer of which ``AutoTokenizer`` makes another one.
 
     Raises:
         ValueError: the tokens of a text differ.
@@ -83,13 +83,13 @@ def check_tokenizer(folder: Path) -> None:
 def check_import(
     checkpoint: Path, folder: Path, *, choices: bool, dtype: torch.dtype | None = None
 ) -> Comparison:
-    """Compare an imported checkpoint's Megatron model with the Hugging Face model it was made of.
+    """Compares an imported checkpoint's Megatron model with the Hugging Face model it came from.
 
     Args:
         checkpoint: what the import wrote.
         folder: the Hugging Face model.
-        choices: compare experts and neurons, too; not when the import made the experts.
-        dtype: that it was imported in; None when each tensor kept its own. Both models have the
+        choices: whether to compare experts and neurons, too; not when the import made the experts.
+        dtype: what it was imported in; None when each tensor kept its own. Both models have the
             weights of that dtype, so rounding them is no difference.
 
     Raises:
@@ -105,7 +105,7 @@ def check_import(
 
 
 def load_for_check(folder: Path) -> PreTrainedModel:
-    """A transformers model from its files in fp32; no code but ours and the library's runs."""
+    """Loads a transformers model in fp32; no code but ours and the library's runs."""
     config = load_hf_config(folder)
     loader = MoneForCausalLM if isinstance(config, MoneConfig) else AutoModelForCausalLM
     model: PreTrainedModel = loader.from_pretrained(folder, config=config, dtype=torch.float32)

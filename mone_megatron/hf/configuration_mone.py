@@ -1,4 +1,4 @@
-"""The configuration of an exported model: everything that our training can express.
+"""Defines the configuration of an exported model: everything that our training can express.
 
 It extends Qwen3-MoE's, whose names it keeps. This file is copied into exported models.
 """
@@ -13,7 +13,7 @@ from transformers import DeepseekV2Config, OlmoeConfig, PreTrainedConfig, Qwen3M
 
 @strict
 class MoneConfig(Qwen3MoeConfig):
-    r"""A Qwen3-MoE configuration with neuron selection and the choices of our model family.
+    r"""Is a Qwen3-MoE configuration with neuron selection and our model family's choices.
 
     mone (`dict`, *optional*): neuron selection: keep_ratio, score, apply_to; None for plain MLPs.
     attention_type (`str`): "gqa", or "mla" (multi-latent attention, DeepSeek-V2).
@@ -51,7 +51,11 @@ class MoneConfig(Qwen3MoeConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
-        """How transformers' tensor parallelism splits the modules, as its own families' do."""
+        """Returns how transformers' tensor parallelism splits modules, by pattern of their names.
+
+        Attention is split as in the family of transformers that it is taken from, MLPs and
+        experts as in Qwen3-MoE.
+        """
         source: type[PreTrainedConfig] = Qwen3MoeConfig
         if self.attention_type == "mla":
             source = DeepseekV2Config
@@ -73,7 +77,11 @@ class MoneConfig(Qwen3MoeConfig):
         return plan | shared if self.shared_expert_intermediate_size else plan
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Derive what transformers' attention classes read."""
+        """Derives the head sizes that transformers' attention classes read.
+
+        A model that selects neurons also gets the experts implementation ``mone``, unless
+        another one was asked for.
+        """
         if self.attention_type == "mla":
             assert self.qk_nope_head_dim is not None
             assert self.qk_rope_head_dim is not None

@@ -1,9 +1,11 @@
-"""The ``mone_sparse`` experts implementation: while text is generated, kept neurons' rows only.
+"""Defines the experts implementation ``mone_sparse``, which reads kept neurons' rows only.
+
+It is chosen by::
 
     import mone_megatron.hf
     model.set_experts_implementation("mone_sparse")
 
-computes a step of few tokens with :func:`mone_megatron.kernels.decode.sparse_experts`, and
+A step of few tokens is then computed with :func:`mone_megatron.kernels.decode.sparse_experts`, and
 everything else (prompts, large batches, training) as ``mone`` does. The selection is the same.
 
 The first such step lays the down projections out neuron by neuron, in place: shapes, values and
@@ -47,7 +49,10 @@ OVERHEAD_BYTES = 8_000_000
 def mone_sparse_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """``[N, h]``, ``[N, K]`` expert numbers and ``[N, K]`` weights to ``[N, h]``.
+    """Returns the output ``[N, h]`` of tokens ``[N, h]``, summed over their experts.
+
+    ``top_k_index`` and ``top_k_weights`` are the numbers and weights of each token's experts,
+    ``[N, K]``.
 
     Raises:
         ValueError: for experts that are more than three matrices.
@@ -71,7 +76,7 @@ def mone_sparse_experts_forward(
 
 
 def _activation(experts: ExpertsModule) -> Callable[[Tensor], Tensor]:
-    """Torch's function where the module is transformers' form of one, which kernels know."""
+    """Returns torch's function where the module is transformers' form of one that kernels know."""
     name: str = getattr(experts.config, "hidden_act", "")
     if name in ACTIVATIONS and name in ACT2FN and isinstance(experts.act_fn, type(ACT2FN[name])):
         return ACTIVATIONS[name].function
@@ -79,7 +84,7 @@ def _activation(experts: ExpertsModule) -> Callable[[Tensor], Tensor]:
 
 
 def unsupported(experts: ExpertsModule) -> str | None:
-    """Why the rows of neurons are not all there is to these experts; None if they are."""
+    """Returns why the rows of neurons are not all there is to these experts; None if they are."""
     if has_own_gate(experts):
         return "computes its gate in a way of its own"
     if experts.has_bias:
@@ -94,7 +99,7 @@ def unsupported(experts: ExpertsModule) -> str | None:
 
 
 def speeds_up(model: PreTrainedModel, chosen: int) -> bool:
-    """Whether ``mone_sparse`` pays for one token of this model, which takes ``chosen`` experts."""
+    """Returns whether ``mone_sparse`` pays for one token that takes ``chosen`` experts a layer."""
     modules = [cast(ExpertsModule, module) for module in experts_modules(model)]
     return bool(modules) and all(
         selects(experts)
@@ -129,7 +134,10 @@ def _weights(experts: ExpertsModule) -> ExpertWeights:
 
 
 def _rows(parameter: Tensor, *, neurons_first: bool) -> Tensor:
-    """``[E, neurons, h]`` with contiguous rows; the parameter's storage is laid out anew if not."""
+    """Returns a weight as ``[E, neurons, h]`` with contiguous rows.
+
+    The parameter's storage is laid out anew where they are not.
+    """
     rows = parameter if neurons_first else parameter.transpose(1, 2)
     if rows.stride(-1) == 1:
         return rows
@@ -139,5 +147,5 @@ def _rows(parameter: Tensor, *, neurons_first: bool) -> Tensor:
 
 
 def register_decoding() -> None:
-    """Make ``mone_sparse`` known to transformers; again is fine."""
+    """Makes ``mone_sparse`` known to transformers; may be called again."""
     register_selecting(MONE_SPARSE, mone_sparse_experts_forward)

@@ -1,4 +1,4 @@
-"""In which dtypes weights are stored, which one stands for a model, and what is never converted.
+"""Decides which dtypes weights are stored in, which stands for a model, what stays as it is.
 
 A tensor keeps the dtype that it is stored in unless the user asks for one dtype: models of the Hub
 hold routers in fp32 beside bf16 weights, and a rounded router chooses other experts.
@@ -29,7 +29,9 @@ _SHOWN = 3
 
 
 def written_dtype(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype that a tensor is written in.
+    """Returns the dtype that a tensor is written in.
+
+    Biases that choose experts and the state of selection rules are fp32 always.
 
     Args:
         name: of the tensor, ours or theirs.
@@ -42,12 +44,12 @@ def written_dtype(name: str, stored: torch.dtype, wanted: torch.dtype | None) ->
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The narrowest dtype that holds the values of all of these (of at least one)."""
+    """Returns the narrowest dtype that holds the values of all of these (of at least one)."""
     return reduce(torch.promote_types, dtypes)
 
 
 def main_dtype(elements: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
-    """The dtype of most elements.
+    """Returns the dtype of most elements.
 
     Args:
         elements: the dtype and the number of elements of each tensor; at least one.
@@ -59,7 +61,7 @@ def main_dtype(elements: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """How configurations spell a dtype: ``bfloat16``."""
+    """Returns how configurations spell a dtype: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 

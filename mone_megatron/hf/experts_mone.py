@@ -1,4 +1,4 @@
-"""Neuron selection in the routed experts of any transformers MoE behind its experts interface.
+"""Selects neurons in the routed experts of any transformers MoE behind its experts interface.
 
 transformers computes experts through a function that it looks up by name; ``mone`` is one: the
 library's own grouped matrix products with the selection between them, on weights in their native
@@ -52,7 +52,7 @@ ExpertsForward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 class ExpertsModule(Protocol):
-    """What transformers' interface makes of a model's experts."""
+    """Describes what transformers' interface makes of a model's experts."""
 
     config: Any
     has_gate: bool
@@ -71,14 +71,14 @@ class ExpertsModule(Protocol):
 
 
 def experts_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The experts of a model that are behind the interface, one a layer."""
+    """Returns the experts of a model that are behind the interface, one module a layer."""
     # Set by the library's decorator on every module that honours it.
     return [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
 
 
 @dataclass(frozen=True)
 class NeuronSettings:
-    """``config.mone``: which neurons a token keeps, and in which MLPs."""
+    """Holds ``config.mone``: which neurons a token keeps, and in which MLPs."""
 
     keep_ratio: float
     score: str = "abs_activation"
@@ -104,7 +104,11 @@ class NeuronSettings:
 
     @classmethod
     def from_config(cls, settings: dict[str, Any]) -> NeuronSettings:
-        """From ``config.mone`` as JSON gives it."""
+        """Returns the settings that ``config.mone`` holds as JSON gives it.
+
+        Raises:
+            ValueError: a key is unknown, or a value is not allowed.
+        """
         try:
             return cls(**settings | {"apply_to": tuple(settings.get("apply_to", ("routed",)))})
         except TypeError as error:
@@ -118,10 +122,10 @@ class NeuronSettings:
         return settings
 
     def kept(self, neurons: int) -> int:
-        """K of ``neurons``.
+        """Returns K, how many of ``neurons`` neurons a token keeps.
 
         Raises:
-            ValueError: when that is none.
+            ValueError: the ratio keeps none of them.
         """
         kept = count_kept(self.keep_ratio, neurons)
         if kept < 1:
@@ -213,7 +217,10 @@ class NeuronSettings:
         state: Mapping[str, Tensor] | None = None,
         expert_T: Tensor | None = None,
     ) -> Tensor:
-        """``a * u`` at the kept neurons and zero at the others: the down projection's input."""
+        """Returns the down projection's input: ``a * u`` at the kept neurons, else zero.
+
+        The parameters are those of :meth:`mask`.
+        """
         hidden_TF = activate(gate_TF) * up_TF
         if self.kept(count := neurons.count if neurons else gate_TF.shape[-1]) == count:
             return hidden_TF
@@ -230,17 +237,17 @@ class NeuronSettings:
 
     @property
     def reads_down_norm(self) -> bool:
-        """Whether the score reads the norm of each neuron's row of the down projection."""
+        """Returns whether the score reads the norm of a neuron's row of the down projection."""
         return "down_norm" in SCORES[self.score].reads
 
     @property
     def reads_activation(self) -> bool:
-        """Whether the score reads |a| itself, which not all experts define."""
+        """Returns whether the score reads ``|a|`` itself, which not all experts define."""
         return "activation" in SCORES[self.score].reads
 
     @property
     def is_top_k(self) -> bool:
-        """Whether sparse decoding can select as this does: the K largest, by gate and up alone."""
+        """Returns whether sparse decoding can select so: the K largest, by gate and up alone."""
         return RULES[self.rule].top_k and not self.reads_down_norm
 
 
@@ -286,7 +293,7 @@ def state_of(module: Any, settings: NeuronSettings) -> dict[str, Tensor]:
 
 
 def selects(experts: ExpertsModule) -> bool:
-    """Whether ``config.mone`` asks for a selection in routed experts."""
+    """Returns whether ``config.mone`` asks for a selection in routed experts."""
     settings = getattr(experts.config, "mone", None)
     if not settings:
         return False
@@ -294,25 +301,25 @@ def selects(experts: ExpertsModule) -> bool:
 
 
 def _can_select(experts: ExpertsModule) -> bool:
-    """Whether their implementation is one that selects."""
+    """Returns whether their implementation is one that selects."""
     function = ALL_EXPERTS_FUNCTIONS.get(experts.config._experts_implementation, None)
     return getattr(function, "selects_neurons", False)
 
 
 def is_selecting(experts: ExpertsModule) -> bool:
-    """Whether these experts select now: their settings and their implementation do."""
+    """Returns whether these experts select now: their settings and their implementation do."""
     return _can_select(experts) and selects(experts)
 
 
 def asked_to_select(module: Any) -> bool:
-    """Whether the settings ask for a selection in experts, or in an MLP of our own class."""
+    """Returns whether the settings ask for a selection in experts, or in an MLP of our class."""
     if hasattr(module, "mone_target"):
         return module.neurons is not None
     return selects(module)
 
 
 def settings_of(experts: ExpertsModule) -> NeuronSettings:
-    """What ``config.mone`` says for these experts.
+    """Returns what ``config.mone`` says for these experts.
 
     Raises:
         ValueError: when it is not set, or the experts have no gate to select by.
@@ -327,7 +334,7 @@ def settings_of(experts: ExpertsModule) -> NeuronSettings:
 
 
 def has_own_gate(experts: ExpertsModule) -> bool:
-    """Whether it computes something else than ``act_fn(gate) * up``."""
+    """Returns whether these experts compute something else than ``act_fn(gate) * up``."""
     return getattr_static(type(experts), "_apply_gate") is not _default_apply_gate
 
 
@@ -370,7 +377,7 @@ def _warn(message: str) -> None:
 
 
 def _width(experts: ExpertsModule) -> int:
-    """How many neurons an expert has by its own account, which parallelism leaves as it is."""
+    """Returns an expert's neurons by its own account, which parallelism leaves as it is."""
     for name in ("intermediate_dim", "intermediate_size"):
         if hasattr(experts, name):
             return int(getattr(experts, name))
@@ -396,7 +403,7 @@ def neurons_of(experts: ExpertsModule) -> Neurons:
 
 
 class _Selecting:
-    """An experts module as transformers' functions see it, with a gate that selects."""
+    """Shows an experts module to transformers' functions with a gate that selects."""
 
     def __init__(self, experts: ExpertsModule, expert_T: Tensor) -> None:
         """Looks at an experts module.
@@ -478,7 +485,11 @@ def _through(forward: ExpertsForward, *, by_expert: bool) -> ExpertsForward:
     def selecting_forward(
         self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """``[N, h]``, ``[N, K]`` expert numbers and ``[N, K]`` weights to ``[N, h]``."""
+        """Returns the output ``[N, h]`` of tokens ``[N, h]``, summed over their experts.
+
+        ``top_k_index`` and ``top_k_weights`` are the numbers and weights of each token's experts,
+        ``[N, K]``.
+        """
         note_selected(self)
         experts = cast(ExpertsModule, self)
         settings = settings_of(experts)
@@ -502,14 +513,15 @@ mone_batched_mm_experts_forward = _through(batched_mm_experts_forward, by_expert
 def register_selecting(name: str, forward: ExpertsForward) -> None:
     """Makes an experts implementation that selects neurons known to transformers.
 
-    It calls :func:`~mone_megatron.hf.guard_mone.note_selected` on the module it computes.
+    The function must call :func:`~mone_megatron.hf.guard_mone.note_selected` on the module that it
+    computes.
     """
     cast(Any, forward).selects_neurons = True
     ALL_EXPERTS_FUNCTIONS.register(name, forward)
 
 
 def register_experts() -> None:
-    """Make ``mone`` and ``mone_batched_mm`` known to transformers; again is fine."""
+    """Makes ``mone`` and ``mone_batched_mm`` known to transformers; may be called again."""
     register_selecting(MONE, mone_experts_forward)
     register_selecting(MONE_BATCHED, mone_batched_mm_experts_forward)
 
@@ -521,13 +533,19 @@ def enable_mone(
     score: str = "abs_activation",
     apply_to: Sequence[str] = ("routed",),
 ) -> None:
-    """Let a transformers MoE select neurons in its routed experts, without touching its weights.
+    """Makes a transformers MoE select neurons in its routed experts; its weights stay untouched.
 
     The settings go into the configuration and are saved with the model, and so does the name of
     the experts implementation: a program that does not know it refuses to load the model. Shared
     experts and dense layers select only in our own model class (:mod:`.modeling_mone`).
 
-    A model that is split over ranks is loaded first.
+    A model that is split over ranks must be loaded before this call.
+
+    Args:
+        model: any with experts behind transformers' experts interface.
+        keep_ratio: share of an expert's neurons that a token keeps, in (0, 1].
+        score: name of the score by which neurons are ranked.
+        apply_to: MLPs that select, of ``routed``, ``shared`` and ``dense``.
 
     Raises:
         ValueError: for settings that are wrong, or that the model's modules cannot follow.

@@ -1,4 +1,4 @@
-"""A checkpoint of ours to a Hugging Face folder, one shard in memory at a time.
+"""Exports a checkpoint of ours to a Hugging Face folder, one shard in memory at a time.
 
 The folder is written under a hidden name and renamed when it is whole.
 """
@@ -82,7 +82,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote."""
+    """Describes what an export wrote."""
 
     folder: Path
     architecture: Architecture
@@ -91,7 +91,7 @@ class Exported:
 
 
 def choose_architecture(source: Source, wanted: str) -> Architecture:
-    """The architecture to export as.
+    """Returns the architecture to export as.
 
     Args:
         source: the checkpoint.
@@ -138,7 +138,7 @@ def choose_architecture(source: Source, wanted: str) -> Architecture:
 
 
 def export_dtype(wanted: str) -> torch.dtype | None:
-    """The dtype to write weights in; None, for ``saved``, keeps that of each tensor.
+    """Returns the dtype to write weights in; None, for ``saved``, keeps that of each tensor.
 
     Raises:
         ValueError: an unknown name.
@@ -153,7 +153,7 @@ def export_dtype(wanted: str) -> torch.dtype | None:
 def hf_config(
     source: Source, architecture: Architecture, dtype: torch.dtype | None
 ) -> PreTrainedConfig:
-    """The exported model's configuration, whose dtype is that of most weights by default (None)."""
+    """Returns the exported model's configuration; ``dtype`` None puts in that of most weights."""
     return to_hf_config(
         source.model,
         source.mone,
@@ -167,7 +167,7 @@ def hf_config(
 
 
 def check_complete(source: Source, table: list[Rule]) -> None:
-    """Every tensor of ours in the table, every one of the table there, each in its shape.
+    """Checks that our tensors are those of the table, each in its shape.
 
     Raises:
         ValueError: naming each that is not.
@@ -189,12 +189,12 @@ def check_complete(source: Source, table: list[Rule]) -> None:
 def hf_tensors(
     source: Source, table: list[Rule], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Their tensors by name, one rule at a time.
+    """Yields name and values of each tensor of the export, one rule at a time.
 
     Args:
         source: the checkpoint.
         table: from :func:`~mone_megatron.hf.mapping.rules`.
-        dtype: to convert to; None keeps that of each tensor.
+        dtype: what to convert to; None keeps that of each tensor.
 
     Raises:
         ValueError: a weight is all zero or not finite (in its new dtype, too); a tensor of theirs
@@ -212,7 +212,7 @@ def hf_tensors(
 
 
 def check_values(name: str, tensor: Tensor) -> None:
-    """Refuse weights that no training leaves.
+    """Refuses weights that no training leaves.
 
     Raises:
         ValueError: some value is not finite; a matrix, or one expert's, is all zero.
@@ -231,9 +231,9 @@ def check_values(name: str, tensor: Tensor) -> None:
 def plan_shards(
     source: Source, table: list[Rule], dtype: torch.dtype | None, shard_bytes: int
 ) -> list[list[Rule]]:
-    """Consecutive rules whose tensors make up a shard of at most ``shard_bytes``.
+    """Returns the rules in order, split into shards of at most ``shard_bytes`` of tensors.
 
-    A single tensor that is larger has a shard of its own.
+    A rule whose tensors are larger together has a shard of its own.
     """
     stored = source.weights
     shards: list[list[Rule]] = []
@@ -251,7 +251,7 @@ def plan_shards(
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder that becomes ``output`` when the block ends well, and nothing otherwise.
+    """Yields a hidden folder that becomes ``output`` when the block ends well, or is removed.
 
     Raises:
         ValueError: ``output`` is there already, or cannot be made.
@@ -283,7 +283,7 @@ def export(
     check: Callable[[Path], str],
     progress: Callable[[str], None],
 ) -> Exported:
-    """Write the Hugging Face folder.
+    """Writes the Hugging Face folder.
 
     Args:
         source: the checkpoint.
@@ -291,9 +291,9 @@ def export(
         architecture: from :func:`choose_architecture`.
         dtype: of the weights; None keeps that of each tensor.
         shard_bytes: largest safetensors file, and about the largest memory used.
-        check: called with the folder before it gets its name; raises to refuse it, and returns
+        check: is called with the folder before it gets its name; raises to refuse it, and returns
             the line for the model card.
-        progress: told of each shard.
+        progress: is told of each shard.
 
     Raises:
         ValueError: see :func:`check_complete` and :func:`hf_tensors`; nothing is left then.
@@ -318,7 +318,7 @@ def export(
 
 
 def _restore_config(source: Source, architecture: Architecture, path: Path) -> None:
-    """Put back what transformers reads as if it were something else, in the same architecture."""
+    """Puts back values that transformers reads as others, where the architecture is the same."""
     origin = source.origin
     if origin is None or origin.model_type != architecture.model_type:
         return
@@ -327,7 +327,7 @@ def _restore_config(source: Source, architecture: Architecture, path: Path) -> N
 
 
 def _write_generation_config(source: Source, folder: Path) -> None:
-    """The imported model's settings as they were, with the special tokens of this tokenizer."""
+    """Writes the imported model's generation settings, with this tokenizer's special tokens."""
     path = folder / "generation_config.json"
     settings = {} if source.origin is None else dict(source.origin.generation)
     if not settings:
@@ -347,7 +347,7 @@ def _json(value: dict[str, Any]) -> str:
 
 
 def _write_recipe(source: Source, path: Path) -> None:
-    """The run's configuration, without what names places on its machine, and the framing."""
+    """Writes the run's configuration, without what names places on its machine, and the framing."""
     whole = yaml.safe_load((source.checkpoint.path / "config.yaml").read_text(encoding="utf-8"))
     kept = {name: whole[name] for name in ("model", "mone", "optim", "parallel", "train")}
     kept[RECIPE_KEY] = source.framing.as_facts()
@@ -386,7 +386,7 @@ def _write_weights(
 
 
 def _umask() -> int:
-    """The process's, which can only be read by setting it."""
+    """Returns the umask of the process, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Text from a model, streamed as it comes, with the time that the prompt and each token take."""
+"""Generates text with a model, streamed as it comes, and times the prompt and each token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SELECTING = (MONE, MONE_BATCHED, MONE_SPARSE)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedily at temperature 0."""
+    """Describes how the next token is chosen: greedily at temperature 0."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -36,7 +36,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check.
+        """Checks the options.
 
         Raises:
             ValueError: naming the option.
@@ -54,7 +54,7 @@ class Sampling:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For transformers' ``generate``."""
+        """Returns the arguments for transformers' ``generate``."""
         if self.temperature == 0:
             return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         return {
@@ -67,10 +67,10 @@ class Sampling:
 
 
 def choose_experts(model: PreTrainedModel, wanted: str) -> str:
-    """Set how a model computes its experts, and say in words what that is.
+    """Sets how a model computes its experts, and returns in words what that is.
 
     Args:
-        model: any; a dense one has no choice.
+        model: any; a dense one has no choice, and takes "auto" only.
         wanted: a name that transformers knows, or "auto": the rows of kept neurons only where the
             model selects neurons and that pays, else as the model is.
 
@@ -97,7 +97,7 @@ def choose_experts(model: PreTrainedModel, wanted: str) -> str:
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of a batch of prompts."""
+    """Holds what came of a batch of prompts."""
 
     texts: tuple[str, ...]
     prompt_tokens: int
@@ -107,7 +107,7 @@ class Generated:
     decode_seconds: float
 
     def describe(self) -> str:
-        """One line: tokens a second for the prompt and for what followed."""
+        """Returns one line: tokens a second for the prompts and for what followed."""
         line = (
             f"{self.prompt_tokens} prompt tokens in {self.prompt_seconds:.2f} s "
             f"({self.prompt_tokens / self.prompt_seconds:,.0f} tokens/s)"
@@ -131,7 +131,7 @@ class _Clock(BaseStreamer):
         self._prompts_seen = False
 
     def put(self, value: Tensor) -> None:
-        """Called with the prompts, then with the tokens of each step."""
+        """Notes the time of the first new tokens; the first call brings the prompts."""
         if self._prompts_seen and self.first is None:
             self.first = time.perf_counter()
         self._prompts_seen = True
@@ -139,7 +139,7 @@ class _Clock(BaseStreamer):
             self.shown.put(value)
 
     def end(self) -> None:
-        """After the last token."""
+        """Tells the shown text that the last token has come."""
         if self.shown is not None:
             self.shown.end()
 
@@ -152,7 +152,7 @@ class _Printer(TextStreamer):
         self._show = show
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """The next piece of text."""
+        """Gives the next piece of text to the function."""
         self._show(text)
 
 
@@ -164,13 +164,13 @@ def generate(
     *,
     show: Callable[[str], None] | None = None,
 ) -> Generated:
-    """Continue prompts, all at once.
+    """Continues prompts, all at once.
 
     Args:
         model: in evaluation mode.
         tokenizer: its own.
         prompts: not empty.
-        sampling: how.
+        sampling: how tokens are chosen, and how many.
         show: is given the text piece by piece as it comes; with one prompt only.
 
     Raises:
@@ -221,7 +221,7 @@ def generate(
 
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt's tokens as a text begins; one that spells the opening out has it once."""
+    """Returns a prompt's tokens as a text begins; an opening that it spells out comes once."""
     whole: list[int] = tokenizer(prompt, add_special_tokens=True)["input_ids"]
     own: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     opening = whole[: len(whole) - len(own)]
@@ -236,7 +236,7 @@ def _prompt_seconds(model: PreTrainedModel, batch: Tensor, mask: Tensor) -> floa
 
 
 def _count(new: Tensor, eos: int | list[int] | None) -> int:
-    """Tokens up to the end of each text, without what pads it to the longest."""
+    """Returns how many tokens were generated, without what pads a text to the longest."""
     if eos is None:
         return new.numel()
     ends = torch.isin(new, torch.tensor(eos, device=new.device))

@@ -23,11 +23,11 @@ _NAMES = "_watched_modules"
 
 
 def watch(module: nn.Module, selects: Callable[[Any], bool]) -> None:
-    """Makes a module raise when it was called and did not select neurons; again is fine.
+    """Makes a module raise when it was called and did not select neurons; may be called again.
 
     Args:
         module: the experts of a layer, or an MLP.
-        selects: told the module; whether its settings ask for a selection now.
+        selects: is told the module; returns whether its settings ask for a selection now.
     """
     if not _is_watched(module):
         module.register_forward_pre_hook(_forget)
@@ -43,12 +43,12 @@ def note_selected(module: nn.Module) -> None:
 
 
 def guard(model: nn.Module, asked: Callable[[Any], bool]) -> None:
-    """Makes a model raise when one of its watched modules was replaced; again is fine.
+    """Makes a model raise when one of its watched modules was replaced; may be called again.
 
     Args:
         model: what holds them.
-        asked: told a watched module; whether the settings ask for a selection in it. The others
-            may be computed by anything.
+        asked: is told a watched module; returns whether the settings ask for a selection in it. The
+            others may be computed by anything.
     """
     if not hasattr(model, _NAMES):
         model.register_forward_pre_hook(_check_present)
@@ -60,7 +60,7 @@ def refuse_replaced(module: nn.Module, name: str) -> None:
     """Refuses a module in the place of a watched one, unless it is a wrapper around one.
 
     Raises:
-        ValueError: naming it.
+        ValueError: it is another module; the message names it.
     """
     # Pipelines leave an identity where another rank computes.
     if isinstance(module, nn.Identity) or any(map(_is_watched, module.modules())):

@@ -1,4 +1,4 @@
-"""A Hugging Face model to a checkpoint of ours that any layout loads.
+"""Imports a Hugging Face model as a checkpoint of ours that any layout loads.
 
 The checkpoint holds weights only, at step 0: ``checkpoint.initialize=PATH`` starts a run with them.
 """
@@ -54,7 +54,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Upcycling:
-    """Make a dense model one with experts, each a copy of the dense MLP."""
+    """Describes how a dense model becomes one with experts, each a copy of the dense MLP."""
 
     experts: int
     experts_per_token: int
@@ -62,7 +62,7 @@ class Upcycling:
 
 @dataclass(frozen=True)
 class Import:
-    """What is to be imported, checked against the headers of its files."""
+    """Describes what is to be imported, checked against the headers of its files."""
 
     folder: Path
     settings: ImportedSettings
@@ -73,7 +73,7 @@ class Import:
     origin: Origin
 
     def dtypes(self, weights: HFWeights, wanted: torch.dtype | None) -> dict[str, torch.dtype]:
-        """The dtype of each of our tensors: ``wanted``, or one that holds what it is made of."""
+        """Returns the dtype of each of our tensors: ``wanted``, or one that holds its parts."""
         parts: dict[str, set[torch.dtype]] = {}
         for rule in self.table:
             parts.setdefault(rule.ours, set()).update(
@@ -91,7 +91,7 @@ class Import:
 
 
 def load_hf_config(folder: Path) -> PreTrainedConfig:
-    """A local model's configuration, without running code of its own.
+    """Reads a local model's configuration, without running code of its own.
 
     Raises:
         ValueError: none there, or one that only its own code understands.
@@ -113,7 +113,7 @@ def load_hf_config(folder: Path) -> PreTrainedConfig:
 
 
 def plan_import(folder: Path, weights: HFWeights, *, upcycling: Upcycling | None = None) -> Import:
-    """Decide which tensor goes where, and check that all are there and nothing else is.
+    """Decides which tensor goes where, and checks that all are there and nothing else is.
 
     Raises:
         ValueError: a configuration that is not supported; a tensor missing, extra or of another
@@ -133,7 +133,7 @@ def plan_import(folder: Path, weights: HFWeights, *, upcycling: Upcycling | None
 
 
 def _check_keys(folder: Path, model: ModelConfig, mone: MoNEConfig | None) -> None:
-    """The checks of a run, on the keys that the import prints for one.
+    """Checks, as a run does, the keys that the import prints for one.
 
     Raises:
         ValueError: a line for each key that no run could have.
@@ -153,7 +153,7 @@ def _check_keys(folder: Path, model: ModelConfig, mone: MoNEConfig | None) -> No
 
 
 def _expert_names(settings: ImportedSettings, weights: HFWeights) -> ExpertNames:
-    """How this model's experts are stored: transformers itself writes either way."""
+    """Returns how this model's experts are stored: transformers itself writes either way."""
     if any(name.endswith(".experts.gate_up_proj") for name in weights.names):
         return FUSED
     names = settings.architecture.experts
@@ -219,7 +219,7 @@ def _check_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def _framing(folder: Path) -> Framing:
-    """The special tokens around documents, as of whatever reads the model's texts."""
+    """Returns the special tokens around documents, as of whatever reads the model's texts."""
     tokenizer = load_tokenizer(folder)
     try:
         eod: int | None = end_of_document(tokenizer)
@@ -239,7 +239,7 @@ def run_import(
     check: Callable[[Path], None],
     progress: Callable[[str], None],
 ) -> Path:
-    """Write the checkpoint ``output/checkpoints/step_00000000``, tensor by tensor.
+    """Writes the checkpoint ``output/checkpoints/step_00000000``, tensor by tensor.
 
     Args:
         planned: from :func:`plan_import`.
@@ -248,11 +248,11 @@ def run_import(
         dtype: of the weights; None keeps that of each tensor.
         seed: for the routers of an upcycled model.
         name: of the model, for people.
-        check: called with the checkpoint before ``output`` is there; raises to refuse it.
-        progress: told of each layer.
+        check: is called with the checkpoint before ``output`` is there; raises to refuse it.
+        progress: is told of each layer.
 
     Returns:
-        The checkpoint.
+        The checkpoint's folder.
 
     Raises:
         ValueError: a weight that is all zero or not finite; nothing is left then.
@@ -295,7 +295,7 @@ def _take(rule: Rule, weights: HFWeights, writer: TensorWriter, dtype: torch.dty
 
 
 def _new_routers(planned: Import, seed: int) -> Iterable[tuple[str, Tensor]]:
-    """Routers that an upcycled model has and its dense origin has not: drawn as a new model's."""
+    """Yields name and weight of an upcycled model's routers, drawn as a new model's."""
     if planned.upcycling is None:
         return
     model = planned.model
@@ -332,7 +332,10 @@ def _facts(planned: Import, config: Config, dtype: torch.dtype) -> dict[str, Any
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    """As :func:`mone_megatron.train.resume.identity.run_identity` names settings."""
+    """Returns settings by dotted names.
+
+    They are those of :func:`mone_megatron.train.resume.identity.run_identity`.
+    """
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{prefix}.{key}"
@@ -344,9 +347,9 @@ def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_overrides(model: ModelConfig, mone: MoNEConfig | None = None) -> list[str]:
-    """The Hydra overrides that make ``model.*`` that of an imported checkpoint.
+    """Returns the Hydra overrides that make ``model.*`` that of an imported checkpoint.
 
-    And ``mone.*`` where the imported model selects neurons itself.
+    They set ``mone.*``, too, where the imported model selects neurons itself.
     """
     settings, defaults = (
         _flat("model", asdict(of_model)) | _flat("mone", asdict(of_mone))

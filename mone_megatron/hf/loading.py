@@ -1,4 +1,4 @@
-"""Any model as a transformers model: an export, a Hugging Face folder, a run or a checkpoint."""
+"""Loads any model as one of transformers: an export, a Hugging Face folder, a run, a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mone_megatron.hf.text_format import follow, framing_of_folder
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can be evaluated."""
+    """Holds a model that can be evaluated."""
 
     # In evaluation mode.
     model: PreTrainedModel
@@ -43,7 +43,7 @@ class LoadedModel:
 
 
 def _silent(message: str) -> None:
-    """Say nothing."""
+    """Says nothing."""
 
 
 def load_model(
@@ -54,14 +54,15 @@ def load_model(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = _silent,
 ) -> LoadedModel:
-    """Load a model, whatever it is stored as.
+    """Loads a model, whatever it is stored as.
 
     Args:
         where: a folder: an export of ours, any transformers model, a run (its newest checkpoint
             that verifies) or one checkpoint; or a model's name on the Hub.
         dtype: of the weights; None for their own. ``fp32`` takes a checkpoint's masters.
         device: as torch names it.
-        trust_remote_code: run code that lies beside the weights (exports of ours need none here).
+        trust_remote_code: whether to run code that lies beside the weights (exports of ours need
+            none here).
         say: is told what was chosen.
 
     Raises:
@@ -113,7 +114,9 @@ def _model_type(folder: Path) -> str:
 
 
 def build_from_checkpoint(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The transformers model of a checkpoint, in memory: what its export would load as.
+    """Builds in memory the transformers model that a checkpoint's export would load as.
+
+    ``dtype`` is the weights'; None takes that of most weights.
 
     Raises:
         ValueError: see :func:`~mone_megatron.hf.export.check_complete`.

@@ -1,4 +1,4 @@
-"""Our tensors and theirs: a rule for each tensor (or expert), both ways, in the order of layers.
+"""Maps our tensors to theirs and back: a rule for each tensor (or expert), in layers' order.
 
 A rule is exact: its two directions are slices, concatenations and transpositions, so a round trip
 is bitwise. The only numbers that one side has and the other has not are the padding rows of our
@@ -35,7 +35,7 @@ def _tuple(tensor: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Rule:
-    """The same numbers on both sides."""
+    """Says that one of our tensors, or a row of it, holds the same numbers as some of theirs."""
 
     # Our tensor, its shape, and which row of its first axis this is about; None for all of it.
     ours: str
@@ -48,11 +48,11 @@ class Rule:
 
     @property
     def our_shape(self) -> Shape:
-        """Of what the two functions take and give: of the row, if it is one."""
+        """Returns the shape of what the two functions take and give: the row's, if it is one."""
         return self.shape if self.row is None else self.shape[1:]
 
     def export(self, ours: Tensor) -> list[tuple[str, Tensor]]:
-        """Their tensors by name, contiguous."""
+        """Returns their tensors with their names, contiguous, made of our tensor (or row)."""
         assert ours.shape == self.our_shape, (self.ours, ours.shape, self.our_shape)
         made = [tensor.contiguous() for tensor in self.to_theirs(ours)]
         for tensor, (name, shape) in zip(made, self.theirs, strict=True):
@@ -60,7 +60,7 @@ class Rule:
         return [(name, tensor) for tensor, (name, _) in zip(made, self.theirs, strict=True)]
 
     def take(self, theirs: tuple[Tensor, ...]) -> Tensor:
-        """Our tensor (or row), contiguous."""
+        """Returns our tensor (or row), contiguous, made of theirs."""
         ours = self.to_ours(theirs).contiguous()
         assert ours.shape == self.our_shape, (self.ours, ours.shape, self.our_shape)
         return ours
@@ -73,7 +73,7 @@ def rules(
     experts: ExpertNames | None = None,
     mone: MoNEConfig | None = None,
 ) -> Iterator[Rule]:
-    """Every tensor of a model, in the order of its layers.
+    """Yields the rules of every tensor of a model, in the order of its layers.
 
     Args:
         model: ours.
@@ -94,7 +94,7 @@ def rules(
 
 
 def _rule_state(model: ModelConfig, mone: MoNEConfig, layer: int) -> Iterator[Rule]:
-    """The state of the selection rule in a layer, a number of each expert."""
+    """Yields the rules of a selection rule's state in a layer: a number for each expert."""
     block = f"layers.{layer}.mlp."
     # Name of the module in ours and theirs, neurons and experts.
     places = {
@@ -156,7 +156,10 @@ def _layer(
 
 
 def _grouped_attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Rule]:
-    """Ours interleaves groups: R query heads, a key head and a value head of each group."""
+    """Yields the rules of grouped-query attention.
+
+    Ours interleaves groups: R query heads, a key head and a value head of each group.
+    """
     hidden, groups = model.hidden_size, model.num_query_groups
     head = model.head_dim or hidden // model.num_attention_heads
     per_group = model.num_attention_heads // groups
@@ -191,7 +194,7 @@ def _grouped_attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[R
 
 
 def _latent_attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Rule]:
-    """Multi-latent attention: the same matrices, with other names."""
+    """Yields the rules of multi-latent attention: the same matrices, with other names."""
     mla, hidden, heads = model.mla, model.hidden_size, model.num_attention_heads
     queries = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
     latent = mla.kv_lora_rank
@@ -216,7 +219,7 @@ def _latent_attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Ru
 
 
 def _mlp(model: ModelConfig, width: int, ours: str, theirs: str) -> Iterator[Rule]:
-    """A dense gated MLP; ours holds gate and up in one matrix."""
+    """Yields the rules of a dense gated MLP; ours holds gate and up in one matrix."""
     hidden = model.hidden_size
     yield Rule(
         f"{ours}linear_fc1.weight",
@@ -251,7 +254,7 @@ def _moe(
 def _fused_experts(
     model: ModelConfig, ours: str, theirs: str, names: ExpertNames
 ) -> Iterator[Rule]:
-    """Both hold all experts in two tensors; ours is neuron-major in both."""
+    """Yields the rules of experts in two tensors on both sides; ours is neuron-major in both."""
     experts, width, hidden = model.num_experts, model.expert_ffn_hidden_size, model.hidden_size
     yield Rule(
         f"{ours}gate_up_weight",
@@ -272,7 +275,7 @@ def _fused_experts(
 def _split_experts(
     model: ModelConfig, ours: str, theirs: str, names: ExpertNames
 ) -> Iterator[Rule]:
-    """Theirs are three matrices an expert."""
+    """Yields the rules of experts that are three matrices each on their side."""
     prefixes = [f"{theirs}.{expert}" for expert in range(model.num_experts)]
     yield from _expert_matrices(model, ours, prefixes, names)
 
@@ -280,7 +283,7 @@ def _split_experts(
 def _copied_experts(
     model: ModelConfig, ours: str, theirs: str, names: ExpertNames
 ) -> Iterator[Rule]:
-    """Theirs is one dense MLP; each of our experts is a copy of it. One way only."""
+    """Yields the rules that make each of our experts a copy of a dense MLP. One way only."""
     block = theirs.removesuffix(".experts")
     yield from _expert_matrices(model, ours, [block] * model.num_experts, names)
 

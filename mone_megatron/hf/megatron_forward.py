@@ -1,6 +1,6 @@
-"""A checkpoint's Megatron model in one process on the CPU, which conversions are checked against.
+"""Runs a checkpoint's Megatron model in one process on the CPU, to check conversions against.
 
-Not for training: no optimizer, no data parallelism, weights straight from the checkpoint.
+It is not for training: no optimizer, no data parallelism, weights straight from the checkpoint.
 
 Shape suffixes: B sequences, S positions, V vocabulary, T rows of an expert, F neurons.
 """
@@ -25,7 +25,7 @@ _PATIENCE_SECONDS = 600
 
 
 class MegatronForward:
-    """Logits and choices of a checkpoint, computed by the training model in fp32."""
+    """Computes a checkpoint's logits and choices with the training model, in fp32."""
 
     def __init__(self, model: torch.nn.Module, vocab_size: int) -> None:
         self._model = model
@@ -33,13 +33,13 @@ class MegatronForward:
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """fp32 ``[B, S, V]``, of the true vocabulary."""
+        """Returns logits of tokens ``[B, S]``, fp32 ``[B, S, V]`` over the true vocabulary."""
         positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
         logits: Tensor = self._model(tokens_BS, positions_BS, attention_mask=None)
         return logits.float()[..., : self._vocab_size]
 
     def logits_and_choices(self, tokens_BS: Tensor) -> tuple[Tensor, list[LayerChoices]]:
-        """:meth:`logits`, and which experts and neurons each token used, layer by layer."""
+        """Returns :meth:`logits`, and each MoE layer's choices of experts and neurons."""
         from megatron.core.transformer.moe.router import TopKRouter
 
         from mone_megatron.mone.experts import GroupedExperts
@@ -76,14 +76,14 @@ class MegatronForward:
 
 
 def _alone(config: Config) -> Config:
-    """The same model in one process in fp32."""
+    """Returns the configuration of the same model in one process in fp32."""
     device = DeviceConfig(kind="cpu", dtype="fp32")
     return replace(config, parallel=ParallelConfig(), device=device)
 
 
 @contextmanager
 def megatron_forward(source: Source, *, dtype: torch.dtype | None) -> Iterator[MegatronForward]:
-    """Build the model and load its weights; process groups are closed at the end.
+    """Yields a checkpoint's model with its weights; closes process groups at the end.
 
     It computes in fp32 with the weights that an export in ``dtype`` holds: rounded to it, or as
     they are stored (None).

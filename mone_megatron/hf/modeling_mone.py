@@ -1,4 +1,4 @@
-"""The exported model for transformers: Qwen3-MoE's with our family's choices and neuron selection.
+"""Defines the exported model for transformers: Qwen3-MoE's, with our choices and selection.
 
 Everything that is not a choice of ours is transformers' own code, by inheritance, so generation,
 caches, attention implementations, gradient checkpointing, PEFT and ``Trainer`` come with it. This
@@ -57,7 +57,7 @@ def _settings(config: MoneConfig, target: str) -> NeuronSettings | None:
 
 
 def _checked_settings(config: MoneConfig, target: str, neurons: int) -> NeuronSettings | None:
-    """Returns the settings of an MLP of ``neurons`` neurons; None where all of them are kept.
+    """Returns the settings of an MLP of ``neurons`` neurons; None where it is not to select.
 
     Raises:
         ValueError: the settings are wrong, or wrong for an MLP of this width.
@@ -69,10 +69,10 @@ def _checked_settings(config: MoneConfig, target: str, neurons: int) -> NeuronSe
 
 
 class AllHeadsRMSNorm(nn.Module):
-    """RMSNorm over all heads of a token together (OLMoE); ``[..., heads, head_dim]``.
+    """Normalises ``[..., heads, head_dim]`` by an RMSNorm over all heads together (OLMoE).
 
-    No subclass of the library's norm: kernels that replace that one's forward (``use_kernels``)
-    replace its subclasses', too, by a norm over the last axis.
+    It is no subclass of the library's norm: kernels that replace that one's forward
+    (``use_kernels``) replace its subclasses', too, by a norm over the last axis.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -81,7 +81,7 @@ class AllHeadsRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise over the last two axes, in fp32."""
+        """Returns the input, normalised over its last two axes in fp32."""
         flat = hidden_states.flatten(-2).float()
         scale = torch.rsqrt(flat.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         normed = self.weight * (flat * scale).to(hidden_states.dtype)
@@ -89,7 +89,7 @@ class AllHeadsRMSNorm(nn.Module):
 
 
 class MoneAttention(Qwen3MoeAttention):
-    """GQA with the family's norms and biases."""
+    """Computes GQA with the family's norms and biases."""
 
     def __init__(self, config: MoneConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -111,7 +111,7 @@ class MoneAttention(Qwen3MoeAttention):
 
 
 class MoneLatentAttention(DeepseekV2Attention):
-    """Multi-latent attention as DeepSeek-V2 has it."""
+    """Computes multi-latent attention as DeepSeek-V2 does, with our epsilon in its norms."""
 
     def __init__(self, config: MoneConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ class MoneLatentAttention(DeepseekV2Attention):
 
 
 class MoneMLP(Qwen3MoeMLP):
-    """A dense layer or shared expert, with neuron selection where the settings say so."""
+    """Computes a dense layer or shared expert, with neuron selection where the settings say so."""
 
     def __init__(self, config: MoneConfig, intermediate_size: int, target: str) -> None:
         super().__init__(config, intermediate_size)
@@ -133,7 +133,7 @@ class MoneMLP(Qwen3MoeMLP):
         watch(self, asked_to_select)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., h]`` to ``[..., h]``."""
+        """Returns the output ``[..., h]`` of tokens ``[..., h]``."""
         note_selected(self)
         if self.neurons is None:
             output: Tensor = super().forward(x)
@@ -150,7 +150,7 @@ class MoneMLP(Qwen3MoeMLP):
 
     @torch.no_grad()
     def _down_norm(self) -> Tensor:
-        """The norm of each neuron's row of the down projection, fp32 ``[F]``, of this rank."""
+        """Returns the norm of each of this rank's rows of the down projection, fp32 ``[F]``."""
         weight = self.down_proj.weight
         if isinstance(weight, DTensor):
             weight = weight.to_local()
@@ -159,7 +159,7 @@ class MoneMLP(Qwen3MoeMLP):
 
 @use_experts_implementation
 class MoneExperts(nn.Module):
-    """The routed experts' weights; computed by transformers' experts implementations."""
+    """Holds the routed experts' weights, which transformers' implementations compute with."""
 
     def __init__(self, config: MoneConfig) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class MoneExperts(nn.Module):
         watch_experts(self)
 
     def forward(self, *args: Tensor) -> Tensor:
-        """Not computed eagerly."""
+        """Raises an error: the eager way would not select neurons."""
         raise ValueError(
             'experts_implementation "eager" does not select neurons; use "mone" or '
             '"mone_batched_mm" ("grouped_mm" computes all neurons)'
@@ -182,7 +182,7 @@ class MoneExperts(nn.Module):
 
 
 class MoneTopKRouter(Qwen3MoeTopKRouter):
-    """megatron-core's routing, computed in fp32."""
+    """Routes as megatron-core does, computed in fp32."""
 
     def __init__(self, config: MoneConfig) -> None:
         super().__init__(config)
@@ -198,7 +198,7 @@ class MoneTopKRouter(Qwen3MoeTopKRouter):
             self.e_score_correction_bias = None
 
     def _choose(self, scores_NA: Tensor) -> Tensor:
-        """The experts with the largest scores, ``[N, K]``, within the best groups if there are."""
+        """Returns the experts of the largest scores ``[N, K]``, in the best groups if there are."""
         if self.topk_groups:
             scores_NGE = scores_NA.unflatten(-1, (self.groups, -1))
             # A group is as good as its best (K / chosen groups) experts together.
@@ -209,7 +209,7 @@ class MoneTopKRouter(Qwen3MoeTopKRouter):
         return scores_NA.topk(self.top_k, dim=-1).indices
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``[N, A]``, the weights and the numbers of the chosen experts ``[N, K]``."""
+        """Returns logits ``[N, A]``, and the chosen experts' weights and numbers ``[N, K]``."""
         tokens_NH = hidden_states.reshape(-1, self.hidden_dim)
         logits_NA = F.linear(tokens_NH.float(), self.weight.float())
         if self.score_function == "sigmoid":
@@ -233,7 +233,7 @@ class MoneTopKRouter(Qwen3MoeTopKRouter):
 
 
 class MoneSparseMoeBlock(nn.Module):
-    """Router, routed experts, and the shared expert if there is one."""
+    """Computes router, routed experts, and the shared expert if there is one."""
 
     def __init__(self, config: MoneConfig) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class MoneSparseMoeBlock(nn.Module):
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[B, S, H]`` to ``[B, S, H]``."""
+        """Returns the output ``[B, S, H]`` of tokens ``[B, S, H]``."""
         if _settings(self.config, "routed") is not None:
             refuse_replaced(self.experts, "experts")
         tokens_NH = hidden_states.flatten(0, -2)
@@ -262,7 +262,7 @@ class MoneSparseMoeBlock(nn.Module):
 
 
 class MoneDecoderLayer(Qwen3MoeDecoderLayer):
-    """One layer."""
+    """Computes one layer: attention, then a dense MLP or experts."""
 
     def __init__(self, config: MoneConfig, layer_idx: int) -> None:
         with torch.device("meta"):  # what it builds is replaced
@@ -283,7 +283,7 @@ class MoneDecoderLayer(Qwen3MoeDecoderLayer):
 
 
 class MonePreTrainedModel(Qwen3MoePreTrainedModel):
-    """What both classes below share."""
+    """Holds what both classes below share."""
 
     config: MoneConfig
     config_class = MoneConfig
@@ -307,7 +307,7 @@ class MonePreTrainedModel(Qwen3MoePreTrainedModel):
 
 
 class MoneModel(MonePreTrainedModel, Qwen3MoeModel):
-    """The decoder."""
+    """Is the decoder without the output layer."""
 
     def __init__(self, config: MoneConfig) -> None:
         # Past the stock constructors, whose modules are replaced.
@@ -331,7 +331,7 @@ class MoneModel(MonePreTrainedModel, Qwen3MoeModel):
 
 
 class MoneForCausalLM(MonePreTrainedModel, Qwen3MoeForCausalLM):
-    """The language model."""
+    """Is the language model: the decoder and its output layer."""
 
     def __init__(self, config: MoneConfig) -> None:
         # Past the stock constructors, whose modules are replaced.

@@ -1,4 +1,4 @@
-"""What an imported model's own files say that our settings do not, kept from import to export.
+"""Keeps from import to export what an imported model's files say and our settings do not.
 
 The import writes it into its checkpoint's facts, a run that begins with that checkpoint into its
 own, and the export puts back what training did not change: special tokens, sliding windows,
@@ -31,7 +31,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class Origin:
-    """The files of the model that a run's weights began as."""
+    """Holds what the files of the model say that a run's weights began as."""
 
     # config.json and generation_config.json as they are (an empty one if there is none).
     config: dict[str, Any]
@@ -41,10 +41,10 @@ class Origin:
 
     @classmethod
     def read(cls, folder: Path) -> Origin:
-        """Reads a model's folder.
+        """Reads the configurations and the tokenizer's digest in a model's folder.
 
         Raises:
-            ValueError: a file that is not a JSON object.
+            ValueError: a file cannot be read or is not a JSON object.
         """
         generation = folder / "generation_config.json"
         return cls(
@@ -55,34 +55,37 @@ class Origin:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Origin | None:
-        """That of a checkpoint; None when its run did not begin with an imported model."""
+        """Returns the origin in a checkpoint's facts; None when its run had no imported model."""
         return cls(**facts[ORIGIN]) if ORIGIN in facts else None
 
     def to_facts(self) -> dict[str, Any]:
-        """For the facts of a checkpoint, under ``ORIGIN``."""
+        """Returns what a checkpoint's facts hold of it, under ``ORIGIN``."""
         return asdict(self)
 
     @property
     def model_type(self) -> str:
-        """As transformers names it."""
+        """Returns its model type as transformers names it: ``qwen3_moe``."""
         return str(self.config["model_type"])
 
     def standard_config(self) -> PreTrainedConfig:
-        """Its configuration as transformers reads it, defaults and new names of keys filled in."""
+        """Returns its configuration as transformers reads it.
+
+        Defaults are filled in, and keys have their new names.
+        """
         settings = {key: value for key, value in self.config.items() if key != "model_type"}
         config = AutoConfig.for_model(self.model_type, **settings)
         assert isinstance(config, PreTrainedConfig)
         return config
 
     def has_tokenizer(self, folder: Path) -> bool:
-        """Whether a folder holds its tokenizer."""
+        """Returns whether a folder's tokenizer.json is the imported model's, byte for byte."""
         path = folder / "tokenizer.json"
         return path.is_file() and sha256_file(path) == self.tokenizer_sha256
 
     def merged(
         self, now: Mapping[str, Any], then: Mapping[str, Any] | None, known: frozenset[str]
     ) -> dict[str, Any]:
-        """Our settings, with its own where training changed nothing.
+        """Returns our settings, with the imported model's where training changed nothing.
 
         Args:
             now: our settings of the model that is exported.
@@ -102,9 +105,10 @@ class Origin:
         return result
 
     def as_it_was_written(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """A saved configuration with the values that transformers reads as if they were others.
+        """Returns a saved configuration that spells values as the imported model's file did.
 
-        Such as ``sliding_window`` beside ``use_sliding_window=false``, which it reads as null.
+        transformers reads some values as others (``sliding_window`` beside
+        ``use_sliding_window=false`` as null), and saves what it read.
 
         Args:
             saved: what transformers saved, of the same architecture.

@@ -1,4 +1,4 @@
-"""Neuron selection when several ranks hold parts of the same expert or MLP.
+"""Selects neurons when several ranks hold parts of the same expert or MLP.
 
 transformers' tensor parallelism splits neurons: each rank computes some of them and the down
 projection's results are summed. The neurons of a token are ranked over all ranks that share them,
@@ -24,7 +24,7 @@ from mone_megatron.kernels.reference import topk_mask
 
 @dataclass(frozen=True)
 class Neurons:
-    """The neurons of one expert or MLP: how many there are, and which ranks compute them.
+    """Describes the neurons of one expert or MLP: how many, and which ranks compute them.
 
     Attributes:
         owner: whose they are, for errors.
@@ -68,18 +68,18 @@ class Neurons:
         return cls(owner, int(weight.shape[axis]), mesh, along[0]) if along else cls(owner, count)
 
     def widths(self) -> list[int]:
-        """Returns how many each rank computes, as torch shards a dimension."""
+        """Returns how many neurons each rank computes, as torch shards a dimension."""
         most = -(-self.count // self.size)
         return [min(max(self.count - rank * most, 0), most) for rank in range(self.size)]
 
     @property
     def rank(self) -> int:
-        """This rank's place among those that share the neurons."""
+        """Returns this rank's place among those that share the neurons; 0 for one alone."""
         return 0 if self.mesh is None else self.mesh.get_local_rank(self.dim)
 
     @property
     def size(self) -> int:
-        """How many ranks share the neurons."""
+        """Returns how many ranks share the neurons; 1 where they are not split."""
         return 1 if self.mesh is None else self.mesh.size(self.dim)
 
     def sum(self, part: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Our model settings as a Hugging Face configuration, and back.
+"""Turns our model settings into a Hugging Face configuration, and back.
 
 Reading refuses what our model cannot compute, by the key of their configuration, instead of
 leaving it out.
@@ -34,7 +34,7 @@ _LATENT_EPS = 1e-6
 
 @dataclass(frozen=True)
 class ImportedSettings:
-    """What a Hugging Face configuration says, in our terms."""
+    """Holds what a Hugging Face configuration says, in our terms."""
 
     architecture: Architecture
     model: ModelConfig
@@ -57,7 +57,7 @@ def to_hf_config(
     token_ids: dict[str, Any],
     origin: Origin | None = None,
 ) -> PreTrainedConfig:
-    """The configuration of an exported model.
+    """Returns the configuration of an exported model.
 
     What training does not change, and what our settings do not say, is as in the model that was
     imported, if one was. Its ``max_position_embeddings`` is the larger of that model's and
@@ -73,6 +73,9 @@ def to_hf_config(
         dtype: of the weights, as torch names it.
         token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``; None for none.
         origin: of the model that was imported; None when none was.
+
+    Raises:
+        ValueError: transformers has no such activation.
     """
     if model.activation not in ACT2FN:
         raise ValueError(
@@ -105,7 +108,7 @@ def to_hf_config(
 def _settings(
     model: ModelConfig, mone: MoNEConfig, architecture: Architecture, vocab_size: int
 ) -> dict[str, Any]:
-    """What our settings say in the words of an architecture."""
+    """Returns what our settings say in the words of an architecture."""
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": model.hidden_size,
@@ -226,7 +229,7 @@ def _mone_settings(model: ModelConfig, mone: MoNEConfig) -> dict[str, Any]:
 
 
 def from_hf_config(config: PreTrainedConfig, where: str) -> ImportedSettings:
-    """Our settings of a Hugging Face model.
+    """Returns our settings of a Hugging Face model.
 
     Args:
         config: loaded by transformers, so that defaults are filled in.
@@ -313,7 +316,7 @@ def _unsupported(architecture: Architecture, values: dict[str, Any]) -> Iterator
 
 
 def _weight_is_always_1(kind: str, values: dict[str, Any]) -> bool:
-    """Whether the one expert of a token has the weight 1, whatever its score."""
+    """Returns whether the one expert of a token has the weight 1, whatever its score."""
     softmax = values.get("router_score_function", "softmax") == "softmax"
     normalized = kind == "mixtral" or values.get("norm_topk_prob", False)
     return softmax and normalized and values.get("num_experts_per_tok") == 1

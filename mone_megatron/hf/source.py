@@ -1,4 +1,4 @@
-"""A run or a checkpoint of ours, opened for reading on one machine: verified, layout and all."""
+"""Opens a run or a checkpoint of ours, verified, on one machine, whatever layout wrote it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MASTER = "optimizer.master."
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be exported, evaluated or continued."""
+    """Describes a checkpoint that is to be exported, evaluated or continued."""
 
     checkpoint: Checkpoint
     reader: TensorReader
@@ -40,18 +40,22 @@ class Source:
 
     @property
     def model(self) -> ModelConfig:
-        """Its shape."""
+        """Returns the settings of the model."""
         return self.config.model
 
     @property
     def mone(self) -> MoNEConfig:
-        """Neuron selection as it was at the checkpoint's step."""
+        """Returns the settings of neuron selection as they were at the checkpoint's step."""
         mone = self.config.mone
         return replace(mone, keep_ratio=mone.keep_ratio_at(self.checkpoint.step))
 
     @property
     def architecture(self) -> Architecture:
-        """As what it is exported: what it was imported as while that holds it, else what does."""
+        """Returns what it is exported as.
+
+        That is what it was imported as while that holds it, else what
+        :func:`~mone_megatron.hf.architectures.choose` says.
+        """
         mone = self.mone.enabled
         if self.origin is not None:
             own = BY_TYPE[self.origin.model_type]
@@ -61,12 +65,12 @@ class Source:
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The tokenizer it was trained with."""
+        """Returns the folder of the tokenizer it was trained with, which need not be there."""
         return self.checkpoint.path / "tokenizer"
 
     @property
     def framing(self) -> Framing:
-        """The special tokens around the documents that it was trained on.
+        """Returns the special tokens around the documents that it was trained on.
 
         Raises:
             ValueError: what the checkpoint says of them is damaged.
@@ -89,21 +93,21 @@ class Source:
 
     @property
     def eos_token_id(self) -> int | None:
-        """What ends a document; None when there is no tokenizer or it names none."""
+        """Returns the id that ends a document; None without a tokenizer or where it names none."""
         return self.framing.eod
 
     @property
     def origin(self) -> Origin | None:
-        """The model of others that its weights began as, if they did."""
+        """Returns the model of others that its weights began as; None when there was none."""
         return Origin.from_facts(self.checkpoint.facts)
 
     @property
     def token_ids(self) -> dict[str, Any]:
-        """The special tokens of a configuration: ``bos_token_id`` and the like.
+        """Returns the special tokens of a configuration: ``bos_token_id`` and the like.
 
-        Those of the model that was imported while its tokenizer is the same, but for what stood
-        around the documents of the training. Otherwise that, and the ``pad_token`` that the
-        tokenizer's settings name; what ends a document pads where they name none.
+        While the tokenizer is the imported model's, they are that model's, but for those that stood
+        around the documents of the training. Otherwise they are those, and the ``pad_token`` that
+        the tokenizer's settings name; where they name none, what ends a document pads.
         """
         begin, end = (self.framing.opening or (None,))[-1], self.framing.eod
         if self.origin is not None and self.origin.has_tokenizer(self.tokenizer_dir):
@@ -128,7 +132,7 @@ class Source:
 
     @property
     def weights(self) -> dict[str, TensorInfo]:
-        """The model's tensors, without the optimizer's."""
+        """Returns shape and dtype of the model's tensors by name, without the optimizer's."""
         return {
             name: info
             for name, info in self.reader.tensors.items()
@@ -137,21 +141,22 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most weights."""
+        """Returns the dtype of most elements of the weights."""
         return main_dtype(
             (info.dtype, torch.Size(info.shape).numel()) for info in self.weights.values()
         )
 
     def read(self, name: str, row: int | None = None, *, dtype: torch.dtype | None) -> Tensor:
-        """A weight as it is exported: in the best precision that ``dtype`` can use.
+        """Reads a weight as it is exported: in the best precision that ``dtype`` can use.
 
         Args:
             name: of the weight.
             row: of its first axis; None for all of it.
-            dtype: to convert to (fp32 takes the master where there is one); None for its own.
+            dtype: what to convert to (fp32 takes the master where there is one); None for its own.
 
         Returns:
-            On the CPU. A bias that chooses experts is fp32 whatever ``dtype`` is.
+            The tensor, on the CPU. A bias that chooses experts, or a selection rule's state, is
+            fp32 whatever ``dtype`` is.
         """
         master = MASTER + name
         exact = dtype is torch.float32 and master in self.reader.tensors
@@ -167,12 +172,12 @@ def _named_eod(tokenizer: LoadedTokenizer) -> int | None:
 
 
 def is_ours(where: Path) -> bool:
-    """Whether a folder is a run or a checkpoint of ours rather than a Hugging Face model."""
+    """Returns whether a folder is a run or a checkpoint of ours, not a Hugging Face model."""
     return (where / "manifest.json").is_file() or (where / "checkpoints").is_dir()
 
 
 def open_source(where: Path, *, say: Callable[[str], None]) -> Source:
-    """Open a run's newest checkpoint that verifies, or the checkpoint ``where``.
+    """Opens a run's newest checkpoint that verifies, or the checkpoint ``where``.
 
     Args:
         where: a run's folder (``run.dir``), its ``checkpoints``, or one checkpoint.

@@ -1,4 +1,4 @@
-"""How a Hugging Face folder says what stands around the documents that its model was trained on."""
+"""Reads and writes what a folder says of the special tokens around a model's documents."""
 
 from __future__ import annotations
 
@@ -87,5 +87,5 @@ def write_tokenizer(source: Path, folder: Path, framing: Framing) -> None:
 
 
 def _content(token: Any) -> Any:
-    """The text of a special token, which settings give as text or as an object."""
+    """Returns the text of a special token, which settings give as text or as an object."""
     return token.get("content") if isinstance(token, dict) else token

@@ -1,4 +1,4 @@
-"""Whether two models are the same: logits on real text, and which experts and neurons tokens use.
+"""Tells whether two models are the same, by logits on real text and choices of each token.
 
 Two programs add in different orders, so a score at the edge of a top-k can fall on either side of
 it by rounding; what follows in that sequence then differs by more than rounding. So sequences are
@@ -51,7 +51,11 @@ _ENOUGH = 0.9
 
 @dataclass
 class LayerChoices:
-    """What one MoE layer chose: ``experts`` ``[N, A]`` bool; the kept neurons ``[F]`` of (n, a)."""
+    """Holds what one MoE layer chose for each token.
+
+    ``experts`` is bool ``[N, A]``; ``masks`` has, by ``(n, a)``, the neurons that token n keeps in
+    expert a, bool ``[F]``, and is empty where the layer does not select.
+    """
 
     experts: Tensor
     masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -59,7 +63,7 @@ class LayerChoices:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome of one verification; differences are those of compared tokens."""
+    """Holds the outcome of one verification; differences are those of compared tokens."""
 
     tokens: int
     # Of the logits of each compared token: their root mean square, and the largest and the root
@@ -72,23 +76,26 @@ class Comparison:
 
     @property
     def compared(self) -> int:
-        """The number of tokens that were compared."""
+        """Returns the number of tokens that were compared."""
         return self.scale_C.numel()
 
     @property
     def largest_difference(self) -> float:
-        """The difference of two logits at the token that differs most, over its logits' scale."""
+        """Returns the largest difference of two logits, over the scale of their token's logits."""
         # The largest of anything and NaN is NaN, which is never within a bound.
         return float(self.largest_C.max()) if self.compared else 0.0
 
     @property
     def typical_difference(self) -> float:
-        """The difference that half of the tokens do not exceed, over their logits' scale."""
+        """Returns the difference that half of the tokens do not exceed.
+
+        A token's is the root mean square over its logits, over the scale of its logits.
+        """
         return float(self.typical_C.median()) if self.compared else 0.0
 
     @property
     def faults(self) -> list[str]:
-        """What tells the two models apart, in words; empty when they are the same."""
+        """Returns what tells the two models apart, in words; empty when they are the same."""
         found = []
         if self.compared < _ENOUGH * self.tokens:
             found.append(
@@ -109,7 +116,7 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether the two models are the same."""
+        """Returns whether the two models are the same."""
         return not self.faults
 
     @classmethod
@@ -125,7 +132,7 @@ class Comparison:
         )
 
     def describe(self) -> str:
-        """One line for people: the differences, or what is wrong."""
+        """Returns one line for people: the differences, or what is wrong."""
         if self.faults:
             return f"the two models differ: {'; '.join(self.faults)}"
         masks = ""
@@ -190,7 +197,7 @@ def _root_mean_square(values_CV: Tensor) -> Tensor:
 def hf_logits_and_choices(
     model: PreTrainedModel, tokens_BS: Tensor
 ) -> tuple[Tensor, list[LayerChoices]]:
-    """Logits ``[B, S, V]`` of a transformers model, and its choices in the layers with experts."""
+    """Returns fp32 logits ``[B, S, V]`` of a transformers model, and its MoE layers' choices."""
     found: list[LayerChoices] = []
 
     def saw_experts(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

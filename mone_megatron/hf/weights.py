@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder by name: headers checked first, tensors read one by one."""
+"""Reads the weights of a Hugging Face folder by name: first headers, then tensors one by one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 class HFWeights:
-    """The tensors of one folder; see :func:`open_weights`."""
+    """Holds the tensors of one folder, its files open; see :func:`open_weights`."""
 
     def __init__(self, folder: Path, files: dict[str, Any]) -> None:
         self.folder = folder
@@ -28,15 +28,15 @@ class HFWeights:
 
     @property
     def names(self) -> set[str]:
-        """Every tensor."""
+        """Returns the name of every tensor."""
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, from the header."""
+        """Returns the shape of a tensor, from the header."""
         return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """A tensor, on the CPU.
+        """Reads a tensor, onto the CPU.
 
         Raises:
             ValueError: its file is shorter than its header says.
@@ -49,7 +49,7 @@ class HFWeights:
         return tensor
 
     def _stored_as(self, name: str) -> str:
-        """The dtype of a tensor as its file's header names it: ``BF16``."""
+        """Returns the dtype of a tensor as its file's header names it: ``BF16``."""
         return str(self._handles[self._file_of[name]].get_slice(name).get_dtype())
 
     def check_dtypes(self) -> None:
@@ -69,12 +69,12 @@ class HFWeights:
             raise ValueError("\n".join(lines + more))
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor that :meth:`check_dtypes` accepts, from the header."""
+        """Returns the dtype of a tensor that :meth:`check_dtypes` accepts, from the header."""
         return STORED[self._stored_as(name)]
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """The dtype of most elements, of tensors that :meth:`check_dtypes` accepts."""
+        """Returns the dtype of most elements, of tensors that :meth:`check_dtypes` accepts."""
         return main_dtype(
             (self.dtype(name), torch.Size(self.shape(name)).numel()) for name in self.names
         )
@@ -82,7 +82,7 @@ class HFWeights:
 
 @contextmanager
 def open_weights(folder: Path) -> Iterator[HFWeights]:
-    """Open a folder's safetensors files.
+    """Yields the weights of a folder's safetensors files, which are open within the block.
 
     Raises:
         ValueError: none there, pickled weights only, a truncated file, a file missing or outside
@@ -100,7 +100,7 @@ def open_weights(folder: Path) -> Iterator[HFWeights]:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor -> file; empty when there is one file and no index."""
+    """Returns the file of each tensor; empty when there is one file and no index."""
     path = folder / _INDEX
     if not path.is_file():
         if (folder / _SINGLE).is_file():
