@@ -20,7 +20,7 @@ def exit_status(
     Args:
         tool: its name, which begins each line about what went wrong.
         run: the tool; a ValueError or OSError of it is for the user.
-        options: given to ``run``.
+        options: what ``run`` is called with.
 
     Returns:
         0; 2 for what cannot be done, with a line on standard error for each reason; 130 for Ctrl-C.
@@ -65,7 +65,7 @@ def check_at_least_1(options: argparse.Namespace, *names: str) -> None:
     """Checks the options of these names that are given.
 
     Raises:
-        ValueError: naming the one that is smaller.
+        ValueError: when one is smaller; the message names it.
     """
     for name in names:
         value = vars(options)[name]

@@ -22,9 +22,9 @@ def dry_run(
     A corpus that its source makes (``data.source=stdlib``) is made, as the run would.
 
     Args:
-        config: of the run.
-        world: of this process, which need not be one of the run's.
-        processes: of the run.
+        config: the configuration of the run.
+        world: the place of this process, which need not be one of the run's.
+        processes: the number of processes of the run.
         written: key -> the value as it stands on the command line, for what is wrong with it.
 
     Returns:

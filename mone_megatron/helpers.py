@@ -60,11 +60,11 @@ def starting(what: str, otherwise: str = "") -> Iterator[None]:
     """Turns what keeps a thread or process from starting into one line.
 
     Args:
-        what: is started, such as ``2 data loader processes (data.num_workers)``.
+        what: what is started, such as ``2 data loader processes (data.num_workers)``.
         otherwise: how to do without it; "" for no such way.
 
     Raises:
-        HelperError: naming what, why and the fix.
+        HelperError: when it cannot be started; the message says what, why and the fix.
     """
     try:
         yield
@@ -98,8 +98,8 @@ class HelperThread(threading.Thread):
         """Prepares the thread; :meth:`start` starts it.
 
         Args:
-            target: what it does.
-            name: for people.
+            target: the function that the thread calls.
+            name: the thread's name, for people.
             on_failure: is told, in that thread, why it ended before its time; None prints it.
         """
         super().__init__(name=name, daemon=True)

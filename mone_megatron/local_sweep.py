@@ -28,7 +28,7 @@ class LocalSweep:
         Args:
             overrides: the command line without its flags. The runs of an ``ablation=`` are named by
                 its file, and are known only when Hydra reads it.
-            world: whose processes each run has.
+            world: this process among those that each run has.
 
         Raises:
             ConfigError: what any of the runs would be refused for.
@@ -68,8 +68,8 @@ class LocalSweep:
         """Returns the configuration of a run under its own name and in its own folder.
 
         Args:
-            config: of the run.
-            overrides: of the run, as Hydra made them.
+            config: the configuration of the run.
+            overrides: the run's overrides, as Hydra made them.
         """
         known = self._names.get(self._swept_of(overrides))
         if known is not None:

@@ -55,8 +55,8 @@ def fields_of(file: str, name: str) -> Mapping[str, Field]:
     """Returns the fields of one dataclass of the installed megatron-core, those of its bases first.
 
     Args:
-        file: relative to ``megatron/core``.
-        name: the class.
+        file: the path of the source file, relative to ``megatron/core``.
+        name: the name of the class.
 
     Raises:
         ValueError: when megatron-core is not installed, or has no such class.

@@ -56,9 +56,9 @@ class Owner:
     """Describes who holds a lock, as its file says.
 
     Attributes:
-        host: its machine.
-        process: its id there.
-        since: UTC, ISO 8601.
+        host: the machine of the process that holds it.
+        process: the id of that process on its machine.
+        since: when it was taken, UTC, ISO 8601.
         started: when the process began, in the kernel's ticks; 0 where that is not known.
         job: what all processes that were launched together share; empty for a single one.
         allocation: the scheduler's id of its job, which a requeued job keeps; empty without.
@@ -100,7 +100,7 @@ def owned_folder(
         key: the configuration key or the option that names the folder, for messages.
         folder: a link to a folder is that folder.
         what: to be told beside the owner: what the folder is for.
-        job: of all processes that were launched together.
+        job: what all processes that were launched together share.
         allocation: the scheduler's id of this job. The owner's of the same id, unless it runs on
             this machine, is an earlier life of this job, and is waited for.
 
@@ -193,12 +193,12 @@ def await_owner(key: str, folder: Path, *, job: str, patience: float = 5.0) -> N
 
     Args:
         key: the configuration key that names the folder.
-        folder: need not be there.
-        job: of all processes that were launched together.
+        folder: the folder, which need not be there.
+        job: what all processes that were launched together share.
         patience: seconds in which the owner may be ending.
 
     Raises:
-        ValueError: as :func:`owned_folder`.
+        ValueError: as :func:`owned_folder` raises it.
     """
     deadline = time.monotonic() + patience
     path = folder / OWNER_FILE
@@ -224,7 +224,7 @@ def locked(path: Path) -> Iterator[None]:
     that holds it, however that process ends.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: when the file cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _Lock(path)

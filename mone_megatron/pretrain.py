@@ -56,7 +56,7 @@ def pretrain(config: Config, written: Mapping[str, str] | None = None) -> int:
     """Checks everything that can be checked without a device, then trains.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         written: key -> the value as it stands on the command line, for what is wrong with it.
 
     Returns:

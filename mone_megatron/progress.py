@@ -24,10 +24,10 @@ class Progress(ABC):
         """Begins to show the progress, with a bar on a terminal.
 
         Args:
-            title: of the job.
-            total: of the work.
-            bar: more settings of the bar: its unit.
-            stream: where to; standard error by default.
+            title: the title of the job.
+            total: how much work there is, as :meth:`add` counts it.
+            bar: tqdm's settings of the bar, such as its unit.
+            stream: where it is shown; standard error by default.
         """
         self._title, self._total = title, total
         self._stream = stream if stream is not None else sys.stderr

@@ -43,7 +43,7 @@ class WorkerProcesses(Generic[Input, Output]):
 
         Args:
             function: can be pickled, as can its inputs and outputs.
-            count: of processes, at most.
+            count: how many processes there are at most.
             one: one of them in an error, such as ``a tokenizing process (--workers)``.
             many: all of them in an error, such as ``2 tokenizing processes (--workers)``.
             otherwise: how to do without them, such as ``--workers 1 tokenizes in one process``.
@@ -67,7 +67,7 @@ class WorkerProcesses(Generic[Input, Output]):
 
         Raises:
             HelperError: a process could not be started, or was killed.
-            ValueError: raised by the function.
+            ValueError: when the function raises one.
         """
         asked: deque[_Worker] = deque()
         for item in inputs:

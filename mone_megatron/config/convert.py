@@ -54,8 +54,8 @@ def from_dict(
     """Builds ``cls`` from nested dictionaries; absent keys take the dataclass's defaults.
 
     Args:
-        cls: a dataclass.
-        data: its keys and values.
+        cls: the dataclass to build.
+        data: the keys and values of its fields.
         hints: further names to offer when a key is unknown (group options, say).
         typed: dotted key -> the value as the user wrote it (``1e-3``, which is read as 0.001),
             where that is known. What is wrong is told in these words.

@@ -14,7 +14,7 @@ class Layout:
     """Describes how the processes of a run are used.
 
     Attributes:
-        world_size: processes in all.
+        world_size: the number of processes in all.
         data: data-parallel replicas of everything outside the experts.
         expert_data: data-parallel replicas of each expert shard.
         num_microbatches: forward passes of each data-parallel rank in one step.

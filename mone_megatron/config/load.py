@@ -128,7 +128,7 @@ def from_dictconfig(config: DictConfig, typed: Mapping[str, str] | None = None) 
     """Returns the typed config of an OmegaConf tree, whose interpolations are resolved.
 
     Args:
-        config: the tree.
+        config: the OmegaConf tree.
         typed: dotted key -> the value as the user wrote it, where that is known.
 
     Raises:

@@ -35,7 +35,7 @@ class Field:
     """Describes one field of a group.
 
     Attributes:
-        name: without the group.
+        name: the field's name, without the group.
         kind: its type, without marks.
         marks: what its annotation says beside the type.
         default: the value where none is given.

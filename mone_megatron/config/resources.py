@@ -13,7 +13,7 @@ class Resources:
     """Describes the processes, devices and optional packages of a run.
 
     Attributes:
-        world_size: processes in all.
+        world_size: the number of processes in all.
         local_world_size: processes on this machine; None where unknown.
         num_devices: CUDA devices of this machine; None where unknown.
         transformer_engine: whether Transformer Engine is there; None looks, without importing it.

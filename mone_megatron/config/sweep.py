@@ -73,7 +73,7 @@ def folders_of_runs(
     """Returns a folder for a sweep and one in it for each of its runs.
 
     Args:
-        combinations: of the sweep.
+        combinations: the runs of the sweep.
         folders: what ``run.dir`` of each of them says.
         given: whether the command line says ``run.dir``; then it holds the runs, or is made of what
             is swept and stays as it is.

@@ -32,7 +32,7 @@ def validate(
 
     Args:
         config: the whole configuration.
-        world_size: processes in all.
+        world_size: the number of processes in all.
         num_devices: CUDA devices of this machine; None where unknown.
         local_world_size: processes on this machine; None where unknown.
         have_transformer_engine: whether Transformer Engine is there; None looks, without importing

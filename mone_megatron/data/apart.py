@@ -46,8 +46,8 @@ class DocumentsApart:
         """Wraps a dataset.
 
         Args:
-            samples: of packed documents.
-            end_of_text: the token that ends each.
+            samples: the samples of packed documents.
+            end_of_text: the token that ends each document.
         """
         self.samples = samples
         self.end_of_text = end_of_text

@@ -53,7 +53,7 @@ class InputSettings:
         """Checks.
 
         Raises:
-            ValueError: naming the option.
+            ValueError: when an option is wrong; the message names it.
         """
         if self.document_separator == "":
             raise ValueError("--document-separator: is empty; leave it out for a document a file")
@@ -148,7 +148,7 @@ class DocumentReader:
         """Returns what the user is to be told after everything was read: a line for each thing.
 
         Raises:
-            ValueError: nothing but bad records was read.
+            ValueError: when nothing but bad records was read.
         """
         lines = []
         if self.bad and not self.documents:

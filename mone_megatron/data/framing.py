@@ -164,11 +164,11 @@ def framing_of(facts: Mapping[str, Any] | None, *, eod: int | None, where: str) 
 
     Args:
         facts: None for what was made before it was kept: then no document had a BOS.
-        eod: ends a document where the facts do not say.
-        where: for messages.
+        eod: the token that ends a document where the facts do not say.
+        where: the place of the facts, for messages.
 
     Raises:
-        ValueError: the facts are damaged.
+        ValueError: when the facts are damaged.
     """
     if facts is None:
         return Framing((), eod, assumed="made before this was recorded, when none had one")

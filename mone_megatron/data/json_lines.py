@@ -20,7 +20,7 @@ def read_json_lines(
     """Yields the document of each line; lines of white space are left out.
 
     Args:
-        path: for messages.
+        path: the file's name, for messages.
         raw: the open file, for progress.
         stream: ``raw``, or what decompresses it.
         key: holds the text; null is a document without text.

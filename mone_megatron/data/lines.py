@@ -27,7 +27,7 @@ def decode(content: bytes) -> str:
     """Returns the text that ``content`` spells in UTF-8.
 
     Raises:
-        NotUTF8Error: it does not, saying why.
+        NotUTF8Error: when it spells none; the message says why.
     """
     try:
         return content.decode("utf-8")

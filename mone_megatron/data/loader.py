@@ -105,10 +105,10 @@ def build_loader(
     """Yields the microbatches of ``sampler`` in its order.
 
     Args:
-        dataset: where the samples are.
-        sampler: which ones, from which step.
+        dataset: the dataset whose samples are loaded.
+        sampler: which samples are loaded, from which step on.
         num_workers: loader processes; 0 loads in this one. The order does not depend on it.
-        pin: returns tensors in pinned memory (needs CUDA).
+        pin: whether tensors are in pinned memory (needs CUDA).
 
     Returns:
         An iterator over dicts of CPU tensors [micro_batch, seq]: ``tokens``, ``labels``,
@@ -142,7 +142,7 @@ class _FromProcesses(Iterator[Batch]):
         """Starts the processes.
 
         Raises:
-            HelperError: they cannot be started.
+            HelperError: when they cannot be started.
         """
         loader: DataLoader[_Arrays] = DataLoader(
             dataset,  # type: ignore[arg-type]  # a Protocol, not a subclass of Dataset

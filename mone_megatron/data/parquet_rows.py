@@ -23,7 +23,7 @@ def read_parquet(path: Path, column: str, domain: str | None) -> Iterator[Docume
 
     Args:
         path: the file.
-        column: holds the text.
+        column: the column that holds the text.
         domain: another column to read; None for none.
 
     Raises:

@@ -20,7 +20,7 @@ def read_plain_text(
     A byte order mark at the beginning of the file is left out.
 
     Args:
-        path: for messages.
+        path: the file's name, for messages.
         raw: the open file, for progress.
         stream: ``raw``, or what decompresses it.
         separator: stands between documents; None for one document.

@@ -120,7 +120,7 @@ def check_cache(data: DataConfig) -> None:
     """Checks that ``data.cache_dir`` can be written, for the process that writes indices there.
 
     Raises:
-        ConfigError: it cannot; one line.
+        ConfigError: when it cannot, in one line.
     """
     folder = Path(data.cache_dir) / "indices"
     with _cache_refusals(data):

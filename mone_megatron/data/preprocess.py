@@ -114,8 +114,8 @@ def preprocess_files(
             and the folder ``.tokenizer``.
         tokenizer: which tokenizer to use or train.
         inputs: where the text is inside the files.
-        workers: tokenizing processes; the output does not depend on it.
-        overwrite: replaces an existing corpus.
+        workers: how many processes tokenize; the output does not depend on it.
+        overwrite: whether an existing corpus is replaced.
 
     Raises:
         ValueError: bad input (file and line named), an empty corpus, or an existing one.
@@ -161,8 +161,8 @@ def write_corpus(
         prefix: output path without extension.
         tokenizer: which tokenizer to use or train.
         total_bytes: sum of the documents' ``bytes_read``, for progress.
-        workers: tokenizing processes.
-        overwrite: replaces an existing corpus.
+        workers: how many processes tokenize.
+        overwrite: whether an existing corpus is replaced.
     """
     if workers < 1:
         raise ValueError("--workers must be at least 1")

@@ -36,7 +36,7 @@ def check_reading_used(options: argparse.Namespace, *, reads_files: bool) -> Non
     """Checks that the options of :func:`add_reading` that are given have something to act on.
 
     Args:
-        options: parsed.
+        options: the parsed command line.
         reads_files: whether one of the corpora is a file of text.
 
     Raises:
@@ -60,9 +60,9 @@ def reading_settings(
     """Returns the settings that the options of :func:`add_reading` ask for.
 
     Args:
-        options: parsed.
-        json_key: of the text in JSON lines.
-        column: of the text in Parquet.
+        options: the parsed command line.
+        json_key: the key of the text in JSON lines.
+        column: the column of the text in Parquet.
         domain: key or column of each record's domain; None for none.
 
     Raises:

@@ -100,10 +100,10 @@ def sparse_experts(
     Args:
         tokens_NH: fp32, bf16 or fp16.
         experts_NK: int64, the experts of each token.
-        probs_NK: the router's weights of them.
+        probs_NK: the router's weights of those experts.
         weights: of this layer, in the dtype of the tokens.
         keep: the rule of selection.
-        activate: a as a function of g.
+        activate: the function that gives the activation a of the gate projection g.
 
     Returns:
         ``[N, H]`` in the dtype of the tokens.

@@ -100,7 +100,7 @@ class RowGroups:
         """Returns the groups of rows that have these counts.
 
         Args:
-            counts_E: int64, on any device.
+            counts_E: int64, the rows of each expert, on any device.
             counts_on_device_E: the same numbers where the rows lie; None when ``counts_E`` does.
         """
         if counts_on_device_E is None:
@@ -192,11 +192,11 @@ def selected_glu_and_sums(
     Args:
         gate_TF: gate projections, of all neurons of the expert.
         up_TF: up projections.
-        keep: which neurons; not None.
+        keep: which neurons are kept; not None.
         scale_T: the router's probability of each row, or None.
         sums: the sums that are wanted.
-        activate: a as a function of g.
-        packed: the memory mode, see above.
+        activate: the function that gives the activation a of the gate projection g.
+        packed: the memory mode, see the top of this file.
 
     Returns:
         ``[T, F]`` hidden values; ``[S, F]`` fp32 sums over the rows of a segment of the weights;

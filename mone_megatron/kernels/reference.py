@@ -27,7 +27,7 @@ class TopK:
     """Keeps the k neurons of each row whose score is largest, ties to the lowest index.
 
     Attributes:
-        k: how many, 1 to F.
+        k: how many neurons are kept, from 1 to F.
         score: a name in :data:`mone_megatron.methods.scores.SCORES`, of a score that reads nothing
             but gate and up projections.
     """
@@ -65,7 +65,7 @@ class WeightSums:
 
     Attributes:
         segment_T: int64, the segment of each row.
-        segments: S.
+        segments: S, the number of segments.
         weights: |a| at the kept neurons and 0 at others, or |a| at all.
         normalize: divide the weights of each row by their sum.
         in_order: whether ``segment_T`` never decreases.
@@ -92,7 +92,7 @@ def neuron_scores(
         gate_TF: gate projections ``g = x Wg``.
         up_TF: up projections ``u = x Wu``, for scores that read them.
         score: a name in :data:`mone_megatron.methods.scores.SCORES`.
-        activate: a as a function of g.
+        activate: the function that gives the activation a of the gate projection g.
         down_norm_TF: the norm of each neuron's row of the down projection, broadcasting to
             ``[T, F]``, for scores that read it.
 
@@ -115,8 +115,8 @@ def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
     spreads because unselected entries are multiplied by zero rather than overwritten.
 
     Args:
-        scores_TF: any floating dtype.
-        k: 1 to F.
+        scores_TF: the score of each neuron, in any floating dtype.
+        k: how many are kept, from 1 to F.
 
     Returns:
         Bool tensor of the shape of ``scores_TF``.
@@ -156,7 +156,7 @@ def selected_glu(
         up_TF: up projections.
         mask_TF: bool, True at kept neurons; None keeps all.
         scale_T: one factor per row (the router's probability); None for 1.
-        activate: a as a function of g.
+        activate: the function that gives the activation a of the gate projection g.
 
     Returns:
         The input of the down projection, in the dtype of ``gate_TF``. Gradients flow through the
@@ -184,8 +184,8 @@ def weight_sums(
     Args:
         gate_TF: gate projections, of all neurons of the expert.
         mask_TF: bool, True at kept neurons.
-        sums: what is asked.
-        activate: a as a function of g.
+        sums: what is to be summed, and over which rows.
+        activate: the function that gives the activation a of the gate projection g.
 
     Returns:
         ``[S, F]`` fp32 each. Gradients flow through the first.

@@ -83,10 +83,10 @@ def grouped_mm(
     """Returns each expert's rows times its matrix.
 
     Args:
-        rows_TI: sorted by expert.
+        rows_TI: the rows of all experts, sorted by expert.
         weight_EIO: contiguous, or the transpose of a contiguous ``[E, O, I]``: neither is copied.
         counts_E: int64, rows of each expert.
-        gemm: Transformer Engine's unless given.
+        gemm: the function that multiplies; Transformer Engine's unless given.
 
     Returns:
         ``[T, O]``.

@@ -23,7 +23,7 @@ class StepReport:
     """Describes a step, the same on every rank.
 
     Attributes:
-        step: its number, from 1.
+        step: the number of the step, from 1.
         seconds: how long it took by the clock, batches and update included.
         loss: mean next-token cross-entropy over the global batch, in nats.
         grad_norm: the norm of all gradients before clipping; NaN when the loss was refused.
@@ -107,7 +107,7 @@ class HookMethod:
     """Describes one hook that a configuration can name: ``train.hooks`` lists such names.
 
     Attributes:
-        name: as in the configuration.
+        name: the hook's name in the configuration.
         formula: what it records, for tables.
         source: the paper or place that it comes from.
         make: makes the hook of a run from its :class:`mone_megatron.train.session.Session`

@@ -43,7 +43,7 @@ class NeuronLoss:
     """Describes one loss over the use of neurons; ``mone.balance.kind`` names it.
 
     Attributes:
-        name: as in the configuration.
+        name: the loss's name in the configuration.
         formula: what it computes, for tables.
         source: the paper or place that it comes from.
         function: this rank's part of the loss, an fp32 scalar without the coefficient: a sum over

@@ -21,7 +21,7 @@ class Optimizer:
     over data-parallel ranks and schedules the learning rate, whatever the optimizer is.
 
     Attributes:
-        name: as in the configuration.
+        name: the optimizer's name in the configuration.
         formula: what it does, for tables.
         source: the paper or place that it comes from.
         make: makes a torch optimizer of parameter groups (dictionaries with ``params``, ``lr`` and

@@ -16,7 +16,7 @@ class Router:
     """Describes one router; ``model.router.kind`` names it.
 
     Attributes:
-        name: as in the configuration.
+        name: the router's name in the configuration.
         formula: what it computes, for tables.
         source: the paper or place that it comes from.
         reference: ``module:Class`` of a subclass of megatron-core's ``TopKRouter``, which is built

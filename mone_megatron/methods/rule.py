@@ -43,7 +43,7 @@ class Budget:
     Attributes:
         keep_ratio: the target density, ``mone.keep_ratio``: a rule with a fixed count keeps exactly
             ``kept`` neurons of each row, and others come near to it on average.
-        neurons: f, of the whole expert.
+        neurons: f, how many the whole expert has.
         options: an instance of the rule's own options.
     """
 
@@ -78,12 +78,12 @@ class Rows:
 
     Attributes:
         scores_TF: the score of each neuron on this rank.
-        budget: how many to keep, of the whole expert.
+        budget: how many neurons of the whole expert to keep.
         largest_of: gives the exact mask of the k largest values of every row of a matrix, ties to
             the lowest index: as fast as the device allows, and over all ranks that share the row.
             The matrix has a column for each neuron, or for each of equally many adjacent ones.
         expert_T: int64, the expert on this rank that each row belongs to.
-        num_experts: E.
+        num_experts: E, the experts on this rank.
         shards: the other ranks that hold neurons of these rows; None when there are none.
         state: the rule's state, one tensor a name, of shape ``[E]``.
         training: whether the rows are of a training step. A rule that looks at other rows than a
@@ -133,7 +133,7 @@ class Rule:
     """Describes one selection rule; ``mone.rule`` names it.
 
     Attributes:
-        name: as in the configuration.
+        name: the rule's name in the configuration.
         formula: what it keeps, for tables and figures.
         source: the paper or place that it comes from.
         mask: the mask of kept neurons of some rows, bool ``[T, F]``, True at kept ones; called
@@ -197,7 +197,7 @@ class Rule:
 
         Args:
             keep_ratio: the target density, above 0 and at most 1.
-            neurons: f.
+            neurons: f, how many the expert has.
             options: the rule's options by name, as the configuration has them; those left out take
                 their defaults.
 

@@ -38,7 +38,7 @@ class Neurons:
         Args:
             gate_TF: the gate projections g, ``[T, F]``.
             up_TF: the up projections u, ``[T, F]``.
-            activate: a as a function of g.
+            activate: the function that gives the activation a of the gate projection g.
             product_TF: a * u, where the experts compute it in a way of their own; else it is
                 computed of the other parts.
             down_norm_TF: the Euclidean norm of each neuron's row of the down projection, a shape
@@ -88,7 +88,7 @@ class Score:
     """Describes one score; ``mone.score`` names it.
 
     Attributes:
-        name: as in the configuration.
+        name: the score's name in the configuration.
         formula: what it computes, for tables and figures.
         source: the paper or place that it comes from.
         function: the scores of some neurons, of the shape and dtype of the gate. Row by row and

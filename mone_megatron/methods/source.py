@@ -18,7 +18,7 @@ class Source:
     """Describes one data source; ``data.source`` names it.
 
     Attributes:
-        name: as in the configuration.
+        name: the data source's name in the configuration.
         formula: what it reads, for tables.
         source: the paper or place that it comes from.
         build: ``module:function`` of a function that takes the ``data`` section of the

@@ -40,7 +40,7 @@ class SparsityLoss:
     """Describes one loss over hidden values; ``model.sparsity_loss`` names it.
 
     Attributes:
-        name: as in the configuration.
+        name: the loss's name in the configuration.
         formula: what it computes, for tables.
         source: the paper or place that it comes from.
         function: this rank's part of the loss, an fp32 scalar without the coefficient: a sum over

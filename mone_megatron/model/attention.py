@@ -50,7 +50,7 @@ def context_positions(length: int, ranks: int) -> Tensor:
     the one that is as far from the end, so that all have the same work under a causal mask.
 
     Args:
-        length: tokens of one rank.
+        length: how many tokens of a sequence one rank has.
         ranks: the context-parallel size.
     """
     chunks = torch.arange(length * ranks).view(2 * ranks, -1)
@@ -149,9 +149,9 @@ class SDPAttention(MegatronModule):
         """Returns the attention of this rank's heads.
 
         Args:
-            query: ``[S, B, N, D]``.
-            key: ``[S, B, G, D]``.
-            value: ``[S, B, G, E]``.
+            query: the queries, ``[S, B, N, D]``.
+            key: the keys, ``[S, B, G, D]``.
+            value: the values, ``[S, B, G, E]``.
             attention_mask: the document of each token, ``[B, K]`` int64, in the order of the
                 sequence (:mod:`mone_megatron.data.apart`): tokens see their own document only.
                 None lets them see all before them.

@@ -77,10 +77,10 @@ def build_model(
     The wrapper is megatron-core's ``DistributedDataParallel``.
 
     Args:
-        config: validated.
+        config: the validated configuration.
         device: opened; process groups are initialised.
-        vocab_size: the tokenizer's, unpadded.
-        sequence_parallel: from the validated layout.
+        vocab_size: the tokenizer's number of entries, unpadded.
+        sequence_parallel: as the validated layout has it.
         sources: from :func:`mone_megatron.parallel.groups.open_expert_sources`.
     """
     on_cpu = device.kind == "cpu"

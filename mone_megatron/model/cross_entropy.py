@@ -33,9 +33,9 @@ def vocab_parallel_cross_entropy(
     with their gradient, so it can run once.
 
     Args:
-        logits_TV: any floating dtype, contiguous.
+        logits_TV: contiguous logits of any floating dtype.
         target_T: int64, entries of the whole vocabulary.
-        first: the entry of this rank's first column.
+        first: the vocabulary entry of this rank's first column.
         valid: columns that stand for an entry; those after them are padding, without influence and
             with a gradient of 0.
         group: the ranks that hold the other entries; None for none.

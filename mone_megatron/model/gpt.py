@@ -29,7 +29,7 @@ class LanguageModel(GPTModel):
         """Returns the cross-entropy over the true vocabulary, ``[B, S]`` in fp32.
 
         Args:
-            labels: ``[B, S]``.
+            labels: the next token at each place, ``[B, S]``.
             logits: ``[S, B, V]``, the columns of this tensor-parallel rank.
         """
         columns = logits.shape[-1]

@@ -95,7 +95,7 @@ def initialize_weights(model: GPTModel, *, seed: int, std: float, vocab_size: in
         model: a GPTModel, not yet wrapped.
         seed: ``train.seed``.
         std: ``model.init_std``.
-        vocab_size: the tokenizer's, unpadded.
+        vocab_size: the tokenizer's number of entries, unpadded.
     """
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     tp_group = model.pg_collection.tp

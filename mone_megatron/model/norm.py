@@ -64,10 +64,10 @@ class AllHeadsRMSNorm(torch.nn.Module):
         """Takes what megatron-core gives the norms of queries and keys.
 
         Args:
-            config: megatron-core's.
-            hidden_size: D.
+            config: megatron-core's configuration of the model.
+            hidden_size: D, the dimension of one head.
             eps: added to the mean square.
-            num_heads: of all tensor-parallel ranks.
+            num_heads: the heads of all tensor-parallel ranks.
             kwargs: megatron-core's other arguments.
 
         Raises:

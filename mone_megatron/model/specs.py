@@ -84,7 +84,7 @@ def spec_provider(*, on_cpu: bool, own_attention: bool = False) -> BackendSpecPr
     """Returns Transformer Engine's modules on a GPU where it is installed, otherwise torch's.
 
     Args:
-        on_cpu: CPU backend.
+        on_cpu: whether the model is on CPU.
         own_attention: attention is ours in any case (documents apart, which Transformer Engine
             takes in another form; not run here beside it).
     """
@@ -243,11 +243,11 @@ def decoder_spec(
 
     Args:
         transformer: megatron-core's configuration.
-        model: what it was made from.
-        mone: the method's.
+        model: the section of our configuration that it was made from.
+        mone: the method's settings.
         layer_pattern: 1 for MoE, 0 for dense, one entry a layer of the whole model.
         sources: see :class:`mone_megatron.mone.layer.MicrobatchSources`.
-        on_cpu: CPU backend.
+        on_cpu: whether the model is on CPU.
         own_attention: see :func:`spec_provider`.
         vp_stage: model chunk of an interleaved pipeline.
         sparsity: the loss on hidden values of routed experts; None for none.

@@ -79,14 +79,14 @@ def transformer_config(
     """Returns megatron-core's configuration of the model and its parallelism.
 
     Args:
-        config: validated.
+        config: the validated configuration.
         dtype: of parameters and activations, fp32 or bf16.
         on_cpu: whether parameters are made on CPU.
         sequence_parallel: whether activations between layers are split over the
             tensor-parallel ranks.
 
     Raises:
-        ConfigError: megatron-core refuses it.
+        ConfigError: when megatron-core refuses the configuration.
     """
     model, parallel = config.model, config.parallel
     recompute: dict[str, object] = {}

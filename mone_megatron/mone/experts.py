@@ -42,7 +42,7 @@ class GroupedExperts(MegatronModule):
         """Allocates the experts of this rank; :mod:`mone_megatron.model.initialize` fills them.
 
         Args:
-            num_local_experts: E.
+            num_local_experts: E, the experts on this rank.
             config: megatron-core's; ``moe_ffn_hidden_size`` is f over all ranks.
             pg_collection: with ``ep``, ``expt_tp`` and ``expt_dp``.
             neurons: neuron selection and balance; None for plain experts.

@@ -78,7 +78,7 @@ class MoNELayer(MoELayer):
         """Builds the router, the dispatcher and the experts.
 
         Args:
-            config: megatron-core's.
+            config: megatron-core's configuration of the model.
             submodules: router, experts and shared experts.
             layer_number: from 1; usually set later.
             pg_collection: process groups; None takes megatron-core's global ones.

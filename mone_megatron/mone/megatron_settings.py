@@ -58,8 +58,8 @@ def refuse_unread(module: str, config: TransformerConfig, computed: Mapping[str,
     """Refuses a configuration that asks a module for what it does not compute.
 
     Args:
-        module: its name.
-        config: megatron-core's.
+        module: the module's name, for messages.
+        config: megatron-core's configuration of the model.
         computed: the one value of each setting that the module computes.
 
     Raises:

@@ -54,7 +54,7 @@ class Usage:
 
         Args:
             num_local_experts: E, experts on this rank.
-            first_expert: global index of the first.
+            first_expert: the global index of the first of them.
             num_experts: experts of the layer over all ranks.
             neuron_group: ranks that share the neurons of these experts; None for this one alone.
             replica_group: ranks that hold these same neurons for other tokens; None likewise.
@@ -107,7 +107,7 @@ class Usage:
         Args:
             kept_EF: tokens that keep each neuron, fp32.
             activation_TF: a = SiLU(g).
-            mask_TF: bool, kept neurons.
+            mask_TF: bool, True at kept neurons.
             expert_ET: fp32, 1 where row t belongs to expert e.
         """
         mass_TF = activation_TF.detach().float().abs()
@@ -186,11 +186,11 @@ def summarise(
     statistics are made of over all ranks.
 
     Args:
-        usages: this rank's, each at its row; all of the same groups.
-        rows: of the tables, over all ranks.
-        num_experts: of a module, over all ranks.
+        usages: this rank's counts, each at its row; all of the same groups.
+        rows: how many rows the tables have, over all ranks.
+        num_experts: the experts of a module, over all ranks.
         neuron_ranks: ranks that share the neurons of an expert.
-        device: where to add.
+        device: the device on which the counts are added up.
 
     Returns:
         ``[rows, num_experts, NUM_COLUMNS]`` fp64 on the CPU, see :func:`statistics`; and

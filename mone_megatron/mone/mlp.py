@@ -77,7 +77,7 @@ class NeuronMLP(MLP):
         """Builds megatron-core's MLP, with the selection's settings.
 
         Args:
-            config: megatron-core's.
+            config: megatron-core's configuration of the model.
             submodules: the two linear layers.
             neurons: neuron selection and balance.
             ffn_hidden_size: neurons over all ranks; None for the configuration's.
@@ -120,11 +120,11 @@ class NeuronSharedExpert(SharedExpertMLP):
         """Builds megatron-core's shared expert, with the selection's settings.
 
         Args:
-            config: megatron-core's.
+            config: megatron-core's configuration of the model.
             submodules: the two linear layers.
             gate: whether its output is weighted by a gate of its own.
             neurons: neuron selection and balance.
-            pg_collection: process groups.
+            pg_collection: megatron-core's process groups.
             more: arguments that later releases of megatron-core give to their own.
 
         Raises:

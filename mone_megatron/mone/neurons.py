@@ -98,7 +98,7 @@ class NeuronGate(MegatronModule):
         """Prepares for experts of ``neurons`` neurons over ``neuron_group``.
 
         Args:
-            config: megatron-core's.
+            config: megatron-core's configuration of the model.
             settings: None for a plain expert.
             neurons: f, over all ranks of ``neuron_group``.
             num_experts: experts of the layer over all ranks.
@@ -158,7 +158,7 @@ class NeuronGate(MegatronModule):
 
         Args:
             gate_TF: gate projections, this rank's neurons.
-            up_TF: up projections.
+            up_TF: up projections, this rank's neurons.
             scale_T: the router's probability of each row, or None.
             segments: which rows belong together for the balance loss.
             project: the down projection of ``[T, F]`` hidden values; by default they are returned.

@@ -35,8 +35,8 @@ class RowCounts:
         """Returns the rows of each expert of this rank, int64 ``[E]`` on ``device``.
 
         Args:
-            counted_E: the dispatcher's, on any device.
-            device: where they are wanted.
+            counted_E: the dispatcher's counts, on any device.
+            device: the device on which the counts are wanted.
         """
         if isinstance(self.dispatcher, MoEAllGatherTokenDispatcher):
             return self.by_source().sum(dim=0)

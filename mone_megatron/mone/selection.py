@@ -116,11 +116,11 @@ class NeuronSelector(nn.Module):
 
         Args:
             selection: the rule, its options, keep ratio and score.
-            neurons: f.
+            neurons: f, how many the whole expert has.
             group: the ranks that share the neurons of one expert, in neuron order; None or a
                 group of one when this rank holds them all.
             activate: the activation of the gate projection.
-            num_local_experts: E.
+            num_local_experts: E, the experts on this rank.
             first_expert: global index of the first of them.
             num_experts: experts of the layer over all ranks.
             replica_group: ranks that hold these same neurons for other tokens; None for none.
@@ -209,7 +209,7 @@ class NeuronSelector(nn.Module):
 
         Args:
             gate_TF: gate projections, this rank's neurons.
-            up_TF: up projections.
+            up_TF: up projections, this rank's neurons.
             expert_T: int64, the expert on this rank that each row belongs to; None for one expert.
             down_norm_TF: the norm of each neuron's row of the down projection, broadcasting to
                 ``[T, F]``, for scores that read it.

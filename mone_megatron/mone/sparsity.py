@@ -56,10 +56,10 @@ class Sparsity:
         Args:
             hidden_TF: act(gate) * up at kept neurons and 0 elsewhere.
             index_T: int64, the segment of each row.
-            num_segments: S.
+            num_segments: S, the number of segments.
             num_experts: experts of the layer over all ranks.
-            layer_number: from 1.
-            num_layers: of the model.
+            layer_number: the number of the layer, from 1.
+            num_layers: the number of layers of the model.
         """
         function = SPARSITY_LOSSES[self.kind].function
         assert function is not None, "without a loss nothing is attached"

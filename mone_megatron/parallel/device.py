@@ -28,9 +28,9 @@ class Device:
     Attributes:
         kind: ``cuda`` or ``cpu``.
         torch_device: this process's device.
-        dtype: of parameters and activations.
+        dtype: the dtype of parameters and activations.
         threads: compute threads of this process (CPU).
-        hardware: one line for people.
+        hardware: the hardware in one line, for people.
     """
 
     kind: str

@@ -19,7 +19,7 @@ def expert_choice(logits_NA: Tensor, experts_per_token: int) -> Tensor:
     """Returns the weights ``[N, A]`` of the chosen experts, and 0 at others.
 
     Args:
-        logits_NA: of N tokens and A experts.
+        logits_NA: the router's logits of N tokens and A experts.
         experts_per_token: k: each expert takes N k / A tokens, rounded, and at least one.
     """
     tokens, experts = logits_NA.shape

@@ -18,7 +18,7 @@ def top_p(logits_NA: Tensor, p: float) -> Tensor:
     """Returns the weights ``[N, A]`` of the chosen experts, and 0 at others.
 
     Args:
-        logits_NA: of N tokens and A experts.
+        logits_NA: the router's logits of N tokens and A experts.
         p: experts are taken, largest weight first, while those before hold less; at least one.
     """
     scores_NA = logits_NA.float().softmax(dim=-1)

@@ -27,7 +27,7 @@ def check(budget: Budget) -> None:
     """Refuses a decay that is none.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: for such a budget; the message names the key.
     """
     decay = budget.options.decay
     if not 0 <= decay < 1:

@@ -25,7 +25,7 @@ def check(budget: Budget) -> None:
     """Refuses blocks that do not divide the expert, or of which the ratio keeps no whole number.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: for such a budget; the message names the key.
     """
     size = budget.options.size
     if size < 1 or budget.neurons % size:

@@ -31,7 +31,7 @@ def check(budget: Budget) -> None:
     """Refuses a share that is none, and a rate that moves nothing.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: for such a budget; the message names the key.
     """
     p, rate = budget.options.p, budget.options.rate
     if not 0 <= p <= 1:

@@ -25,7 +25,7 @@ def check(budget: Budget) -> None:
     """Refuses groups that do not divide the expert, or of which the ratio keeps no whole number.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: for such a budget; the message names the key.
     """
     m = budget.options.m
     if m < 1 or budget.neurons % m:

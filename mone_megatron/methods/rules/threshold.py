@@ -31,7 +31,7 @@ def check(budget: Budget) -> None:
     """Refuses a rate that moves nothing.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: for such a budget; the message names the key.
     """
     if budget.options.rate <= 0:
         raise ValueError(
