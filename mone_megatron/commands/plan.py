@@ -240,7 +240,10 @@ def _check(options: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    given = {name for name, value in vars(options).items() if value not in (None, False)}
+    # By identity: 0 is a value.
+    given = {
+        name for name, value in vars(options).items() if value is not None and value is not False
+    }
     for name, others in _BESIDE.items():
         if name in given and not given.intersection(others):
             needed = " or ".join(f"--{other}" for other in others)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mone_megatron.command_line import told
 from mone_megatron.data.documents import expand_inputs
 from mone_megatron.data.preprocess import TokenizerSettings, preprocess_files
 from mone_megatron.data.reading_options import add_reading, reading_settings
@@ -98,7 +99,7 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
 
 @harmless
 def main(given: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns 0 on success, 1 on bad input, 130 when interrupted."""
+    """Runs the command line and returns 0 on success, 2 on bad input, 130 when interrupted."""
     arguments = _parse(given)
     try:
         summary = preprocess_files(
@@ -119,8 +120,8 @@ def main(given: Sequence[str] | None = None) -> int:
             overwrite=arguments.overwrite,
         )
     except (ValueError, OSError) as error:
-        print(f"preprocess_data: {error}", file=sys.stderr)
-        return 1
+        print(f"preprocess_data: {told(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("preprocess_data: interrupted; nothing was written", file=sys.stderr)
         return 130

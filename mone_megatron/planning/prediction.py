@@ -180,6 +180,7 @@ def _stage_time(
         ring = item.operation not in ("all-to-all", "send")
         speed = bandwidth(item.group, gpu, gpus_per_node, ring=ring) * assumed.links
         seconds[_kind(item)] += item.bytes / speed
+    assert set(seconds) <= {"tensor", "expert", "pipeline", "gradient", "parameter"}, seconds
     tensor, expert, sends = seconds["tensor"], seconds["expert"], seconds["pipeline"]
     microbatch = products + memory + tensor + expert + sends
     bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline * microbatch
@@ -211,7 +212,8 @@ def _stage_time(
 
 def _kind(item: Traffic) -> str:
     if item.once:
-        return item.operation.split()[0]
+        # Also the gradients of weights that every tensor-parallel rank has whole (MLA's).
+        return "parameter" if item.operation.startswith("parameter") else "gradient"
     if item.group.name in ("tensor", "context"):
         return "tensor"
     return "pipeline" if item.group.name == "pipeline" else "expert"

@@ -63,7 +63,14 @@ def find_vllm(given: Path | None) -> Engine:
     own = OWN_ENVIRONMENT / "bin" / "python"
     looked = [given] if given is not None else [Path(sys.executable), own]
     for python in looked:
-        if python.is_file() and (engine := _asked(python)) is not None:
+        try:
+            engine = _asked(python) if python.is_file() else None
+        except (OSError, subprocess.SubprocessError) as error:
+            # One that nobody named, a leftover of a Python that is gone, has none.
+            if given is None:
+                continue
+            raise ValueError(f"--vllm-python: {given} cannot be run ({error})") from None
+        if engine is not None:
             return engine
     where = " and ".join(str(python) for python in looked)
     raise ValueError(
@@ -76,12 +83,9 @@ def find_vllm(given: Path | None) -> Engine:
 
 def _asked(python: Path) -> Engine | None:
     """Returns what an interpreter says that it has; None when it has no vLLM."""
-    try:
-        answer = subprocess.run(
-            [str(python), "-c", _ASK], capture_output=True, text=True, check=True, timeout=60
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ValueError(f"--vllm-python: {python} cannot be run ({error})") from None
+    answer = subprocess.run(
+        [str(python), "-c", _ASK], capture_output=True, text=True, check=True, timeout=60
+    )
     versions: dict[str, str | None] = json.loads(answer.stdout)
     for name in _DISTRIBUTIONS:
         if (version := versions[name]) is not None:

@@ -281,7 +281,7 @@ def test_the_tool_tells_of_what_it_left_out(
 ) -> None:
     path, message, _ = bad_file(tmp_path, "surrogate.jsonl")
     for workers in (1, 2):
-        assert run_tool(tmp_path, tokenizer_dir, path, "--workers", workers) == 1
+        assert run_tool(tmp_path, tokenizer_dir, path, "--workers", workers) == 2
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("preprocess_")]
         assert message in line
     assert run_tool(tmp_path, tokenizer_dir, path, "--on-error", "skip") == 0

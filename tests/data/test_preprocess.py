@@ -339,6 +339,6 @@ def test_command_line(tmp_path: Path) -> None:
     again = subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, check=False
     )
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert again.stderr.startswith("preprocess_data: ")
     assert len(again.stderr.splitlines()) == 1

@@ -99,6 +99,9 @@ def test_it_runs_without_torch_and_prints_everything(tmp_path: Path) -> None:
         (["--reserve-gib", "-1"], "--reserve-gib: "),
         (["--memory-gb", "0"], "--memory-gb: 0 is not positive"),
         (["--price", "-1"], "--price: -1 is negative"),
+        # 0 is a value, too.
+        (["--tolerance", "0"], "--tolerance: means nothing without --match"),
+        (["--match", "flops", "--price", "0"], "--price: not with --match"),
         (["--write", "somewhere"], "--write: means nothing without --match"),
         (["--top", "3"], "--top: means nothing without --search"),
         (["--hours", "3"], "--hours: means nothing without --sbatch or --render"),
