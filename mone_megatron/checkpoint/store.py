@@ -337,6 +337,7 @@ class CheckpointStore:
             every=every,
             keep=[] if tracker is None else [tracker.step],
         )
+        deleted = []
         for step in steps:
             dead = self.folder / hidden_name(step, "deleted")
             try:
@@ -345,7 +346,8 @@ class CheckpointStore:
                 self._log(f"WARNING: {saved[step].path} could not be removed ({error.strerror})")
                 continue
             self._remove(dead)
-        return steps
+            deleted.append(step)
+        return deleted
 
     def clean(self, *, grace_seconds: float = _GRACE_SECONDS) -> None:
         """Removes what killed saves and deletions left; call it when a run starts.

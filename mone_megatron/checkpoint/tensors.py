@@ -213,7 +213,7 @@ class TensorWriter:
         self._files += 1
 
 
-def same_tensors(ours: TensorReader, theirs: TensorReader, names: Iterator[str]) -> list[str]:
+def different_tensors(ours: TensorReader, theirs: TensorReader, names: Iterator[str]) -> list[str]:
     """Returns those of ``names`` whose tensors are not bitwise equal in both."""
     return [name for name in names if not _same_bits(ours.read(name), theirs.read(name))]
 

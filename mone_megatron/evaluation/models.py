@@ -141,7 +141,8 @@ def choose_dtype(name: str, device: str) -> torch.dtype | None:
 
     ``auto`` is float32 on a CPU and the model's own elsewhere.
     """
-    return torch.float32 if name == "auto" and device == "cpu" else DTYPES[name]
+    on_cpu = torch.device(device).type == "cpu"
+    return torch.float32 if name == "auto" and on_cpu else DTYPES[name]
 
 
 def _tokenizer(where: str, folder: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:

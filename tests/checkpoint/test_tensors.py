@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader, load
 
 from mone_megatron.checkpoint import Checkpoint, CheckpointStore, UnsafePickleError
-from mone_megatron.checkpoint.tensors import TensorReader, TensorWriter, same_tensors
+from mone_megatron.checkpoint.tensors import TensorReader, TensorWriter, different_tensors
 
 WHOLE = torch.arange(24.0).view(4, 3, 2)
 ROWS = torch.arange(30, dtype=torch.bfloat16).view(5, 6)
@@ -124,10 +124,10 @@ def test_pickles_are_not_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_differences_are_named(tmp_path: Path) -> None:
     ours = TensorReader(written(tmp_path / "a"))
     theirs = TensorReader(written(tmp_path / "b"))
-    assert same_tensors(ours, theirs, iter(ours.tensors)) == []
+    assert different_tensors(ours, theirs, iter(ours.tensors)) == []
     path = theirs.folder / "__0_0.distcp"
     content = bytearray(path.read_bytes())
     place = content.find(WHOLE[0, 0, 1].numpy().tobytes())
     content[place] ^= 1
     path.write_bytes(content)
-    assert same_tensors(ours, theirs, iter(ours.tensors)) == ["whole"]
+    assert different_tensors(ours, theirs, iter(ours.tensors)) == ["whole"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from mone_megatron.checkpoint import open_checkpoint
-from mone_megatron.checkpoint.tensors import TensorReader, same_tensors
+from mone_megatron.checkpoint.tensors import TensorReader, different_tensors
 from mone_megatron.config.load import compose
 from mone_megatron.config.validate import validate
 from mone_megatron.data.tokenizer import save_tokenizer, train_tokenizer
@@ -87,7 +87,7 @@ def test_experts_are_read_fused_or_apart(tmp_path: Path, tokenizer_dir: Path) ->
         TensorReader(open_checkpoint(import_model(folder, tmp_path / f"ours-{folder.name}")))
         for folder in (apart, fused)
     ]
-    assert same_tensors(*readers, iter(readers[0].tensors)) == []
+    assert different_tensors(*readers, iter(readers[0].tensors)) == []
 
 
 def test_padding_rows_are_zero_and_nothing_else(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -248,7 +248,7 @@ def test_shards_are_read_where_they_lie(tmp_path: Path, tokenizer_dir: Path) -> 
         TensorReader(open_checkpoint(import_model(folder, tmp_path / f"ours-{folder.name}")))
         for folder in (one, tmp_path / "many")
     ]
-    assert same_tensors(*readers, iter(readers[0].tensors)) == []
+    assert different_tensors(*readers, iter(readers[0].tensors)) == []
 
 
 @pytest.mark.parametrize(
