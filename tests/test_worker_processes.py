@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 
 import pytest
 
@@ -44,10 +45,20 @@ def fails(number: int) -> bytes:
     raise KeyError(lambda: number)
 
 
+def started() -> list[BaseProcess]:
+    """Those that the test running now has started: other tests keep some of their own."""
+    return [child for child in multiprocessing.active_children() if child.pid not in _EARLIER]
+
+
+_EARLIER: set[int | None] = set()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
+    _EARLIER.clear()
+    _EARLIER.update(child.pid for child in multiprocessing.active_children())
     yield
-    assert multiprocessing.active_children() == []
+    assert started() == []
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -60,7 +71,7 @@ def test_results_come_in_the_order_of_the_inputs(count: int) -> None:
 def test_no_input_starts_no_process() -> None:
     with processes(large) as workers:
         assert list(workers.results([])) == []
-        assert multiprocessing.active_children() == []
+        assert started() == []
 
 
 def test_a_process_that_dies_at_work() -> None:
@@ -78,7 +89,7 @@ def test_a_process_that_is_killed(at: int, after: float) -> None:
         for number in range(60):
             if number == at:
                 time.sleep(after)
-                child = multiprocessing.active_children()[0]
+                child = started()[0]
                 assert child.pid is not None
                 os.kill(child.pid, signal.SIGKILL)
             yield number
