@@ -183,9 +183,14 @@ class Rule:
         Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Budget], Mapping[str, Tensor]] | None
     ) = None
     top_k: bool = False
+    # Option -> its default. Read once: torch.compile, which may come by where a model reads its
+    # settings, does not follow how the fields of a dataclass are read.
+    _defaults: Mapping[str, Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Asserts that a rule with a state says how it moves."""
+        defaults = {option.name: option.default for option in dataclasses.fields(self.options)}
+        object.__setattr__(self, "_defaults", defaults)
         stateful = {bool(self.state), self.observe is not None, self.advance is not None}
         assert len(stateful) == 1, f"rule {self.name}: state, observe and advance come together"
         assert not (self.state and self.top_k), f"rule {self.name}: kernels see no state"
@@ -225,7 +230,7 @@ class Rule:
         Raises:
             ValueError: a name is unknown, or a value is of another type, one line for each.
         """
-        fields = {field.name: field.default for field in dataclasses.fields(self.options)}
+        fields = self._defaults
         problems = []
         for name, value in options.items():
             key = f"mone.rule_options.{name}"
@@ -248,7 +253,8 @@ class Rule:
         if self.exchange == "refused":
             return f"mone.rule={self.name} cannot select over ranks"
         unit = self.unit(budget)
-        if budget.neurons % ranks or budget.neurons // ranks % unit:
+        # Single neurons may lie on ranks in any numbers (transformers splits 15 over 2).
+        if unit > 1 and (budget.neurons % ranks or budget.neurons // ranks % unit):
             return (
                 f"mone.rule={self.name} chooses {unit} adjacent neurons together, which do not "
                 f"divide {budget.neurons} neurons over {ranks} ranks"

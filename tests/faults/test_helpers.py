@@ -48,9 +48,15 @@ KILLED = "was killed by SIGKILL, which a machine that runs out of memory sends"
 def open_files(free: int) -> Iterator[None]:
     """Leaves this process room for so many more open files."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = os.open(os.devnull, os.O_RDONLY)
-    os.close(taken)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + free, limits[1]))
+    # New files take the lowest free numbers, and there are gaps between those that are taken. The
+    # last one listed is that of the list itself.
+    taken = sorted(map(int, os.listdir("/proc/self/fd")))
+    taken = [number for number in taken if os.path.exists(f"/proc/self/fd/{number}")]
+    limit = 0
+    while free or limit in taken:
+        free -= limit not in taken
+        limit += 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
     try:
         yield
     finally:
@@ -520,7 +526,7 @@ def test_a_tokenizing_process_that_fails(tmp_path: Path, tokenizer: Path) -> Non
 
 
 def test_tokenizing_processes_that_cannot_start(tmp_path: Path, tokenizer: Path) -> None:
-    with open_files(6), pytest.raises(HelperError) as refused:
+    with open_files(4), pytest.raises(HelperError) as refused:
         tokenize(tmp_path, tokenizer, lambda number: None)
     check_one_line(refused.value, "cannot start 2 tokenizing processes (--workers): Too many open")
 

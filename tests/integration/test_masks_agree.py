@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mone_megatron.config.load import compose
+from mone_megatron.kernels.ops import RowGroups
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.testing.processes import Processes
 from mone_megatron.testing.trainer import build_trainer, random_batches
@@ -32,9 +33,9 @@ def kept_masks(overrides: tuple[str, ...]) -> Masks:
         rows_per_expert: list[int] = []
 
         def before(module: object, args: tuple[object, ...]) -> None:
-            counts = args[1]
-            assert isinstance(counts, torch.Tensor)
-            rows_per_expert[:] = counts.tolist()
+            groups = args[1]
+            assert isinstance(groups, RowGroups)
+            rows_per_expert[:] = groups.counts_E.tolist()
 
         def after(module: object, args: object, mask_TF: torch.Tensor) -> None:
             parts = [torch.empty_like(mask_TF) for _ in range(group.size())]

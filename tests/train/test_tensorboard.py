@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -68,11 +66,6 @@ def test_steps_that_come_anew_are_shown_once(how: str, tmp_path: Path) -> None:
 
 
 def test_without_the_package_it_is_refused_by_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = importlib.util.find_spec
-
-    def hidden(name: str, *rest: str) -> ModuleSpec | None:
-        return None if name == "tensorboard" else find_spec(name, *rest)
-
-    monkeypatch.setattr("mone_megatron.config.logging.find_spec", hidden)
+    monkeypatch.setattr("mone_megatron.config.logging.is_installed", lambda package: False)
     with pytest.raises(ValueError, match=r"^logging.tensorboard: needs the package tensorboard"):
         validate(compose(RUN), world_size=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from mone_megatron.train.health.heartbeats import (
     find_culprits,
     joined_collectives,
     place_of,
+    program_place,
 )
 from mone_megatron.train.health.watchdog import _chain, _in_a_collective
 
@@ -155,3 +157,11 @@ def test_the_group_that_is_not_compared_is_megatrons() -> None:
 
     group = parallel_state.get_pipeline_model_parallel_group()
     assert group.group_desc == "PIPELINE_MODEL_PARALLEL_GROUP"
+
+
+def test_a_frame_between_two_lines_has_a_place() -> None:
+    """Python gives it no line number; the thread that beats must not fail of it."""
+    code = SimpleNamespace(co_filename=__file__, co_name="train")
+    frame: Any = SimpleNamespace(f_code=code, f_lineno=None, f_back=None)
+    assert str(place_of(frame)).endswith("test_watchdog.py:0 in train")
+    assert program_place(frame) == [("test_watchdog.py train", 0)]

@@ -48,7 +48,7 @@ def place_of(frame: FrameType | None, lineno: int | None = None) -> Place:
     """
     call: str | None = None
     if frame is not None and not _is_stdlib(frame.f_code.co_filename):
-        text = linecache.getline(frame.f_code.co_filename, lineno or frame.f_lineno)
+        text = linecache.getline(frame.f_code.co_filename, lineno or _line_of(frame))
         if any(wait in text for wait in _WAITS):
             call = "wait"
     while frame is not None:
@@ -58,9 +58,18 @@ def place_of(frame: FrameType | None, lineno: int | None = None) -> Place:
             call = call if name == "wrapper" else name
         elif not path.startswith((_TORCH, "<")) and not _is_stdlib(path):
             short = "/".join(Path(path).parts[-3:])
-            return Place(f"{short}:{lineno or frame.f_lineno} in {name}", call)
+            return Place(f"{short}:{lineno or _line_of(frame)} in {name}", call)
         frame, lineno = frame.f_back, None
     return Place("an unknown line", call)
+
+
+def _line_of(frame: FrameType) -> int:
+    """Returns the line that a frame is at; 0 between two lines, where Python gives it none.
+
+    Another thread's frame is looked at while it runs, so this does happen.
+    """
+    line: int | None = frame.f_lineno
+    return line or 0
 
 
 def program_place(frame: FrameType | None) -> list[tuple[str, int]]:
@@ -69,7 +78,7 @@ def program_place(frame: FrameType | None) -> list[tuple[str, int]]:
     while frame is not None:
         path = frame.f_code.co_filename
         if not path.startswith((_TORCH, "<")) and not _is_stdlib(path):
-            stack.append((f"{Path(path).name} {frame.f_code.co_name}", frame.f_lineno))
+            stack.append((f"{Path(path).name} {frame.f_code.co_name}", _line_of(frame)))
         frame = frame.f_back
     return stack[::-1]
 
