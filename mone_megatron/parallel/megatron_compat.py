@@ -514,6 +514,26 @@ def zero_layer_losses() -> None:
         values.zero_()
 
 
+def part_of_context_rank(
+    batch: dict[str, Any], group: dist.ProcessGroup
+) -> dict[str, torch.Tensor]:
+    """Returns this rank's tokens of a batch: two chunks of each sequence, one from each end.
+
+    0.19 also cuts batches in two other ways, has to be told which, and without a group takes all
+    ranks.
+
+    Args:
+        batch: tensors ``[B, S, ...]`` by name.
+        group: the context-parallel ranks.
+    """
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    part: Callable[..., dict[str, torch.Tensor]] = get_batch_on_this_cp_rank
+    if "is_hybrid_cp" in inspect.signature(part).parameters:
+        part = functools.partial(part, is_hybrid_cp=False)
+    return part(batch, cp_group=group)
+
+
 def own_writer() -> dict[str, str]:
     """Returns the arguments with which ``dist_checkpointing.save`` leaves the writing to us.
 

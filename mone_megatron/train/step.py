@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import ChainedOptimizer, clip_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
+from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -26,6 +26,7 @@ from mone_megatron.config.schema import Config
 from mone_megatron.data.loader import DOCUMENTS
 from mone_megatron.mone.selection import NeuronSelector
 from mone_megatron.parallel.device import Device
+from mone_megatron.parallel.megatron_compat import part_of_context_rank
 from mone_megatron.train.resume.saved_state import parameter_states
 from mone_megatron.train.state import TrainingState
 
@@ -256,7 +257,8 @@ class Stepper:
         if self.config.parallel.context > 1:
             # Attention sees the keys of all ranks, and so the documents of all tokens.
             whole = {name: moved.pop(name) for name in (DOCUMENTS,) if name in moved}
-            moved = get_batch_on_this_cp_rank(moved) | whole
+            group = parallel_state.get_context_parallel_group()
+            moved = part_of_context_rank(moved, group) | whole
         return moved
 
     def _loss_share(self, losses: list[Tensor]) -> Tensor:

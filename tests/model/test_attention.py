@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from mone_megatron.config.load import compose
@@ -16,6 +18,7 @@ from mone_megatron.model.builder import build_gpt
 from mone_megatron.model.transformer import transformer_config
 from mone_megatron.mone.layer import MicrobatchSources
 from mone_megatron.parallel.groups import open_groups
+from mone_megatron.parallel.megatron_compat import part_of_context_rank
 from mone_megatron.testing.processes import Processes
 
 S, B, N, D = 9, 2, 4, 8
@@ -221,7 +224,9 @@ def test_a_model_scores_packed_documents_as_each_alone(attention: str) -> None:
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_places_of_context_ranks_are_megatron_cores(ranks: int) -> None:
+def test_places_of_context_ranks_are_megatron_cores(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Group:
         def __init__(self, rank: int) -> None:
             self.place = rank
@@ -232,10 +237,14 @@ def test_places_of_context_ranks_are_megatron_cores(ranks: int) -> None:
         def rank(self) -> int:
             return self.place
 
+    # What 0.19 asks of a group.
+    monkeypatch.setattr(dist, "get_world_size", lambda group: group.size())
+    monkeypatch.setattr(dist, "get_rank", lambda group: group.rank())
     length = 2 * ranks * 3
     for rank, mine in enumerate(context_positions(length // ranks, ranks)):
         whole = {"tokens": torch.arange(length)[None]}
-        assert mine.tolist() == get_batch_on_this_cp_rank(whole, Group(rank))["tokens"][0].tolist()
+        group: Any = Group(rank)
+        assert mine.tolist() == part_of_context_rank(whole, group)["tokens"][0].tolist()
 
 
 LONG = 12
