@@ -309,7 +309,7 @@ def test_separators_that_do_nothing_are_told(
     (tmp_path / "a.txt").write_text("one\r\ntwo\nthree", encoding="utf-8")
     code = run_tool(tmp_path, tokenizer_dir, tmp_path / "a.txt", "--document-separator", separator)
     shown = capsys.readouterr()
-    assert code == (1 if separator in ("", r"\q") else 0)
+    assert code == (2 if separator in ("", r"\q") else 0)
     if message is None:
         assert "separator" not in shown.err
         assert "in 3 documents" in shown.out
