@@ -111,6 +111,29 @@ class Rows:
         """Returns the exact mask ``[T, F]`` of the k largest scores of every row."""
         return self.largest_of(self.scores_TF, k)
 
+    def above(self, tau_E: Tensor, known_E: Tensor) -> Tensor:
+        """Returns True where a score is above its expert's threshold, ``[T, F]``.
+
+        Rows of experts that have no threshold yet keep their K largest scores; a row that holds a
+        NaN keeps nothing.
+
+        Args:
+            tau_E: the thresholds.
+            known_E: 0 for experts that have none yet.
+        """
+        tau_T1 = tau_E[self.expert_T].unsqueeze(-1)
+        new_T1 = known_E[self.expert_T].unsqueeze(-1) == 0
+        broken_T1 = self.scores_TF.isnan().any(dim=-1, keepdim=True)
+        mask_TF = (self.scores_TF > tau_T1) & ~broken_T1
+        return self.largest(self.budget.kept).where(new_T1, mask_TF) if new_T1.any() else mask_TF
+
+    def sum_by_expert(self, values_T: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns values of the rows added up by expert, fp32 ``[E]``, under the same names."""
+        return {
+            name: value_T.new_zeros(self.num_experts).index_add(0, self.expert_T, value_T)
+            for name, value_T in values_T.items()
+        }
+
     def sum(self, part: Tensor) -> Tensor:
         """Returns a tensor summed over the ranks that share the rows. Collective."""
         return part if self.shards is None else self.shards.sum(part)

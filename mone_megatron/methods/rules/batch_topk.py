@@ -37,7 +37,7 @@ def check(budget: Budget) -> None:
 def batch_topk(rows: Rows) -> Tensor:
     """Returns the r T f largest scores of each block in training, and those above tau otherwise."""
     if not rows.training:
-        return above_threshold(rows)
+        return rows.above(rows.state["tau"], rows.state["weight"])
     scores_TF = rows.scores_TF
     broken_T1 = scores_TF.isnan().any(dim=-1, keepdim=True)
     ranked_TF = scores_TF.masked_fill(broken_T1, -float("inf"))
@@ -49,16 +49,6 @@ def batch_topk(rows: Rows) -> Tensor:
         mask_TF[of_block_R] = rows.largest_of(flat_1N, kept).view(len(of_block_R), -1)
     # A row that holds a NaN keeps nothing.
     return mask_TF & ~broken_T1
-
-
-def above_threshold(rows: Rows) -> Tensor:
-    """Returns True where a score is above tau; the K largest of experts that have no tau yet."""
-    tau_T1 = rows.state["tau"][rows.expert_T].unsqueeze(-1)
-    new_T1 = rows.state["weight"][rows.expert_T].unsqueeze(-1) == 0
-    mask_TF = (rows.scores_TF > tau_T1) & ~rows.scores_TF.isnan().any(dim=-1, keepdim=True)
-    if new_T1.any():
-        mask_TF = rows.largest(rows.budget.kept).where(new_T1, mask_TF)
-    return mask_TF
 
 
 def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:

@@ -68,15 +68,14 @@ def at_least(scores_TF: Tensor, p_T1: Tensor) -> Tensor:
 
 def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
     """Returns sums over the rows of each expert: of kept neurons, and of the share they hold."""
-    zeros_E = rows.state["p"].new_zeros(rows.num_experts)
     weights_TF = rows.scores_TF.float().clamp_min(0).nan_to_num()
     share_T = (weights_TF * mask_TF).sum(dim=-1) / weights_TF.sum(dim=-1).clamp_min(1e-30)
-    sums = {
+    values_T = {
         "rows": share_T.new_ones(len(share_T)),
         "kept": mask_TF.sum(dim=-1).float(),
         "share": share_T,
     }
-    return {name: zeros_E.index_add(0, rows.expert_T, sum_T) for name, sum_T in sums.items()}
+    return rows.sum_by_expert(values_T)
 
 
 def advance(

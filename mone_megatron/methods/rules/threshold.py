@@ -41,29 +41,22 @@ def check(budget: Budget) -> None:
 
 def threshold(rows: Rows) -> Tensor:
     """Returns True where a score is above tau; the K largest of experts that have no tau yet."""
-    tau_T1 = rows.state["tau"][rows.expert_T].unsqueeze(-1)
-    new_T1 = rows.state["seen"][rows.expert_T].unsqueeze(-1) == 0
-    # A row that holds a NaN keeps nothing.
-    mask_TF = (rows.scores_TF > tau_T1) & ~rows.scores_TF.isnan().any(dim=-1, keepdim=True)
-    if new_T1.any():
-        mask_TF = rows.largest(rows.budget.kept).where(new_T1, mask_TF)
-    return mask_TF
+    return rows.above(rows.state["tau"], rows.state["seen"])
 
 
 def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
     """Returns sums over the rows of each expert: of kept neurons, smallest kept scores, sizes."""
-    zeros_E = rows.state["tau"].new_zeros(rows.num_experts)
     scores_TF = rows.scores_TF.float()
     told_T = mask_TF.any(dim=-1)
     smallest_T = scores_TF.masked_fill(~mask_TF, float("inf")).amin(dim=-1).where(told_T, 0)
-    sums = {
+    values_T = {
         "rows": smallest_T.new_ones(len(smallest_T)),
         "kept": mask_TF.sum(dim=-1).float(),
         "told": told_T.float(),
         "smallest": smallest_T,
         "size": scores_TF.abs().mean(dim=-1).nan_to_num(),
     }
-    return {name: zeros_E.index_add(0, rows.expert_T, sum_T) for name, sum_T in sums.items()}
+    return rows.sum_by_expert(values_T)
 
 
 def advance(
