@@ -11,6 +11,7 @@ from mone_megatron.data.reading_options import add_reading, check_reading_used, 
 from mone_megatron.display import harmless
 from mone_megatron.evaluation.command_line import add_placement, labels_of
 from mone_megatron.ownership import owned_file
+from mone_megatron.whole_files import write_whole
 
 _DESCRIPTION = """\
 Measure any number of models on tasks of lm-evaluation-harness and by perplexity, with standard
@@ -159,7 +160,7 @@ def _run(options: argparse.Namespace) -> None:
     print("\n".join(score_files.notes(results)))
     if options.json is not None:
         names = [request.spec for request in requests]
-        score_files.write_json(options.json, score_files.as_json(results, compared, how, names))
+        write_whole(options.json, score_files.as_json(results, compared, how, names))
         print(f"wrote {options.json}")
 
 

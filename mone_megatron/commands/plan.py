@@ -26,6 +26,7 @@ from mone_megatron.planning.match import COUNTS, DIMENSIONS, SIDES, TOLERANCE, P
 from mone_megatron.planning.plan import Machine, Plan, default_gpus, make_plan
 from mone_megatron.planning.search import search
 from mone_megatron.shipped_files import shipped
+from mone_megatron.whole_files import write_json
 
 _LAUNCHER = shipped("launch/slurm.sh")
 _TOP = 10
@@ -229,7 +230,7 @@ def _match(options: argparse.Namespace, config: Config) -> int:
         for path in written:
             print(f"wrote {path}")
     if options.json is not None:
-        plan_files.write_json(options.json, plan_files.match_json(pair))
+        write_json(options.json, plan_files.match_json(pair))
         print(f"wrote {options.json}")
     return 0
 
@@ -307,7 +308,7 @@ def _run(options: argparse.Namespace) -> int:
         content = plan_files.plan_json(plan, options.price)
     print("\n".join(lines))
     if options.json is not None:
-        plan_files.write_json(options.json, content)
+        write_json(options.json, content)
         print(f"wrote {options.json}")
     arguments = plan_files.launch_arguments(plan, [*options.overrides, *extra], options.hours)
     if options.sbatch:

@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> None:
                 f"--output: {options.output}: {error.strerror}; choose a folder that can be written"
             ) from error
     from mone_megatron.lab.studies import outcome, outcome_files, page, runner
-    from mone_megatron.report.files import write_whole
+    from mone_megatron.whole_files import write_whole
 
     outcomes: list[outcome.Outcome] = []
     try:

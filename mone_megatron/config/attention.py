@@ -13,7 +13,9 @@ from mone_megatron.config.wording import near_multiples
 
 @dataclass(frozen=True)
 class MLAConfig(Group):
-    """Multi-latent attention (DeepSeek-V2): keys and values from a small latent vector."""
+    """Sets up multi-latent attention (DeepSeek-V2): keys and values come from a small latent
+    vector.
+    """
 
     q_lora_rank: Annotated[int, AtLeast(0)] = 0
     """The size of the latent that queries are projected from; 0 projects them from the hidden
@@ -38,7 +40,7 @@ class MLAConfig(Group):
 
 @dataclass(frozen=True)
 class RopeScalingConfig(Group):
-    """RoPE for sequences longer than those a model was first trained on."""
+    """Stretches RoPE for sequences longer than those a model was first trained on."""
 
     type: Literal["none", "yarn"] = "none"
     """`yarn` (arXiv 2309.00071) as DeepSeek-V2 has it; needs `attention=mla`."""

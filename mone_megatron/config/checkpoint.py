@@ -12,7 +12,7 @@ from mone_megatron.config.marks import AtLeast, NotEmpty
 
 @dataclass(frozen=True)
 class CheckpointConfig(Group):
-    """Saving and resuming."""
+    """Says when a run is saved, what is kept, and what it resumes from."""
 
     interval: Annotated[int, AtLeast(0)] = 0
     """Save every so many steps; 0 for never."""

@@ -20,7 +20,7 @@ _MOST_SOURCES = 32766
 
 @dataclass(frozen=True)
 class DataConfig(Group):
-    """What the model reads."""
+    """Says what the model reads."""
 
     source: Annotated[str, NameIn(SOURCES)] = "stdlib"
     """Where corpora come from: `stdlib` builds one from the Python standard library in use;

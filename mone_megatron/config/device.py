@@ -11,7 +11,7 @@ from mone_megatron.config.marks import AtLeast
 
 @dataclass(frozen=True)
 class DeviceConfig(Group):
-    """The hardware."""
+    """Says what hardware a run uses, and which kernels."""
 
     kind: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes CUDA when there is a GPU."""

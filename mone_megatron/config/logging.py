@@ -13,7 +13,7 @@ from mone_megatron.config.resources import is_installed
 
 @dataclass(frozen=True)
 class AlertsConfig(Group):
-    """Warnings about experts and neurons that stop working (docs/metrics.md#alerts)."""
+    """Says when a run warns of experts and neurons that stop working (docs/metrics.md#alerts)."""
 
     enabled: bool = True
     """Judge what is logged every `logging.layer_interval` steps (docs/metrics.md#alerts)."""
@@ -33,7 +33,7 @@ class AlertsConfig(Group):
 
 @dataclass(frozen=True)
 class WandbConfig(Group):
-    """Weights & Biases."""
+    """Says how a run reports to Weights & Biases."""
 
     mode: Literal["offline", "online", "disabled"] = "offline"
     """Where W&B writes; `disabled` does not even import the package."""
@@ -56,7 +56,7 @@ class WandbConfig(Group):
 
 @dataclass(frozen=True)
 class LoggingConfig(Group):
-    """What a run shows."""
+    """Says what a run shows, and how often."""
 
     interval: Annotated[int, AtLeast(1)] = 1
     """Print (lines) and send to W&B every so many steps; metrics.jsonl gets every step."""

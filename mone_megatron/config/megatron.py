@@ -146,7 +146,9 @@ SET_HERE: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class MegatronConfig(Group):
-    """Settings of the installed megatron-core, by its own names (docs/parallelism.md#megatron)."""
+    """Sets fields of the installed megatron-core, by its own names
+    (docs/parallelism.md#megatron).
+    """
 
     transformer: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
     """Fields of its TransformerConfig (MLATransformerConfig with `model.attention=mla`)."""

@@ -19,7 +19,9 @@ QKNormScope = Literal["head", "all_heads"]
 
 @dataclass(frozen=True)
 class ModelConfig(Group):
-    """A Qwen3-MoE-shaped GPT: GQA or MLA, RMSNorm, RoPE, SwiGLU, optional shared expert."""
+    """Shapes the model, a Qwen3-MoE-like GPT: GQA or MLA, RMSNorm, RoPE, SwiGLU, optional shared
+    expert.
+    """
 
     num_layers: Annotated[int, AtLeast(1)] = 4
     """Transformer layers."""

@@ -21,7 +21,7 @@ MoNETarget = Literal["routed", "shared", "dense"]
 
 @dataclass(frozen=True)
 class NeuronBalanceConfig(Group):
-    """The neuron balance loss (:mod:`mone_megatron.mone.balance`)."""
+    """Sets the loss that spreads tokens over neurons (:mod:`mone_megatron.mone.balance`)."""
 
     coeff: Annotated[float, AtLeast(0)] = 0.0
     """The weight of the loss; 0 turns it off, and its value is logged all the same."""
@@ -39,7 +39,7 @@ class NeuronBalanceConfig(Group):
 
 @dataclass(frozen=True)
 class MoNEConfig(Group):
-    """Neuron selection inside the experts."""
+    """Says which neurons inside the experts a token keeps."""
 
     enabled: bool = False
     """Whether tokens keep only some neurons of an expert."""

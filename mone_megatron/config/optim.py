@@ -13,7 +13,7 @@ from mone_megatron.methods.optimizers import OPTIMIZERS
 
 @dataclass(frozen=True)
 class OptimConfig(Group):
-    """The optimizer, by default Adam with decoupled weight decay, and its learning rate."""
+    """Sets the optimizer, by default Adam with decoupled weight decay, and its learning rate."""
 
     name: Annotated[str, NameIn(OPTIMIZERS)] = "adam"
     """The optimizer that applies the gradients."""

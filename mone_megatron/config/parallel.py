@@ -12,7 +12,7 @@ from mone_megatron.config.marks import AtLeast
 
 @dataclass(frozen=True)
 class ParallelConfig(Group):
-    """How the model is spread over processes; the data-parallel size is what is left."""
+    """Says how the model is spread over processes; the data-parallel size is what is left."""
 
     tensor: Annotated[int, AtLeast(1)] = 1
     """Tensor parallelism outside the experts (with sequence parallelism)."""

@@ -18,7 +18,7 @@ RouterBalance = Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "
 
 @dataclass(frozen=True)
 class RouterConfig(Group):
-    """Expert routing and balancing: megatron-core's own router, configured."""
+    """Sets how tokens are routed to experts and spread over them, by megatron-core's own router."""
 
     kind: Annotated[str, NameIn(ROUTERS)] = "topk"
     """The router; `topk` is megatron-core's own."""

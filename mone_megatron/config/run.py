@@ -11,7 +11,7 @@ from mone_megatron.config.marks import NotEmpty
 
 @dataclass(frozen=True)
 class RunConfig(Group):
-    """Where a run lives."""
+    """Says where a run lives."""
 
     name: Annotated[str, NotEmpty()] = "run"
     """The name in logs, reports and W&B."""

@@ -52,7 +52,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config(Group):
-    """One run, whole."""
+    """Holds the configuration of one run, whole."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

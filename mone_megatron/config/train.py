@@ -19,7 +19,7 @@ PROFILED_FROM = 5
 
 @dataclass(frozen=True)
 class TrainConfig(Group):
-    """Length, batch and evaluation."""
+    """Says how long a run trains, on which batches, and how it is evaluated."""
 
     steps: Annotated[int, AtLeast(1)] = 100
     """Optimizer steps."""

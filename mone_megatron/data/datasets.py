@@ -27,11 +27,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from mone_megatron.config.schema import Config
 from mone_megatron.data.apart import DocumentsApart
-from mone_megatron.data.files import quick_digest, sync_file, write_text_atomically
+from mone_megatron.data.files import quick_digest, sync_file
 from mone_megatron.data.loader import SampleDataset
 from mone_megatron.data.prepare import PreparedData
 from mone_megatron.os_errors import explained
 from mone_megatron.ownership import locked
+from mone_megatron.whole_files import json_text, write_whole
 
 # Written last, into a cache that is whole.
 _MARKER = "complete"
@@ -100,7 +101,7 @@ def build_datasets(
         if first and not (cache / _MARKER).exists():
             for path in cache.iterdir():
                 sync_file(path)
-            write_text_atomically(cache / _MARKER, json.dumps(_digests(cache)) + "\n")
+            write_whole(cache / _MARKER, json_text(_digests(cache), indent=None), durable=True)
     if config.data.reset_attention:
         train, valid = (
             None if samples is None else DocumentsApart(samples, prepared.eod)

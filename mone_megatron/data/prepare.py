@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.schema import Config, DataConfig
-from mone_megatron.data.files import quick_digest, sha256_file, write_text_atomically
+from mone_megatron.data.files import quick_digest, sha256_file
 from mone_megatron.data.framing import Framing, framing_of, template_opening
 from mone_megatron.data.indexed import CorpusIndex, bin_path, idx_path, read_index
 from mone_megatron.data.sidecar import Sidecar, read_sidecar, sidecar_path, tokenizer_path
@@ -24,6 +24,7 @@ from mone_megatron.data.tokenizer import LoadedTokenizer, end_of_document, load_
 from mone_megatron.methods.sources import SOURCES
 from mone_megatron.os_errors import explained
 from mone_megatron.ownership import locked
+from mone_megatron.whole_files import json_text, write_whole
 
 _DOCUMENTS_LOOKED_AT = 1000
 
@@ -259,7 +260,7 @@ def _scanned_max_token(corpus: _Corpus, cache_dir: Path) -> int:
         if path.is_file():
             return int(json.loads(path.read_text(encoding="utf-8"))["max_token"])
         largest = corpus.index.max_token()
-        write_text_atomically(path, json.dumps({"max_token": largest}) + "\n")
+        write_whole(path, json_text({"max_token": largest}, indent=None), durable=True)
     return largest
 
 

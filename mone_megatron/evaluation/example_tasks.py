@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mone_megatron.data.stdlib import stdlib_files
-from mone_megatron.report.files import write_whole
+from mone_megatron.whole_files import write_whole
 
 _NEXT_LINE, _LAST_WORD = "stdlib_next_line", "stdlib_last_word"
 # The validation share of mone_megatron/config/data.py.

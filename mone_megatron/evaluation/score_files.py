@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from mone_megatron.evaluation.estimates import Estimate
 from mone_megatron.evaluation.evaluate import Compared, Measured, ModelResult, Settings
 from mone_megatron.evaluation.harness import Score
-from mone_megatron.report.files import write_whole
-from mone_megatron.report.formatting import ABSENT, format_count, plus_minus
+from mone_megatron.report.formatting import ABSENT, format_count, plus_minus, text_table
+from mone_megatron.whole_files import json_text
 
 _FORMAT = 1
 _PACKAGES = ("torch", "transformers", "lm_eval")
@@ -51,7 +48,7 @@ def table(results: Sequence[ModelResult], compared: Sequence[Compared]) -> str:
                 star = "*" if change.paired else ""
                 row.append(_with_error(_number(change.value, sign=True), change.stderr) + star)
         rows.append(row)
-    return f"{_columns(header, rows)}\n\n{_LEGEND}"
+    return f"{text_table(header, rows, left=(0, 1))}\n\n{_LEGEND}"
 
 
 def _size(parameters: int | None) -> str:
@@ -103,19 +100,14 @@ def as_json(
                 "minus": results[0].label,
                 "task": entry.score.task,
                 "metric": entry.score.metric,
-                "value": _finite(entry.difference.value),
-                "stderr": _finite(entry.difference.stderr),
+                "value": entry.difference.value,
+                "stderr": entry.difference.stderr,
                 "paired": entry.difference.paired,
             }
             for entry in compared
         ],
     }
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
-
-
-def write_json(path: Path, content: str) -> None:
-    """Writes the file so that it is there whole or not at all."""
-    write_whole(path, content)
+    return json_text(content)
 
 
 def _model(result: ModelResult) -> dict[str, Any]:
@@ -139,8 +131,8 @@ def _score(score: Score) -> Mapping[str, Any]:
     return {
         "task": score.task,
         "metric": score.metric,
-        "value": _finite(score.estimate.value),
-        "stderr": _finite(score.estimate.stderr),
+        "value": score.estimate.value,
+        "stderr": score.estimate.stderr,
         "samples": score.estimate.count,
         "num_fewshot": score.num_fewshot,
         "higher_is_better": score.higher_is_better,
@@ -154,7 +146,7 @@ def _corpus(measured: Measured) -> Mapping[str, Any]:
         "tokens": found.tokens,
         "bytes": found.text_bytes,
         "windows": found.windows,
-        "trainer_val_loss": None if recorded is None else _finite(recorded.loss),
+        "trainer_val_loss": None if recorded is None else recorded.loss,
         "trainer_step": None if recorded is None else recorded.step,
     }
 
@@ -180,21 +172,3 @@ def _with_error(value: str, error: float) -> str:
 def _number(value: float, *, sign: bool = False) -> str:
     plus = "+" if sign else ""
     return format(value, f"{plus}.4f" if abs(value) < 1e5 else f"{plus}.4g")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns lines whose columns are two spaces apart; names left, numbers right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])

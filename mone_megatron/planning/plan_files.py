@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mone_megatron.config.convert import Scalar
@@ -260,12 +259,6 @@ def match_json(pair: Pair) -> dict[str, Any]:
         "difference": pair.difference,
         "changed": pair.changed,
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes ``content`` to a file, its folder made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def experiment_yaml(base: str, changes: Mapping[str, Scalar], comment: str) -> str:

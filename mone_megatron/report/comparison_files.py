@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from mone_megatron.report.compare import (
     compared_curves,
     finite_or_none,
 )
-from mone_megatron.report.files import write_whole
 from mone_megatron.report.formatting import (
     ABSENT,
     format_count,
@@ -33,6 +31,7 @@ from mone_megatron.report.plots import (
     png_data_uri,
 )
 from mone_megatron.report.stats import Interval, default_span
+from mone_megatron.whole_files import json_text, write_whole
 
 PICTURE_FILE = "comparison.png"
 PAGE_FILE = "comparison.html"
@@ -115,7 +114,7 @@ def comparison_json(comparison: Comparison) -> str:
             key: list(values) for key, values in comparison.config_differences.items()
         },
     }
-    return json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"
+    return json_text(document, default=str)
 
 
 def comparison_picture(comparison: Comparison, curves: Sequence[ComparedCurve]) -> bytes:

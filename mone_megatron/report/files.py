@@ -1,9 +1,8 @@
-"""Writes result files whole, and tells large files apart by parts of them."""
+"""Refuses unfit output folders, and tells large files apart by parts of them."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,27 +41,6 @@ def check_output(folder: Path, marker: str) -> None:
         raise ValueError(
             f"--output: {folder} holds files and no {marker}; give a folder that is new or empty"
         )
-
-
-def write_whole(path: Path, content: str | bytes) -> Path:
-    """Writes a file so that it is there whole or not at all, and returns its path.
-
-    The content goes to a temporary file in the same folder, which then takes the name.
-    """
-    # A path may hold bytes that Python could not read as letters; they go back as they came.
-    raw = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(raw)
-        # mkstemp makes private files; a report is as readable as any other file of the run.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
 
 
 def files_identity(files: Sequence[Path]) -> str:

@@ -78,19 +78,32 @@ def format_duration(seconds: float | None) -> str:
     return f"{days} d {hours} h"
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table of text, its columns two spaces apart. The first and the last one are
-    left-aligned, the others right-aligned.
+def text_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Sequence[int] = (0, -1),
+    ruled: bool = True,
+) -> str:
+    """Returns a table of text for a terminal, its columns two spaces apart.
+
+    Args:
+        header: names the columns.
+        rows: one text a column.
+        left: the columns that are aligned to the left, as names are; the others, numbers, to the
+            right. -1 is the last one.
+        ruled: whether a line is drawn below the header.
     """
     table = [list(header), *map(list, rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    left = (0, len(header) - 1)
+    aligned = {column % len(header) for column in left}
     lines = []
     for row in table:
         cells = [
-            cell.ljust(width) if column in left else cell.rjust(width)
+            cell.ljust(width) if column in aligned else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    if ruled:
+        lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

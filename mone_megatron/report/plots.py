@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from mone_megatron.report.files import write_whole
 from mone_megatron.report.formatting import format_count, format_loss
 from mone_megatron.report.runs import Run, Series, load_run
 from mone_megatron.report.stats import FloatArray
+from mone_megatron.whole_files import write_whole
 
 LOSS_PLOT_FILE = "loss.png"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from mone_megatron.report.files import write_whole
 from mone_megatron.report.formatting import (
     ABSENT,
     format_count,
@@ -21,6 +20,7 @@ from mone_megatron.report.page import Curve, Page
 from mone_megatron.report.panel_files import AlertSpan, read_alerts, read_last_panel
 from mone_megatron.report.plots import loss_figure, png_data_uri
 from mone_megatron.report.runs import METRICS_FILE, Run, Series, load_run
+from mone_megatron.whole_files import write_whole
 
 REPORT_FILE = "report.html"
 

@@ -133,14 +133,6 @@ def keep_records_up_to(path: Path, step: int, see: Callable[[dict[str, Any]], No
     os.replace(draft, path)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    with naming(draft):
-        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-
-
 def to_json_line(record: dict[str, float]) -> str:
     """Returns one record as strict JSON: null for what is not finite, integers for counts."""
     clean: dict[str, float | int | None] = {}

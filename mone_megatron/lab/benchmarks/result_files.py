@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -12,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mone_megatron import whole_files
 from mone_megatron.report.formatting import plus_minus
 
 if TYPE_CHECKING:  # only their fields are read: no megatron-core here
@@ -226,9 +226,7 @@ def model_ties_lines(result: ModelTies) -> list[str]:
 
 def write_json(path: Path, benchmark: str, facts: dict[str, Any], result: Any) -> None:
     """Writes one object: ``benchmark``, the environment, and ``result``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": benchmark, **facts, "result": _plain(result)}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    whole_files.write_json(path, {"benchmark": benchmark, **facts, "result": _plain(result)})
 
 
 def _plain(value: Any) -> Any:

@@ -17,10 +17,10 @@ from mone_megatron.lab.routing.counting import conditional, divide
 from mone_megatron.lab.routing.statistics import LayerStatistics, TraceStatistics
 from mone_megatron.lab.routing.statistics_files import Analysis
 from mone_megatron.lab.routing.summary import LayerSummary
-from mone_megatron.report.files import write_whole
 from mone_megatron.report.formatting import format_count
 from mone_megatron.report.page import Curve, Page, asset
 from mone_megatron.report.runs import Series
+from mone_megatron.whole_files import write_whole
 
 PAGE_FILE = "routing.html"
 # Numbers in the page: some 20 MB. What does not fit is in the tables only, and the page says so.

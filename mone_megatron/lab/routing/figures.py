@@ -15,9 +15,9 @@ from mone_megatron.lab.routing.counting import conditional, divide
 from mone_megatron.lab.routing.statistics import LayerStatistics
 from mone_megatron.lab.routing.statistics_files import Analysis
 from mone_megatron.lab.routing.summary import LayerSummary
-from mone_megatron.report.files import write_whole
 from mone_megatron.report.plots import color_of, png_bytes, style_axes
 from mone_megatron.report.stats import FloatArray
+from mone_megatron.whole_files import write_whole
 
 _INK, _SOFT = "#1b1f24", "#5c6673"
 # Beyond these a picture would be a blur: layers are taken at even distances.

@@ -30,8 +30,9 @@ from mone_megatron.lab.routing.summary import (
     summarise,
 )
 from mone_megatron.lab.routing.trace import TraceHeader
-from mone_megatron.report.files import check_output, write_whole
+from mone_megatron.report.files import check_output
 from mone_megatron.report.formatting import text_table
+from mone_megatron.whole_files import write_json
 
 JSON_FILE = "analysis.json"
 Columns = dict[str, npt.NDArray[Any]]
@@ -122,7 +123,7 @@ def check_folder(folder: Path, how: Mapping[str, Any]) -> None:
 def write_analysis(analysis: Analysis, folder: Path) -> list[Path]:
     """Writes ``analysis.json`` and the tables into ``folder`` and returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [write_whole(folder / JSON_FILE, json.dumps(as_json(analysis), indent=1) + "\n")]
+    paths = [write_json(folder / JSON_FILE, as_json(analysis), indent=1)]
     paths.append(folder / "layers.parquet")
     pq.write_table(_layers(analysis), paths[-1], compression="zstd")
     for name, rows in _TABLES.items():
@@ -160,7 +161,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
                 "layers": [
                     {
                         **dataclasses.asdict(layer.shape),
-                        **_finite(dataclasses.asdict(summary)),
+                        **dataclasses.asdict(summary),
                         "expert_saturation_top": _saturation(layer),
                     }
                     for layer, summary in zip(checkpoint.layers, summaries, strict=True)
@@ -169,11 +170,6 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
             for checkpoint, summaries in zip(analysis.checkpoints, analysis.summaries, strict=True)
         ],
     }
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """Returns the values with None in place of those that are not finite: JSON has no NaN."""
-    return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 def _saturation(layer: LayerStatistics) -> list[float | None] | None:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mone_megatron.lab.routing.bits import Bits, packed_bytes
-from mone_megatron.report.files import write_whole
+from mone_megatron.whole_files import write_json
 
 HEADER_FILE = "trace.json"
 FORMAT, VERSION = "mone_megatron.routing_trace", 1
@@ -215,7 +215,7 @@ class TraceWriter:
             "text_sha256": self._text.hexdigest(header.identity),
             "shards": self._shards,
         }
-        write_whole(self.folder / HEADER_FILE, json.dumps(document, indent=1) + "\n")
+        write_json(self.folder / HEADER_FILE, document, indent=1)
         return Trace(self.folder)
 
 

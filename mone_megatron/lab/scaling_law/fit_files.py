@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +24,10 @@ from mone_megatron.lab.scaling_law.results import (
     Parametric,
     Study,
 )
-from mone_megatron.report.files import write_whole
 from mone_megatron.report.formatting import ABSENT, format_count, text_table
 from mone_megatron.report.identified import NOT_IDENTIFIED, Doubt, mark, reasons
 from mone_megatron.report.plots import png_bytes
+from mone_megatron.whole_files import json_text, write_whole
 
 JSON_FILE = "scaling_law.json"
 # Only some fits have these: those of an earlier one are not to stand beside a new one's.
@@ -84,7 +83,7 @@ def write_study(study: Study, folder: str | Path) -> list[Path]:
     """
     directory = Path(folder)
     files: dict[str, str | bytes] = {
-        JSON_FILE: json.dumps(study_json(study), indent=2, allow_nan=False) + "\n",
+        JSON_FILE: json_text(study_json(study)),
         "points.csv": _csv(*_points(study)),
     }
     if study.parametric is not None:
@@ -377,13 +376,9 @@ def _cells(estimate: Estimate) -> tuple[float | str, float | str, float | str]:
     return estimate.value, estimate.interval.low, estimate.interval.high
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
 def _estimate_json(estimate: Estimate) -> dict[str, Any]:
     return {
-        "value": _finite(estimate.value),
+        "value": estimate.value,
         "low": None if estimate.interval is None else estimate.interval.low,
         "high": None if estimate.interval is None else estimate.interval.high,
         "identified": estimate.identified,
@@ -447,8 +442,8 @@ def _isoflop_json(isoflop: IsoFlop) -> dict[str, Any]:
                 "minimum": one.minimum,
                 "used": any(one is used for used in isoflop.fit.used),
                 "params": _estimate_json(_minimum(isoflop, index)),
-                "tokens": _finite(one.tokens),
-                "loss": _finite(one.loss),
+                "tokens": one.tokens,
+                "loss": one.loss,
                 "center_log_params": one.center,
                 "coefficients": list(one.coefficients),
             }

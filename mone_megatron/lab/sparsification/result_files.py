@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +12,10 @@ from typing import Any
 from mone_megatron.evaluation.estimates import Difference
 from mone_megatron.lab.sparsification.figures import figures
 from mone_megatron.lab.sparsification.findings import BudgetResult, Point, Study
-from mone_megatron.report.files import write_whole
-from mone_megatron.report.formatting import format_number, plus_minus
+from mone_megatron.report.formatting import format_number, plus_minus, text_table
 from mone_megatron.report.identified import NOT_IDENTIFIED, reasons
 from mone_megatron.report.plots import png_bytes
+from mone_megatron.whole_files import json_text, write_whole
 
 SUMMARY_FILE = "summary.json"
 _FORMAT = 1
@@ -87,7 +85,7 @@ def _curve_table(study: Study) -> str:
     title = f"{study.label}: {', '.join(study.targets)} neurons, {study.tokens:,} tokens"
     if study.beginning:
         title += f"; {study.beginning}"
-    return f"{title}\n{columns(header, rows)}"
+    return f"{title}\n{text_table(header, rows, left=(0,), ruled=False)}"
 
 
 def _threshold_table(study: Study) -> str:
@@ -111,7 +109,7 @@ def _threshold_table(study: Study) -> str:
         for one in entry.thresholds
         if one.doubts
     ]
-    return "\n".join([title, columns(header, rows), *unknown])
+    return "\n".join([title, text_table(header, rows, left=(0,), ruled=False), *unknown])
 
 
 def _budget_lines(label: str, budget: BudgetResult) -> str:
@@ -132,19 +130,6 @@ def _budget_lines(label: str, budget: BudgetResult) -> str:
     if budget.doubts:
         lines.append(f"  {NOT_IDENTIFIED}: {reasons(budget.doubts)}")
     return "\n".join(lines)
-
-
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a text table, two spaces between columns: the first to the left, others right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at == 0 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def _curve_rows(studies: Sequence[Study]) -> Iterator[tuple[Any, ...]]:
@@ -192,7 +177,7 @@ def _json(studies: Sequence[Study], settings: Mapping[str, Any]) -> str:
         "settings": dict(settings),
         "models": [_study(study) for study in studies],
     }
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return json_text(content)
 
 
 def _study(study: Study) -> dict[str, Any]:
@@ -222,8 +207,8 @@ def _point(point: Point) -> dict[str, Any]:
             {
                 "task": score.task,
                 "metric": score.metric,
-                "value": _finite(score.estimate.value),
-                "stderr": _finite(score.estimate.stderr),
+                "value": score.estimate.value,
+                "stderr": score.estimate.stderr,
                 "samples": score.estimate.count,
                 "higher_is_better": score.higher_is_better,
                 "difference": _change(change),
@@ -241,20 +226,20 @@ def budget_json(budget: BudgetResult) -> dict[str, Any]:
         "score": budget.settings.score,
         "sensitivity_shares": list(budget.settings.shares),
         "layers": list(budget.layers),
-        "loss": _finite(budget.loss),
-        "sensitivity": [list(map(_finite, row)) for row in budget.sensitivity],
+        "loss": budget.loss,
+        "sensitivity": [list(row) for row in budget.sensitivity],
         "shares": list(best.shares),
         "not_identified": [doubt.reason for doubt in budget.doubts],
         "pruned": best.pruned,
-        "predicted": _finite(best.predicted),
+        "predicted": best.predicted,
         "measured": _change(budget.best_change),
         "uniform_measured": _change(budget.uniform_change),
         "measured_on_other_text": None if budget.elsewhere is None else _change(budget.elsewhere),
         "probes": [
             {
                 "pruned": probe.allotment.pruned,
-                "predicted": _finite(probe.allotment.predicted),
-                "measured": _finite(probe.measured),
+                "predicted": probe.allotment.predicted,
+                "measured": probe.measured,
             }
             for probe in budget.probes
         ],
@@ -263,8 +248,8 @@ def budget_json(budget: BudgetResult) -> dict[str, Any]:
 
 def _change(change: Difference) -> dict[str, Any]:
     return {
-        "value": _finite(change.value),
-        "stderr": _finite(change.stderr),
+        "value": change.value,
+        "stderr": change.stderr,
         "paired": change.paired,
     }
 
@@ -281,7 +266,3 @@ def _signed(change: Difference) -> str:
     if abs(change.value) < 1e4:
         return plus_minus(f"{change.value:+.4f}", change.stderr)
     return plus_minus(f"{change.value:+.3g}", change.stderr, ".2g")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from mone_megatron.lab.studies.outcome import Outcome
-from mone_megatron.report.files import write_whole
 from mone_megatron.report.formatting import format_count, plus_minus
 from mone_megatron.report.identified import NOT_IDENTIFIED, reasons
 from mone_megatron.report.plots import COLORS, new_figure, png_bytes, style_axes, title_axes
 from mone_megatron.report.stats import Interval
+from mone_megatron.whole_files import write_json, write_whole
 
 
 def _pm(interval: Interval, spec: str) -> str:
@@ -102,9 +101,8 @@ def figure(outcome: Outcome) -> Figure:
 
 def write(outcome: Outcome, folder: Path) -> list[Path]:
     """Writes ``study.json``, ``study.md`` and ``study.png``, and returns their paths."""
-    content = json.dumps(outcome.to_json(), indent=2, allow_nan=False) + "\n"
     return [
-        write_whole(folder / "study.json", content),
+        write_json(folder / "study.json", outcome.to_json()),
         write_whole(folder / "study.md", markdown(outcome) + "\n"),
         write_whole(folder / "study.png", png_bytes(figure(outcome))),
     ]

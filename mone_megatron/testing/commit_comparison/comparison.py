@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from mone_megatron.data.files import write_text_atomically
 from mone_megatron.ownership import locked
 from mone_megatron.testing import words
 from mone_megatron.testing.commit_comparison import measurements, values
@@ -41,6 +40,7 @@ from mone_megatron.testing.commit_comparison.version import (
     find_revision,
     sources,
 )
+from mone_megatron.whole_files import write_json, write_whole
 
 Say = Callable[[str], None]
 
@@ -138,7 +138,7 @@ def compare_commits(
     place = cache.resolve() / f"{of_base.commit[:12]}-{_short_digest(machine)}"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(place / "machine.json", json.dumps(machine, indent=1) + "\n")
+        write_json(place / "machine.json", machine, indent=1)
     except OSError as error:
         raise ValueError(
             f"--cache: {cache} cannot be used ({error.strerror}); give a folder that can be written"
@@ -221,7 +221,7 @@ def _measure_base(
                         "rows": {what: row.values for what, row in rows.items()},
                     }
                     text = json.dumps(content)
-                    write_text_atomically(results / f"{one.name}.json", text)
+                    write_whole(results / f"{one.name}.json", text)
     say(f"BASE: {len(chosen) - len(lacking)} of {len(chosen)} measurements were in {place}")
     measured: Rows = {}
     for found in known.values():

@@ -38,7 +38,8 @@ from mone_megatron.train.health.heartbeats import (
     program_place,
 )
 from mone_megatron.train.health.signals import HANG_EXIT_CODE
-from mone_megatron.train.run_directory import now, write_json
+from mone_megatron.train.run_directory import now
+from mone_megatron.whole_files import write_json
 
 # How much longer the process groups wait: the watchdog, which names the rank, is to be first.
 BACKSTOP_SECONDS = 60

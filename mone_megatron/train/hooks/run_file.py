@@ -8,7 +8,7 @@ from typing import Any
 
 from mone_megatron.display import lost
 from mone_megatron.methods.hook import Hook, Record
-from mone_megatron.train.run_directory import write_json
+from mone_megatron.whole_files import write_json
 
 
 class RunFileHook(Hook):

@@ -1,0 +1,80 @@
+"""Writes files that are there whole or not at all, among them JSON that every reader accepts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mone_megatron.os_errors import naming
+
+
+def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
+    """Writes a file so that others see the old one, or the new one whole, and returns its path.
+
+    The content goes to a temporary file in the same folder, which then takes the name. The folder
+    is made when it is missing.
+
+    Args:
+        path: what to write.
+        content: text is written as UTF-8.
+        durable: whether the content is on the disk before the file takes the name, so that it
+            outlives a machine that stops.
+
+    Raises:
+        OSError: naming the file; nothing of it is left.
+    """
+    # A path may hold bytes that Python could not read as letters; they go back as they came.
+    raw = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(raw)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            # mkstemp makes private files; what a run writes is as readable as its other files.
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    return path
+
+
+def write_json(path: Path, value: Any, *, indent: int = 2) -> Path:
+    """Writes ``value`` as :func:`json_text` and as :func:`write_whole` do; returns the path."""
+    return write_whole(path, json_text(value, indent=indent))
+
+
+def json_text(
+    value: Any, *, indent: int | None = 2, default: Callable[[Any], Any] | None = None
+) -> str:
+    """Returns ``value`` as strict JSON that ends with a newline.
+
+    Python writes ``NaN`` and ``Infinity``, which other readers refuse; here a number that is not
+    finite is ``null``.
+
+    Args:
+        value: mappings, lists, tuples, texts, numbers, truth values and None.
+        indent: spaces a level; None for one line, as in a file of JSON lines.
+        default: gives what stands for a value of another kind; without it such a value is a
+            TypeError.
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, default=default) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
