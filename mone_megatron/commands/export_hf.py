@@ -19,14 +19,19 @@ not matter, and no GPU is needed. A baseline is written as the stock architectur
 beside the weights.
 
 It ends by loading what it wrote and comparing its logits and kept neurons with the training
-model's, in fp32 on real text. Nothing is left in the output folder when anything fails."""
+model's, in fp32 on real text. Nothing is left in the output folder when anything fails.
+
+With --push-to-hub the folder, model card included, is then uploaded to a new or empty repository of
+the Hugging Face Hub, which others cannot see unless --public is given. Token and repository are
+checked before anything is exported."""
 
 _EPILOG = """\
-exit status: 0 written and checked, 2 refused
+exit status: 0 written and checked (and uploaded), 2 refused
 
 examples:
   python tools/export_hf.py runs/quickstart/mone --output exports/mone
-  python tools/export_hf.py runs/a/checkpoints/step_00001000 --output exports/a --dtype bf16"""
+  python tools/export_hf.py runs/a/checkpoints/step_00001000 --output exports/a --dtype bf16
+  python tools/export_hf.py runs/a --output exports/a --push-to-hub my-lab/mone-a"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,12 +66,22 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="do not compare the two models at the end (it holds both in memory, in fp32)",
     )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="upload the export to this repository, private (HF_TOKEN, or `hf auth login`)",
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="let everybody see what --push-to-hub uploads"
+    )
     return parser
 
 
 def _export(options: argparse.Namespace) -> None:
     if options.shard_gb <= 0:
         raise ValueError(f"--shard-gb: {options.shard_gb:g} is not above 0")
+    if options.public and options.push_to_hub is None:
+        raise ValueError("--public: nothing is uploaded without --push-to-hub OWNER/NAME")
     if not options.source.is_dir():
         raise ValueError(f"{options.source}: there is no such folder; give a run or a checkpoint")
     from mone_megatron.extras import calm_bars, require
@@ -78,6 +93,11 @@ def _export(options: argparse.Namespace) -> None:
     from mone_megatron.hf.source import Source, open_source
     from mone_megatron.serving.misread import misreadings
 
+    repository = None
+    if options.push_to_hub is not None:
+        from mone_megatron.hf import hub
+
+        repository = hub.find_repository(options.push_to_hub, private=not options.public)
     source: Source = open_source(options.source, say=say)
     architecture = export.choose_architecture(source, options.architecture)
     dtype = export.export_dtype(options.dtype)
@@ -110,6 +130,12 @@ def _export(options: argparse.Namespace) -> None:
     written = json.loads((exported.folder / "config.json").read_text(encoding="utf-8"))
     for misreading in misreadings(written):
         say(f"warning: {misreading}")
+    if repository is not None:
+        who = "for its owners only" if repository.private else "for everybody"
+        say(f"uploading it to {repository.address}, {who}")
+        step = source.checkpoint.step
+        hub.upload(exported.folder, repository, f"Step {step:,} of {source.config.run.name}")
+        print(f"uploaded to {repository.address}")
 
 
 def _owning(options: argparse.Namespace) -> None:

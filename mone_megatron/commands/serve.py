@@ -14,8 +14,9 @@ from mone_megatron.display import harmless
 _DESCRIPTION = """\
 Serve a model with vLLM, on this machine, in OpenAI's protocol. The model is a run (its newest
 checkpoint), a checkpoint, or an export; a run is exported first, into RUN/exports, once for each
-checkpoint. MoNE needs the plugin beside vLLM (serving/vllm), which is checked before anything is
-done. What was chosen is said, with lines to try it; then this process becomes the server."""
+checkpoint. What is wrong with the model or the options is said first, then whether vLLM is there,
+and for MoNE the plugin beside it (serving/vllm): all of it before anything is written. What was
+chosen is said, with lines to try it; then this process becomes the server."""
 
 _EPILOG = """\
 Options after -- go to vLLM as they are.
@@ -56,10 +57,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(options: argparse.Namespace, for_vllm: Sequence[str]) -> None:
     from mone_megatron.serving.engine import find_vllm
-    from mone_megatron.serving.server import ready_folder, server_of
+    from mone_megatron.serving.server import check_address, find_model, ready_folder, server_of
 
+    # What is wrong with the request comes before what is not installed.
+    check_address(options.port)
+    model = find_model(options.model, say=say)
     engine = find_vllm(options.vllm_python)
-    folder = ready_folder(options.model, engine, dry_run=options.dry_run, say=say)
+    folder = ready_folder(model, engine, dry_run=options.dry_run, say=say)
     server = server_of(
         folder,
         engine,

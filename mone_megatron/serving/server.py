@@ -50,41 +50,52 @@ class Server:
         ]
 
 
-def check_plugin(engine: Engine, model_type: str, where: Path) -> None:
-    """Refuses an engine that cannot serve a model.
+@dataclass(frozen=True)
+class Served:
+    """Describes the model that is to be served.
+
+    Attributes:
+        given: the run, checkpoint or export that the user named.
+        folder: the export that the engine reads; it may not be written yet.
+        model_type: as in the export's ``config.json``.
+        write: writes the export; None where it is there.
+    """
+
+    given: Path
+    folder: Path
+    model_type: str
+    write: Callable[[], None] | None = None
+
+
+def check_address(port: int) -> None:
+    """Checks where the server is to listen.
 
     Raises:
-        ValueError: with the line that installs what is missing.
+        ValueError: the port is no port.
     """
-    if model_type == "mone" and engine.plugin is None:
-        raise ValueError(
-            f"{where}: MoneForCausalLM needs the plugin beside vLLM; install it from a checkout: "
-            f"{engine.python} -m pip install ./serving/vllm"
-        )
+    if not 0 < port < 65536:
+        raise ValueError(f"--port: {port} is not in 1..65535")
 
 
-def ready_folder(where: Path, engine: Engine, *, dry_run: bool, say: Callable[[str], None]) -> Path:
-    """Returns the export to serve; a run or a checkpoint is exported first.
+def find_model(where: Path, *, say: Callable[[str], None]) -> Served:
+    """Returns what is to be served; nothing is written, and no engine is looked for.
 
     Args:
         where: a run, a checkpoint, or an export.
-        engine: what is to serve it.
-        dry_run: whether to export nothing.
-        say: is told what is done.
+        say: is told what was chosen.
 
     Raises:
-        ValueError: it is none of them, cannot be exported, or the engine cannot serve it.
+        ValueError: it is none of them, cannot be exported, or vLLM would read it otherwise.
     """
     if not where.is_dir():
         raise ValueError(f"{where}: there is no such folder; give a run, a checkpoint or an export")
     if (where / "config.json").is_file():
         config = _config(where)
-        check_plugin(engine, config.get("model_type", ""), where)
         if wrong := _misread(config):
             raise ValueError(
                 f"{where}: {wrong[0]}; export it with --architecture mone, which the plugin reads"
             )
-        return where
+        return Served(where, where, config.get("model_type", ""))
     from mone_megatron.extras import calm_bars, require
 
     require("hf", "transformers", "safetensors")
@@ -106,13 +117,6 @@ def ready_folder(where: Path, engine: Engine, *, dry_run: bool, say: Callable[[s
     if wrong := _misread(export.hf_config(source, architecture, None).to_dict()):
         say(f"as MoneForCausalLM, since {wrong[0]}")
         architecture = export.choose_architecture(source, "mone")
-    check_plugin(engine, architecture.model_type, where)
-    if (folder / "config.json").is_file():
-        say(f"{folder}: exported before")
-        return folder
-    say(f"exporting {checkpoint} to {folder} as {architecture.class_name}")
-    if dry_run:
-        return folder
 
     def check(written: Path) -> str:
         found = check_export(source, written, dtype=None)
@@ -120,16 +124,58 @@ def ready_folder(where: Path, engine: Engine, *, dry_run: bool, say: Callable[[s
             raise ValueError(f"{folder}: not written: {found.describe()}")
         return found.describe()
 
-    export.export(
-        source,
-        folder,
-        architecture=architecture,
-        dtype=None,
-        shard_bytes=5 * 10**9,
-        check=check,
-        progress=say,
-    )
-    return folder
+    def write() -> None:
+        say(f"exporting {checkpoint} to {folder} as {architecture.class_name}")
+        export.export(
+            source,
+            folder,
+            architecture=architecture,
+            dtype=None,
+            shard_bytes=5 * 10**9,
+            check=check,
+            progress=say,
+        )
+
+    there = (folder / "config.json").is_file()
+    return Served(where, folder, architecture.model_type, None if there else write)
+
+
+def check_plugin(engine: Engine, model: Served) -> None:
+    """Refuses an engine that cannot serve a model.
+
+    Raises:
+        ValueError: with the line that installs what is missing.
+    """
+    if model.model_type == "mone" and engine.plugin is None:
+        raise ValueError(
+            f"{model.given}: MoneForCausalLM needs the plugin beside vLLM; install it from a "
+            f"checkout: {engine.python} -m pip install ./serving/vllm"
+        )
+
+
+def ready_folder(
+    model: Served, engine: Engine, *, dry_run: bool, say: Callable[[str], None]
+) -> Path:
+    """Returns the export to serve, written now where it is not there.
+
+    Args:
+        model: from :func:`find_model`.
+        engine: what is to serve it.
+        dry_run: whether to export nothing.
+        say: is told what is done.
+
+    Raises:
+        ValueError: the engine cannot serve it, or the export is not the model.
+    """
+    check_plugin(engine, model)
+    if model.write is None:
+        if model.folder != model.given:
+            say(f"{model.folder}: exported before")
+    elif dry_run:
+        say(f"{model.given} would be exported to {model.folder}")
+    else:
+        model.write()
+    return model.folder
 
 
 def server_of(
@@ -152,22 +198,19 @@ def server_of(
         name: the model's for clients; None for the folder's.
         dtype: as ``export_hf`` names it; ``saved`` for the export's own.
         options: of vLLM.
-
-    Raises:
-        ValueError: the port is no port.
     """
-    if not 0 < port < 65536:
-        raise ValueError(f"--port: {port} is not in 1..65535")
     name = name or folder.resolve().name
     environment = dict(os.environ)
     plugin = "" if engine.plugin is None else f", mone-vllm {engine.plugin}"
     notes = [f"{engine.distribution} {engine.version}{plugin} of {engine.python}"]
     if (folder / "config.json").is_file():
-        config = _config(folder)
-        notes.append(
-            f"contexts up to {config['max_position_embeddings']} tokens (max_position_embeddings "
-            "of the export: what the model was trained on)"
-        )
+        # Models of others may name it otherwise.
+        positions = _config(folder).get("max_position_embeddings")
+        if positions is not None:
+            notes.append(
+                f"contexts up to {positions} tokens (max_position_embeddings of the export: what "
+                "the model was trained on)"
+            )
     if engine.on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in environment:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(_CACHE_GIGABYTES)
         notes.append(
@@ -197,10 +240,13 @@ def _config(folder: Path) -> dict[str, Any]:
     """Returns what ``config.json`` says.
 
     Raises:
-        ValueError: it is not JSON.
+        ValueError: it is not JSON, or no object.
     """
+    path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'}: is not JSON ({error})") from None
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bytes that are no text, too
+        raise ValueError(f"{path}: is not JSON ({error}); write the export again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: holds no JSON object; write the export again")
     return config

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mone_megatron.hf import export
 from mone_megatron.hf.source import open_source
+from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.scores import SCORES
 from mone_megatron.testing.launch import run_layouts
 
 _COMMON = [
@@ -84,11 +86,67 @@ RUNS: dict[str, list[str]] = {
         "train.steps=4",
         "checkpoint.interval=4",
     ],
+    "threshold": [
+        "experiment=tiny_mone",
+        "mone.rule=threshold",
+        "mone.score=wina_activation",
+        "train.steps=4",
+        "checkpoint.interval=4",
+    ],
+    "mass": [
+        "experiment=tiny_mone",
+        "mone.rule=mass",
+        "model.activation=sigmoid",
+        "train.steps=4",
+        "checkpoint.interval=4",
+    ],
+    # Leaves out what adds nothing, so it answers as all neurons do.
+    "nonzero": [
+        "experiment=tiny_mone",
+        "mone.rule=nonzero",
+        "mone.score=abs_product",
+        "model.activation=relu",
+    ],
     # Our class for a model that keeps all neurons.
     "all_neurons": ["experiment=tiny_moe", *_SIGMOID],
     # What a stock class holds.
     "stock": ["experiment=tiny_moe"],
 }
+
+
+def _setting(changes: list[str], key: str, usual: str) -> str:
+    """What a run's changes say of a key."""
+    return next((text.split("=")[1] for text in changes if text.startswith(f"{key}=")), usual)
+
+
+def _selecting() -> list[list[str]]:
+    return [changes for changes in RUNS.values() if "experiment=tiny_mone" in changes]
+
+
+# Whatever rule or score comes to the registries is tried, too.
+for _rule in RULES:
+    if _rule.causal and _rule.name not in {
+        _setting(changes, "mone.rule", "topk") for changes in _selecting()
+    }:
+        RUNS[_rule.name] = [
+            "experiment=tiny_mone",
+            f"mone.rule={_rule.name}",
+            f"mone.score={_rule.score or 'abs_gate'}",
+            # Enough for a state to move.
+            "train.steps=4",
+            "checkpoint.interval=4",
+        ]
+for _score in SCORES.names:
+    if _score not in {
+        _setting(changes, "mone.score", "abs_activation") for changes in _selecting()
+    }:
+        RUNS[_score] = ["experiment=tiny_mone", f"mone.score={_score}"]
+# Those that keep fewer neurons than there are; rules without a budget may leave out nothing.
+PRUNING = [
+    name
+    for name, changes in RUNS.items()
+    if changes in _selecting() and RULES[_setting(changes, "mone.rule", "topk")].keeps_budget
+]
 
 
 def make_exports(folder: Path) -> dict[str, Path]:

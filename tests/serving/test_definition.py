@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +15,13 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.activations import ACT2FN
 
+from mone_megatron.config.load import compose
+from mone_megatron.hf.architectures import MONE
 from mone_megatron.hf.experts_mone import NeuronSettings
+from mone_megatron.hf.settings import to_hf_config
+from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
 
@@ -80,6 +86,7 @@ def test_masks_are_bitwise_those_of_an_export_in_transformers(
     selection: ModuleType, score: str, rule: str, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(4)
+    served = 0
     for neurons, keep_ratio in ((128, 0.25), (96, 0.0104), (64, 0.984), (72, 0.4)):
         gate, up = (
             # Few values: most rows tie at the threshold.
@@ -110,48 +117,171 @@ def test_masks_are_bitwise_those_of_an_export_in_transformers(
         chosen = selection.Selection.of(mone, "routed", neurons, F.silu, None)
         mask = chosen.mask(gate, up, down_norm_TF=norm, state=state, expert_T=expert, num_experts=3)
         assert torch.equal(mask, expected)
+        served += 1
+    # Served somewhere, or refused for what it is.
+    assert (served > 0) == RULES[rule].causal
 
 
-_KERNEL_AND_DEFINITION = """
+# What CUDA computes, in Triton's interpreter, beside what every other device does.
+_ON_TRITON = """
 import torch
-from mone_vllm.definition.kernels import fused, reference
-values = torch.randint(-8, 9, (16, 96)) / 4
-for dtype in (torch.float32, torch.bfloat16):
-    given = values.to(dtype)
-    assert torch.equal(fused.topk_mask(given, 24), reference.topk_mask(given, 24))
+from mone_vllm import selection
+from mone_vllm.definition.kernels import fused
+from mone_vllm.definition.methods.activations import ACTIVATIONS
+from mone_vllm.definition.methods.rules import RULES
+from mone_vllm.definition.methods.scores import SCORES
+generator = torch.Generator().manual_seed(3)
+calls = 0
+# tests/kernels compares all numbers, which takes its time.
+fused.scores_equal_torch = lambda activate, device: True
+def both(compute):
+    results = []
+    for chosen in (True, False):
+        selection.on_triton = lambda tensor: chosen
+        results.append(compute())
+    return results
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    # In bf16 many scores tie without help.
+    values = torch.randn(3, 2 * 32, generator=generator).to(dtype)
+    norm = torch.rand(32, generator=generator)
+    state = {name: torch.rand(1) for rule in RULES for name in rule.state}
+    for activation in ACTIVATIONS:
+        if activation.up is not None:
+            continue
+        activate = selection.activation_of(activation.name)
+        for rule in RULES:
+            if not rule.causal:
+                continue
+            # Other rules are given scores of torch's.
+            for score in SCORES if rule.top_k else [SCORES["abs_gate"]]:
+                mone = {"keep_ratio": 0.5, "rule": rule.name, "score": score.name}
+                chosen = selection.Selection.of(mone, "routed", 32, activate, None)
+                rows = {"down_norm_TF": norm, "state": state}
+                ours, expected = both(lambda: chosen.hidden(values, **rows))
+                assert ours.dtype is dtype
+                # Exactly the same are kept; products are rounded once, not twice.
+                assert torch.equal(ours == 0, expected == 0), (rule.name, score.name, dtype)
+                torch.testing.assert_close(ours, expected, rtol=2e-2, atol=1e-6)
+                calls += 1
+    ours, expected = both(lambda: selection.topk_mask(values, 24))
+    assert torch.equal(ours, expected)
+print(calls)
 """
 
 
-def test_the_kernel_that_cuda_takes_gives_the_same_mask(wheel: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    # In a process of its own, where Triton is imported for its interpreter.
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(wheel)}
-    command = [sys.executable, "-c", _KERNEL_AND_DEFINITION]
+def _on_the_wheel(wheel: Path, command: list[str], interpret: str) -> str:
+    # In a process of its own, where Triton is imported for its interpreter or for its compiler.
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": str(wheel)}
     done = subprocess.run(
-        command, env=environment, cwd=wheel, capture_output=True, text=True, check=False
+        [sys.executable, *command],
+        env=environment,
+        cwd=wheel,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_cuda_computes_is_the_definition(wheel: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    calls = int(_on_the_wheel(wheel, ["-c", _ON_TRITON], "1"))
+    served = sum(len(SCORES) if rule.top_k else 1 for rule in RULES if rule.causal)
+    activations = sum(activation.up is None for activation in ACTIVATIONS)
+    assert calls == 3 * activations * served
+
+
+def test_what_cuda_launches_compiles_for_a_gpu(wheel: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    script = Path(__file__).with_name("compile_for_cuda.py")
+    compiled = json.loads(_on_the_wheel(wheel, [str(script)], "0"))
+    kept = {json.loads(line.partition(" ")[2]).get("KEEP") for line in compiled}
+    # The selection within the product, a given mask, and the mask alone.
+    assert {"top", "mask"} <= kept
+    assert any(line.startswith("topk_mask_kernel") for line in compiled)
+    with_scores = [line for line in compiled if '"SCORE": "' in line]
+    fused = {score.fused.partition(":")[2] for score in SCORES if score.fused is not None}
+    assert {json.loads(line.partition(" ")[2])["SCORE"] for line in with_scores} == fused
 
 
 class _Ranks:
-    """Two ranks' columns, as the second of them sees both."""
+    """Two ranks' columns, as one of them sees both; what they sum is told beforehand."""
 
-    rank, size = 1, 2
+    size = 2
 
-    def __init__(self, first: torch.Tensor) -> None:
-        self.first = first
+    def __init__(self, rank: int, parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.rank, self.parts = rank, parts
+        # What each rank adds to each sum, in the order of the calls.
+        self.added: list[torch.Tensor] = []
+        self.others: list[torch.Tensor] | None = None
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.first, part], dim=-1)
+        if part.shape != self.parts[self.rank].shape:  # sums of blocks
+            size = self.parts[0].shape[-1] // part.shape[-1]
+            return torch.cat([each.unflatten(-1, (-1, size)).sum(-1) for each in self.parts], -1)
+        assert torch.equal(part, self.parts[self.rank])
+        return torch.cat(self.parts, dim=-1)
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        self.added.append(part)
+        return part if self.others is None else part + self.others[len(self.added) - 1]
 
 
-def test_neurons_on_two_ranks_are_ranked_together(selection: ModuleType) -> None:
+def _on_two_ranks(
+    selection: ModuleType, mone: dict[str, object], scores: torch.Tensor
+) -> torch.Tensor:
+    """The mask of neurons that two ranks share."""
+    parts = scores.chunk(2, dim=-1)
+    added: list[list[torch.Tensor]] = [[], []]
+    masks = []
+    # Sums may be of sums: as many turns as there are, each with what the other rank then added.
+    for _ in range(4):
+        masks = []
+        for rank, part in enumerate(parts):
+            ranks = _Ranks(rank, parts)
+            ranks.others = [*added[1 - rank], *[torch.zeros(())] * 8]
+            chosen = selection.Selection.of(mone, "routed", scores.shape[-1], F.silu, ranks)
+            masks.append(chosen.mask(part, part))
+            added[rank] = ranks.added
+    return torch.cat(masks, dim=-1)
+
+
+@pytest.mark.parametrize("rule", RULES.names)
+def test_neurons_on_two_ranks_are_selected_together_or_refused(
+    selection: ModuleType, rule: str
+) -> None:
+    # Small integers: sums are exact in any order, and many tie.
     scores = torch.randint(0, 5, (64, 32), generator=torch.Generator().manual_seed(1)).float()
-    mone = {"keep_ratio": 0.25, "score": "signed_gate"}
+    mone: dict[str, object] = {"keep_ratio": 0.5, "score": "signed_gate", "rule": rule}
+    budget = RULES[rule].budget(0.5, 32)
+    if (problem := RULES[rule].shard_problem(budget, 2)) or not RULES[rule].causal:
+        with pytest.raises(ValueError, match=problem or f"mone.rule: {rule} looks at other"):
+            _on_two_ranks(selection, mone, scores)
+        return
     alone = selection.Selection.of(mone, "routed", 32, F.silu, None)
-    second = selection.Selection.of(mone, "routed", 32, F.silu, _Ranks(scores[:, :16]))
-    mask = second.mask(scores[:, 16:], scores[:, 16:])
-    assert torch.equal(mask, alone.mask(scores, scores)[:, 16:])
+    assert torch.equal(_on_two_ranks(selection, mone, scores), alone.mask(scores, scores))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS.names)
+def test_every_activation_is_that_of_transformers_or_is_never_exported(
+    selection: ModuleType, name: str
+) -> None:
+    gate = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
+    if name in ACT2FN:
+        assert torch.equal(selection.activation_of(name)(gate), ACT2FN[name](gate))
+        return
+    model = compose(["experiment=tiny_mone", f"model.activation={name}"])
+    with pytest.raises(ValueError, match=f"model.activation: transformers has no {name}"):
+        to_hf_config(
+            model.model,
+            model.mone,
+            architecture=MONE,
+            vocab_size=64,
+            max_positions=64,
+            dtype="float32",
+            token_ids={},
+        )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from mone_megatron.serving.engine import Engine
 from mone_megatron.serving.misread import misreadings
-from mone_megatron.serving.server import ready_folder
+from mone_megatron.serving.server import find_model, ready_folder
 
 
 @pytest.mark.parametrize(
@@ -55,4 +55,4 @@ def test_what_vllm_would_answer_wrongly_is_not_served(
     (tmp_path / "config.json").write_text(json.dumps(config))
     engine = Engine(Path(sys.executable), "vllm", "0.32.0", plugin)
     with pytest.raises(ValueError, match=message):
-        ready_folder(tmp_path, engine, dry_run=True, say=print)
+        ready_folder(find_model(tmp_path, say=print), engine, dry_run=True, say=print)

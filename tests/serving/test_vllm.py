@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from reference_answers import Answer, answers_of, differences, first_difference
-from served_models import RUNS
+from served_models import PRUNING, RUNS
 from vllm_environment import PYTHON, generate, run
 
 from mone_megatron.hf.experts_mone import NeuronSettings
+from mone_megatron.methods.activations import ACTIVATIONS
 
 pytestmark = [
     pytest.mark.vllm,
@@ -126,7 +126,7 @@ def test_logprobs_and_greedy_tokens_are_those_of_transformers(
         assert place == len(answer.tokens) or answer.margins[place] < CLOSE
 
 
-@pytest.mark.parametrize("name", SELECTING)
+@pytest.mark.parametrize("name", PRUNING)
 def test_it_is_far_from_what_keeping_all_neurons_gives(
     name: str,
     exports: dict[str, Path],
@@ -151,7 +151,7 @@ def test_kept_neurons_are_bitwise_those_of_the_definition(
     assert given
     config = json.loads((exports[name] / "config.json").read_text())
     settings = NeuronSettings.from_config(config["mone"])
-    activate = {"silu": F.silu, "relu2": lambda x: F.relu(x).square()}[config["hidden_act"]]
+    activate = ACTIVATIONS[config["hidden_act"]].function
     calls = torch.load(recorded[name])
     rows = 0
     for call in calls:
@@ -210,3 +210,7 @@ def test_another_vllm_is_refused_with_the_line_to_change_and_serves_other_models
     assert "install vllm==0.1.0" in ours
     assert ours.endswith("versions.py after `make test-vllm` has passed with it")
     assert stock == "Qwen3MoeConfig"
+
+
+def test_what_cuda_launches_compiles_with_the_engines_triton() -> None:
+    assert "topk_mask_kernel" in run("compile_for_cuda.py", TRITON_INTERPRET="0")

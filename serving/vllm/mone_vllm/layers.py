@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -33,7 +32,7 @@ from mone_vllm.definition.methods.rule import STATE_PREFIX
 from mone_vllm.experts import SelectingExperts, experts_class
 from mone_vllm.ranks import TensorParallelRanks
 from mone_vllm.routing import route_of
-from mone_vllm.selection import Selection
+from mone_vllm.selection import Selection, activation_of
 
 
 class AllHeadsRMSNorm(nn.Module):
@@ -176,7 +175,7 @@ class MoneMLP(nn.Module):
             prefix=f"{prefix}.down_proj",
         )
         self.expert_gate = expert_gate
-        self.activate = ACT2FN[config.hidden_act]
+        self.activate = activation_of(config.hidden_act)
         ranks = TensorParallelRanks() if get_tensor_model_parallel_world_size() > 1 else None
         self.selection = Selection.of(config.mone, target, width, self.activate, ranks)
         # Filled in when the weights are there, before vLLM packs them.
@@ -256,7 +255,7 @@ class MoneSparseMoeBlock(nn.Module):
         )
         experts = self.experts.routed_experts
         shards = experts.moe_config.moe_parallel_config.tp_size
-        activate = ACT2FN[config.hidden_act]
+        activate = activation_of(config.hidden_act)
         ranks = TensorParallelRanks() if shards > 1 else None
         self.selection = Selection.of(
             config.mone, "routed", config.moe_intermediate_size, activate, ranks

@@ -18,22 +18,31 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from mone_vllm.definition.methods.rule import STATE_PREFIX
+from mone_vllm.definition.methods.rules import RULES
 from mone_vllm.layers import MoneDecoderLayer, MoneMLP, MoneSparseMoeBlock
 
 
-def refuse(config: Any, vllm_config: VllmConfig) -> None:
-    """Refuses what would be computed otherwise than the model was trained.
+def refuse(config: Any, vllm_config: VllmConfig, *, graphs: bool) -> None:
+    """Refuses what would be computed otherwise than the model was trained, or not at all.
+
+    Args:
+        config: the model's.
+        vllm_config: vLLM's.
+        graphs: whether steps are recorded in CUDA graphs.
 
     Raises:
         ValueError: naming all of it.
     """
     parallel = vllm_config.parallel_config
+    rule = RULES[(config.mone or {}).get("rule", "topk")]
     refused = {
         "attention_type=mla: multi-latent attention is not written for vLLM": config.attention_type
         != "gqa",
         "quantization: quantised experts compute all neurons": vllm_config.quant_config is not None,
         "LoRA: adapters of experts compute all neurons": vllm_config.lora_config is not None,
         "--enable-eplb: experts that move between ranks are not followed": parallel.enable_eplb,
+        # Whether an expert has learned its state is asked on the host.
+        f"mone.rule={rule.name} in CUDA graphs: use --enforce-eager": graphs and bool(rule.state),
         f"hidden_act={config.hidden_act}: unknown to transformers": config.hidden_act not in ACT2FN,
     }
     if reasons := [reason for reason, holds in refused.items() if holds]:
@@ -52,8 +61,9 @@ class MoneForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_text_config
-        refuse(config, vllm_config)
-        if not current_platform.is_cpu():
+        on_cpu = current_platform.is_cpu()
+        refuse(config, vllm_config, graphs=not (on_cpu or vllm_config.model_config.enforce_eager))
+        if not on_cpu:
             # The one whose activation is between two kernels; auto may choose another.
             vllm_config.kernel_config.moe_backend = "triton"
         self.config = config

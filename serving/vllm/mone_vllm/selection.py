@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from mone_vllm.definition.kernels import reference
+from mone_vllm.definition.methods.activations import ACTIVATIONS
 from mone_vllm.definition.methods.rule import Budget, Rows, Rule
 from mone_vllm.definition.methods.rules import RULES
 from mone_vllm.definition.methods.score import Score
@@ -22,13 +24,27 @@ from mone_vllm.definition.methods.scores import SCORES
 TARGETS = ("routed", "shared", "dense")
 
 
+def activation_of(hidden_act: str) -> Callable[[Tensor], Tensor]:
+    """Returns a as a function of g: ours, which kernels know, else transformers'."""
+    if hidden_act in ACTIVATIONS and ACTIVATIONS[hidden_act].up is None:
+        return ACTIVATIONS[hidden_act].function
+    activate: Callable[[Tensor], Tensor] = ACT2FN[hidden_act]
+    return activate
+
+
+def on_triton(tensor: Tensor) -> bool:
+    """Returns whether Triton kernels compute with a tensor; Triton comes with vLLM for CUDA."""
+    return tensor.is_cuda
+
+
 def topk_mask(values_TF: Tensor, k: int) -> Tensor:
     """Returns the mask of the k largest of each row: on CUDA by the kernel that training uses."""
-    if values_TF.is_cuda:
-        # Triton comes with vLLM for CUDA only.
+    if on_triton(values_TF):
         from mone_vllm.definition.kernels import fused
 
-        if values_TF.shape[-1] <= fused.MAX_NEURONS:
+        # Scores of other dtypes become fp32.
+        dtype = torch.bfloat16 if values_TF.dtype is torch.bfloat16 else torch.float32
+        if values_TF.shape[-1] <= fused.MOST_NEURONS[dtype]:
             return fused.topk_mask(values_TF, k)
     return reference.topk_mask(values_TF, k)
 
@@ -113,7 +129,8 @@ class Selection:
                 f"{target} MLPs: {problem}; use --tensor-parallel-size 1 (or, where routed experts "
                 "alone select, --enable-expert-parallel)"
             )
-        return None if rule.fixed_count and budget.kept == neurons else chosen
+        # As transformers computes the export: all of them, whatever the rule.
+        return None if budget.kept == neurons else chosen
 
     def initial_state(self, num_experts: int) -> dict[str, Tensor]:
         """Returns the rule's state before an export's is loaded, fp32 ``[E]`` each."""
@@ -181,9 +198,24 @@ class Selection:
     def hidden(self, gate_up: Tensor, **rows: Any) -> Tensor:
         """Returns the input of the down projection, ``[T, F]``, of gate and up ``[T, 2 F]``.
 
+        On CUDA the kernel of training computes it in one pass, and selects while it does where the
+        rule is top-k; other rules and scores give it their mask.
+
         Args:
             gate_up: gate and up projections side by side.
             rows: as for :meth:`mask`.
         """
         gate_TF, up_TF = gate_up.chunk(2, dim=-1)
+        if on_triton(gate_TF):
+            from mone_vllm.definition.kernels import fused
+
+            if fused.supports(gate_TF, up_TF, self.activate):
+                keep: Tensor | reference.TopK
+                if self.is_top_k and not self.reads_down_norm:
+                    keep = reference.TopK(self.budget.kept, self.score.name)
+                else:
+                    keep = self.mask(gate_TF, up_TF, **rows)
+                return fused.fused_glu(
+                    gate_TF, up_TF, None, keep, activate=self.activate, packed=None, sums=None
+                )[0]
         return self.activate(gate_TF) * up_TF * self.mask(gate_TF, up_TF, **rows)
