@@ -15,9 +15,9 @@ from mone_megatron.ownership import owned_folder
 _DESCRIPTION = """\
 Train every variant of a study with the same seeds, and compare the last validation losses seed by
 seed: means, differences to the reference and 95% intervals (Student's t), as a table, a picture
-and JSON, and all together on a page, studies.html. A study is a file, or the name of one of the
-paper's claims (--list). Runs that are there stay, those of another study with the same settings
-are linked, and a study that was stopped goes on where it was."""
+and JSON, and all together on a page, studies.html. A study is a file, or the name of one of ours:
+the paper's claims and other methods (--list). Runs that are there stay, those of another study with
+the same settings are linked, and a study that was stopped goes on where it was."""
 
 _EPILOG = """\
 exit status: 0 done, 1 a run failed, 2 for what cannot be done
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("study", nargs="*", metavar="STUDY", help="file, or name of a claim")
-    parser.add_argument("--list", action="store_true", help="the claims there are, and exit")
+    parser.add_argument("--list", action="store_true", help="the studies there are, and exit")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default 1 2 3 4 5"
     )
@@ -54,10 +54,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from mone_megatron.lab.studies.definition import CLAIMS_DIR, load_study
+    from mone_megatron.lab.studies.definition import load_study, shipped_studies
 
     if options.list:
-        for path in sorted(CLAIMS_DIR.glob("*.yaml")):
+        for path in shipped_studies():
             study = load_study(path)
             print(f"{study.name:<20} {study.question} ({', '.join(study.variants)})")
         return

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from mone_megatron.config import density
 from mone_megatron.config.convert import Scalar, from_dict, keys
+from mone_megatron.config.density import NeuronDensityConfig
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.group import Group
 from mone_megatron.config.marks import AtLeast, NameIn, Within
@@ -60,6 +62,7 @@ class MoNEConfig(Group):
     straight_through: bool = False
     """Whether neurons that are left out get gradients as if they were kept
     (docs/method.md#gradients)."""
+    density: NeuronDensityConfig = field(default_factory=NeuronDensityConfig)
     balance: NeuronBalanceConfig = field(default_factory=NeuronBalanceConfig)
     keep_ratio_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """The keep ratio over the first steps, so that an MoE with dense experts anneals into MoNE:
@@ -89,6 +92,7 @@ class MoNEConfig(Group):
                 yield f"mone.apply_to: {target} is listed {count} times; list it once"
         yield from self._rule_options()
         yield from self._schedule()
+        yield from density.problems(self.density, "mone.density")
         if self.memory == "packed" and self.straight_through:
             yield (
                 "mone.memory: packed forgets the neurons that are not kept, and "

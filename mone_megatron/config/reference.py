@@ -81,9 +81,14 @@ def fields(cls: type) -> Iterator[Field]:
 
 def _texts(cls: type) -> dict[str, str]:
     """Returns the text that stands below each field in the source, by the field's name."""
+    # A field may be of a class that this one derives from.
+    inherited: dict[str, str] = {}
+    for base in reversed(cls.__bases__):
+        if dataclasses.is_dataclass(base):
+            inherited |= _texts(base)
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
-    return {
+    return inherited | {
         statement.target.id: " ".join(text.value.value.split())
         for statement, text in zip(tree.body, tree.body[1:], strict=False)
         if isinstance(statement, ast.AnnAssign)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from mone_megatron.config.density import RouterDensityConfig
 from mone_megatron.config.group import Group
-from mone_megatron.config.marks import AtLeast, NameIn, Within
+from mone_megatron.config.marks import Above, AtLeast, NameIn, Within
 from mone_megatron.config.wording import listed, near_divisors
 from mone_megatron.methods.routers import ROUTERS
 
@@ -24,6 +25,12 @@ class RouterConfig(Group):
     """The router; `topk` is megatron-core's own."""
     top_p: Annotated[float, Within("(0, 1]", example=0.4)] = 0.4
     """The share of a token's weights that its experts hold, of `kind: top_p`."""
+    rank: Annotated[int, AtLeast(0)] = 0
+    """The rank of an expert's projection, whose norm scores a token, of `kind: autonomy` and
+    `routing_free`; 0 takes a quarter of `model.hidden_size`."""
+    threshold: Annotated[float, Above(0)] = 0.05
+    """The score from which on an expert takes a token, of `kind: routing_free`."""
+    density: RouterDensityConfig = field(default_factory=RouterDensityConfig)
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     """The function that turns logits into expert weights."""
     pre_softmax: bool = False
@@ -81,6 +88,7 @@ class RouterConfig(Group):
 
     def rules_with_experts(self, num_experts: int, experts_per_token: int) -> Iterator[str]:
         """Yields what is wrong with this router in a model that has experts."""
+        yield from self._own_weights()
         sigmoid = self.score_function == "sigmoid"
         if self.expert_bias and not sigmoid:
             yield (
@@ -98,7 +106,8 @@ class RouterConfig(Group):
                 "use softmax with model.router.balance=[sinkhorn]"
             )
         # A softmax over the single chosen logit is the constant 1, so the router gets no gradient.
-        over_one = experts_per_token == 1 and not sigmoid and not self.pre_softmax
+        own = ROUTERS[self.kind].own_weights
+        over_one = not own and experts_per_token == 1 and not sigmoid and not self.pre_softmax
         if over_one and "sinkhorn" not in self.balance:
             yield (
                 "model.router.pre_softmax: false with model.experts_per_token=1 gives the router "
@@ -111,6 +120,36 @@ class RouterConfig(Group):
             )
         if self.num_groups or self.group_topk:
             yield from self._groups(num_experts, experts_per_token)
+
+    def _own_weights(self) -> Iterator[str]:
+        """Yields what a router that weighs experts by itself does not read."""
+        router = ROUTERS[self.kind]
+        if router.own_weights:
+            unread = {
+                "score_function": (self.score_function != "softmax", "softmax"),
+                "pre_softmax": (self.pre_softmax, "false"),
+                "expert_bias": (self.expert_bias, "false"),
+                "num_groups": (self.num_groups > 0, "0"),
+                "group_topk": (self.group_topk > 0, "0"),
+                "scaling_factor": (self.scaling_factor != 0, "0"),
+            }
+            for key, (given, usual) in unread.items():
+                if given:
+                    yield (
+                        f"model.router.{key}: has no effect with model.router.kind={self.kind}, "
+                        f"which weighs experts by itself; use {usual}"
+                    )
+        if router.own_weights and "sinkhorn" in self.balance:
+            yield (
+                f"model.router.balance: sinkhorn routes, and model.router.kind={self.kind} does so "
+                "by itself; use another loss"
+            )
+        if router.loss is not None and any(kind != "none" for kind in self.balance):
+            yield (
+                f"model.router.balance: [{', '.join(self.balance)}] beside the loss of "
+                f"model.router.kind={self.kind}, which balances experts, too; use [none] with "
+                "model.router.balance_coeff=[0.0]"
+            )
 
     def _groups(self, num_experts: int, experts_per_token: int) -> Iterator[str]:
         """Yields what is wrong with group-limited routing.

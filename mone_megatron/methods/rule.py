@@ -152,6 +152,25 @@ def _nothing_wrong(budget: Budget) -> None:
 
 
 @dataclass(frozen=True)
+class Steerable:
+    """Describes one number of a rule's state that ``mone.density`` can steer instead of the rule.
+
+    Attributes:
+        start: its first value.
+        largest: what it never exceeds.
+        raises: whether more of it keeps more neurons.
+        beside: the other numbers of the state while it is steered, by name.
+        unless: the option that takes its place when it is not at its default.
+    """
+
+    start: float
+    largest: float
+    raises: bool
+    beside: Mapping[str, float] = field(default_factory=dict)
+    unless: str | None = None
+
+
+@dataclass(frozen=True)
 class Rule:
     """Describes one selection rule; ``mone.rule`` names it.
 
@@ -182,6 +201,7 @@ class Rule:
             are added over microbatches and ranks. Needed with a state.
         advance: the new state of the old one and those sums, once at the end of each step that is
             applied. Needed with a state.
+        steerable: the numbers of the state that ``mone.density.steers`` may name.
         top_k: whether the mask is ``rows.largest(budget.kept)`` and nothing else. Kernels that
             select while they multiply know this rule; any other gives them its mask.
     """
@@ -205,6 +225,7 @@ class Rule:
     advance: (
         Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Budget], Mapping[str, Tensor]] | None
     ) = None
+    steerable: Mapping[str, Steerable] = field(default_factory=dict)
     top_k: bool = False
     # Option -> its default. Read once: torch.compile, which may come by where a model reads its
     # settings, does not follow how the fields of a dataclass are read.
@@ -216,6 +237,7 @@ class Rule:
         object.__setattr__(self, "_defaults", defaults)
         stateful = {bool(self.state), self.observe is not None, self.advance is not None}
         assert len(stateful) == 1, f"rule {self.name}: state, observe and advance come together"
+        assert self.steerable.keys() <= self.state.keys(), f"rule {self.name}: steers its state"
         assert not (self.state and self.top_k), f"rule {self.name}: kernels see no state"
 
     def budget(

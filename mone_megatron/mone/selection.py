@@ -24,6 +24,7 @@ from mone_megatron.kernels.reference import Activate, TopK, neuron_scores
 from mone_megatron.methods.rule import STATE_PREFIX, Budget, Rows
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
+from mone_megatron.mone.density import DensityMeter
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class NeuronSelector(nn.Module):
             value_E = torch.full((num_local_experts,), initial, dtype=torch.float32)
             self.register_buffer(f"{STATE_PREFIX}{name}", value_E)
         self._observed: dict[str, Tensor] = {}
+        self.meter = DensityMeter()
 
     @property
     def kept(self) -> int:
@@ -234,6 +236,8 @@ class NeuronSelector(nn.Module):
             blocks=block_T,
         )
         mask_TF = self.rule.mask(rows)
+        if observing:
+            self.meter.add(mask_TF)
         if observing and self.rule.observe is not None:
             for name, sum_E in self.rule.observe(rows, mask_TF).items():
                 before_E = self._observed.get(name)
@@ -265,6 +269,12 @@ class NeuronSelector(nn.Module):
                 dist.all_reduce(observed[name], group=self.replica_group)
         for name, value_E in self.rule.advance(self.state, observed, self.budget).items():
             self.get_buffer(f"{STATE_PREFIX}{name}").copy_(value_E)
+
+    @torch.no_grad()
+    def steer(self, name: str, value: float) -> None:
+        """Gives all experts one value of a number of the state that is steered from outside."""
+        for state, held in {name: value, **self.rule.steerable[name].beside}.items():
+            self.get_buffer(f"{STATE_PREFIX}{state}").fill_(held)
 
     def sharded_state_dict(
         self,

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.planning.attention import projection_flops, score_flops
 from mone_megatron.planning.parameters import gated_mlps, moe_layers_of
 
@@ -37,10 +38,11 @@ def forward_flops_per_token(
     """Returns the operations of one token's forward pass in sequences of ``seq_length`` tokens."""
     hidden = model.hidden_size
     attention = projection_flops(model) + score_flops(model, seq_length)
-    gates = model.num_experts + (1 if model.shared_expert_gate else 0)
+    router = ROUTERS[model.router.kind].weights(model.num_experts, hidden, model.router.rank)
+    gates = router + (hidden if model.shared_expert_gate else 0)
     common = (
         model.num_layers * attention
-        + moe_layers_of(model) * 2 * hidden * gates
+        + moe_layers_of(model) * 2 * gates
         + 2 * hidden * model.padded_vocab_size(vocab_size)
     )
     mlps = gated_mlps(model, mone).values()

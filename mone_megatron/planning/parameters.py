@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mone_megatron.config.schema import ModelConfig, MoNEConfig
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import count_kept
 from mone_megatron.planning import attention as attention_of
 
@@ -107,7 +108,9 @@ def count_parameters(
     output = 0 if model.tie_embeddings else rows * hidden
     attention = sum(matrix.parameters for matrix in attention_of.projections(model))
     norms = 2 * hidden + sum(norm.width for norm in attention_of.norms(model))
-    router = model.num_experts * hidden
+    kind = ROUTERS[model.router.kind]
+    router = kind.weights(model.num_experts, hidden, model.router.rank)
+    router += kind.scalars * model.num_experts
     shared_gate = hidden if model.shared_expert_gate else 0
 
     mlps = gated_mlps(model, mone)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config, ModelConfig
 from mone_megatron.methods.optimizers import OPTIMIZERS
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.planning import attention
 from mone_megatron.planning.layout import Place, experts_are_dense_like
 
@@ -99,7 +100,10 @@ def _layer(config: Config, layer: int) -> list[LocalParameter]:
         width = model.dense_ffn_hidden_size // tensor
         sizes |= {"linear_fc1": 2 * width * hidden, "linear_fc2": width * hidden}
         return [LocalParameter(f"{layer}.{name}", size) for name, size in sizes.items()]
-    sizes["router"] = model.num_experts * hidden
+    router = ROUTERS[model.router.kind]
+    sizes["router"] = router.weights(model.num_experts, hidden, model.router.rank)
+    if router.scalars:
+        sizes |= {f"router.{part}": model.num_experts for part in range(router.scalars)}
     found = [LocalParameter(f"{layer}.{name}", size) for name, size in sizes.items()]
     expert = not experts_are_dense_like(config.parallel)
     weights = local_experts(config) * expert_width(config) * hidden

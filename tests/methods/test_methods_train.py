@@ -53,6 +53,19 @@ def sharded(override: str) -> bool:
     return key != "mone.rule" or RULES[name].exchange != "refused"
 
 
+def needed(override: str) -> tuple[str, ...]:
+    """Returns what a method cannot be without."""
+    key, _, name = override.partition("=")
+    if key == "model.router.kind" and ROUTERS[name].loss is not None:
+        # It brings its own balance. A coefficient that matters within these few steps.
+        return (
+            "model.router.balance=[none]",
+            "model.router.balance_coeff=[0.0]",
+            "model.router.density.start=0.01",
+        )
+    return ()
+
+
 def records(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -77,7 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, str]) -> Pa
     one: dict[str, tuple[str, ...]] = {}
     two: dict[str, tuple[str, ...]] = {}
     for name, override in chosen.items():
-        run = (*RUN, override)
+        run = (*RUN, override, *needed(override))
         if override.startswith("optim.name=") and not sharded(override):
             run = (*run, "parallel.distributed_optimizer=false")
         one[f"{name}-one"] = run
@@ -85,7 +98,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, str]) -> Pa
         one[f"{name}-resumed"] = (*run, f"checkpoint.resume={saved}")
         two[f"{name}-ep2"] = (*run, "parallel.expert=2")
         if sharded(override):
-            two[f"{name}-etp2"] = (*RUN, override, "parallel.tensor=2", "parallel.expert_tensor=2")
+            two[f"{name}-etp2"] = (*run, "parallel.tensor=2", "parallel.expert_tensor=2")
     # All methods together take longer than the usual limit on a busy machine.
     run_layouts(one, processes=1, folder=folder, timeout=3600)
     run_layouts(two, processes=2, folder=folder, timeout=3600)

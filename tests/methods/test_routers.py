@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    switch_load_balancing_loss_func,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 from test_each_rule import problems
 from torch import Tensor
 
+from mone_megatron.methods.router import RoutedWeights
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.routers.expert_choice import expert_choice
+from mone_megatron.methods.routers.relu import relu
+from mone_megatron.methods.routers.routing_free import routing_free
 from mone_megatron.methods.routers.top_p import top_p
+from mone_megatron.mone.routers import AutonomyRouter, ReLURouter, RoutingFreeRouter
+from mone_megatron.testing.launch import run_layouts
 
 TOKENS, EXPERTS = 24, 8
+UNBALANCED = ("model.router.balance=[none]", "model.router.balance_coeff=[0.0]")
 ASSIGN = {
     "expert_choice": lambda logits: expert_choice(logits, 2),
+    "relu": relu,
+    "routing_free": lambda logits: routing_free(logits, 0.5),
     "top_p": lambda logits: top_p(logits, 0.5),
 }
 
@@ -66,9 +87,167 @@ def test_a_causal_router_looks_at_no_later_token(kind: str) -> None:
             "model.router.kind: expert_choice looks at all tokens of a microbatch",
         ),
         (["model.router.kind=top_p", "model.router.top_p=0"], "model.router.top_p: 0 is"),
+        (
+            ["model.router.kind=relu"],
+            "model.router.balance: [aux_loss] beside the loss of model.router.kind=relu",
+        ),
+        (
+            ["model.router.kind=top_p", "model.router.pre_softmax=true"],
+            "model.router.pre_softmax: has no effect with model.router.kind=top_p",
+        ),
+        (
+            [
+                "model.router.kind=expert_choice",
+                "model.router.num_groups=2",
+                "model.router.group_topk=2",
+            ],
+            "model.router.num_groups: has no effect with model.router.kind=expert_choice",
+        ),
+        (
+            ["model.router.kind=routing_free", *UNBALANCED, "model.router.threshold=0"],
+            "model.router.threshold: 0 is not positive",
+        ),
     ],
 )
 def test_what_a_router_cannot_do_is_refused_by_its_key(overrides: list[str], message: str) -> None:
     found = list(problems(*overrides))
-    assert len(found) == 1, found
+    assert found
     assert found[0].startswith(message)
+
+
+HIDDEN, FEW, RANK = 6, 4, 3
+
+
+def built(kind: type[TopKRouter], **settings: object) -> TopKRouter:
+    alone = dist.new_group([0])
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=1, num_moe_experts=FEW,
+        moe_router_topk=2, moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,
+        moe_router_dtype="fp32", add_bias_linear=False, cuda_graph_scope=[],
+    )  # fmt: skip
+    groups = SimpleNamespace(tp=alone, cp=alone, tp_cp=alone, tp_dp_cp=alone)
+    cls = type(kind.__name__, (kind,), settings)
+    router: TopKRouter = cls(config, pg_collection=groups)
+    router.layer_number = 1
+    return router
+
+
+def tokens() -> Tensor:
+    """Returns tokens ``[5, 1, 6]`` whose numbers a formula gives."""
+    values = [[math.sin(1 + 3 * n + 7 * i) for i in range(HIDDEN)] for n in range(5)]
+    return torch.tensor(values).unsqueeze(1)
+
+
+def fill(router: TopKRouter) -> None:
+    """Gives expert e the projection of which the recorded numbers are."""
+    rows = [
+        [0.5 * math.cos(2 + e + 5 * r + 4 * i * (e + 1)) for i in range(HIDDEN)]
+        for e in range(FEW)
+        for r in range(RANK)
+    ]
+    router.weight.data.copy_(torch.tensor(rows))
+
+
+# What the authors' own MLP and losses (github.com/liuyilun2000/RoutingFreeMoE) give for these
+# inputs with a rank of 3, a threshold of 0.25, scales 0.8 + 0.3 e and biases 0.1 e.
+SCORES = [
+    [0.400433, 0.0, 2.488256, 0.323616],
+    [0.391570, 0.0, 2.470431, 0.307408],
+    [0.378729, 0.0, 2.434795, 0.284560],
+    [0.362575, 0.0, 2.383530, 0.256207],
+    [0.344028, 0.0, 2.319910, 0.0],
+]
+BY_EXPERT, BY_TOKEN = 0.7455846071243286, 0.5346776247024536
+
+
+@pytest.mark.usefixtures("one_process")
+def test_routing_free_is_what_its_authors_compute() -> None:
+    router = built(RoutingFreeRouter, rank=RANK, threshold=0.25)
+    fill(router)
+    router.score_norm.weight.data.copy_(0.8 + 0.3 * torch.arange(4))
+    router.score_bias.data.copy_(0.1 * torch.arange(4))
+    weights, chosen = router(tokens())
+    torch.testing.assert_close(weights, torch.tensor(SCORES), rtol=0, atol=1e-6)
+    assert torch.equal(chosen, weights > 0)
+    function = ROUTERS["routing_free"].loss
+    assert function is not None
+    loss = function(RoutedWeights(weights, chosen.sum(dim=0), len(weights), 2))
+    assert loss.item() == pytest.approx((BY_EXPERT + BY_TOKEN) / 2, rel=1e-6)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_autonomy_ranks_by_the_norms_of_projections() -> None:
+    router = built(AutonomyRouter, rank=RANK)
+    fill(router)
+    probs, chosen = router(tokens())
+    x, projections = tokens().squeeze(1), router.weight.detach().view(FEW, RANK, HIDDEN)
+    for token, weights, mask in zip(x, probs, chosen, strict=True):
+        norms = [float((projection @ token).square().sum().sqrt()) for projection in projections]
+        best = sorted(range(FEW), key=lambda expert: -norms[expert])[:2]
+        total = sum(math.exp(norms[expert]) for expert in best)
+        assert mask.nonzero().flatten().tolist() == sorted(best)
+        for expert in best:
+            assert weights[expert].item() == pytest.approx(math.exp(norms[expert]) / total)
+    probs[:, 0].sum().backward()
+    assert router.weight.grad is not None
+    assert router.weight.grad.isfinite().all()
+
+
+def test_relu_and_its_loss_are_those_of_remoe() -> None:
+    """Its code takes megatron-core's balance loss, of the ReLU's output."""
+    weights = relu(logits())
+    assert torch.equal(weights, logits().clamp_min(0))
+    function = ROUTERS["relu"].loss
+    assert function is not None
+    counts = (weights > 0).sum(dim=0)
+    found = function(RoutedWeights(weights, counts, TOKENS, 2))
+    expected = switch_load_balancing_loss_func(
+        probs=weights, tokens_per_expert=counts, total_num_tokens=TOKENS, topk=2,
+        num_experts=EXPERTS, moe_aux_loss_coeff=1.0,
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_loss_of_a_steered_router_pulls_with_its_coefficient() -> None:
+    router = built(ReLURouter)
+    router.weight.data.copy_(torch.randn(FEW, HIDDEN, generator=torch.Generator().manual_seed(0)))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+
+    def gradient(coefficient: float) -> Tensor:
+        router.coefficient = coefficient
+        router.weight.grad = None
+        weights, _ = router(tokens())
+        (0 * weights).sum().backward()
+        assert router.weight.grad is not None
+        return router.weight.grad.clone()
+
+    x = tokens().squeeze(1)
+    copy = router.weight.detach().clone().requires_grad_()
+    weights = relu(x @ copy.T)
+    function = ROUTERS["relu"].loss
+    assert function is not None
+    function(RoutedWeights(weights, (weights > 0).sum(dim=0), len(x), 2)).backward()
+    assert copy.grad is not None
+    torch.testing.assert_close(gradient(0.5), 0.5 * copy.grad)
+    assert not gradient(0.0).any()
+    router.eval()
+    assert router(tokens())[0].grad_fn.name() != "MoEAuxLossAutoScalerBackward"
+
+
+def test_relu_comes_to_the_target_density(tmp_path: Path) -> None:
+    run = (
+        "experiment=tiny_moe", "device=cpu", "data.max_megabytes=0.2", "train.steps=40",
+        "logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none",
+        "model.router.kind=relu", "model.router.density.start=0.02", "optim.lr=3e-3", *UNBALANCED,
+    )  # fmt: skip
+    run_layouts({"relu": run}, processes=1, folder=tmp_path)
+    lines = (tmp_path / "relu" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    # Half of all logits are above 0 at first; the target is 2 of 8 experts.
+    assert found[0]["router/step_density"] == pytest.approx(0.5, abs=0.1)
+    assert found[-1]["router/step_density"] < 0.4
+    for record, after in itertools.pairwise(found):
+        alpha = 1.2 if record["router/step_density"] > 0.25 else 1 / 1.2
+        assert after["router/steered"] == pytest.approx(min(1, record["router/steered"] * alpha))
+    assert found[-1]["router/sparsity_loss"] < found[0]["router/sparsity_loss"]

@@ -52,6 +52,13 @@ LAYOUTS_OF_2 = [
     ["parallel.tensor=2", "parallel.expert_tensor=2", "model.tie_embeddings=true"],
     ["parallel.expert=2", "parallel.distributed_optimizer=false"],
     ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.tie_embeddings=true"],
+    ["parallel.expert=2", "model.router.kind=autonomy", "model.router.rank=5"],
+    [
+        "parallel.tensor=2",
+        "model.router.kind=routing_free",
+        "model.router.balance=[none]",
+        "model.router.balance_coeff=[0.0]",
+    ],
 ]
 LAYOUTS_OF_4 = [
     [],

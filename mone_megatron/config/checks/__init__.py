@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from mone_megatron.config.checks import (
     batch,
     data,
+    density,
     dispatch,
     evaluation,
     hardware,
@@ -26,6 +27,7 @@ Check = Callable[[Config, Resources], Iterator[str]]
 
 CHECKS: tuple[Check, ...] = (
     neurons.check,
+    density.check,
     data.check,
     schedules.check,
     recovery.check,

@@ -31,6 +31,7 @@ from mone_megatron.config.validate import validate
 from mone_megatron.planning.match import Count, value_of
 
 CLAIMS_DIR = Path(__file__).parent / "claims"
+METHODS_DIR = Path(__file__).parent / "methods"
 # Two counts of parameters or operations are equal if they differ by no more.
 _TOLERANCE = 0.01
 Equal = Literal["", "activated", "flops", "total"]
@@ -99,6 +100,11 @@ class Study:
                 )
 
 
+def shipped_studies() -> list[Path]:
+    """Returns the files of ours: those of the paper's claims, then those of other methods."""
+    return sorted(CLAIMS_DIR.glob("*.yaml")) + sorted(METHODS_DIR.glob("*.yaml"))
+
+
 def load_study(where: str | Path) -> Study:
     """Reads a study: a file, or the name of one of ours.
 
@@ -107,10 +113,11 @@ def load_study(where: str | Path) -> Study:
     """
     path = Path(where)
     if not path.suffix:
-        path = CLAIMS_DIR / f"{where}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in CLAIMS_DIR.glob("*.yaml")))
+        shipped = {file.stem: file for file in shipped_studies()}
+        if str(where) not in shipped:
+            known = ", ".join(shipped)
             raise ValueError(f"{where}: no study of that name; there are {known}, or give a file")
+        path = shipped[str(where)]
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -37,6 +37,7 @@ METHOD = Router(
     source="arXiv 2202.09368",
     reference="mone_megatron.mone.routers:ExpertChoiceRouter",
     fixed_count=False,
+    own_weights=True,
     causal=False,
     reads_batch=True,
 )

@@ -34,5 +34,6 @@ METHOD = Router(
     source="arXiv 2403.07652",
     reference="mone_megatron.mone.routers:TopPRouter",
     fixed_count=False,
+    own_weights=True,
     settings=("top_p",),
 )

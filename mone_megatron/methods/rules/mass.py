@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mone_megatron.methods.rule import Budget, Rows, Rule
+from mone_megatron.methods.rule import Budget, Rows, Rule, Steerable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,4 +101,7 @@ METHOD = Rule(
     state={"p": 1.0, "seen": 0.0},
     observe=observe,
     advance=advance,
+    steerable={
+        "p": Steerable(start=0.5, largest=1.0, raises=True, beside={"seen": 1.0}, unless="p")
+    },
 )

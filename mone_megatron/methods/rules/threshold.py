@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mone_megatron.methods.rule import Budget, Rows, Rule
+from mone_megatron.methods.rule import Budget, Rows, Rule, Steerable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,4 +83,7 @@ METHOD = Rule(
     state={"tau": 0.0, "seen": 0.0},
     observe=observe,
     advance=advance,
+    steerable={
+        "tau": Steerable(start=0.1, largest=float("inf"), raises=False, beside={"seen": 1.0})
+    },
 )

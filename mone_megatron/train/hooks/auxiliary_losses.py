@@ -13,8 +13,10 @@ from torch import Tensor
 from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
 from mone_megatron.methods.hook import Hook, Record, StepReport
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
+from mone_megatron.mone.routers import ROUTER_SPARSITY_LOSS
 from mone_megatron.mone.sparsity import SPARSITY_LOSS
 from mone_megatron.parallel.megatron_compat import layer_losses, zero_layer_losses
 from mone_megatron.train.hooks.due import is_due
@@ -60,6 +62,9 @@ class AuxiliaryLossHook(Hook):
                     # Ranks hold parts of a sum over a microbatch, or over the global batch.
                     count = layout.num_microbatches if kind == "global_aux_loss" else per_stage
                     self.losses.append((key, name, 1 / count))
+            if ROUTERS[config.model.router.kind].loss is not None:
+                # Ranks hold parts of a sum over a microbatch.
+                self.losses.append(("router/sparsity_loss", ROUTER_SPARSITY_LOSS, 1 / per_stage))
             if config.model.router.z_loss_coeff > 0:
                 # Ranks hold means over their tokens.
                 self.losses.append(("router/z_loss", _Z_LOSS, 1 / (per_stage * token_shards)))

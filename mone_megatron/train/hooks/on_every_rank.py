@@ -7,6 +7,7 @@ from collections.abc import Callable
 from mone_megatron.methods.hook import Hook
 from mone_megatron.train.evaluate.tasks import TaskEvaluation
 from mone_megatron.train.hooks.auxiliary_losses import AuxiliaryLossHook
+from mone_megatron.train.hooks.density import density_hooks
 from mone_megatron.train.hooks.keep_ratio import KeepRatioHook
 from mone_megatron.train.hooks.panel import PanelHook
 from mone_megatron.train.hooks.saving import SavingHook
@@ -40,6 +41,10 @@ def hooks_on_every_rank(
         KeepRatioHook(config.mone, session.state.chunks),
         PanelHook(config, session.state.chunks, device, show_panel),
     ]
+    for section, steering in density_hooks(config, session.state.chunks, device).items():
+        hooks.append(steering)
+        if session.checkpointer is not None:
+            session.checkpointer.keep(section, steering)
     if session.validation is not None:
         hooks.append(ValidationHook(config.train, session.stepper, session.validation))
     if tasks is not None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from mone_megatron.config.density import NeuronDensityConfig, RouterDensityConfig
 from mone_megatron.config.schema import Config
 from mone_megatron.data.framing import Framing, framing_of
 
 # What may be changed by someone who names a checkpoint to start from; a run that goes on by
 # itself (checkpoint.resume=auto) must be as it was.
-_RECIPE = ("mone.", "optim.", "model.sparsity_", "megatron.")
+_RECIPE = ("mone.", "optim.", "model.sparsity_", "model.router.density.", "megatron.")
 # What decides neither a weight's shape nor what the model computes from its weights; balancing by
 # sinkhorn, which routes, is told apart below.
 _OF_TRAINING = (
@@ -25,6 +26,7 @@ _OF_TRAINING = (
     "model.router.balance_coeff",
     "model.router.z_loss_coeff",
     "model.router.expert_bias_rate",
+    *(f"model.router.density.{key}" for key in asdict(RouterDensityConfig())),
     "model.sparsity_loss",
     "model.sparsity_coeff",
 )
@@ -32,11 +34,17 @@ _ROUTES = "sinkhorn"
 # Keys that older checkpoints do not name, with what every run did before there was a choice.
 _BEFORE_THE_KEY = {
     "mone.rule": "topk",
+    **{f"mone.density.{key}": value for key, value in asdict(NeuronDensityConfig()).items()},
     "mone.straight_through": False,
     "mone.balance.kind": "switch",
     "mone.balance.scope": "microbatch",
     "model.router.kind": "topk",
     "model.router.top_p": 0.4,
+    "model.router.rank": 0,
+    "model.router.threshold": 0.05,
+    **{
+        f"model.router.density.{key}": value for key, value in asdict(RouterDensityConfig()).items()
+    },
     "model.sparsity_loss": "none",
     "model.sparsity_coeff": 0.0,
     "optim.name": "adam",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mone_megatron.lab.studies.definition import CLAIMS_DIR, load_study
+from mone_megatron.lab.studies.definition import load_study, shipped_studies
 from mone_megatron.lab.studies.outcome import Outcome, Variant
 from mone_megatron.lab.studies.outcome_files import figure, markdown
 from mone_megatron.lab.studies.outcome_files import write as write_outcome
@@ -49,8 +49,8 @@ def study(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CLAIMS_DIR.glob("*.yaml")))
-def test_every_claim_is_valid(name: str) -> None:
+@pytest.mark.parametrize("name", [path.stem for path in shipped_studies()])
+def test_every_study_is_valid(name: str) -> None:
     claim = load_study(name)
     assert set(claim.configs) == set(claim.variants)
     # Nothing but what a variant names differs.
