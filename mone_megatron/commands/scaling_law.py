@@ -54,19 +54,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
 
-    what = parser.add_argument_group("what to fit")
-    what.add_argument(
+    _add_fits(parser.add_argument_group("what to fit"))
+    _add_settings(parser.add_argument_group("how"))
+    _add_columns(parser.add_argument_group("columns of a CSV table"))
+    _add_runs(parser.add_argument_group("folders of runs"))
+    return parser
+
+
+def _add_fits(group: argparse._ArgumentGroup) -> None:
+    """Adds what is fitted, allocated and predicted."""
+    group.add_argument(
         "--methods", nargs="+", choices=METHODS, default=["parametric"], help="fits to make"
     )
-    what.add_argument(
+    group.add_argument(
         "--neuron-term",
         action="store_true",
         help="fit how the keep ratio r enters; N then counts all neurons",
     )
-    what.add_argument(
+    group.add_argument(
         "--only-keep-ratio", type=float, metavar="R", help="fit the rows of one keep ratio"
     )
-    what.add_argument(
+    group.add_argument(
         "--budget",
         nargs="+",
         type=_count,
@@ -74,10 +82,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="C",
         help="FLOPs to allocate to parameters and tokens",
     )
-    what.add_argument(
+    group.add_argument(
         "--keep-ratio", type=float, metavar="R", help="of the models of --budget (default: 1)"
     )
-    what.add_argument(
+    group.add_argument(
         "--predict",
         nargs="+",
         type=_request,
@@ -86,131 +94,136 @@ def _parser() -> argparse.ArgumentParser:
         help="points to predict, such as 1.7B,100B or with a keep ratio 1.7B,100B,0.25",
     )
 
-    how = parser.add_argument_group("how")
-    how.add_argument(
+
+def _add_settings(group: argparse._ArgumentGroup) -> None:
+    """Adds how the fits are made and how their errors are estimated."""
+    group.add_argument(
         "--delta",
         type=float,
         default=DEFAULT_DELTA,
         help="where the Huber loss of the log loss turns linear (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--starts",
         type=int,
         default=ALL_STARTS,
         metavar="N",
         help="starting points, drawn from a grid of %(default)s (default: all)",
     )
-    how.add_argument(
+    group.add_argument(
         "--seed", type=int, default=0, help="of starts, folds, resamples (default: %(default)s)"
     )
-    how.add_argument(
+    group.add_argument(
         "--bootstrap",
         type=int,
         default=DEFAULT_RESAMPLES,
         metavar="N",
         help="resamples for the intervals, 0 for none (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--bootstrap-kind",
         choices=("rows", "normal"),
         default="rows",
         help="draw runs with repetition, or normal errors for small tables (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--confidence",
         type=float,
         default=0.95,
         metavar="SHARE",
         help="of the intervals (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--holdout",
         type=int,
         default=1,
         metavar="N",
         help="largest FLOP budgets to predict from the others, 0 for none (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--folds",
         type=int,
         default=5,
         metavar="N",
         help="cross-validation folds, 0 for none (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--budget-tolerance",
         type=float,
         default=DEFAULT_TOLERANCE,
         metavar="SHARE",
         help="how far apart the FLOPs of one budget may be (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--parabola-width",
         type=float,
         metavar="FACTOR",
         help="parabolas through the sizes within this factor of a budget's best only",
     )
-    how.add_argument(
+    group.add_argument(
         "--allow-outside",
         action="store_true",
         help="use parabolas' minima outside the sizes that were tried",
     )
-    how.add_argument(
+    group.add_argument(
         "--flops-per-param-token",
         type=float,
         metavar="K",
         help="C = K N D for budgets (default: the table's median) and for a table without FLOPs "
         f"or without tokens (default: {FLOPS_PER_PARAM_TOKEN:g})",
     )
-    how.add_argument(
+    group.add_argument(
         "--allow-mismatch", action="store_true", help="fit runs that are not comparable"
     )
-    how.add_argument(
+    group.add_argument(
         "--allow-duplicates",
         action="store_true",
         help="take rows of one point and one seed as replicates",
     )
-    how.add_argument("--quiet", action="store_true", help="no progress lines")
+    group.add_argument("--quiet", action="store_true", help="no progress lines")
 
-    table = parser.add_argument_group("columns of a CSV table")
-    table.add_argument("--params-column", default="params", metavar="NAME", help="N")
-    table.add_argument("--tokens-column", default="tokens", metavar="NAME", help="D")
-    table.add_argument("--loss-column", default="loss", metavar="NAME")
-    table.add_argument("--flops-column", metavar="NAME", help="default: flops, if it is there")
-    table.add_argument(
+
+def _add_columns(group: argparse._ArgumentGroup) -> None:
+    """Adds the names of the columns."""
+    group.add_argument("--params-column", default="params", metavar="NAME", help="N")
+    group.add_argument("--tokens-column", default="tokens", metavar="NAME", help="D")
+    group.add_argument("--loss-column", default="loss", metavar="NAME")
+    group.add_argument("--flops-column", metavar="NAME", help="default: flops, if it is there")
+    group.add_argument(
         "--keep-ratio-column", metavar="NAME", help="default: keep_ratio, if it is there"
     )
-    table.add_argument(
+    group.add_argument(
         "--active-column",
         metavar="NAME",
         help="parameters that a token activates of those in N: their share is the keep ratio",
     )
-    table.add_argument("--run-column", metavar="NAME", help="default: run, if it is there")
-    table.add_argument("--seed-column", metavar="NAME", help="default: seed, if it is there")
-    table.add_argument(
+    group.add_argument("--run-column", metavar="NAME", help="default: run, if it is there")
+    group.add_argument("--seed-column", metavar="NAME", help="default: seed, if it is there")
+    group.add_argument(
         "--data-column", metavar="NAME", help="must be equal in all rows (default: data)"
     )
-    table.add_argument(
+    group.add_argument(
         "--tokens-from-flops", action="store_true", help="no tokens column: D = C / (K N)"
     )
 
-    runs = parser.add_argument_group("folders of runs")
-    runs.add_argument(
+
+def _add_runs(group: argparse._ArgumentGroup) -> None:
+    """Adds what is read of the folders of runs."""
+    group.add_argument(
         "--run-params",
         choices=("activated", "neurons_only", "all_neurons", "total"),
         help="N (default: activated, gate counted; all_neurons with --neuron-term)",
     )
-    runs.add_argument(
+    group.add_argument(
         "--run-loss",
         choices=("validation", "train"),
         help="last validation loss (default) or mean of the last 5%% of the train losses",
     )
-    runs.add_argument(
+    group.add_argument(
         "--run-flops",
         choices=("ideal", "realised"),
         help="FLOPs that the method needs (default) or that dense products execute",
     )
-    return parser
 
 
 @harmless
