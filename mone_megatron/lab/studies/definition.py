@@ -28,12 +28,13 @@ from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
+from mone_megatron.planning.budget import experts_are_fixed, neurons_are_fixed
 from mone_megatron.planning.match import Count, value_of
 
 CLAIMS_DIR = Path(__file__).parent / "claims"
 METHODS_DIR = Path(__file__).parent / "methods"
 # Two counts of parameters or operations are equal if they differ by no more.
-_TOLERANCE = 0.01
+EQUAL_WITHIN = 0.01
 Equal = Literal["", "activated", "flops", "total"]
 
 
@@ -48,7 +49,8 @@ class Study:
         reference: the variant that others are compared with.
         variants: what each changes, as overrides; every variant once for each seed.
         overrides: Hydra overrides of all variants.
-        equal: what all variants must have the same number of (within 1%), or "".
+        equal: what all variants must have the same number of (within 1%), or "". Where a method
+            does not fix it, the number that its runs had at their end counts.
     """
 
     name: str
@@ -90,14 +92,23 @@ class Study:
         if not self.equal:
             return
         count: Count = self.equal
-        values = {variant: value_of(config, count) for variant, config in configs.items()}
-        wanted = values[self.reference]
-        for variant, value in values.items():
-            if abs(value - wanted) > _TOLERANCE * wanted:
+        if not self._is_set(configs[self.reference]):
+            return
+        wanted = value_of(configs[self.reference], count)
+        for variant, config in configs.items():
+            value = value_of(config, count)
+            if self._is_set(config) and abs(value - wanted) > EQUAL_WITHIN * wanted:
                 raise ValueError(
                     f"{self.name}: {variant}: {value:,} is not the {wanted:,} ({count}) of "
                     f"{self.reference}; tools/plan.py --match finds what is"
                 )
+
+    def _is_set(self, config: Config) -> bool:
+        """Returns whether the count is known before training; what else must be equal is judged by
+        what was measured (:mod:`mone_megatron.lab.studies.outcome`).
+        """
+        fixed = neurons_are_fixed(config) and experts_are_fixed(config)
+        return self.equal == "total" or fixed
 
 
 def shipped_studies() -> list[Path]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from mone_megatron.lab.studies.definition import Study
+from mone_megatron.config.schema import Config
+from mone_megatron.lab.studies.definition import EQUAL_WITHIN, Study
 from mone_megatron.lab.studies.runner import places
+from mone_megatron.lab.studies.usage import usage_of
+from mone_megatron.planning.budget import Budget, budget_of
+from mone_megatron.planning.plan import vocabulary_of
 from mone_megatron.report.compare import finite_or_none
 from mone_megatron.report.identified import Doubt, few_samples
 from mone_megatron.report.runs import Run, load_run
@@ -36,13 +41,18 @@ class Variant:
     # Its losses less the reference's of the same seeds; None for the reference itself.
     difference: Interval | None
     parameters: int
-    activated: int
+    # What a token cost at the end of training, mean over the seeds.
+    budget: Budget
+    # By what share its budget is off the reference's, where the study asks for equal ones.
+    off_budget: float = 0.0
 
     @property
     def verdict(self) -> str:
         """Returns the verdict in words, by whether the interval of the difference holds 0."""
         if self.difference is None:
             return "reference"
+        if self.is_off_budget:
+            return f"not compared: its budget is {self.off_budget:+.1%} off"
         if not math.isfinite(self.difference.mean):
             return "a loss is not finite"
         if not math.isfinite(self.difference.half_width):
@@ -52,6 +62,16 @@ class Variant:
         if self.difference.low > 0:
             return "higher"
         return "no difference seen"
+
+    @property
+    def is_off_budget(self) -> bool:
+        """Returns whether its budget is not what the study asks for."""
+        return abs(self.off_budget) > EQUAL_WITHIN
+
+    @property
+    def compared(self) -> Interval | None:
+        """Returns the difference where there is one that may be looked at."""
+        return None if self.is_off_budget else self.difference
 
     @property
     def doubts(self) -> list[Doubt]:
@@ -122,6 +142,10 @@ def read_outcome(study: Study, output: Path, seeds: Sequence[int]) -> Outcome:
     loaded = {(run.variant, run.seed): load_run(run.folder) for run in runs}
     losses = {key: _final_loss(run) for key, run in loaded.items()}
     first = loaded[study.reference, seeds[0]]
+    budgets = {
+        name: _budget(study.configs[name], [loaded[name, seed] for seed in seeds])
+        for name in study.variants
+    }
     return Outcome(
         name=study.name,
         question=study.question,
@@ -129,7 +153,17 @@ def read_outcome(study: Study, output: Path, seeds: Sequence[int]) -> Outcome:
         tokens=first.summary.tokens or 0,
         hardware=first.summary.hardware or "unknown",
         variants=tuple(
-            _variant(study, name, seeds, losses, loaded[name, seeds[0]]) for name in study.variants
+            Variant(
+                name=name,
+                seeds=tuple(seeds),
+                losses=tuple(losses[name, seed] for seed in seeds),
+                mean=mean_interval([losses[name, seed] for seed in seeds]),
+                difference=_difference(study, name, seeds, losses),
+                parameters=loaded[name, seeds[0]].summary.parameters["total"],
+                budget=budgets[name],
+                off_budget=_off_budget(study, budgets[name], budgets[study.reference]),
+            )
+            for name in study.variants
         ),
     )
 
@@ -140,24 +174,26 @@ def _final_loss(run: Run) -> float:
     return float(run.columns[METRIC].values[-1])
 
 
-def _variant(
-    study: Study,
-    name: str,
-    seeds: Sequence[int],
-    losses: dict[tuple[str, int], float],
-    run: Run,
-) -> Variant:
-    own = [losses[name, seed] for seed in seeds]
-    difference = None
-    if name != study.reference:
-        others = [losses[study.reference, seed] for seed in seeds]
-        difference = mean_interval([a - b for a, b in zip(own, others, strict=True)])
-    return Variant(
-        name=name,
-        seeds=tuple(seeds),
-        losses=tuple(own),
-        mean=mean_interval(own),
-        difference=difference,
-        parameters=run.summary.parameters["total"],
-        activated=run.summary.parameters["activated_gate_counted"],
-    )
+def _difference(
+    study: Study, name: str, seeds: Sequence[int], losses: Mapping[tuple[str, int], float]
+) -> Interval | None:
+    if name == study.reference:
+        return None
+    return mean_interval([losses[name, seed] - losses[study.reference, seed] for seed in seeds])
+
+
+def _budget(config: Config, runs: Sequence[Run]) -> Budget:
+    """Returns the mean of what a token cost in the runs of one variant."""
+    vocab_size = runs[0].summary.vocab_size or vocabulary_of(config)
+    found = [asdict(budget_of(config, vocab_size, usage_of(config, run))) for run in runs]
+    return Budget(**{name: fmean(one[name] for one in found) for name in found[0]})
+
+
+def _off_budget(study: Study, own: Budget, reference: Budget) -> float:
+    """Returns by what share the number that must be equal is off; 0 where none must be."""
+    if study.equal == "activated":
+        return own.activated / reference.activated - 1
+    if study.equal == "flops":
+        return own.step_flops / reference.step_flops - 1
+    assert study.equal in ("total", ""), study.equal
+    return 0.0

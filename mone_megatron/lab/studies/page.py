@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mone_megatron.lab.studies.outcome import Outcome
-from mone_megatron.lab.studies.outcome_files import figure, table_rows
+from mone_megatron.lab.studies.outcome_files import figure, frontier, table_rows
 from mone_megatron.report.identified import NOT_IDENTIFIED, reasons
 from mone_megatron.report.page import Page, escape
 from mone_megatron.report.plots import png_data_uri
@@ -38,6 +38,11 @@ def studies_page(outcomes: Sequence[Outcome]) -> str:
         page.raw(
             f'<img alt="{escape(described)}" style="max-width:100%;height:auto" '
             f'src="{png_data_uri(figure(outcome))}">'
+        )
+        described = "Loss over what a token costs, with the variants that no other beats in both"
+        page.raw(
+            f'<img alt="{escape(described)}" style="max-width:100%;height:auto" '
+            f'src="{png_data_uri(frontier(outcome))}">'
         )
     return page.render()
 

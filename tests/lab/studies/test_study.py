@@ -15,9 +15,11 @@ import yaml
 
 from mone_megatron.lab.studies.definition import load_study, shipped_studies
 from mone_megatron.lab.studies.outcome import Outcome, Variant
-from mone_megatron.lab.studies.outcome_files import figure, markdown
+from mone_megatron.lab.studies.outcome_files import figure, frontier, markdown
 from mone_megatron.lab.studies.outcome_files import write as write_outcome
 from mone_megatron.lab.studies.page import studies_page
+from mone_megatron.planning.budget import Budget
+from mone_megatron.planning.match import value_of
 from mone_megatron.report.stats import mean_interval
 from mone_megatron.testing.launch import REPOSITORY
 
@@ -127,7 +129,7 @@ def test_a_study_is_trained_gone_on_with_linked_and_reported(tmp_path: Path) -> 
     assert (output / "small" / "study.png").stat().st_size > 1000
     page = (output / "studies.html").read_text(encoding="utf-8")
     assert f"wrote {output / 'studies.html'}" in done.stderr
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/png;base64,") == 2
     assert "| MoNE 1/4 |" in done.stdout
 
     # Another study with the same runs trains none of them.
@@ -170,7 +172,7 @@ def variant(name: str, losses: tuple[float, ...], difference: tuple[float, ...] 
         mean=mean_interval(losses),
         difference=mean_interval(difference) if difference else None,
         parameters=1000,
-        activated=500,
+        budget=Budget(activated=500.0, decode_bytes=900.0, step_flops=3e6),
     )
 
 
@@ -189,6 +191,51 @@ def test_verdicts_follow_from_intervals() -> None:
     assert unclear.doubts == []
     assert [d.kind for d in variant("b", (1.0, 1.0), (-0.2, -0.2)).doubts] == ["few"]
     assert variant("r", (1.0,), None).doubts == []
+
+
+def test_a_variant_of_another_budget_is_shown_and_not_compared() -> None:
+    off = replace(variant("off", (1.0, 1.1), (-0.2, -0.2)), off_budget=0.031)
+    near = replace(variant("near", (1.0, 1.1), (-0.2, -0.2)), off_budget=-0.009)
+    outcome = Outcome("x", "Which?", "r", 4096, "a", (variant("r", (1.2, 1.3), None), off, near))
+    table = markdown(outcome)
+    assert "|  | not compared: its budget is +3.1% off |" in table
+    assert near.verdict == "lower"
+    labels = [text.get_text() for text in figure(outcome).axes[0].get_yticklabels()]
+    assert labels == ["near"]
+    # All of them have a place over what they cost.
+    shown = frontier(outcome).axes[-1].get_legend_handles_labels()[1]
+    assert shown == ["r", "off", "near"]
+
+
+def test_budgets_that_no_method_fixes_are_those_of_the_last_steps(tmp_path: Path) -> None:
+    changes = {
+        "equal": "activated",
+        "overrides": [*TINY["overrides"], "logging.layer_interval=1"],
+        "reference": "topk",
+        "variants": {
+            "topk": ["mone.keep_ratio=0.25"],
+            "mass": ["mone.rule=mass", "mone.keep_ratio=0.25"],
+        },
+    }
+    read = load_study(write(tmp_path / "x.yaml", **changes))
+    assert set(read.configs) == {"topk", "mass"}  # judged when they are trained
+    done = study(tmp_path / "x.yaml", "--seeds", 1, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "x" / "study.json").read_text(encoding="utf-8"))
+    budgets = {one["name"]: one["budget"]["activated"] for one in result["variants"]}
+    config = read.configs["topk"]
+    assert budgets["topk"] == value_of(config, "activated")
+
+    metrics = tmp_path / "out" / "x" / "mass" / "seed_1" / "metrics.jsonl"
+    last = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
+    model = config.model
+    visited = model.num_layers * model.experts_per_token
+    kept = (last["mone/density"] - 0.25) * model.expert_ffn_hidden_size
+    assert budgets["mass"] - budgets["topk"] == pytest.approx(
+        visited * 2 * model.hidden_size * kept
+    )
+    off = budgets["mass"] / budgets["topk"] - 1
+    assert ("not compared: its budget" in done.stdout) == (abs(off) > 0.01)
 
 
 def test_table_and_picture() -> None:
@@ -212,7 +259,7 @@ def test_table_and_picture() -> None:
     page = studies_page([outcome, replace(outcome, name="y", question="A < B?")])
     assert page.count("Loss against r: v: lower") + page.count("Loss against r: v: no diff") == 2
     assert "A &lt; B?" in page
-    assert page.count("<img ") == 2
+    assert page.count("<img ") == 4
     labels = [text.get_text() for text in figure(outcome).axes[0].get_yticklabels()]
     assert labels == ["v"]
     why = "v: 2 seeds, at least 3 are needed to know its error"

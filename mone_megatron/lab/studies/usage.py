@@ -1,0 +1,39 @@
+"""Reads what the tokens of a trained run use, where its method does not fix it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mone_megatron.config.schema import Config
+from mone_megatron.planning.budget import Usage, experts_are_fixed, neurons_are_fixed
+from mone_megatron.report.runs import Run
+
+# The share of a run, at its end, whose steps are averaged.
+LAST_SHARE = 0.25
+
+
+def usage_of(config: Config, run: Run) -> Usage:
+    """Returns what the tokens of a run of ``config`` used over the last quarter of its steps.
+
+    Raises:
+        ValueError: naming the run, when it has not recorded that.
+    """
+    density = experts = None
+    if not neurons_are_fixed(config):
+        density = _mean_of_last(run, "mone/density")
+    if not experts_are_fixed(config):
+        tokens = config.train.global_batch_size * config.train.seq_length
+        per_expert = _mean_of_last(run, "router/tokens_per_expert_mean")
+        experts = per_expert * config.model.num_experts / tokens
+    return Usage(density, experts)
+
+
+def _mean_of_last(run: Run, metric: str) -> float:
+    if metric not in run.columns:
+        raise ValueError(
+            f"{run.path}: has no {metric}, which says what its tokens use; set "
+            "logging.layer_interval"
+        )
+    column = run.columns[metric]
+    last = column.values[column.steps > (1 - LAST_SHARE) * column.steps[-1]]
+    return float(np.mean(last))

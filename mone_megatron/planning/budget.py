@@ -1,0 +1,93 @@
+"""Counts what a token of a model costs, also where its use of the model is measured and not set.
+
+Rules without a fixed count keep as many neurons as they find, and some routers send a token to as
+many experts as they like. What such a model activates is known when it is trained only; of all
+other methods the counts of :mod:`mone_megatron.planning.parameters` are exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mone_megatron.config.schema import Config
+from mone_megatron.methods.routers import ROUTERS
+from mone_megatron.methods.rules import RULES
+from mone_megatron.planning.flops import flops_per_step
+from mone_megatron.planning.parameters import count_parameters, gated_mlps
+
+# Bytes of a weight in bf16.
+_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Says what the tokens of a run use on average.
+
+    Attributes:
+        density: the share of its neurons that a token keeps in an MLP that selects; None where the
+            number is fixed, or nothing is selected.
+        experts: the experts that a token goes to; None where the number is fixed.
+    """
+
+    density: float | None = None
+    experts: float | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Holds what a token of a model costs; the gate is counted in full.
+
+    Attributes:
+        activated: parameters that it activates.
+        decode_bytes: bytes of bf16 weights that are read to decode it, alone in its batch.
+        step_flops: operations of a training step that the method needs.
+    """
+
+    activated: float
+    decode_bytes: float
+    step_flops: float
+
+
+def neurons_are_fixed(config: Config) -> bool:
+    """Returns whether each token keeps a number of neurons that is set."""
+    return not config.mone.enabled or RULES[config.mone.rule].fixed_count
+
+
+def experts_are_fixed(config: Config) -> bool:
+    """Returns whether each token goes to a number of experts that is set."""
+    return not config.model.num_experts or ROUTERS[config.model.router.kind].fixed_count
+
+
+def budget_of(config: Config, vocab_size: int, usage: Usage) -> Budget:
+    """Returns what a token costs in a model whose tokens use what ``usage`` says.
+
+    Args:
+        config: of the model; what is fixed is taken from it.
+        vocab_size: the unpadded size of the vocabulary.
+        usage: what was measured.
+    """
+    model = config.model
+    counted = count_parameters(model, config.mone, vocab_size)
+    activated = float(counted.activated_gate_counted)
+    for kind, mlp in gated_mlps(model, config.mone).items():
+        selects = config.mone.enabled and kind in config.mone.apply_to
+        kept: float = mlp.kept
+        if usage.density is not None and selects:
+            kept = usage.density * mlp.width
+        visited: float = mlp.visited
+        if usage.experts is not None and kind == "routed":
+            visited *= usage.experts / model.experts_per_token
+        # The count is linear in the kept neurons, which need be no whole number on average.
+        without = replace(mlp, kept=0).gate_counted
+        neuron = replace(mlp, kept=1).gate_counted - without
+        activated += visited * (without + kept * neuron) - mlp.visited * mlp.gate_counted
+    tokens = config.train.global_batch_size * config.train.seq_length
+    more = activated - counted.activated_gate_counted
+    # Of the embedding, one row is read, unless the output layer reads it whole.
+    unread = 0 if model.tie_embeddings else counted.embedding - model.hidden_size
+    return Budget(
+        activated=activated,
+        decode_bytes=_BYTES * (activated - unread),
+        # Forward, and twice that backward, of 2 operations a weight.
+        step_flops=flops_per_step(config, vocab_size).ideal + 6 * tokens * more,
+    )
