@@ -13,7 +13,6 @@ from mone_megatron.lab.studies.outcome import Outcome
 from mone_megatron.report.formatting import format_count, plus_minus
 from mone_megatron.report.identified import NOT_IDENTIFIED, reasons
 from mone_megatron.report.plots import (
-    COLORS,
     color_of,
     new_figure,
     png_bytes,
@@ -85,7 +84,7 @@ def figure(outcome: Outcome) -> Figure:
     chart.set_size_inches(12, 2.5 + 0.8 * len(drawn))
     axes = chart.subplots()
     for place, (variant, difference) in enumerate(drawn):
-        color = COLORS[place % len(COLORS)]
+        color = color_of(outcome.variants.index(variant))
         pairs = zip(variant.losses, reference.losses, strict=True)
         axes.plot(
             [own - other for own, other in pairs],
