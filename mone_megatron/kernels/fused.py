@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mone_megatron.kernels.reference import (
     Activate,
+    Keep,
     Packed,
     TopK,
     WeightSums,
@@ -60,6 +61,13 @@ def expect_rows(rows: int | None) -> None:
     """
     global _expected_rows
     _expected_rows = rows
+
+
+def compiled_variants() -> int:
+    """Returns how many variants of the kernels of training this process has compiled or loaded."""
+    kernels = (forward_kernel, backward_kernel, rebuild_kernel, segment_sums, topk_mask_kernel,
+               activation_kernel)  # fmt: skip
+    return sum(len(kinds[0]) for kernel in kernels for kinds in kernel.device_caches.values())
 
 
 class LaunchShape(NamedTuple):
@@ -134,6 +142,30 @@ def given_scores(gate_TF: Tensor, up_TF: Tensor, score: str, activate: Activate)
     return neuron_scores(gate_TF, up_TF, score, activate)
 
 
+def left_to_torch(gate_TF: Tensor, up_TF: Tensor, keep: Keep, activate: Activate) -> str | None:
+    """Returns in words what torch computes of a gated unit in the kernels' place; None for nothing.
+
+    It begins with the key that it follows from.
+    """
+    dtype, neurons = gate_TF.dtype, gate_TF.shape[-1]
+    kind = str(dtype).removeprefix("torch.")
+    if fused_activation(activate) is None:
+        return "model.activation: it has no form in Triton, so torch computes the gated units"
+    if neurons > MOST_NEURONS.get(dtype, 0):
+        return (
+            f"model.expert_ffn_hidden_size: rows of {neurons} neurons in {kind} on a rank are left "
+            f"to torch (the kernels hold {MOST_NEURONS[torch.float32]} in fp32, "
+            f"{MOST_NEURONS[torch.bfloat16]} in bf16)"
+        )
+    if isinstance(keep, TopK) and given_scores(gate_TF, up_TF, keep.score, activate) is not None:
+        if fused_score(keep.score) is None:
+            why = "it has no form in Triton"
+        else:
+            why = f"a kernel's would not be torch's to the last bit in {kind}"
+        return f"mone.score={keep.score}: torch computes the scores, for {why}"
+    return None
+
+
 def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
     """Returns the mask of :func:`mone_megatron.kernels.reference.topk_mask`, bit for bit."""
     scores_TF = _rows(scores_TF.detach())
@@ -192,7 +224,9 @@ class _FusedGLU(torch.autograd.Function):
         if keep is not None and saving:
             bits = new(rows, -(-neurons // 8), dtype=torch.uint8)
             if packed is not None:
-                packed_gate, packed_up = new(2, rows, packed.width)
+                # Halves of one tensor would be aligned or not by the number of rows, and each is
+                # another kernel.
+                packed_gate, packed_up = (new(rows, packed.width) for _ in range(2))
         if isinstance(keep, TopK):
             scores_TF = given_scores(gate_TF, up_TF, keep.score, settings.activate)
         elif keep is not None:

@@ -29,8 +29,10 @@ from mone_megatron.kernels.reference import Activate, Keep, Packed, TopK, Weight
 
 __all__ = [
     "RowGroups",
+    "compiled_variants",
     "describe",
     "grouped_mm",
+    "left_to_torch",
     "rebuilt_when_needed",
     "selected_glu",
     "selected_glu_and_sums",
@@ -82,6 +84,27 @@ def _neurons(device: torch.device) -> str:
 def on_triton(tensor: Tensor) -> bool:
     """Returns whether Triton kernels compute with ``tensor``."""
     return _chosen == "auto" and tensor.is_cuda and _HAVE_TRITON
+
+
+def left_to_torch(gate_TF: Tensor, up_TF: Tensor, keep: Keep, activate: Activate) -> str | None:
+    """Returns in words what torch computes of a gated unit although Triton's kernels are chosen.
+
+    None where it is nothing, or where they are not chosen (:func:`describe` says that).
+    """
+    if not on_triton(gate_TF):
+        return None
+    from mone_megatron.kernels import fused
+
+    return fused.left_to_torch(gate_TF, up_TF, keep, activate)
+
+
+def compiled_variants() -> int:
+    """Returns how many variants of Triton kernels this process has; 0 where none computes."""
+    if not _HAVE_TRITON:
+        return 0
+    from mone_megatron.kernels import fused
+
+    return fused.compiled_variants()
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class GroupedExperts(MegatronModule):
             gate_up_TF = tokens_TH @ self.gate_up_weight[0].flatten(0, 1).T
             gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
             hidden_TF = self.neuron_gate(
-                gate_TF, up_TF, probs_T, segments, down_norm=self._down_norm
+                gate_TF, up_TF, probs_T, segments, down_norm=self.down_norm
             )
             return hidden_TF @ self.down_weight[0], None
 
@@ -128,11 +128,11 @@ class GroupedExperts(MegatronModule):
         gate_up_TF = ops.grouped_mm(tokens_TH, gate_up_EHF, groups)
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         output_TH = self.neuron_gate(
-            gate_TF, up_TF, probs_T, segments, project_down, self._down_norm
+            gate_TF, up_TF, probs_T, segments, project_down, self.down_norm
         )
         return output_TH, None
 
-    def _down_norm(self) -> Tensor:
+    def down_norm(self) -> Tensor:
         """Returns the norm of each neuron's row of the down projection, fp32 ``[E, F]``."""
         return torch.linalg.vector_norm(self.down_weight, dim=-1, dtype=torch.float32)
 

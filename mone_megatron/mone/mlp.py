@@ -6,6 +6,7 @@ see all tokens of the microbatch.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,13 +45,15 @@ def _forward(mlp: MLP, gate: NeuronGate, hidden_states: Tensor) -> tuple[Tensor,
         output: Tensor = mlp.linear_fc2(hidden_TF.view(*gate_up.shape[:-1], -1))[0]
         return output
 
-    def down_norm() -> Tensor:
-        # One expert, whose down projection is stored with the neurons last.
-        weight_HF = mlp.linear_fc2.weight
-        return torch.linalg.vector_norm(weight_HF, dim=0, keepdim=True, dtype=torch.float32)
-
     segments = Segments(index_T, 1, _context_group(), in_order=True)
-    return gate(gate_TF, up_TF, None, segments, project_down, down_norm), None
+    return gate(gate_TF, up_TF, None, segments, project_down, partial(down_norm, mlp)), None
+
+
+def down_norm(mlp: MLP) -> Tensor:
+    """Returns the norm of each neuron's column of the down projection, fp32 ``[1, F]``."""
+    # One expert, whose down projection is stored with the neurons last.
+    weight_HF = mlp.linear_fc2.weight
+    return torch.linalg.vector_norm(weight_HF, dim=0, keepdim=True, dtype=torch.float32)
 
 
 def _context_group() -> dist.ProcessGroup | None:

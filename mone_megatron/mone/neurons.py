@@ -186,6 +186,75 @@ class NeuronGate(MegatronModule):
         with ops.rebuilt_when_needed(hidden_TF, packed):
             return project(hidden_TF)
 
+    def run_each_kernel(
+        self,
+        gate_up_TF: Tensor,
+        scale_T: Tensor | None,
+        segments: Segments,
+        down_norm: Callable[[], Tensor] | None,
+        *,
+        looking: bool,
+        keeping_all: bool,
+    ) -> str | None:
+        """Runs, forward and backward, all kernels that calls of this unit can need.
+
+        Nothing is counted, logged or observed, so that it can be done before the first step: a
+        kernel is compiled when it is first run. Collective where neurons are spread over ranks.
+
+        Args:
+            gate_up_TF: some rows of gate and up projections side by side, ``[T, 2F]``.
+            scale_T: the router's probability of each row, or None.
+            segments: which rows belong together for the balance loss.
+            down_norm: see :meth:`forward`.
+            looking: whether some steps count which neurons are kept.
+            keeping_all: whether some steps keep all neurons.
+
+        Returns:
+            What torch computes although kernels are chosen, in words; None for nothing.
+        """
+
+        def units() -> tuple[Tensor, Tensor]:
+            # A chunk of what wants a gradient does so, too, when gradients are off.
+            rows_TF = gate_up_TF if torch.is_grad_enabled() else gate_up_TF.detach()
+            gate_TF, up_TF = rows_TF.chunk(2, dim=-1)
+            return gate_TF, up_TF if self.activate_up is None else self.activate_up(up_TF)
+
+        def mask() -> Tensor:
+            return self._mask(*units(), segments, down_norm, observing=False)
+
+        usual = self._keep(mask, look=False)
+        kinds = [(usual, usual is not None and self._balancing)]
+        if looking and usual is not None:
+            kinds.append((mask(), True))
+        if keeping_all and usual is not None:
+            kinds.append((None, False))
+        if self.sparsity is not None:
+            scale_T = None  # its loss sees what is not scaled yet
+        for keep, with_sums in kinds:
+            gate_TF, up_TF = units()
+            packed = None if keep is None else self._packed(gate_TF)
+            if with_sums:
+                hidden_TF, weight_sum_SF, _ = self._with_sums(
+                    gate_TF, up_TF, keep, scale_T, segments, packed, mask
+                )
+            else:
+                hidden_TF = self._glu(gate_TF, up_TF, keep, scale_T, packed)
+            loss = hidden_TF.float().sum()
+            if with_sums and self.balance.coeff > 0:
+                loss = loss + weight_sum_SF.sum()
+            loss.backward()
+            if packed is not None and packed.rebuild is not None:
+                packed.rebuild()
+            with torch.no_grad():
+                alone_T = None if scale_T is None else scale_T.detach()
+                self._glu(*units(), keep, alone_T, packed)
+        if self.selector is not None and isinstance(usual, Tensor) and self.selector.rule.top_k:
+            why = "it reads the down projection"
+            if self.selector.group is not None:
+                why = "the neurons of an expert are spread over ranks"
+            return f"mone.score={self.selector.score.name}: torch makes the mask, for {why}"
+        return ops.left_to_torch(*units(), usual, self.activate)
+
     def _sparse(
         self,
         hidden_TF: Tensor,

@@ -30,6 +30,7 @@ from mone_megatron.parallel.groups import close_groups, open_groups
 from mone_megatron.parallel.world import World
 from mone_megatron.planning.flops import flops_per_step
 from mone_megatron.planning.parameters import ParameterCount, count_parameters
+from mone_megatron.train.compile_kernels import compile_kernels
 from mone_megatron.train.evaluate.scoring import Scorer
 from mone_megatron.train.evaluate.tasks import TaskEvaluation
 from mone_megatron.train.health.signals import StopRequest
@@ -174,6 +175,8 @@ def _run(
     session.hooks.extend(added_hooks(session))
     session.hooks.extend(shown.hooks if shown else [])
     session.hooks.append(WatchdogHook(watchdog))
+    if start.step < config.train.steps:
+        compile_kernels(session)
     # So that there is always a state to roll back to.
     fresh = start.step == 0 or config.checkpoint.resume != "auto"
     if config.train.on_bad_loss == "rollback" and fresh and start.step < config.train.steps:

@@ -50,6 +50,10 @@ REST = {
                    "mone.apply_to=[routed,shared]")),
     "latent": (4, (*MONE, *LATENT, "parallel.tensor=2")),
     "without_distributed_optimizer": (2, (*MONE, "parallel.distributed_optimizer=false")),
+    "odd_keep": (2, (*MONE, "mone.memory=packed", "mone.keep_ratio=0.3", "parallel.expert=2")),
+    "given_mask": (2, (*MONE, "mone.rule=mass", "model.router.dtype=fp64")),
+    "annealed": (2, (*MONE, "mone.keep_ratio_schedule=linear", "mone.keep_ratio_steps=1",
+                     "mone.balance.coeff=0")),
     "signed_gate": (2, (*MONE, "mone.score=signed_gate")),
     "qwen3_30b_a3b": (8, ("experiment=qwen3_30b_a3b_mone", "parallel=expert_8",
                           "model.num_layers=2", "train.global_batch_size=8",
@@ -88,5 +92,8 @@ def test_a_step_is_one_that_a_gpu_would_take(run: FakeRun) -> None:
     forwards = 2 if any("recompute" in key for key in run.written["overrides"]) else 1
     assert len(waits) - len(outside) - len(pipeline) <= 3 * run.dispatches * forwards
     assert run.launches("forward_kernel") > 0
+    # In training, evaluation, steps that count and after a resume: all was compiled before.
+    assert run.written["compiled_later"] == []
+    assert run.written["compiled_before"] > 2
     # One kernel for all of a parameter's update, without temporaries.
     assert [part["fused"] for part in run.written["optimizers"]] in ([True], [True, True])

@@ -38,25 +38,75 @@ def test_all_kernels_compile_and_fit_in_registers() -> None:
     assert not spilling
 
 
-def test_no_argument_that_changes_from_call_to_call_makes_another_kernel() -> None:
-    """Triton compiles again for a number that is 1 or stops being a multiple of 16."""
-    code = """
-import json
-from mone_megatron.kernels import triton_glu, triton_select
-kernels = [triton_glu.forward_kernel, triton_glu.backward_kernel, triton_glu.rebuild_kernel,
-           triton_glu.segment_sums, triton_select.topk_mask_kernel]
-print(json.dumps([p.name for kernel in kernels for p in kernel.params
-                  if p.name in ("rows", "k", "packed_width") and not p.do_not_specialize]))
+# Calls of the gated unit, whose kernels are not run: Triton is asked which variant each would be.
+VARIANTS = """
+import json, sys
+import torch
+from mone_megatron.kernels import fused
+from mone_megatron.kernels.reference import Packed, TopK, WeightSums
+from mone_megatron.testing.fake_cuda.launches import variant
+
+launched = {}
+class Asked:
+    def __init__(self, name, kernel): self.name, self.kernel = name, kernel
+    def __getitem__(self, grid):
+        def launch(*args, **named):
+            launched.setdefault(variant(self.kernel, *args, **named), []).append(self.name)
+        return launch
+for name, kernel in list(vars(fused).items()):
+    if hasattr(kernel, "device_caches"):
+        setattr(fused, name, Asked(name, kernel))
+fused.scores_equal_torch = lambda *args: True
+dtype, neurons, width, expected = sys.argv[1], *map(int, sys.argv[2:])
+fused.expect_rows(expected or None)
+rows_seen = {}
+for rows in (0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 48, 64, 77, 128, 255, 1024, 1025, 1056, 3000):
+    before = len(launched)
+    for packed in (None, Packed(width)):
+        gate_up = torch.zeros(rows, 2 * neurons, dtype=getattr(torch, dtype), requires_grad=True)
+        gate, up = gate_up.chunk(2, dim=-1)
+        scale = torch.zeros(rows, requires_grad=True)
+        segment = torch.zeros(rows, dtype=torch.int64)
+        sums = WeightSums(segment, 3, "selected", True, in_order=True)
+        hidden, weights, _ = fused.fused_glu(gate, up, scale, TopK(width, "abs_activation"),
+            activate=torch.nn.functional.silu, packed=packed, sums=sums)
+        (hidden.sum() + weights.sum()).backward()
+        if packed is not None:
+            packed.rebuild()
+        fused.topk_mask(gate, width)
+    if len(launched) > before:
+        rows_seen[rows] = len(launched) - before
+print(json.dumps(rows_seen))
 """
+
+
+def _variants_by_rows(dtype: str, neurons: int, width: int, expected: int) -> dict[str, int]:
+    """Returns how many new variants calls of each number of rows need, where they need any."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
+        [sys.executable, "-c", VARIANTS, dtype, str(neurons), str(width), str(expected)],
+        env=os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
-        check=True,
     )
-    assert json.loads(done.stdout) == []
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "neurons", "width"),
+    [("bfloat16", 1408, 352), ("bfloat16", 64, 19), ("bfloat16", 72, 1), ("float32", 96, 33)],
+)
+def test_no_number_of_rows_makes_another_kernel(dtype: str, neurons: int, width: int) -> None:
+    """A rank with few rows, one, or an odd number would compile while all others wait for it."""
+    found = _variants_by_rows(dtype, neurons, width, expected=4096)
+    # Nothing to launch but the addition of no sums, then everything at once.
+    assert list(found) == ["0", "1"]
+
+
+def test_how_many_rows_are_usual_does() -> None:
+    assert len(_variants_by_rows("bfloat16", 64, 16, expected=0)) > 2
 
 
 @pytest.mark.parametrize("usual", [1, 2048, 65536, 10**7])

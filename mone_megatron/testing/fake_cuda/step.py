@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from mone_megatron.config.validate import validate  # noqa: E402
 from mone_megatron.parallel.world import World  # noqa: E402
 from mone_megatron.testing.fake_cuda.device import GPUS, install_device  # noqa: E402
 from mone_megatron.testing.fake_cuda.findings import WAIT, Findings  # noqa: E402
-from mone_megatron.testing.fake_cuda.launches import check_launches  # noqa: E402
+from mone_megatron.testing.fake_cuda.launches import check_launches, variants  # noqa: E402
 from mone_megatron.testing.fake_cuda.watch import (  # noqa: E402
     COPY,
     FAULT,
@@ -183,6 +184,7 @@ def _steps(config: Config, layout: Layout, device: Any, findings: Findings) -> d
     from mone_megatron.model import builder
     from mone_megatron.parallel.groups import open_groups
     from mone_megatron.planning.plan import vocabulary_of
+    from mone_megatron.train.compile_kernels import compile_kernels
     from mone_megatron.train.hooks.on_every_rank import hooks_on_every_rank
     from mone_megatron.train.hooks.panel import PanelHook
     from mone_megatron.train.loop import train
@@ -217,6 +219,11 @@ def _steps(config: Config, layout: Layout, device: Any, findings: Findings) -> d
         batches_from=lambda step: iter(_batches(config, layout.num_microbatches)),
     )
     session.hooks.extend(hooks_on_every_rank(session))
+    findings.phase = "kernels"
+    # Also those of steps that count, which this run has some of.
+    counting = replace(config, logging=replace(config.logging, layer_interval=1))
+    compile_kernels(replace(session, config=counting))
+    compiled = variants()
     # The loop as it is; every number that it reads is 1, so that it ends after each step.
     for findings.phase in ("first step", STEP):
         train(session)
@@ -242,6 +249,8 @@ def _steps(config: Config, layout: Layout, device: Any, findings: Findings) -> d
     stepper.attempt(_batches(config, layout.num_microbatches))
     return {
         "dtype": str(device.dtype),
+        "compiled_before": len(compiled),
+        "compiled_later": sorted(set(variants()) - set(compiled)),
         "microbatches": layout.num_microbatches,
         "moe_layers": sum(
             isinstance(module, MoELayer) for chunk in state.chunks for module in chunk.modules()
