@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
-from mone_megatron.parallel.megatron_compat import forget_layer_losses
+from mone_megatron.parallel.megatron_compat import forget_layer_losses, sharing_groups
 
 
 @dataclass(frozen=True)
@@ -19,23 +19,29 @@ class ExpertSources:
     shared_group: dist.ProcessGroup | None
 
 
+def connects_when_made() -> bool:
+    """Returns whether a group's connections are made with it, and not when it is first used."""
+    return dist.distributed_c10d._get_default_group().bound_device_id is not None
+
+
 def open_groups(parallel: ParallelConfig, train: TrainConfig, *, timeout_seconds: int) -> None:
     """Makes megatron-core's groups and seeds its RNG trackers. Collective over all processes."""
     from megatron.core import parallel_state, tensor_parallel
 
     _forget_the_last_run()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-        ),
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
-        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
-        create_gloo_process_groups=False,
-    )
+    with sharing_groups(connected=connects_when_made()):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+            ),
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+            distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
+            create_gloo_process_groups=False,
+        )
     # Draws dropout only: initial weights do not depend on these streams.
     tensor_parallel.model_parallel_cuda_manual_seed(train.seed, force_reset_rng=True)
 
@@ -57,6 +63,9 @@ def open_expert_sources(parallel: ParallelConfig) -> ExpertSources:
         sources = tuple(rank // per_microbatch for rank in range(per_experts))
         return ExpertSources(sources, None)
     # A microbatch is spread over several copies of each expert: they must add up their counts.
+    if per_experts == 1:
+        # Each of its ranks has all experts.
+        return ExpertSources((0,), parallel_state.get_tensor_and_context_parallel_group())
     mine = None
     world = dist.get_world_size()
     for first in range(0, world, per_microbatch):
