@@ -190,7 +190,15 @@ def _put_together(state: ParameterState, kind: str, owner: int) -> Tensor:
 
 
 def model_state(chunks: list[DistributedDataParallel]) -> ShardedStateDict:
-    """Returns the weights and buffers (expert bias) of this rank's chunks as sharded tensors."""
+    """Returns the weights and buffers (expert bias) of this rank's chunks as sharded tensors.
+
+    Collective over the data-parallel ranks.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            # Of what the others updated a rank has the values of the step before, until the next
+            # forward pass gathers them.
+            chunk.start_param_sync(force_sync=True)
     metadata = {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         # Otherwise the layers of a dense model are stacked into one tensor.
