@@ -76,14 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     steps = argparse.ArgumentParser(add_help=False)
     steps.add_argument(
-        "--processes", type=_positive, default=1, help="gloo ranks on this machine (default 1)"
+        "--processes",
+        type=_positive,
+        default=1,
+        help="gloo ranks on this machine (default 1); on GPUs those that torchrun started",
     )
     steps.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
     pair = argparse.ArgumentParser(add_help=False)
     pair.add_argument("--moe", default="quickstart_moe", help="default quickstart_moe")
     pair.add_argument("--mone", default="quickstart_mone", help="default quickstart_mone")
-    place = argparse.ArgumentParser(add_help=False)
-    place.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    on = argparse.ArgumentParser(add_help=False)
+    on.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    place = argparse.ArgumentParser(add_help=False, parents=[on])
     place.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     place.add_argument(
         "--threads", type=_not_negative, default=1, help="of torch; 0 for one a core (default 1)"
@@ -132,12 +136,13 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--max-tokens", type=_positive, help="of the text (default 4096)")
     weights.add_argument("--seq-length", type=_positive, help="default 256")
 
-    train = commands.add_parser("train", parents=[shared, steps, pair], help="training steps")
-    train.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    train = commands.add_parser("train", parents=[shared, steps, on, pair], help="training steps")
     train.add_argument("--repeats", type=_positive, default=10, help="of each (default 10)")
     train.add_argument("--steps", type=_positive, default=1, help="a repeat (default 1)")
 
-    cost = commands.add_parser("cost", parents=[shared, steps, pair], help="MoNE's cost, by parts")
+    cost = commands.add_parser(
+        "cost", parents=[shared, steps, on, pair], help="MoNE's cost, by parts"
+    )
     cost.add_argument("--repeats", type=_positive, default=20, help="steps of each (default 20)")
     cost.add_argument(
         "--part-repeats", type=_positive, default=60, help="measurements of each part (default 60)"
@@ -154,12 +159,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--keep-ratio", type=float, default=0.25)
     generate.add_argument("--repeats", type=_positive, default=5, help="of each (default 5)")
 
-    spine = commands.add_parser("spine", parents=[shared, steps], help="the trainer's overhead")
+    spine = commands.add_parser("spine", parents=[shared, steps, on], help="the trainer's overhead")
     spine.add_argument("--experiment", default="tiny_moe", help="default tiny_moe")
     spine.add_argument("--repeats", type=_positive, default=12, help="of each (default 12)")
     spine.add_argument("--steps", type=_positive, default=20, help="a repeat (default 20)")
 
-    save = commands.add_parser("save", parents=[shared, steps], help="checkpoints")
+    save = commands.add_parser("save", parents=[shared, steps, on], help="checkpoints")
     save.add_argument("--experiment", default="quickstart_mone", help="default quickstart_mone")
     save.add_argument("--repeats", type=_positive, default=10, help="of each (default 10)")
     return parser
@@ -329,9 +334,13 @@ def _cost(options: argparse.Namespace) -> _Outcome:
     from mone_megatron.lab.benchmarks import ranks, result_files
 
     expert = [f"parallel.expert={options.processes}", *options.overrides]
+    moe, mone = (
+        ranks.prepare([f"experiment={name}", *expert], options.processes, device=options.device)
+        for name in (options.moe, options.mone)
+    )
     result = ranks.run_cost(
-        ranks.prepare([f"experiment={options.moe}", *expert], options.processes),
-        ranks.prepare([f"experiment={options.mone}", *expert], options.processes),
+        moe,
+        mone,
         options.processes,
         repeats=options.repeats,
         part_repeats=options.part_repeats,
@@ -391,7 +400,9 @@ def _spine(options: argparse.Namespace) -> _Outcome:
     from mone_megatron.lab.benchmarks import ranks, result_files
 
     config = ranks.prepare(
-        [f"experiment={options.experiment}", *options.overrides], options.processes
+        [f"experiment={options.experiment}", *options.overrides],
+        options.processes,
+        device=options.device,
     )
     result = ranks.run_spine(
         config, options.processes, repeats=options.repeats, steps=options.steps
@@ -403,7 +414,9 @@ def _save(options: argparse.Namespace) -> _Outcome:
     from mone_megatron.lab.benchmarks import ranks, result_files
 
     config = ranks.prepare(
-        [f"experiment={options.experiment}", *options.overrides], options.processes
+        [f"experiment={options.experiment}", *options.overrides],
+        options.processes,
+        device=options.device,
     )
     result = ranks.run_save(config, options.processes, repeats=options.repeats)
     return _Outcome(result.hardware, result_files.save_lines(result), result)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mone_megatron.config.schema import Config
 from mone_megatron.lab.benchmarks.experiments import OpenExperiment, open_experiments, step_action
-from mone_megatron.lab.benchmarks.measure import Spread, difference, interleave, ratio
+from mone_megatron.lab.benchmarks.measure import Spread, difference, finished, interleave, ratio
 from mone_megatron.mone.balance import NeuronBalance
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
@@ -167,7 +167,8 @@ def _parts(
     selector = gates["selected"].selector
     assert selector is not None
     gate_TF, up_TF = inputs.gate_up_TF.chunk(2, dim=-1)
-    actions["selection"] = lambda: selector(gate_TF, up_TF)
+    device = session.device.torch_device
+    actions["selection"] = finished(lambda: selector(gate_TF, up_TF), device, calls=1)
     seconds = interleave(actions, repeats=repeats, warmup=10).clock
     calls = len(_experts(session)) * session.layout.num_microbatches
 
@@ -206,11 +207,11 @@ def _gate(session: OpenExperiment, settings: NeuronSettings | None) -> NeuronGat
 def _forward_backward(gate: NeuronGate, inputs: _GateInputs) -> Callable[[], object]:
     gate_up_TF = inputs.gate_up_TF.clone().requires_grad_()
     scale_T = inputs.scale_T.clone().requires_grad_()
-    grad_TF = torch.randn(gate_up_TF.shape[0], gate_up_TF.shape[1] // 2)
+    grad_TF = torch.randn_like(gate_up_TF[:, : gate_up_TF.shape[1] // 2])
 
     def run() -> object:
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         hidden_TF = gate(gate_TF, up_TF, scale_T, inputs.segments)
         return torch.autograd.grad(hidden_TF, [gate_up_TF, scale_T], grad_TF)
 
-    return run
+    return finished(run, gate_up_TF.device, calls=1)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -54,7 +55,7 @@ def open_experiments(configs: Sequence[Config], *, steps_in_memory: int) -> list
         steps_in_memory: how many steps' data to load.
     """
     assert all(config.parallel == configs[0].parallel for config in configs)
-    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
+    world = World.from_environment() if configs[0].device.kind == "cuda" else _gloo_world()
     # Each with its own dtype; opening a device again changes nothing.
     devices = [open_device(config.device, world) for config in configs]
     open_groups(configs[0].parallel, configs[0].train, timeout_seconds=600)
@@ -64,9 +65,16 @@ def open_experiments(configs: Sequence[Config], *, steps_in_memory: int) -> list
     ]
 
 
+def _gloo_world() -> World:
+    """Returns this process's place among the ranks that a benchmark started on this machine."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, rank, size)
+
+
 def _open(config: Config, device: Device, world: World, steps: int) -> OpenExperiment:
+    devices = torch.cuda.device_count() if device.kind == "cuda" else 0
     layout = validate(
-        config, world_size=world.size, num_devices=0, local_world_size=world.local_size
+        config, world_size=world.size, num_devices=devices, local_world_size=world.local_size
     )
     data = prepare_data(config)
     train, _ = build_datasets(
@@ -91,9 +99,13 @@ def _open(config: Config, device: Device, world: World, steps: int) -> OpenExper
 
 
 def step_action(session: OpenExperiment) -> Iterator[None]:
-    """Trains one step at each ``next``, auxiliary losses read as the trainer does."""
+    """Trains one step at each ``next``, auxiliary losses read as the trainer does.
+
+    A step has ended when it is yielded, on a GPU, too.
+    """
     stepper = session.stepper()
     auxiliary = AuxiliaryLossHook(session.config, session.layout, session.device.torch_device)
     while True:
         stepper.train(session.next_step(), reduce=auxiliary.reduce)
+        session.device.synchronize()
         yield

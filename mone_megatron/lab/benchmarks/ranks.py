@@ -1,14 +1,14 @@
-"""Starts the ranks of a benchmark: gloo processes on this machine.
+"""Starts the ranks of a benchmark: gloo processes on this machine, or takes part as one on GPUs.
 
 Imports no megatron-core at module level: that must follow ``install_cpu_backend``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from mone_megatron.config.schema import Config, DeviceConfig
 from mone_megatron.config.validate import validate
 from mone_megatron.data.prepare import prepare_data
 from mone_megatron.helpers import HelperError, unwinding_on_sigterm
+from mone_megatron.methods.registry import imported
 from mone_megatron.parallel.device import open_device, open_process_group
 from mone_megatron.parallel.world import World
 
@@ -79,16 +80,51 @@ def _ranks(count: int, timeout_seconds: float = _TIMEOUT_SECONDS) -> Iterator[Pr
             raise HelperError(why) from error
 
 
+def _measured(name: str, processes: int, config: Config, *more: Config, **options: int) -> Any:
+    """Runs a measurement on so many ranks, and returns rank 0's result.
+
+    On CPUs the ranks are processes that end with the call. On GPUs this process is one of them,
+    started by torchrun where there are several (not run here).
+
+    Args:
+        name: ``module:function`` of this package; it is imported once the device is open.
+        processes: how many ranks.
+        config: what it measures, with the device.
+        more: further configurations of the same device.
+        options: of the function.
+
+    Raises:
+        ValueError: on GPUs, for other than the started number of processes.
+    """
+    name = f"mone_megatron.lab.benchmarks.{name}"
+    if config.device.kind == "cuda":
+        world = World.from_environment()
+        if world.size != processes:
+            raise ValueError(
+                f"--processes: {processes} on GPUs, and {world.size} were started; start it with "
+                f"torchrun --nproc-per-node {processes}"
+            )
+        device = open_device(config.device, world)
+        open_process_group(device, world, int(_TIMEOUT_SECONDS))
+        measure = cast(Callable[..., Any], imported(name))
+        result = measure(config, *more, **options)
+        dist.destroy_process_group()
+        return result
+    open_device(config.device, World())
+    measure = cast(Callable[..., Any], imported(name))
+    with _ranks(processes) as ranks:
+        return ranks.run(measure, config, *more, **options)[0]
+
+
 def run_spine(config: Config, processes: int, *, repeats: int, steps: int) -> SpineCost:
     """Runs :func:`mone_megatron.lab.benchmarks.spine.measure_spine` on ``processes`` ranks.
 
     Returns rank 0's result.
     """
-    open_device(config.device, World())
-    from mone_megatron.lab.benchmarks.spine import measure_spine
-
-    with _ranks(processes) as ranks:
-        return ranks.run(measure_spine, config, repeats=repeats, steps=steps)[0]
+    found: SpineCost = _measured(
+        "spine:measure_spine", processes, config, repeats=repeats, steps=steps
+    )
+    return found
 
 
 def run_save(config: Config, processes: int, *, repeats: int) -> SaveCost:
@@ -96,11 +132,8 @@ def run_save(config: Config, processes: int, *, repeats: int) -> SaveCost:
 
     Returns rank 0's result.
     """
-    open_device(config.device, World())
-    from mone_megatron.lab.benchmarks.save import measure_save
-
-    with _ranks(processes) as ranks:
-        return ranks.run(measure_save, config, repeats=repeats)[0]
+    found: SaveCost = _measured("save:measure_save", processes, config, repeats=repeats)
+    return found
 
 
 def run_cost(moe: Config, mone: Config, processes: int, *, repeats: int, part_repeats: int) -> Cost:
@@ -108,11 +141,10 @@ def run_cost(moe: Config, mone: Config, processes: int, *, repeats: int, part_re
 
     Returns rank 0's result.
     """
-    open_device(moe.device, World())
-    from mone_megatron.lab.benchmarks.cost import measure_cost
-
-    with _ranks(processes) as ranks:
-        return ranks.run(measure_cost, moe, mone, repeats=repeats, part_repeats=part_repeats)[0]
+    found: Cost = _measured(
+        "cost:measure_cost", processes, moe, mone, repeats=repeats, part_repeats=part_repeats
+    )
+    return found
 
 
 def run_ties(
@@ -145,20 +177,9 @@ def run_train(
 ) -> TrainResult:
     """Runs :func:`mone_megatron.lab.benchmarks.train.measure_train` on ``processes`` ranks.
 
-    Returns rank 0's result. On GPUs this process is one of the ranks, started by torchrun when
-    there are several (not run here).
+    Returns rank 0's result.
     """
-    if moe.device.kind == "cuda":
-        world = World.from_environment()
-        device = open_device(moe.device, world)
-        open_process_group(device, world, int(_TIMEOUT_SECONDS))
-        from mone_megatron.lab.benchmarks.train import measure_train
-
-        result = measure_train(moe, mone, repeats=repeats, steps=steps)
-        dist.destroy_process_group()
-        return result
-    open_device(moe.device, World())
-    from mone_megatron.lab.benchmarks.train import measure_train
-
-    with _ranks(processes) as ranks:
-        return ranks.run(measure_train, moe, mone, repeats=repeats, steps=steps)[0]
+    found: TrainResult = _measured(
+        "train:measure_train", processes, moe, mone, repeats=repeats, steps=steps
+    )
+    return found

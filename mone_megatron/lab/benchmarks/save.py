@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from mone_megatron.config.schema import Config
@@ -69,7 +68,7 @@ def measure_save(config: Config, *, repeats: int) -> SaveCost:
             steps = []
             while beside.is_saving:
                 started = time.perf_counter()
-                writing = beside.read(torch.device("cpu"))
+                writing = beside.read(session.device.torch_device)
                 next(step)
                 dist.all_reduce(writing)
                 steps.append(time.perf_counter() - started)

@@ -91,12 +91,15 @@ def bare_loop(session: OpenExperiment, steps: int) -> None:
     """
     train_config = session.config.train
     forward_backward = session.stepper().forward_backward
-    chunks = session.state.chunks
+    chunks, device = session.state.chunks, session.device.torch_device
     for _ in range(steps):
         for chunk in chunks:
             chunk.zero_grad_buffer()
         session.state.optimizer.zero_grad()
-        microbatches = session.next_step()
+        microbatches = [
+            {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            for batch in session.next_step()
+        ]
         forward_backward(
             forward_step_func=_forward_step,
             data_iterator=[iter(copy) for copy in itertools.tee(microbatches, len(chunks))]
@@ -110,6 +113,8 @@ def bare_loop(session: OpenExperiment, steps: int) -> None:
         )
         session.state.optimizer.step()
         session.state.scheduler.step(1)
+        # As the trainer does, to tell what a step took.
+        session.device.synchronize()
 
 
 def _forward_step(

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mone_megatron.config.load import compose
 from mone_megatron.kernels.reference import topk_mask
+from mone_megatron.lab.benchmarks import ranks
 from mone_megatron.lab.benchmarks.layer import LayerShape, measure_layer
 from mone_megatron.lab.benchmarks.select import kthvalue_mask, measure_select, topk_scatter
 
@@ -115,11 +117,19 @@ def test_train_decode_and_generate_write_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_select_on_a_gpu_that_is_not_there_is_one_line() -> None:
-    done = _bench("select", "--device", "cuda")
+@pytest.mark.parametrize("name", ["select", "train", "cost", "spine", "save"])
+def test_a_gpu_that_is_not_there_is_one_line(name: str) -> None:
+    done = _bench(name, "--device", "cuda")
     assert done.returncode == 2
-    assert "device.kind" in done.stderr
+    # Other problems have lines of their own.
+    assert len([line for line in done.stderr.splitlines() if "device.kind" in line]) == 1
     assert "Traceback" not in done.stderr
+
+
+def test_ranks_on_gpus_are_those_that_were_started() -> None:
+    config = compose(["experiment=tiny_mone", "device.kind=cuda"])
+    with pytest.raises(ValueError, match="--processes: 2 on GPUs, and 1 were started"):
+        ranks.run_save(config, 2, repeats=1)
 
 
 @pytest.mark.gpu
