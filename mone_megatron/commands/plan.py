@@ -21,6 +21,7 @@ from mone_megatron.display import harmless
 from mone_megatron.helpers import HelperError, ending, starting
 from mone_megatron.ownership import owned_file, owned_folder
 from mone_megatron.planning import plan_files
+from mone_megatron.planning.budget import Usage, experts_are_fixed, neurons_are_fixed
 from mone_megatron.planning.hardware import GPUS, Assumptions, find_gpu
 from mone_megatron.planning.match import COUNTS, DIMENSIONS, SIDES, TOLERANCE, Pair, match
 from mone_megatron.planning.plan import Machine, Plan, default_gpus, make_plan
@@ -35,6 +36,7 @@ _BESIDE = {
     "dimension": ("match",),
     "side": ("match",),
     "tolerance": ("match",),
+    "measured": ("match",),
     "write": ("match",),
     "top": ("search",),
     "hours": ("sbatch", "render"),
@@ -140,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     pairs.add_argument("--dimension", choices=DIMENSIONS, help=f"default {DIMENSIONS[0]}")
     pairs.add_argument("--side", choices=SIDES, help="it changes on (default mone)")
     pairs.add_argument("--tolerance", type=_number, help=f"relative (default {TOLERANCE:g})")
+    pairs.add_argument(
+        "--measured", type=Path, metavar="RUN",
+        help="run.dir whose tokens say what a rule or router without a fixed count uses",
+    )  # fmt: skip
     pairs.add_argument("--write", type=Path, metavar="DIR", help="write both as experiments")
 
     launch = parser.add_argument_group("launch")
@@ -212,6 +218,32 @@ def _write_pair(pair: Pair, overrides: Sequence[str], folder: Path) -> list[Path
     return list(files)
 
 
+def _usage(options: argparse.Namespace, config: Config) -> Usage:
+    """Returns what tokens use of the pair's MoNE model, where its method does not fix it."""
+    mone = replace(config, mone=replace(config.mone, enabled=True))
+    if options.measured is not None:
+        if neurons_are_fixed(mone) and experts_are_fixed(mone):
+            raise ConfigError(
+                "--measured: the rule and the router fix what a token uses; leave it out"
+            )
+        # Only now: they take their time to import.
+        from mone_megatron.lab.studies.usage import usage_of
+        from mone_megatron.report.runs import load_run
+
+        return usage_of(mone, load_run(options.measured))
+    if not neurons_are_fixed(mone):
+        print(
+            f"note: mone.rule={mone.mone.rule} fixes no number of neurons; counted with "
+            "mone.keep_ratio (--measured RUN counts what a run used)"
+        )
+    if not experts_are_fixed(mone):
+        print(
+            f"note: model.router.kind={mone.model.router.kind} fixes no number of experts; counted "
+            "with model.experts_per_token (--measured RUN counts what a run used)"
+        )
+    return Usage()
+
+
 def _match(options: argparse.Namespace, config: Config) -> int:
     tolerance = TOLERANCE if options.tolerance is None else options.tolerance
     if not 0 <= tolerance < 1:
@@ -222,6 +254,7 @@ def _match(options: argparse.Namespace, config: Config) -> int:
         dimension=options.dimension or DIMENSIONS[0],
         side=options.side or "mone",
         tolerance=tolerance,
+        usage=_usage(options, config),
     )
     print("\n".join(plan_files.match_lines(pair)))
     if options.write is not None:

@@ -10,8 +10,8 @@ from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.layout import smallest_world_size
 from mone_megatron.config.schema import Config, ModelConfig
 from mone_megatron.config.validate import validate
-from mone_megatron.planning.flops import flops_per_step
-from mone_megatron.planning.parameters import ParameterCount, count_parameters
+from mone_megatron.planning.budget import Usage, budget_of
+from mone_megatron.planning.parameters import count_parameters
 from mone_megatron.planning.plan import vocabulary_of
 
 Count = Literal["activated", "flops", "total"]
@@ -26,6 +26,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
 )
 SIDES: tuple[Side, ...] = ("moe", "mone")
 TOLERANCE = 0.001
+_AS_SET = Usage()
 # The dimension is tried up to so many times what it is.
 _LARGEST_FACTOR = 8
 
@@ -48,18 +49,30 @@ class Pair:
         return abs(self.mone_value - self.moe_value) / self.moe_value
 
 
-def value_of(config: Config, count: Count) -> int:
+def value_of(config: Config, count: Count, usage: Usage = _AS_SET) -> int:
     """Returns the count that is to be equal: activated (gate counted) or total parameters, or ideal
     FLOPs per step.
+
+    Args:
+        config: of the model.
+        count: which of them.
+        usage: what tokens use where the method does not fix it; they use their target without.
     """
-    if count == "flops":
-        return flops_per_step(config, vocabulary_of(config)).ideal
-    counted: ParameterCount = count_parameters(config.model, config.mone, vocabulary_of(config))
-    return counted.activated_gate_counted if count == "activated" else counted.total
+    vocab_size = vocabulary_of(config)
+    if count == "total":
+        return count_parameters(config.model, config.mone, vocab_size).total
+    budget = budget_of(config, vocab_size, usage)
+    return round(budget.step_flops if count == "flops" else budget.activated)
 
 
 def match(
-    config: Config, count: Count, *, dimension: Dimension, side: Side, tolerance: float = TOLERANCE
+    config: Config,
+    count: Count,
+    *,
+    dimension: Dimension,
+    side: Side,
+    tolerance: float = TOLERANCE,
+    usage: Usage = _AS_SET,
 ) -> Pair:
     """Pairs ``config``, whose ``mone.*`` says how neurons are selected, with its MoE baseline.
 
@@ -69,6 +82,7 @@ def match(
         dimension: the one model key that may change.
         side: which of the two it changes on; the other stays as it is.
         tolerance: the largest relative difference that is accepted when no value is exact.
+        usage: what the tokens of a trained run of the MoNE side use.
 
     Raises:
         ConfigError: when no value comes near enough, with the nearest; or nothing can be matched.
@@ -77,7 +91,7 @@ def match(
         raise ConfigError("--match: model.num_experts=0 has no experts to select neurons in")
     moe = replace(config, mone=replace(config.mone, enabled=False))
     mone = replace(config, mone=replace(config.mone, enabled=True))
-    pair = _pair(count, moe, mone, changed=None)
+    pair = _pair(count, moe, mone, usage, changed=None)
     if pair.difference == 0:
         return pair
     best: Pair | None = None
@@ -85,7 +99,7 @@ def match(
     for value, changed in _candidates(changing, dimension):
         key = f"model.{dimension}={value} ({side})"
         both = (changed, mone) if side == "moe" else (moe, changed)
-        found = _pair(count, *both, changed=key)
+        found = _pair(count, *both, usage, changed=key)
         if best is None or found.difference < best.difference:
             best = found
     if best is None:
@@ -100,8 +114,10 @@ def match(
     return best
 
 
-def _pair(count: Count, moe: Config, mone: Config, *, changed: str | None) -> Pair:
-    return Pair(count, moe, mone, changed, value_of(moe, count), value_of(mone, count))
+def _pair(count: Count, moe: Config, mone: Config, usage: Usage, *, changed: str | None) -> Pair:
+    # The number of experts is the router's, which both have; that of neurons is MoNE's alone.
+    values = value_of(moe, count, replace(usage, density=None)), value_of(mone, count, usage)
+    return Pair(count, moe, mone, changed, *values)
 
 
 def _sizes(model: ModelConfig) -> dict[Dimension, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mone_megatron.commands.plan import main as plan_main
 from mone_megatron.lab.studies.definition import load_study, shipped_studies
 from mone_megatron.lab.studies.outcome import Outcome, Variant
 from mone_megatron.lab.studies.outcome_files import figure, frontier, markdown
@@ -207,7 +208,9 @@ def test_a_variant_of_another_budget_is_shown_and_not_compared() -> None:
     assert shown == ["r", "off", "near"]
 
 
-def test_budgets_that_no_method_fixes_are_those_of_the_last_steps(tmp_path: Path) -> None:
+def test_budgets_that_no_method_fixes_are_those_of_the_last_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes = {
         "equal": "activated",
         "overrides": [*TINY["overrides"], "logging.layer_interval=1"],
@@ -236,6 +239,17 @@ def test_budgets_that_no_method_fixes_are_those_of_the_last_steps(tmp_path: Path
     )
     off = budgets["mass"] / budgets["topk"] - 1
     assert ("not compared: its budget" in done.stdout) == (abs(off) > 0.01)
+
+    # The planner matches what that run used, too.
+    matched = [
+        *("experiment=tiny_mone", "mone.rule=mass", "--match", "activated", "--side", "moe"),
+        *("--tolerance", "0.05", "--json", str(tmp_path / "pair.json")),
+    ]
+    assert plan_main([*matched, "--measured", str(metrics.parent)]) == 0
+    pair = json.loads((tmp_path / "pair.json").read_text(encoding="utf-8"))
+    assert pair["mone"] == round(budgets["mass"])
+    assert plan_main(matched) == 0
+    assert "mone.rule=mass fixes no number of neurons; counted with" in capsys.readouterr().out
 
 
 def test_table_and_picture() -> None:
