@@ -1,5 +1,6 @@
 # make quickstart   trains the MoE baseline and MoNE on this machine's CPU and compares them
 # make test         the tests
+# make check        lint, types and the tests of what was changed, in a minute and a half
 # Both set up .venv first. PYTHON chooses the interpreter (3.10, 3.11 or 3.12), TORCH the torch.
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ ON_NEXT     = PYTHONPATH=$(CURDIR)/$(NEXT):$(CURDIR) OMP_NUM_THREADS=1 \
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart claims ablation test test-slow test-gpu test-megatron-next test-transformers test-vllm faults \
+.PHONY: quickstart claims ablation test check test-slow test-gpu test-megatron-next test-transformers test-vllm faults \
 	slurm-test lint docs bench clean
 
 quickstart: $(VENV)/installed
@@ -48,6 +49,17 @@ test: $(VENV)/installed-dev $(NEXT)/installed
 	MEGATRON_NEXT=$(NEXT) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(ON_NEXT) $(NEXT_PARTS)
+
+# Before a commit: tests of what was changed since BASE that begin within a minute; make test runs all.
+# Types are checked at the same time, and both are told of whichever fails.
+BASE ?= main
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	@$(BIN)/mypy & types=$$!; \
+	tests=$$(OMP_NUM_THREADS=1 $(BIN)/python -m mone_megatron.testing.changed_tests $(BASE)) || exit 2; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --within 50 -n 2 --dist loadfile --no-loadscope-reorder \
+		--maxfail 10 $$tests; failed=$$?; wait $$types && [ $$failed -eq 0 ]
 
 # The whole suite on it (make test runs the parts that touch megatron-core most).
 test-megatron-next: $(VENV)/installed-dev $(NEXT)/installed

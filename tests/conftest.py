@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,12 +42,21 @@ LONGEST = (
 )
 
 
+_DEADLINE = pytest.StashKey[float]()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """On a GPU megatron-core must find torch.cuda as it is, so that process is another one."""
     parser.addoption(
         "--gpu",
         action="store_true",
         help="run the tests marked gpu, on CUDA and without the CPU backend, and no others",
+    )
+    parser.addoption(
+        "--within",
+        type=float,
+        metavar="SECONDS",
+        help="skip what has not begun by then, and the files that take longest (make check)",
     )
 
 
@@ -71,12 +82,30 @@ def _only_of_this_device(config: pytest.Config, items: list[pytest.Item]) -> Non
                 item.add_marker(pytest.mark.skip(reason=why))
 
 
+def _begin_within(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the longest files, and keeps the order of the others, which is the caller's."""
+    long = {TESTS / name for name in LONGEST}
+    left_out = [item for item in items if item.path in long]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item.path not in long]
+    config.stash[_DEADLINE] = time.monotonic() + config.getoption("within")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test that has not begun in time."""
+    if time.monotonic() > item.config.stash.get(_DEADLINE, math.inf):
+        pytest.skip("not begun within the time of --within; make test runs it")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long files first, then those of many tests: none is begun when the other process is done.
 
     pytest-xdist keeps this order with ``--no-loadscope-reorder``, as in ``make test``.
     """
     _only_of_this_device(config, items)
+    if config.getoption("within") is not None:
+        _begin_within(config, items)
+        return
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (places.get(item.path, len(places)), -counts[item.path]))

@@ -27,10 +27,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 import logging
 import queue
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -384,6 +386,32 @@ def fuse_gradient_norm() -> None:
         clip_grads.multi_tensor_scale_impl = _fused_scale
 
 
+# Packages that megatron-core imports for what a run of ours never asks of it: its timers and its
+# inference engine would write to W&B. Importing it takes as long as a fifth of megatron-core.
+DEFERRED = ("wandb",)
+_deferred = threading.Lock()
+
+
+class _ImportedWhenUsed(types.ModuleType):
+    """Stands for an installed package until an attribute of it is read, and then imports it."""
+
+    def __getattr__(self, name: str) -> Any:
+        with _deferred:
+            if sys.modules.get(self.__name__) is self:
+                del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def defer(package: str) -> None:
+    """Lets an installed package that is not imported yet be imported when it is used."""
+    if package in sys.modules or (spec := importlib.util.find_spec(package)) is None:
+        return
+    module = _ImportedWhenUsed(package)
+    # What Python reads of a module that is imported again, and those who look through all modules.
+    module.__spec__, module.__loader__, module.__file__ = spec, spec.loader, spec.origin
+    sys.modules[package] = module
+
+
 def import_megatron(*, compile_fused: bool) -> None:
     """Imports megatron-core, quietly.
 
@@ -403,6 +431,8 @@ def import_megatron(*, compile_fused: bool) -> None:
         try:
             if not compile_fused:
                 torch.compile = lambda function, *args, **kwargs: function  # type: ignore
+            for package in DEFERRED:
+                defer(package)
             import megatron.core
             import megatron.core.models.gpt
             import megatron.core.optimizer  # noqa: F401

@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mone_megatron.testing.warm_start import WarmProcess, Worker
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -39,7 +41,7 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError(f"no {count} free ports in {_PORTS}")
 
 
-def wait_for_all(workers: Sequence[subprocess.Popen[bytes]], timeout: float) -> list[int | None]:
+def wait_for_all(workers: Sequence[Worker], timeout: float) -> list[int | None]:
     """Returns the exit codes of all workers, or None for those still running when one failed or
     time ran out.
 
@@ -59,6 +61,18 @@ def wait_for_all(workers: Sequence[subprocess.Popen[bytes]], timeout: float) -> 
             worker.wait()
 
 
+def rank_variables(rank: int, processes: int) -> dict[str, str]:
+    """Returns torchrun's variables for a rank on this machine, but the port."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def run_layouts(
     jobs: Mapping[str, Sequence[str]],
     *,
@@ -74,7 +88,8 @@ def run_layouts(
         processes: ranks.
         folder: where the runs go.
         timeout: seconds for all of them together.
-        variables: environment variables of the ranks, beside those of this process.
+        variables: environment variables of the ranks, beside those of this process; with any, the
+            ranks import everything anew.
 
     Raises:
         RuntimeError: with the output of the rank that failed.
@@ -86,26 +101,29 @@ def run_layouts(
         for (name, overrides), port in zip(jobs.items(), free_ports(len(jobs)), strict=True)
     ]
     job_file.write_text(json.dumps(listed), encoding="utf-8")
-    workers = []
+    workers: list[Worker] = []
     for rank in range(processes):
-        environment = (
-            os.environ
-            | dict(variables or {})
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "OMP_NUM_THREADS": "1",
-            }
-        )
-        log = (folder / f"rank-{processes}-{rank}.log").open("w", encoding="utf-8")
-        command = [sys.executable, "-m", "mone_megatron.testing.many_runs", str(job_file)]
+        environment = os.environ | dict(variables or {}) | rank_variables(rank, processes)
+        log = folder / f"rank-{processes}-{rank}.log"
+        arguments = ["-m", "mone_megatron.testing.many_runs", str(job_file)]
+        if variables:
+            # What they change may be what is imported.
+            with log.open("w", encoding="utf-8") as said:
+                workers.append(
+                    subprocess.Popen(
+                        [sys.executable, *arguments],
+                        cwd=REPOSITORY,
+                        env=environment,
+                        stdout=said,
+                        stderr=said,
+                    )
+                )
+            continue
         workers.append(
-            subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+            WarmProcess(
+                arguments, environment=environment, folder=REPOSITORY, stdout=log, stderr=log
+            )
         )
-        log.close()
     codes = wait_for_all(workers, timeout)
     failed = [rank for rank, code in enumerate(codes) if code] or [
         rank for rank, code in enumerate(codes) if code is None

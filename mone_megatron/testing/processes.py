@@ -1,7 +1,8 @@
 """Runs functions in real processes joined by gloo: how a test sees several ranks.
 
-The processes are spawned, use the CPU backend with one thread each, and can be kept to run many
-functions one after another, each in a process group of its own:
+The processes use the CPU backend with one thread each, have what they need imported from the start
+(:mod:`.warm_start`), and can be kept to run many functions one after another, each in a process
+group of its own:
 
     with Processes(2) as processes:
         results = processes.run(function, argument)  # results[rank]
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from mone_megatron.helpers import end_with_parent, ending, starting
 from mone_megatron.parallel.groups import close_groups
 from mone_megatron.parallel.megatron_compat import install_cpu_backend
+from mone_megatron.testing.warm_start import forget_start_method, warm_context
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,6 +51,7 @@ class RankFailedError(RuntimeError):
 def _serve(rank: int, size: int, pipe: Connection) -> None:
     """Runs what comes through ``pipe`` until it is closed or killed: what each process does."""
     end_with_parent()
+    forget_start_method()
     torch.set_num_threads(1)
     # Before unpickling a function imports its module, which may import megatron-core.
     install_cpu_backend()
@@ -83,14 +86,17 @@ class Processes:
     opened must be closed.
     """
 
-    def __init__(self, size: int, *, timeout_seconds: float = 60.0) -> None:
+    def __init__(self, size: int, *, timeout_seconds: float = 60.0, warm: bool = True) -> None:
         """Prepares the processes and starts none yet.
 
         Args:
             size: how many ranks.
             timeout_seconds: for each :meth:`run`, once the processes have started.
+            warm: whether they are forked from a process that has imported everything, which is
+                quick, or spawned, which leaves each the memory and the imports of its own.
         """
         self.size = size
+        self._warm = warm
         self.timeout_seconds = timeout_seconds
         self._workers: list[tuple[BaseProcess, Connection]] = []
 
@@ -130,7 +136,7 @@ class Processes:
         self._workers = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = warm_context() if self._warm else multiprocessing.get_context("spawn")
         for rank in range(self.size):
             with starting(f"rank {rank} of {self.size}"):
                 ours, theirs = context.Pipe()

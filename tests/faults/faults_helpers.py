@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from mone_megatron.testing.launch import REPOSITORY, free_ports
+from mone_megatron.testing.launch import REPOSITORY, free_ports, rank_variables
+from mone_megatron.testing.warm_start import WarmProcess
 
-PRETRAIN = (sys.executable, "-m", "mone_megatron.pretrain")
+PRETRAIN = ("-m", "mone_megatron.pretrain")
 QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
 # tiny_mone made smaller still, for runs of many steps; TP, PP, EP and ETP of 2 and EP of 4 fit.
 SMALL = (
@@ -37,42 +39,35 @@ SMALL = (
 # A machine under load may be 20 times slower than an idle one.
 PATIENCE = 300.0
 
-Workers = Sequence["subprocess.Popen[str]"]
+Workers = Sequence[WarmProcess]
 
 
 def launch(
     folder: Path, *overrides: str, processes: int = 1, command: Sequence[str] = PRETRAIN
-) -> list[subprocess.Popen[str]]:
+) -> list[WarmProcess]:
     """A run in ``folder``: one process group for each rank, its own children in it."""
     return start([*command, *overrides, f"run.dir={folder}"], processes=processes)
 
 
-def start(command: Sequence[str], *, processes: int = 1) -> list[subprocess.Popen[str]]:
-    """The same command on every rank, as torchrun would."""
-    port = free_ports(1)[0]
-    return [
-        subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+def start(arguments: Sequence[str], *, processes: int = 1) -> list[WarmProcess]:
+    """What ``python`` is given, on every rank as by torchrun."""
+    port = {"MASTER_PORT": str(free_ports(1)[0])}
+    said = Path(tempfile.mkdtemp(prefix="said-"))
+    workers = [
+        WarmProcess(
+            arguments,
+            environment=os.environ | rank_variables(rank, processes) | port,
+            folder=REPOSITORY,
+            stderr=said / str(rank),
+            new_session=True,
         )
         for rank in range(processes)
     ]
+    weakref.finalize(workers[-1], shutil.rmtree, said, ignore_errors=True)
+    return workers
 
 
-def send(worker: subprocess.Popen[str], number: int) -> None:
+def send(worker: WarmProcess, number: int) -> None:
     """A signal to a rank and all its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, number)
@@ -87,8 +82,10 @@ def end(workers: Workers, seconds: float = PATIENCE) -> tuple[list[int], str]:
     finally:
         for worker in workers:
             send(worker, signal.SIGKILL)
-    errors = [worker.communicate()[1] for worker in workers]
-    return [worker.returncode for worker in workers], "\n".join(errors)
+            # One that does not lead its group yet.
+            worker.kill()
+    codes = [worker.wait() for worker in workers]
+    return codes, "\n".join(worker.said() for worker in workers)
 
 
 def wait_until(happened: Callable[[], Any], workers: Workers, seconds: float = PATIENCE) -> None:

@@ -15,6 +15,7 @@ from faults_helpers import QUIET
 from faults_table import Tally
 
 from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.warm_start import run_python
 
 TINY = ("experiment=tiny_mone", "device=cpu", *QUIET)
 _MAINS = Path(__file__).with_name("many_mains.py")
@@ -70,13 +71,10 @@ def pretrain(
     *overrides: str, environment: Mapping[str, str] | None = None, timeout: float = 500
 ) -> Ended:
     """One run in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, "-m", "mone_megatron.pretrain", *overrides],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
-        capture_output=True,
-        text=True,
-        check=False,
+    result = run_python(
+        ["-m", "mone_megatron.pretrain", *overrides],
+        environment={"OMP_NUM_THREADS": "1"} | dict(environment or {}),
+        folder=REPOSITORY,
         timeout=timeout,
     )
     return Ended(result.returncode, result.stderr)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,14 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from faults_helpers import records, step_folder
-from faults_runs import TINY, attempt
+from faults_runs import TINY, attempt, pretrain
 from faults_table import Tally
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from mone_megatron.testing.launch import REPOSITORY, free_ports
+from mone_megatron.testing.launch import REPOSITORY, free_ports, rank_variables, wait_for_all
 from mone_megatron.testing.processes import Processes
 from mone_megatron.testing.trainer import build_trainer
+from mone_megatron.testing.warm_start import WarmProcess
 
 Count = Callable[[int, str], AbstractContextManager[Tally]]
 RUN = (*TINY, "checkpoint.keep_last=20")
@@ -62,37 +61,24 @@ def train(folder: Path, jobs: Mapping[str, Job], *, processes: int) -> dict[str,
     ]
     job_file = folder / f"jobs-{processes}.json"
     job_file.write_text(json.dumps(listed), encoding="utf-8")
+    said = [folder / f"codes-{processes}-{rank}" for rank in range(processes)]
     workers = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(job_file)],
-            cwd=REPOSITORY,
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            text=True,
+        WarmProcess(
+            [str(SCRIPT), str(job_file)],
+            environment=os.environ | rank_variables(rank, processes),
+            folder=REPOSITORY,
+            stdout=said[rank],
         )
         for rank in range(processes)
     ]
-    try:
-        outputs = [worker.communicate(timeout=900)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert not any(worker.returncode for worker in workers), [
-        path.read_text() for path in folder.glob("*.said.*")
-    ]
-    codes = [json.loads(output.splitlines()[-1]) for output in outputs]
+    codes = wait_for_all(workers, 900)
+    assert codes == [0] * processes, [path.read_text() for path in folder.glob("*.said.*")]
+    outputs = [path.read_text(encoding="utf-8") for path in said]
+    ended = [json.loads(output.splitlines()[-1]) for output in outputs]
     return {
         name: Ended(
             folder / name,
-            [rank_codes[number] for rank_codes in codes],
+            [codes[number] for codes in ended],
             (folder / f"{name}.said.0").read_text(encoding="utf-8"),
         )
         for number, name in enumerate(jobs)
@@ -319,16 +305,9 @@ def test_a_state_that_is_not_finite_is_seen_on_every_rank(
 
 
 def test_rollback_without_checkpoints_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mone_megatron.pretrain", *RUN, f"run.dir={tmp_path / 'run'}"]
-    result = subprocess.run(
-        [*command, "train.on_bad_loss=rollback"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2
-    assert "checkpoint.interval" in result.stderr
+    result = pretrain(*RUN, f"run.dir={tmp_path / 'run'}", "train.on_bad_loss=rollback")
+    assert result.code == 2
+    assert "checkpoint.interval" in result.said
     assert not (tmp_path / "run").exists()
 
 

@@ -6,8 +6,6 @@ import itertools
 import json
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +24,7 @@ from faults_helpers import (
 from faults_table import Tally
 
 from mone_megatron.testing.launch import free_ports
+from mone_megatron.testing.warm_start import WarmProcess
 
 SCRIPT = Path(__file__).with_name("recorded_run.py")
 GLOBAL_BATCH = 12
@@ -40,12 +39,12 @@ RUN = (
 
 def launch_recorded(
     run: Path, samples: Path, last: int, processes: int, workers: int
-) -> list[subprocess.Popen[str]]:
+) -> list[WarmProcess]:
     overrides = [*RUN, f"train.steps={last}", f"data.num_workers={workers}", f"run.dir={run}"]
     job = {"overrides": overrides, "port": free_ports(1)[0], "samples": str(samples)}
     jobs = samples.with_suffix(".json")
     jobs.write_text(json.dumps([job]), encoding="utf-8")
-    return start([sys.executable, str(SCRIPT), str(jobs)], processes=processes)
+    return start([str(SCRIPT), str(jobs)], processes=processes)
 
 
 def handed_out(samples: Path) -> dict[int, list[int]]:

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from faults_table import Tally
 
 from mone_megatron.checkpoint import open_checkpoint
 from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.warm_start import run_python
 
 Count = Callable[[int, str], AbstractContextManager[Tally]]
 FULL = "a disk that is full at another size each time: path and bytes told, saves before intact"
@@ -55,13 +55,10 @@ def run_with_file_limit(limit: int, *overrides: str) -> Ended:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); "
         "sys.exit(main(sys.argv[2:]))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(limit), *overrides],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+    result = run_python(
+        ["-c", code, str(limit), *overrides],
+        environment={"OMP_NUM_THREADS": "1"},
+        folder=REPOSITORY,
     )
     return Ended(result.returncode, result.stderr)
 

@@ -35,6 +35,7 @@ from mone_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from mone_megatron.helpers import HelperError, HelperThread, ending, starting
 from mone_megatron.testing.launch import REPOSITORY
 from mone_megatron.testing.processes import Processes, RankFailedError
+from mone_megatron.testing.warm_start import WarmProcess
 from mone_megatron.train.health.signals import StopRequest, exit_code
 from mone_megatron.train.health.watchdog import Watchdog
 from mone_megatron.train.resume import writing
@@ -282,7 +283,7 @@ def test_loader_processes_that_cannot_start() -> None:
 # Runs
 
 
-def start_run(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+def start_run(folder: Path, *overrides: str, **environment: str) -> WarmProcess:
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
@@ -353,7 +354,7 @@ def test_a_run_whose_watchdog_fails_saves_and_stops(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     script = str(Path(__file__).with_name("failing_watchdog.py"))
     overrides = (*RUN, "checkpoint=auto", f"data.cache_dir={tmp_path / 'cache'}")
-    run = launch(folder, *overrides, command=(sys.executable, script))
+    run = launch(folder, *overrides, command=(script,))
     (code,), said = end(run)
     assert code == 75, said
     why = "the thread 'watchdog' has failed: MemoryError: no memory for a look"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -56,9 +55,7 @@ def run_jobs(jobs: Mapping[str, Sequence[str]], folder: Path) -> None:
         ]
         file = folder / f"jobs-{size}-{len(jobs)}.json"
         file.write_text(json.dumps(listed), encoding="utf-8")
-        codes, said = end(
-            start([sys.executable, str(SCRIPT), str(file)], processes=size), 8 * PATIENCE
-        )
+        codes, said = end(start([str(SCRIPT), str(file)], processes=size), 8 * PATIENCE)
         assert codes == [0] * size, said[-6000:]
 
 

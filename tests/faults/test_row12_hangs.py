@@ -87,7 +87,7 @@ def test_a_rank_stays_away(tmp_path: Path, tally: Count, full: bool, case: int) 
     if case >= len(cases):
         pytest.skip("only with --faults-full")
     kind, rank, size = cases[case]
-    command = (sys.executable, str(HANGING_RUN), kind, str(rank), "4")
+    command = (str(HANGING_RUN), kind, str(rank), "4")
     with tally(12, "a rank skips a collective, sleeps, spins or leaves: all exit, naming it") as t:
         workers = launch(tmp_path, *RUN, processes=size, command=command)
         codes, said = end(workers)

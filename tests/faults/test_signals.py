@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ import torch
 from faults_helpers import PATIENCE, QUIET, end, saved_steps, steps, wait_until
 from faults_table import Tally
 
+from mone_megatron.testing.warm_start import WarmProcess
 from mone_megatron.train.health.signals import (
     INTERRUPTED_EXIT_CODE,
     RESUME_EXIT_CODE,
@@ -32,7 +32,7 @@ SAVING = ("checkpoint.interval=50000", "checkpoint.resume=auto")
 CPU = torch.device("cpu")
 
 
-def launch(folder: Path, *overrides: str, processes: int = 1) -> list[subprocess.Popen[str]]:
+def launch(folder: Path, *overrides: str, processes: int = 1) -> list[WarmProcess]:
     return faults_helpers.launch(folder, *ENDLESS, *overrides, processes=processes)
 
 
@@ -45,7 +45,7 @@ def assert_saved(folder: Path) -> None:
     assert not list((folder / "checkpoints").glob(".*partial*"))
 
 
-def children(worker: subprocess.Popen[str]) -> list[int]:
+def children(worker: WarmProcess) -> list[int]:
     """Its loader processes, and those that write checkpoints."""
     with contextlib.suppress(FileNotFoundError):
         text = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text()
@@ -53,7 +53,7 @@ def children(worker: subprocess.Popen[str]) -> list[int]:
     return []
 
 
-def handles_signals(worker: subprocess.Popen[str]) -> bool:
+def handles_signals(worker: WarmProcess) -> bool:
     status = Path(f"/proc/{worker.pid}/status").read_text()
     caught = int(status.split("SigCgt:")[1].split()[0], 16)
     return bool(caught >> (signal.SIGUSR1 - 1) & 1)
@@ -64,10 +64,10 @@ class Moment:
     """When to ask, seen from outside."""
 
     overrides: tuple[str, ...]
-    reached: Callable[[Path, list[subprocess.Popen[str]]], object]
+    reached: Callable[[Path, list[WarmProcess]], object]
 
 
-def is_saving(folder: Path, workers: list[subprocess.Popen[str]]) -> object:
+def is_saving(folder: Path, workers: list[WarmProcess]) -> object:
     return [*(folder / "checkpoints").glob(".step_*.partial-*")]
 
 

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mone_megatron.testing.launch import REPOSITORY, run_layouts
 from mone_megatron.testing.tools import load_tool
+from mone_megatron.testing.warm_start import run_python
 
 _QUICK = ["device=cpu", "logging.report=false", "logging.wandb.mode=disabled", "train.steps=3"]
 
 
 def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, f"tools/{name}.py", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+    return run_python(
+        [f"tools/{name}.py", *map(str, arguments)],
+        environment={"OMP_NUM_THREADS": "1"},
+        folder=REPOSITORY,
     )
 
 

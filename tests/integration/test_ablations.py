@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +15,15 @@ from mone_megatron.config.layout import smallest_world_size
 from mone_megatron.config.load import CONF_DIR, compose
 from mone_megatron.config.validate import validate
 from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.warm_start import run_python
 
 ABLATIONS = sorted((CONF_DIR / "ablation").glob("*.yaml"))
 QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
+    return run_python(
+        arguments, environment={"OMP_NUM_THREADS": "1"}, folder=REPOSITORY, timeout=300
     )
 
 

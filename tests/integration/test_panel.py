@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mone_megatron.testing.launch import REPOSITORY, free_ports, run_layouts
+from mone_megatron.testing.launch import REPOSITORY, free_ports, rank_variables, run_layouts
+from mone_megatron.testing.warm_start import run_python
 from mone_megatron.train.panel import Panel
 
 SCRIPT = Path(__file__).with_name("planted_runs.py")
@@ -70,12 +68,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs.append(job | {"overrides": overrides, "port": port, "said": said})
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), str(file)],
-        cwd=REPOSITORY,
-        env=os.environ | ranks | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
-        check=False,
+    result = run_python(
+        [str(SCRIPT), str(file)], environment=rank_variables(0, 1), folder=REPOSITORY
     )
     logs = sorted(folder.glob("*.log"), key=lambda log: log.stat().st_mtime)
     assert result.returncode == 0, logs[-1].read_text(encoding="utf-8")[-4000:]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from mone_megatron.pretrain import USAGE_EXIT_CODE, main
 from mone_megatron.testing.launch import REPOSITORY, run_layouts
+from mone_megatron.testing.warm_start import run_python
 from mone_megatron.train.health.signals import INTERRUPTED_EXIT_CODE
 
 QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
@@ -238,13 +239,8 @@ def test_more_processes_than_the_layout_needs(
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
-    result = subprocess.run(
-        _command(tmp_path, "experiment=tiny_mone", "model.init_std=1e30", *QUIET),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = _command(tmp_path, "experiment=tiny_mone", "model.init_std=1e30", *QUIET)
+    result = run_python(command[1:], folder=REPOSITORY)
     assert result.returncode == 1
     assert "training failed" in result.stderr
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["status"] == "failed"

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from mone_megatron.testing.launch import REPOSITORY, run_layouts
 from mone_megatron.testing.processes import Processes
 from mone_megatron.testing.trainer import build_trainer
+from mone_megatron.testing.warm_start import run_python
 
 QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
 RUN = ("experiment=tiny_mone", *QUIET, "train.steps=12", "checkpoint.interval=3")
@@ -267,7 +268,7 @@ def refusals(
     ]
     listed = folder / "mains.json"
     listed.write_text(json.dumps({"jobs": jobs, "watch": False}), encoding="utf-8")
-    subprocess.run([sys.executable, str(MAINS), str(listed)], cwd=REPOSITORY, check=True)
+    run_python([str(MAINS), str(listed)], folder=REPOSITORY).check_returncode()
     ended = json.loads((folder / "mains.ended.json").read_text(encoding="utf-8"))
     return dict(zip(OTHER_RUNS, ended, strict=True))
 
@@ -293,13 +294,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoints_before(
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
         "from mone_megatron.pretrain import main; sys.exit(main(sys.argv[1:]))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, "device=cpu", *RUN, resume, f"run.dir={tmp_path}"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = ["device=cpu", *RUN, resume, f"run.dir={tmp_path}"]
+    result = run_python(["-c", code, *arguments], folder=REPOSITORY)
     assert result.returncode == 1, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr

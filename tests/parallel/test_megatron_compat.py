@@ -7,6 +7,7 @@ differently is told by their number: LATER is 0.19.
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.parallel import megatron_compat
 from mone_megatron.parallel.groups import open_groups
 from mone_megatron.testing.processes import Processes
+from mone_megatron.testing.warm_start import run_python
 
 LATER = megatron_release() >= (0, 19, 0)
 CORE = Path(moe_utils.__file__).parents[2]
@@ -94,6 +97,7 @@ facts = {
     "current_device": problem(torch.cuda.current_device),
     "Stream": problem(torch.cuda.Stream),
     "synchronize": problem(torch.cuda.synchronize),
+    "imported": sorted(sys.modules),
 }
 state = torch.get_rng_state()
 torch.rand(1)
@@ -384,6 +388,58 @@ def test_parts_of_different_lengths_over_gloo(two_processes: Processes) -> None:
 
 
 # Installation ----------
+
+
+@pytest.mark.parametrize("package", megatron_compat.DEFERRED)
+def test_packages_are_imported_by_upstream_and_by_us_when_used(
+    upstream: dict[str, Any], package: str
+) -> None:
+    """In a process of its own, since another test may have used it in this one."""
+    assert len([name for name in upstream["imported"] if name.startswith(f"{package}.")]) > 10
+    code = f"""
+import json, sys
+def of_it():
+    return [name for name in sys.modules if name.startswith("{package}.")]
+seen = [len(of_it())]
+import {package}
+seen.append(len(of_it()))
+from megatron.core import timers
+timers.{package}.__version__
+import {package} as again
+print(json.dumps([*seen, len(of_it()), timers.{package}.__version__ == again.__version__,
+    type(again).__name__, again.__name__]))
+"""
+    done = run_python(["-c", code], folder=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    before, named, used, *rest = json.loads(done.stdout)
+    assert (before, named) == (0, 0)
+    assert used > 10
+    assert rest == [True, "module", package]
+
+
+def test_a_deferred_package_is_imported_once_by_many_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "slow_package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("import time; time.sleep(0.2); started = []\n")
+    (folder / "part.py").write_text("inside = 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    megatron_compat.defer("slow_package")
+    deferred = sys.modules["slow_package"]
+    megatron_compat.defer("slow_package")
+    megatron_compat.defer("a_package_that_nobody_has")
+    assert sys.modules["slow_package"] is deferred
+    assert "a_package_that_nobody_has" not in sys.modules
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: id(deferred.started), range(8)))
+    assert len(set(found)) == 1
+    with pytest.raises(AttributeError, match="nothing_of_it"):
+        _ = deferred.nothing_of_it
+    # As importing a part before the whole does.
+    del sys.modules["slow_package"]
+    megatron_compat.defer("slow_package")
+    assert importlib.import_module("slow_package.part").inside == 7
 
 
 def test_installing_again_changes_nothing() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mone_megatron.config.load import compose
 from mone_megatron.config.validate import validate
 from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.warm_start import run_python
 from mone_megatron.train.hooks.tensorboard import TensorBoardHook
 
 RUN = ("experiment=tiny_mone", "device=cpu", "logging.tensorboard=true")
@@ -30,15 +29,9 @@ def shown(folder: Path) -> dict[str, dict[int, float]]:
 
 def test_a_run_is_shown_as_it_is_recorded(tmp_path: Path) -> None:
     quiet = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "mone_megatron.pretrain", *RUN, *quiet),
-            *("train.steps=2", f"run.dir={tmp_path}/run"),
-        ],
-        cwd=REPOSITORY,
-        check=True,
-        capture_output=True,
-    )
+    overrides = (*RUN, *quiet, "train.steps=2", f"run.dir={tmp_path}/run")
+    arguments = ["-m", "mone_megatron.pretrain", *overrides]
+    run_python(arguments, folder=REPOSITORY).check_returncode()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     found = shown(tmp_path / "run")
     for record in map(json.loads, lines):

@@ -71,7 +71,8 @@ def _ranks(count: int, timeout_seconds: float = _TIMEOUT_SECONDS) -> Iterator[Pr
     """
     from mone_megatron.testing.processes import Processes, RankFailedError
 
-    with unwinding_on_sigterm(), Processes(count, timeout_seconds=timeout_seconds) as ranks:
+    processes = Processes(count, timeout_seconds=timeout_seconds, warm=False)
+    with unwinding_on_sigterm(), processes as ranks:
         try:
             yield ranks
         except RankFailedError as error:

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 from mone_megatron.methods.hook import Hook, Record
-from mone_megatron.report.plots import write_loss_plot
-from mone_megatron.report.run_page import write_report
 
 
 class ReportHook(Hook):
@@ -25,6 +23,10 @@ class ReportHook(Hook):
     def on_end(self, status: str) -> None:
         """Draws."""
         if self.steps:
+            # They import matplotlib, which takes a second that nobody has to wait for before.
+            from mone_megatron.report.plots import write_loss_plot
+            from mone_megatron.report.run_page import write_report
+
             write_loss_plot(self.folder)
             page = write_report(self.folder)
             print(f"report: {page}", file=sys.stderr, flush=True)

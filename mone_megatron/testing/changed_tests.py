@@ -1,0 +1,127 @@
+"""Chooses the tests that belong to what was changed: ``make check`` runs them.
+
+    python -m mone_megatron.testing.changed_tests [BASE]
+
+prints test files, those that belong most closely first. What was changed is told by git: commits
+since BASE (main), what is not committed, and files that are new. A test file belongs to a change
+of itself or of a helper beside it, to one of a module that it imports, and to one of the part of
+the package that its folder is named for. With no change of code they are those of the core.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mone_megatron.testing.launch import REPOSITORY
+
+PACKAGE = "mone_megatron"
+# Folders of the tests that are run when nothing of the package was changed.
+CORE = ("tests/config", "tests/methods/test_registries.py", "tests/kernels/test_topk_mask.py")
+
+
+def _git(repository: Path, *arguments: str) -> list[str]:
+    done = subprocess.run(
+        ["git", "-C", str(repository), *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        why = (done.stderr.strip() or "it failed").splitlines()[-1]
+        raise ValueError(f"git {' '.join(arguments)}: {why}")
+    return done.stdout.splitlines()
+
+
+def changed_files(repository: Path, base: str) -> list[str]:
+    """Returns the files that differ from where this version left ``base``, and the new ones.
+
+    Args:
+        repository: the folder of the git repository.
+        base: a commit or branch; one that is not there, as in a shallow clone, stands for HEAD.
+
+    Returns:
+        Paths from the repository's folder, sorted; files that are gone among them.
+
+    Raises:
+        ValueError: git refuses, for instance since the folder is no repository.
+    """
+    try:
+        (since,) = _git(repository, "merge-base", base, "HEAD")
+    except ValueError:
+        since = "HEAD"
+    found = _git(repository, "diff", "--name-only", since)
+    new = _git(repository, "ls-files", "--others", "--exclude-standard")
+    return sorted({*found, *new})
+
+
+def imported_modules(source: str) -> set[str]:
+    """Returns the names of all modules that Python source may import, with too many at worst."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def _module(path: str) -> str:
+    """Returns the name under which a file of the package is imported."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def belonging_tests(repository: Path, changed: Sequence[str]) -> list[str]:
+    """Returns the test files that belong to changed files, the closest first; paths as those.
+
+    Args:
+        repository: the folder of the git repository.
+        changed: paths from there.
+    """
+    files = sorted(str(path.relative_to(repository)) for path in repository.glob("tests/**/*.py"))
+    tests = [path for path in files if Path(path).name.startswith("test_")]
+    imports = {
+        path: imported_modules((repository / path).read_text(encoding="utf-8")) for path in tests
+    }
+    code = [path for path in changed if path.startswith(f"{PACKAGE}/") and path.endswith(".py")]
+    modules = {_module(path) for path in code}
+    helpers = [path for path in changed if path.startswith("tests/") and path not in tests]
+    commands = {Path(path).stem for path in changed if path.startswith(("tools/", "launch/"))}
+    closeness: dict[str, int] = {}
+
+    def belongs(path: str, how_close: int) -> None:
+        closeness[path] = min(closeness.get(path, how_close), how_close)
+
+    for path in tests:
+        text = (repository / path).read_text(encoding="utf-8")
+        if path in changed:
+            belongs(path, 0)
+        if imports[path] & modules or any(name in text for name in commands):
+            belongs(path, 1)
+        for helper in helpers:
+            beside = Path(helper).parent == Path(path).parent
+            if beside and (Path(helper).stem in imports[path] or helper.endswith("conftest.py")):
+                belongs(path, 1)
+        part = Path(path).parts[1]
+        if any(module.split(".")[1:2] == [part] for module in modules):
+            belongs(path, 2)
+    if not closeness:
+        return [path for path in tests if path.startswith(CORE)]
+    return sorted(closeness, key=lambda path: (closeness[path], path))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status: 0, or 2 when git refuses."""
+    base, *_ = [*(sys.argv[1:] if arguments is None else arguments), "main"]
+    try:
+        changed = changed_files(REPOSITORY, base)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(belonging_tests(REPOSITORY, changed)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
