@@ -8,6 +8,7 @@ from pathlib import Path
 from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
+from mone_megatron.counting import counted
 from mone_megatron.data.prepare import PreparedData, check_cache, prepare_data
 from mone_megatron.ownership import live_owner
 from mone_megatron.parallel.world import World
@@ -68,11 +69,10 @@ def _layout(config: Config, layout: Layout) -> str:
         "data": layout.data,
     }
     parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-    processes = f"{layout.world_size} process{'es' if layout.world_size > 1 else ''}"
+    processes = counted(layout.world_size, "process")
     microbatches = layout.num_microbatches
     return (
-        f"{processes}{f' ({parts})' if parts else ''}, "
-        f"{microbatches} microbatch{'es' if microbatches > 1 else ''} a step"
+        f"{processes}{f' ({parts})' if parts else ''}, {counted(microbatches, 'microbatch')} a step"
     )
 
 
@@ -82,7 +82,8 @@ def _data(config: Config, data: PreparedData) -> str:
 
 def _schedule(config: Config) -> str:
     tokens = config.train.global_batch_size * config.train.seq_length
-    return f"{config.train.steps:,} steps of {tokens:,} tokens: {config.train.steps * tokens:,}"
+    steps = config.train.steps
+    return f"{counted(steps, 'step')} of {tokens:,} tokens: {steps * tokens:,}"
 
 
 def _folder(folder: Path) -> str:

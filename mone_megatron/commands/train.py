@@ -11,6 +11,7 @@ from mone_megatron import pretrain
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose, typed_values
 from mone_megatron.config.validate import validate
+from mone_megatron.counting import counted
 
 _PROCESSES = "--processes"
 _INTERRUPTED = 130
@@ -65,7 +66,7 @@ def _taken(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
 
 
 def _launch(processes: int, arguments: Sequence[str]) -> int:
-    print(f"starting {processes} process{'es' if processes > 1 else ''}", flush=True)
+    print(f"starting {counted(processes, 'process')}", flush=True)
     # As torchrun sets it, after a warning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from torch.distributed.elastic.multiprocessing.api import SignalException

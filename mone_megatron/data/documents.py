@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
 
+from mone_megatron.counting import counted
 from mone_megatron.data.json_lines import read_json_lines
 from mone_megatron.data.parquet_rows import read_parquet
 from mone_megatron.data.plain_text import read_plain_text
@@ -154,8 +155,7 @@ class DocumentReader:
         if self.bad and not self.documents:
             raise ValueError(f"nothing but bad records ({self.bad}); the first: {self.first_bad}")
         if self.bad:
-            what = "record" if self.bad == 1 else "records"
-            lines.append(f"{self.bad} bad {what} skipped; the first: {self.first_bad}")
+            lines.append(f"{counted(self.bad, 'bad record')} skipped; the first: {self.first_bad}")
         separator = self.settings.document_separator
         if separator is not None and not self._text_files:
             lines.append(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from mone_megatron.config.schema import DeviceConfig
+from mone_megatron.counting import counted
 from mone_megatron.kernels.te_grouped import have_transformer_engine
 from mone_megatron.parallel import megatron_compat
 from mone_megatron.parallel.world import World
@@ -96,8 +97,8 @@ def open_device(config: DeviceConfig, world: World) -> Device:
     if kind == "cuda":
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"device.kind: {world.local_size} processes on this machine but "
-                f"{torch.cuda.device_count()} GPUs; start fewer with --nproc-per-node"
+                f"device.kind: {counted(world.local_size, 'process')} on this machine but "
+                f"{counted(torch.cuda.device_count(), 'GPU')}; start fewer with --nproc-per-node"
             )
         have_transformer_engine()  # one that is broken is told before anything is opened
         torch.cuda.set_device(world.local_rank)
@@ -110,7 +111,8 @@ def open_device(config: DeviceConfig, world: World) -> Device:
     threads = config.threads or max(1, cores // world.local_size)
     torch.set_num_threads(threads)
     megatron_compat.install_cpu_backend()
-    hardware = f"{_cpu_name()}, {cores} cores, {world.size} processes of {threads} threads"
+    processes = f"{counted(world.size, 'process')} of {counted(threads, 'thread')}"
+    hardware = f"{_cpu_name()}, {counted(cores, 'core')}, {processes}"
     return Device("cpu", torch.device("cpu"), dtype, threads, hardware)
 
 

@@ -9,6 +9,7 @@ from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.layout import Layout, smallest_world_size
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
+from mone_megatron.counting import counted
 from mone_megatron.methods.sources import SOURCES
 from mone_megatron.planning.activations import Numerics
 from mone_megatron.planning.communication import Traffic, stage_traffic
@@ -239,7 +240,7 @@ def _fix(plan: Plan) -> str:
     while gpus < 64 * plan.machine.gpus:
         gpus *= 2
         if _would_fit(plan.config, replace(plan.machine, gpus=gpus)):
-            return f"use {gpus} GPUs"
+            return f"use {counted(gpus, 'GPU')}"
     return "use more parallel.expert, parallel.pipeline or parallel.tensor (see --search)"
 
 
@@ -266,8 +267,9 @@ def notes(plan: Plan) -> list[str]:
     microbatches, stages = plan.layout.num_microbatches, config.parallel.pipeline
     if stages > 1 and microbatches < 4 * stages:
         found.append(
-            f"train.global_batch_size: {microbatches} microbatches for {stages} pipeline stages "
-            f"leave them idle for {plan.time.pipeline_bubble / plan.time.total:.0%} of a step"
+            f"train.global_batch_size: {counted(microbatches, 'microbatch')} for {stages} "
+            "pipeline stages leave them idle for "
+            f"{plan.time.pipeline_bubble / plan.time.total:.0%} of a step"
         )
     if plan.numerics.bytes == 4:
         found.append(

@@ -9,6 +9,7 @@ from typing import Any
 
 from mone_megatron.config.convert import Scalar
 from mone_megatron.config.schema import Config
+from mone_megatron.counting import counted
 from mone_megatron.planning.match import Pair
 from mone_megatron.planning.plan import GIB, Plan, notes, problems
 from mone_megatron.planning.search import Found
@@ -41,14 +42,14 @@ def _heading(plan: Plan) -> list[str]:
     pipeline = f"pipeline {parallel.pipeline}"
     if parallel.virtual_pipeline > 1:
         pipeline += f" x {parallel.virtual_pipeline} chunks"
-    nodes = "1 node" if machine.nodes == 1 else f"{machine.nodes} nodes"
+    nodes = counted(machine.nodes, "node")
     return [
         f"{config.run.name} on {machine.gpus} {machine.gpu.name} ({nodes} of "
         f"{min(machine.gpus, machine.gpus_per_node)}), {dtype}",
         f"  tensor {parallel.tensor}, {pipeline}, context {parallel.context}, data {layout.data}; "
         f"experts: expert {parallel.expert}, tensor {parallel.expert_tensor}, "
         f"data {layout.expert_data}",
-        f"  {layout.num_microbatches} microbatches of {train.micro_batch_size} x "
+        f"  {counted(layout.num_microbatches, 'microbatch')} of {train.micro_batch_size} x "
         f"{train.seq_length} tokens a rank and step, recompute {train.recompute}",
     ]
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mone_megatron.counting import counted
 from mone_megatron.report.formatting import format_number
 from mone_megatron.report.runs import LayerGrid, Series
 from mone_megatron.report.stats import FloatArray
@@ -258,7 +259,7 @@ class Page:
         if low == high:
             text = "no finite values" if low is None else f"{format_number(low)} everywhere"
             quiet = f'<p class="note">{escape(note)}</p>' if note else ""
-            layers = f"{len(grid.layers)} layers" if len(grid.layers) > 1 else "1 layer"
+            layers = counted(len(grid.layers), "layer")
             self.raw(
                 f'<div class="card"><h3>{escape(title)}</h3>{quiet}'
                 f"<p>{escape(text)} ({layers}, {len(grid.steps)} {columns}s)</p></div>"

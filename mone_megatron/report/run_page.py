@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from mone_megatron.counting import counted
 from mone_megatron.report.formatting import (
     ABSENT,
     format_count,
@@ -128,8 +129,8 @@ def _head(page: Page, run: Run, alerts: Sequence[AlertSpan]) -> None:
     page.heading_one(run.name)
     facts = [
         "MoNE" if run.setting("mone.enabled") else "MoE baseline, no neuron selection",
-        f"{run.last_step} steps",
-        f"{summary.world_size} processes" if summary.world_size != 1 else "1 process",
+        counted(run.last_step, "step"),
+        "" if summary.world_size is None else counted(summary.world_size, "process"),
         str(summary.hardware or summary.device or "unknown hardware"),
         f"started {summary.started}" if summary.started else "",
         f"took {format_duration(summary.seconds)}" if summary.seconds else "",

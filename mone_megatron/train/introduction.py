@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from mone_megatron.config.schema import Config
+from mone_megatron.counting import counted
 from mone_megatron.data.prepare import PreparedData
 from mone_megatron.kernels import ops
 from mone_megatron.kernels.te_grouped import have_transformer_engine
@@ -40,7 +41,7 @@ def introduce(session: Session, data: PreparedData, parameters: ParameterCount) 
         f"{ops.describe(device.torch_device)}; "
         f"TP{parallel.tensor} PP{parallel.pipeline} CP{parallel.context} EP{parallel.expert} "
         f"ETP{parallel.expert_tensor} DP{layout.data}, "
-        f"{layout.num_microbatches} microbatches a step"
+        f"{counted(layout.num_microbatches, 'microbatch')} a step"
     )
     say(f"data: {data.tokens:,} tokens, vocabulary {data.vocab_size:,}, {data.beginning}")
     for line in (*of_the_rule(config), *not_causal(config)):

@@ -74,7 +74,7 @@ def test_open_device_on_cpu() -> None:
     assert (device.kind, device.threads, torch.get_num_threads()) == ("cpu", 1, 1)
     assert device.torch_device == torch.device("cpu")
     assert device.dtype is torch.float32
-    assert "1 processes of 1 threads" in device.hardware
+    assert "1 process of 1 thread" in device.hardware
     device.synchronize()
     assert open_device(DeviceConfig(kind="cpu", dtype="bf16"), World()).dtype is torch.bfloat16
     # More processes than cores: still one thread each.

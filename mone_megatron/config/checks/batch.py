@@ -8,6 +8,7 @@ from mone_megatron.config.layout import model_parallel_size, smallest_world_size
 from mone_megatron.config.resources import Resources
 from mone_megatron.config.schema import Config
 from mone_megatron.config.wording import is_multiple, near_divisors, near_multiples
+from mone_megatron.counting import counted
 
 
 def check(config: Config, resources: Resources) -> Iterator[str]:
@@ -27,12 +28,12 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
         # The largest number of processes, at most those there are, that the batch can feed.
         for fewer in range(world_size - world_size % smallest, 0, -smallest):
             if batch % (micro * (fewer // model_size)) == 0:
-                fixes.append(f"{fewer} process{'es' if fewer > 1 else ''}")
+                fixes.append(counted(fewer, "process"))
                 break
         yield (
             f"train.global_batch_size: {batch} is not a multiple of train.micro_batch_size={micro} "
-            f"* data-parallel size {data} ({world_size} processes / parallel.tensor*pipeline*"
-            f"context={model_size}); use {', or '.join(fixes)}"
+            f"* data-parallel size {data} ({counted(world_size, 'process')} / "
+            f"parallel.tensor*pipeline*context={model_size}); use {', or '.join(fixes)}"
         )
         return
     microbatches = batch // (micro * data)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from mone_megatron.config.resources import Resources
 from mone_megatron.config.schema import Config
 from mone_megatron.config.wording import is_multiple, near_multiples
+from mone_megatron.counting import counted
 
 # torch.nn.functional.grouped_mm wants every stride to be a multiple of 16 bytes.
 _GROUPED_MM_ALIGNMENT = 16
@@ -27,8 +28,9 @@ def _devices(config: Config, resources: Resources) -> Iterator[str]:
         yield "device.kind: cuda, and this machine has no CUDA device; use device.kind=cpu"
     elif not resources.is_cpu(config.device) and devices and here and here > devices:
         yield (
-            f"device.kind: {here} processes on this machine and {devices} CUDA "
-            f"devices; run {devices} processes or fewer, or device.kind=cpu"
+            f"device.kind: {counted(here, 'process')} on this machine and "
+            f"{counted(devices, 'CUDA device')}; run {counted(devices, 'process')} or fewer, or "
+            "device.kind=cpu"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from mone_megatron.config.load import from_yaml
 from mone_megatron.config.schema import Config
+from mone_megatron.counting import counted
 from mone_megatron.helpers import ending, starting, unwinding_on_sigterm
 from mone_megatron.lab.studies.definition import Study, folder_of
 from mone_megatron.report.formatting import format_duration
@@ -159,7 +160,7 @@ def train(
     }
     total = sum(map(len, todo.values()))
     if not total:
-        say(f"{study.name}: all {len(runs)} runs are there")
+        say(f"{study.name}: all {counted(len(runs), 'run')} are there")
         return
     say(f"{study.name}: {total} of {len(runs)} runs to train, {jobs} at a time")
     started = time.monotonic()
