@@ -92,6 +92,7 @@ class MoNEConfig(Group):
                 yield f"mone.apply_to: {target} is listed {count} times; list it once"
         yield from self._rule_options()
         yield from self._schedule()
+        yield from self._balance()
         yield from density.problems(self.density, "mone.density")
         if self.memory == "packed" and self.straight_through:
             yield (
@@ -103,6 +104,21 @@ class MoNEConfig(Group):
                 "mone.memory: packed forgets the neurons that are not kept, and the balance loss "
                 "weighs them with mone.balance.weights=all; use weights=selected, or "
                 "mone.memory=full"
+            )
+
+    def _balance(self) -> Iterator[str]:
+        """Yields weights that the loss is not written for."""
+        loss, balance = LOSSES[self.balance.kind], self.balance
+        if loss.normalized is not None and balance.normalize != loss.normalized:
+            wanted = "normalised" if loss.normalized else "raw"
+            yield (
+                f"mone.balance.normalize: {str(balance.normalize).lower()} with mone.balance.kind="
+                f"{loss.name}, which is of {wanted} weights; use {str(loss.normalized).lower()}"
+            )
+        if loss.signed and self.memory == "packed":
+            yield (
+                f"mone.memory: packed saves nothing with mone.balance.kind={loss.name}, which "
+                "needs all gate projections again; use mone.memory=full"
             )
 
     def _rule_options(self) -> Iterator[str]:

@@ -21,14 +21,16 @@ class SelectionSums:
     """Holds what a loss is made of.
 
     Attributes:
-        weight_sum_SF: fp32, the sum of each neuron's weights over this rank's tokens of a segment;
-            carries the gradient. Which weights, and whether they are normalised, are
-            ``mone.balance.weights`` and ``mone.balance.normalize``.
+        weight_sum_SF: fp32, the sum of each neuron's weights over this rank's tokens of a segment,
+            or over all ranks' for a loss that is not linear; carries the gradient. Which weights,
+            and whether they are normalised, are ``mone.balance.weights`` and
+            ``mone.balance.normalize``.
         kept_SF: how many tokens of a segment keep each neuron, over all ranks that hold tokens of
             the segment.
         tokens_S: tokens of a segment, over the same ranks.
         kept_share: K/f, the target density.
         num_experts: experts of the layer over all ranks, the denominator of the mean.
+        neurons: f, of the whole expert.
     """
 
     weight_sum_SF: Tensor
@@ -36,6 +38,17 @@ class SelectionSums:
     tokens_S: Tensor
     kept_share: float
     num_experts: int
+    neurons: int
+
+    @property
+    def mean_SF(self) -> Tensor:
+        """Returns each neuron's mean weight over the tokens of a segment, fp32."""
+        return self.weight_sum_SF / self.tokens_S.clamp_min(1).unsqueeze(-1).float()
+
+    @property
+    def used_S1(self) -> Tensor:
+        """Returns 1 for segments with tokens and 0 for others, fp32 ``[S, 1]``."""
+        return (self.tokens_S > 0).unsqueeze(-1).float()
 
 
 @dataclass(frozen=True)
@@ -48,10 +61,18 @@ class NeuronLoss:
         source: the paper or place that it comes from.
         function: this rank's part of the loss, an fp32 scalar without the coefficient: a sum over
             segments and neurons, so that the parts of all ranks of a pipeline stage, added up and
-            divided by the number of microbatches, are the mean over microbatches.
+            divided by the number of microbatches, are the mean over microbatches. Of a loss that is
+            not linear each rank with tokens of a segment computes the same, and takes its share.
+        linear: whether it is linear in the weights, so that ranks with different tokens of a
+            segment need not know each other's weights.
+        signed: whether weights are activations with their sign instead of their size.
+        normalized: the value of ``mone.balance.normalize`` that it is written for; None for either.
     """
 
     name: str
     formula: str
     source: str
     function: Callable[[SelectionSums], Tensor]
+    linear: bool = True
+    signed: bool = False
+    normalized: bool | None = None

@@ -50,6 +50,12 @@ class _AllReduceSum(torch.autograd.Function):
         return grad, None
 
 
+def sum_over_ranks(weight_sum: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Returns the sum over the ranks of a group, each of which adds a term to the loss."""
+    summed: Tensor = _AllReduceSum.apply(weight_sum, group)
+    return summed
+
+
 def neuron_weights(
     *,
     activation_TF: Tensor,
@@ -57,6 +63,7 @@ def neuron_weights(
     weights: Literal["selected", "all"],
     normalize: bool,
     neuron_group: dist.ProcessGroup | None = None,
+    signed: bool = False,
 ) -> Tensor:
     """Returns each neuron's weight for each token: |a|, masked and normalised as configured.
 
@@ -66,16 +73,19 @@ def neuron_weights(
         weights: over the kept neurons only, or over all.
         normalize: divide by the token's sum, so that weights cannot be "balanced" by shrinking.
         neuron_group: the ranks that share the neurons of a row, or None.
+        signed: a instead of |a|.
 
     Returns:
         fp32 ``[T, F]``; with ``normalize`` each whole row sums to 1.
     """
-    weights_TF = activation_TF.float().abs()
+    weights_TF = activation_TF.float()
+    if not signed:
+        weights_TF = weights_TF.abs()
     if weights == "selected":
         weights_TF = weights_TF * mask_TF
     if not normalize:
         return weights_TF
     total_T1 = weights_TF.sum(dim=-1, keepdim=True)
     if neuron_group is not None:
-        total_T1 = _AllReduceSum.apply(total_T1, neuron_group)
+        total_T1 = sum_over_ranks(total_T1, neuron_group)
     return weights_TF / total_T1.clamp_min(TINY)

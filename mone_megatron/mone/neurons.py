@@ -36,6 +36,7 @@ from mone_megatron.methods.losses import LOSSES
 from mone_megatron.mone.balance import (
     NeuronBalance,
     neuron_weights,
+    sum_over_ranks,
 )
 from mone_megatron.mone.metrics import Usage
 from mone_megatron.mone.selection import NeuronSelection, NeuronSelector
@@ -393,7 +394,7 @@ class NeuronGate(MegatronModule):
         """Returns hidden values, and each segment's sums of weights and counts of kept neurons."""
         num_segments = segments.num_microbatches * self.num_local_experts
         balance = self.balance
-        at_once = balance.weights == "selected" or packed is None
+        at_once = not self.loss.signed and (balance.weights == "selected" or packed is None)
         if self.neuron_group is None and at_once and not self.straight_through:
             sums = WeightSums(
                 segments.index_T,
@@ -416,6 +417,7 @@ class NeuronGate(MegatronModule):
                 weights=balance.weights,
                 normalize=balance.normalize,
                 neuron_group=self.neuron_group,
+                signed=self.loss.signed,
             )
         return hidden_TF, weight_sum_SF, segment_ST @ mask_TF.float()
 
@@ -462,6 +464,8 @@ class NeuronGate(MegatronModule):
             counts = torch.cat([kept_SF, tokens_S.unsqueeze(-1)], dim=-1)
             dist.all_reduce(counts, group=segments.shared_group)
             kept_SF, tokens_S = counts[:, :-1], counts[:, -1]
+            if not self.loss.linear:
+                weight_sum_SF = sum_over_ranks(weight_sum_SF, segments.shared_group)
         loss = self.loss.function(
             SelectionSums(
                 weight_sum_SF=weight_sum_SF,
@@ -469,8 +473,11 @@ class NeuronGate(MegatronModule):
                 tokens_S=tokens_S,
                 kept_share=self.selector.kept / self.selector.neurons,
                 num_experts=self.num_experts,
+                neurons=self.selector.neurons,
             )
         )
+        if segments.shared_group is not None and not self.loss.linear:
+            loss = loss / dist.get_world_size(segments.shared_group)
         if segments.weight != 1:
             loss = loss * segments.weight
         save_to_aux_losses_tracker(NEURON_BALANCE_LOSS, loss, self.layer_number, self.num_layers)

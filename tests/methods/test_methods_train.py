@@ -63,6 +63,8 @@ def needed(override: str) -> tuple[str, ...]:
             "model.router.balance_coeff=[0.0]",
             "model.router.density.start=0.01",
         )
+    if key == "mone.balance.kind" and LOSSES[name].normalized is False:
+        return ("mone.balance.normalize=false",)
     return ()
 
 

@@ -52,6 +52,7 @@ def balance_loss(
         activation_TF=activation, mask_TF=mask, weights=weights, normalize=normalize
     )
     sums = SelectionSums(
+        neurons=mask.shape[-1],
         weight_sum_SF=segment_ST @ weights_TF,
         kept_SF=segment_ST @ mask.float() if load is None else load,
         tokens_S=segment_ST.sum(-1),
