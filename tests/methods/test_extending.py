@@ -47,7 +47,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_guide_has_an_example_of_each_kind() -> None:
-    assert len(COMMANDS) == len(REGISTRIES) == 9
+    assert len(COMMANDS) == len(REGISTRIES) == 10
     # The router and the optimizer have their classes beside them.
     assert len(FILES) == len(COMMANDS) + 2
 
