@@ -277,7 +277,8 @@ class _SelectedSwiGLU(torch.autograd.Function):
         if grad_hidden_TF is None:
             grad_hidden_TF = torch.zeros_like(gate_TF)
         rows, neurons = gate_TF.shape
-        grad_gate_TF, grad_up_TF = torch.empty(2, rows, neurons).unbind()
+        # Halves of one matrix, as gate and up are.
+        grad_gate_TF, grad_up_TF = torch.empty(rows, 2 * neurons).chunk(2, dim=-1)
         grad_scale_T = torch.empty(rows) if scale_T is not None else None
         scale_T1 = _column(scale_T)
         blocks = _blocks(rows, neurons)

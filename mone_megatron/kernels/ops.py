@@ -15,6 +15,7 @@ Shape suffixes: T tokens (rows), F neurons of one expert on this rank, S segment
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mone_megatron.kernels import cpu, reference, te_grouped
+from mone_megatron.kernels import cpu, grouped_cpu, reference, te_grouped
 from mone_megatron.kernels.packed import Outputs, packed_glu, rebuilt_when_needed
 from mone_megatron.kernels.reference import Activate, Keep, Packed, TopK, WeightSums
 
@@ -31,7 +32,9 @@ __all__ = [
     "RowGroups",
     "compiled_variants",
     "describe",
+    "expert_product",
     "grouped_mm",
+    "halves",
     "left_to_torch",
     "rebuilt_when_needed",
     "selected_glu",
@@ -118,6 +121,12 @@ class RowGroups:
     # int32, where each one's end, on the device of the rows.
     ends_E: Tensor
 
+    @functools.cached_property
+    def counts(self) -> list[int]:
+        """Returns the counts as numbers, read once; a GPU would be waited for."""
+        numbers: list[int] = self.counts_E.tolist()
+        return numbers
+
     @classmethod
     def of(cls, counts_E: Tensor, counts_on_device_E: Tensor | None = None) -> RowGroups:
         """Returns the groups of rows that have these counts.
@@ -143,6 +152,32 @@ def grouped_mm(rows_TI: Tensor, weight_EIO: Tensor, groups: RowGroups) -> Tensor
     return F.grouped_mm(rows_TI, weight_EIO, offs=groups.ends_E)
 
 
+def expert_product(
+    rows_TI: Tensor, weight: Tensor, groups: RowGroups, *, outputs_first: bool = False
+) -> Tensor:
+    """Returns each expert's rows times its matrix, ``[T, O]`` (I values in, O out).
+
+    On CPU in fp32 the gradient may go straight to the weight's ``main_grad`` (:mod:`.grouped_cpu`).
+
+    Args:
+        rows_TI: expert after expert.
+        weight: contiguous, ``[E, ...]``: for each expert ``[I, O]``, or ``[O, I]`` with
+            ``outputs_first``, in any shape of so many values.
+        groups: the rows of each expert.
+        outputs_first: see ``weight``.
+    """
+    plain = rows_TI.dtype is weight.dtype is torch.float32 and _grouped_gemm == "torch"
+    if plain and not rows_TI.is_cuda:
+        return grouped_cpu.grouped_product(
+            rows_TI, weight, groups.counts, outputs_first=outputs_first
+        )
+    if outputs_first:
+        matrix_EIO = weight.view(len(weight), -1, rows_TI.shape[-1]).transpose(1, 2)
+    else:
+        matrix_EIO = weight.view(len(weight), rows_TI.shape[-1], -1)
+    return grouped_mm(rows_TI, matrix_EIO, groups)
+
+
 def leaves_gradients_unwritten(device: torch.device) -> bool:
     """Returns whether torch's grouped product may not write gradients of experts without rows.
 
@@ -166,6 +201,50 @@ class _ZeroWithoutRows(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_EIO: Tensor) -> tuple[Tensor, None]:
         (counts_E,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad_EIO.masked_fill((counts_E == 0).view(-1, 1, 1), 0.0), None
+
+
+def halves(both: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the two halves of the columns of a matrix, as ``chunk`` does.
+
+    Their gradients are put together without a copy where they are halves of one already, as those
+    of the gated units here are.
+    """
+    first, second = _Halves.apply(both)
+    return first, second
+
+
+class _Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, both: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        first, second = both.chunk(2, dim=-1)
+        return first, second
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, first: Tensor | None, second: Tensor | None
+    ) -> Tensor | None:
+        if first is None or second is None:
+            given = second if first is None else first
+            if given is None:
+                return None
+            zeros = torch.zeros_like(given)
+            first, second = (zeros, given) if first is None else (given, zeros)
+        whole = _whole_of(first, second)
+        return torch.cat([first, second], dim=-1) if whole is None else whole
+
+
+def _whole_of(first_TF: Tensor, second_TF: Tensor) -> Tensor | None:
+    """Returns the tensor whose halves these are, as a view; None where they are of no one."""
+    width = first_TF.shape[-1]
+    adjacent = (
+        first_TF.stride() == second_TF.stride() == (2 * width, 1)
+        and first_TF.untyped_storage().data_ptr() == second_TF.untyped_storage().data_ptr()
+        and second_TF.storage_offset() == first_TF.storage_offset() + width
+    )
+    if not adjacent:
+        return None
+    return first_TF.as_strided((len(first_TF), 2 * width), first_TF.stride())
 
 
 def topk_mask(scores_TF: Tensor, k: int) -> Tensor:

@@ -16,6 +16,7 @@ from mone_megatron.model.initialize import initialize_weights
 from mone_megatron.model.replicated import mark_replicated
 from mone_megatron.model.specs import decoder_spec, sparsity_settings
 from mone_megatron.model.transformer import moe_layer_pattern, transformer_config
+from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.layer import MicrobatchSources
 from mone_megatron.parallel.device import Device
 from mone_megatron.parallel.groups import ExpertSources
@@ -125,4 +126,15 @@ def build_model(
                 disable_bucketing=chunk > 0,
             )
         )
+        # megatron-core's overlap waits for autograd's own gradients.
+        if on_cpu and not ddp_config.overlap_grad_reduce:
+            _add_gradients_in_place(chunks[-1])
     return chunks
+
+
+def _add_gradients_in_place(chunk: DistributedDataParallel) -> None:
+    """Lets the gradients of experts go straight to the buffer where microbatches are added up."""
+    for module in chunk.modules():
+        if isinstance(module, GroupedExperts):
+            for parameter in module.parameters(recurse=False):
+                parameter.adds_to_main_grad = hasattr(parameter, "main_grad")

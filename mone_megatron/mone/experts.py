@@ -115,18 +115,17 @@ class GroupedExperts(MegatronModule):
         if tokens_TH.shape[0] == 0:
             # grouped_mm takes no empty matrix, but ranks must call the same collectives.
             gate_up_TF = tokens_TH @ self.gate_up_weight[0].flatten(0, 1).T
-            gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+            gate_TF, up_TF = ops.halves(gate_up_TF)
             hidden_TF = self.neuron_gate(
                 gate_TF, up_TF, probs_T, segments, down_norm=self.down_norm
             )
             return hidden_TF @ self.down_weight[0], None
 
         def project_down(hidden_TF: Tensor) -> Tensor:
-            return ops.grouped_mm(hidden_TF, self.down_weight, groups)
+            return ops.expert_product(hidden_TF, self.down_weight, groups)
 
-        gate_up_EHF = self.gate_up_weight.flatten(1, 2).transpose(1, 2)
-        gate_up_TF = ops.grouped_mm(tokens_TH, gate_up_EHF, groups)
-        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+        gate_up_TF = ops.expert_product(tokens_TH, self.gate_up_weight, groups, outputs_first=True)
+        gate_TF, up_TF = ops.halves(gate_up_TF)
         output_TH = self.neuron_gate(
             gate_TF, up_TF, probs_T, segments, project_down, self.down_norm
         )

@@ -20,11 +20,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mone_megatron.kernels import ops
 from mone_megatron.mone.experts import GroupedExperts
+from mone_megatron.mone.local_dispatch import LocalTokenDispatcher, can_dispatch_locally
 from mone_megatron.mone.mlp import NeuronSharedExpert
 from mone_megatron.mone.neurons import Segments
 from mone_megatron.mone.row_counts import RowCounts
@@ -65,6 +68,7 @@ class MoNELayer(MoELayer):
     """
 
     experts: GroupedExperts
+    token_dispatcher: MoETokenDispatcher
 
     def __init__(
         self,
@@ -88,7 +92,10 @@ class MoNELayer(MoELayer):
         Raises:
             ValueError: when the dispatcher does not tell tokens of different microbatches apart.
         """
+        pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, **more)
+        if can_dispatch_locally(config, self.token_dispatcher):
+            self.token_dispatcher = LocalTokenDispatcher(config, pg_collection)
         self.sources = sources or MicrobatchSources((0,))
         dispatcher = config.moe_token_dispatcher_type
         if self.sources.num_parts > 1 and dispatcher not in ("alltoall", "allgather"):

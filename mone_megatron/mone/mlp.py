@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mone_megatron.kernels import ops
 from mone_megatron.mone.megatron_settings import GATED_MLP, SHARED_EXPERT, refuse_unread
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 
@@ -38,7 +39,7 @@ def _neuron_gate(config: TransformerConfig, neurons: int, settings: NeuronSettin
 def _forward(mlp: MLP, gate: NeuronGate, hidden_states: Tensor) -> tuple[Tensor, None]:
     """Computes a gated MLP with neuron selection: ``[s, b, h]`` to ``[s, b, h]``, and no bias."""
     gate_up, _ = mlp.linear_fc1(hidden_states)
-    gate_TF, up_TF = gate_up.flatten(0, -2).chunk(2, dim=-1)
+    gate_TF, up_TF = ops.halves(gate_up.flatten(0, -2))
     index_T = torch.zeros(gate_TF.shape[0], dtype=torch.long, device=gate_TF.device)
 
     def project_down(hidden_TF: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class RowCounts:
         if isinstance(self.dispatcher, MoEAllGatherTokenDispatcher):
             return self.by_source().sum(dim=0)
         rows_E, self._rows_E = self._rows_E, None
-        # The flex dispatcher has them on the device.
+        # The flex dispatcher, and the one of a single rank, have them on the device.
         return counted_E.to(device) if rows_E is None else rows_E
 
     def by_source(self) -> Tensor:
