@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from mone_megatron.config.attention import MLAConfig, RopeScalingConfig
 from mone_megatron.config.group import Group
 from mone_megatron.config.marks import Above, AtLeast, NameIn, Within
+from mone_megatron.config.prediction import MTPConfig
 from mone_megatron.config.router import RouterConfig
 from mone_megatron.config.wording import is_multiple, near_divisors, near_multiples
 from mone_megatron.methods.activations import ACTIVATIONS
@@ -92,6 +93,7 @@ class ModelConfig(Group):
     """Dropout of attention probabilities."""
     hidden_dropout: Annotated[float, Within("[0, 1)")] = 0.0
     """Dropout before each residual addition."""
+    mtp: MTPConfig = field(default_factory=MTPConfig)
     mla: MLAConfig = field(default_factory=MLAConfig)
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     router: RouterConfig = field(default_factory=RouterConfig)

@@ -21,6 +21,7 @@ from mone_megatron.config.model import ModelConfig, QKNormScope
 from mone_megatron.config.mone import MoNEConfig, MoNETarget, NeuronBalanceConfig
 from mone_megatron.config.optim import OptimConfig
 from mone_megatron.config.parallel import ParallelConfig
+from mone_megatron.config.prediction import MTPConfig
 from mone_megatron.config.router import RouterBalance, RouterConfig
 from mone_megatron.config.run import RunConfig
 from mone_megatron.config.train import TrainConfig
@@ -33,6 +34,7 @@ __all__ = [
     "DeviceConfig",
     "LoggingConfig",
     "MLAConfig",
+    "MTPConfig",
     "MegatronConfig",
     "MoNEConfig",
     "MoNETarget",

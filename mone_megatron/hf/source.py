@@ -13,6 +13,7 @@ from torch import Tensor
 from mone_megatron.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from mone_megatron.checkpoint.tensors import TensorInfo, TensorReader
 from mone_megatron.config.load import from_yaml
+from mone_megatron.config.prediction import MTPConfig
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
 from mone_megatron.data.framing import Framing, framing_of, template_opening
 from mone_megatron.data.tokenizer import (
@@ -27,11 +28,16 @@ from mone_megatron.hf.origin import TOKEN_IDS, Origin
 
 OPTIMIZER = "optimizer."
 MASTER = "optimizer.master."
+# Of the layers of multi-token prediction.
+_PREDICTION = "mtp."
 
 
 @dataclass(frozen=True)
 class Source:
-    """Describes a checkpoint that is to be exported, evaluated or continued."""
+    """Describes a checkpoint that is to be exported, evaluated or continued.
+
+    Layers of multi-token prediction are no part of it: they help to train the others.
+    """
 
     checkpoint: Checkpoint
     reader: TensorReader
@@ -136,7 +142,7 @@ class Source:
         return {
             name: info
             for name, info in self.reader.tensors.items()
-            if not name.startswith(OPTIMIZER)
+            if not name.startswith((OPTIMIZER, _PREDICTION))
         }
 
     @property
@@ -181,7 +187,7 @@ def open_source(where: Path, *, say: Callable[[str], None]) -> Source:
 
     Args:
         where: a run's folder (``run.dir``), its ``checkpoints``, or one checkpoint.
-        say: is told what was chosen or skipped.
+        say: is told what was chosen, skipped or left out.
 
     Raises:
         ValueError: no checkpoint there, a damaged one (naming the files), or one that lacks what
@@ -205,4 +211,10 @@ def open_source(where: Path, *, say: Callable[[str], None]) -> Source:
     if not isinstance(identity.get("vocab_size"), int):
         raise ValueError(f"checkpoint {checkpoint.path}: its manifest names no vocab_size")
     config = from_yaml(checkpoint.path / "config.yaml")
+    if depth := config.model.mtp.depth:
+        say(
+            f"checkpoint {checkpoint.path}: the layers that predict later tokens "
+            f"(model.mtp.depth={depth}) are left out; the next token needs none of them"
+        )
+        config = replace(config, model=replace(config.model, mtp=MTPConfig()))
     return Source(checkpoint, TensorReader(checkpoint), config, identity["vocab_size"])

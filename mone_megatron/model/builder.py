@@ -14,10 +14,17 @@ from mone_megatron.config.schema import Config
 from mone_megatron.model.gpt import LanguageModel
 from mone_megatron.model.initialize import initialize_weights
 from mone_megatron.model.replicated import mark_replicated
-from mone_megatron.model.specs import decoder_spec, sparsity_settings
+from mone_megatron.model.specs import (
+    decoder_spec,
+    layer_specs,
+    prediction_spec,
+    sparsity_settings,
+)
 from mone_megatron.model.transformer import moe_layer_pattern, transformer_config
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.layer import MicrobatchSources
+from mone_megatron.mone.neurons import NeuronGate
+from mone_megatron.mone.routers import SteeredRouter
 from mone_megatron.parallel.device import Device
 from mone_megatron.parallel.groups import ExpertSources
 
@@ -34,20 +41,21 @@ def build_gpt(
     """Returns one model chunk with its initial weights, unwrapped."""
     stage = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
     first, last = (is_edge(ignore_virtual=False, vp_stage=vp_stage) for is_edge in stage)
+    layers = layer_specs(
+        config.model,
+        config.mone,
+        sources=sources,
+        on_cpu=on_cpu,
+        own_attention=config.data.reset_attention,
+        sparsity=sparsity_settings(config),
+    )
     model = LanguageModel(
         true_vocab_size=vocab_size,
         config=transformer,
         transformer_layer_spec=decoder_spec(
-            transformer,
-            config.model,
-            config.mone,
-            layer_pattern=moe_layer_pattern(config),
-            sources=sources,
-            on_cpu=on_cpu,
-            own_attention=config.data.reset_attention,
-            vp_stage=vp_stage,
-            sparsity=sparsity_settings(config),
+            layers, transformer, layer_pattern=moe_layer_pattern(config), vp_stage=vp_stage
         ),
+        mtp_block_spec=prediction_spec(layers, depth=config.model.mtp.depth, last=last),
         vocab_size=config.model.padded_vocab_size(vocab_size),
         max_sequence_length=config.train.seq_length,
         pre_process=first,
@@ -59,10 +67,25 @@ def build_gpt(
         vp_stage=vp_stage,
     )
     mark_replicated(model)
+    if config.model.mtp.depth and last:
+        _number_later_layers(model)
     initialize_weights(
         model, seed=config.train.seed, std=config.model.init_std, vocab_size=vocab_size
     )
     return model
+
+
+def _number_later_layers(model: GPTModel) -> None:
+    """Numbers the layers of multi-token prediction after the others, for what is told of layers.
+
+    megatron-core 0.19 numbers them from 1.
+    """
+    for number, layer in enumerate(model.mtp.layers, start=model.config.num_layers + 1):
+        for module in layer.modules():
+            if isinstance(module, NeuronGate):
+                module.layer_number = number
+            elif isinstance(module, SteeredRouter):
+                module.told_number = number
 
 
 def build_model(

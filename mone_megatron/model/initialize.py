@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from mone_megatron.mone.experts import GroupedExperts
+from mone_megatron.parallel.megatron_compat import stored_name
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -30,7 +31,7 @@ def global_name(model: GPTModel, name: str) -> str:
         return f"decoder.layers.{layer.layer_number - 1}.{name[match.end() :]}"
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
-    return name
+    return stored_name(name)
 
 
 def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:

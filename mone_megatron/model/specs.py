@@ -7,6 +7,8 @@ routed experts are ours on both.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.post_training.modelopt.layers import Linear
@@ -17,6 +19,10 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec_for_backend,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -227,40 +233,85 @@ def _layer(backend: BackendSpecProvider, model: ModelConfig, mlp: ModuleSpec) ->
     )
 
 
-def decoder_spec(
-    transformer: TransformerConfig,
+@dataclass(frozen=True)
+class LayerSpecs:
+    """Holds what the layers of a model are built from.
+
+    Attributes:
+        backend: provides linear layers, norms and attention.
+        dense: a layer with a dense MLP.
+        moe: a layer with experts; None for a model without.
+    """
+
+    backend: BackendSpecProvider
+    dense: ModuleSpec
+    moe: ModuleSpec | None
+
+
+def layer_specs(
     model: ModelConfig,
     mone: MoNEConfig,
     *,
-    layer_pattern: list[int],
     sources: MicrobatchSources,
     on_cpu: bool,
     own_attention: bool,
-    vp_stage: int | None = None,
     sparsity: Sparsity | None = None,
-) -> TransformerBlockSubmodules:
-    """Returns the layers of one pipeline stage (and virtual stage).
+) -> LayerSpecs:
+    """Returns the kinds of layers of a model.
 
     Args:
-        transformer: megatron-core's configuration.
-        model: the section of our configuration that it was made from.
+        model: the settings of the model.
         mone: the method's settings.
-        layer_pattern: 1 for MoE, 0 for dense, one entry a layer of the whole model.
         sources: see :class:`mone_megatron.mone.layer.MicrobatchSources`.
         on_cpu: whether the model is on CPU.
         own_attention: see :func:`spec_provider`.
-        vp_stage: model chunk of an interleaved pipeline.
         sparsity: the loss on hidden values of routed experts; None for none.
     """
     backend = spec_provider(on_cpu=on_cpu, own_attention=own_attention)
     dense = _layer(backend, model, _dense_mlp(backend, mone))
-    layers = {0: dense}
-    if transformer.num_moe_experts:
-        moe = _moe_mlp(backend, model, mone, sources, sparsity)
-        layers[1] = _layer(backend, model, moe)
+    moe = None
+    if model.num_experts:
+        moe = _layer(backend, model, _moe_mlp(backend, model, mone, sources, sparsity))
+    return LayerSpecs(backend, dense, moe)
+
+
+def decoder_spec(
+    layers: LayerSpecs,
+    transformer: TransformerConfig,
+    *,
+    layer_pattern: list[int],
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """Returns the layers of one pipeline stage (and virtual stage).
+
+    Args:
+        layers: from :func:`layer_specs`.
+        transformer: megatron-core's configuration.
+        layer_pattern: 1 for MoE, 0 for dense, one entry a layer of the whole model.
+        vp_stage: model chunk of an interleaved pipeline.
+    """
+    kinds = {0: layers.dense, 1: layers.moe}
     first = get_transformer_layer_offset(transformer, vp_stage=vp_stage)
     count = get_num_layers_to_build(transformer, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
-        layer_specs=[layers[kind] for kind in layer_pattern[first : first + count]],
-        layer_norm=backend.layer_norm(rms_norm=True),
+        layer_specs=[kinds[kind] for kind in layer_pattern[first : first + count]],
+        layer_norm=layers.backend.layer_norm(rms_norm=True),
     )
+
+
+def prediction_spec(
+    layers: LayerSpecs, *, depth: int, last: bool
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """Returns the layers of multi-token prediction; None where a chunk has none.
+
+    They are of the kind of a model's last layer: with experts where it has experts.
+
+    Args:
+        layers: from :func:`layer_specs`.
+        depth: ``model.mtp.depth``.
+        last: whether the chunk has the output layer, which these layers stand before.
+    """
+    if not last or depth == 0:
+        return None
+    layer = get_mtp_layer_spec_for_backend(layers.moe or layers.dense, layers.backend)
+    return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * depth)

@@ -134,6 +134,8 @@ def transformer_config(
         window_size=(model.attention_window - 1, 0) if model.attention_window else None,
         window_attn_skip_freq=model.full_attention_every or None,
         softmax_type=_SINKS[model.attention_sink],
+        mtp_num_layers=model.mtp.depth or None,
+        mtp_loss_scaling_factor=model.mtp.coeff,
         init_method=_leave,
         output_layer_init_method=_leave,
         init_method_std=model.init_std,

@@ -38,6 +38,7 @@ from mone_megatron.mone.balance import (
     neuron_weights,
     sum_over_ranks,
 )
+from mone_megatron.mone.layer_numbers import count_layers
 from mone_megatron.mone.metrics import Usage
 from mone_megatron.mone.selection import NeuronSelection, NeuronSelector
 from mone_megatron.mone.sparsity import Sparsity
@@ -115,7 +116,7 @@ class NeuronGate(MegatronModule):
         super().__init__(config=config)
         self.num_experts = num_experts
         self.num_local_experts = num_local_experts
-        self.num_layers = config.num_layers
+        self.num_layers = count_layers(config)
         self.layer_number: int | None = None
         self.neuron_group = neuron_group if dist.get_world_size(neuron_group) > 1 else None
         self.usage = Usage(

@@ -26,6 +26,7 @@ from mone_megatron.methods.routers.relu import relu
 from mone_megatron.methods.routers.routing_free import routing_free
 from mone_megatron.methods.routers.top_p import top_p
 from mone_megatron.mone.density import COEFFICIENT_START, DensityMeter
+from mone_megatron.mone.layer_numbers import count_layers
 
 # The name of steered routers' loss in megatron-core's tracker of auxiliary losses.
 ROUTER_SPARSITY_LOSS = "router_sparsity_loss"
@@ -78,6 +79,8 @@ class SteeredRouter(AssigningRouter):
     kind: str
     # Steered by `model.router.density` (:mod:`mone_megatron.train.hooks.density`).
     coefficient = COEFFICIENT_START
+    # The layer's number where megatron-core's is not (multi-token prediction, in some releases).
+    told_number: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Builds the router; its meter counts chosen pairs of token and expert."""
@@ -96,9 +99,8 @@ class SteeredRouter(AssigningRouter):
         function = ROUTERS[self.kind].loss
         assert function is not None, "a steered router has a loss"
         loss = function(RoutedWeights(weights_NA, tokens_A, tokens, self.topk))
-        save_to_aux_losses_tracker(
-            ROUTER_SPARSITY_LOSS, loss, self.layer_number, self.config.num_layers
-        )
+        number = self.layer_number if self.told_number is None else self.told_number
+        save_to_aux_losses_tracker(ROUTER_SPARSITY_LOSS, loss, number, count_layers(self.config))
         attached = MoEAuxLossAutoScaler.apply(weights_NA, loss * self.coefficient)
         return cast(Tensor, attached), chosen_NA
 

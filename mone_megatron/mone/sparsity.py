@@ -59,7 +59,7 @@ class Sparsity:
             num_segments: S, the number of segments.
             num_experts: experts of the layer over all ranks.
             layer_number: the number of the layer, from 1.
-            num_layers: the number of layers of the model.
+            num_layers: the number of layers of the model, those of multi-token prediction too.
         """
         function = SPARSITY_LOSSES[self.kind].function
         assert function is not None, "without a loss nothing is attached"

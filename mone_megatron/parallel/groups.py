@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
-from mone_megatron.parallel.megatron_compat import forget_layer_losses, sharing_groups
+from mone_megatron.parallel.megatron_compat import (
+    forget_layer_losses,
+    forget_prediction_losses,
+    sharing_groups,
+)
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,9 @@ def close_groups() -> None:
 
 
 def _forget_the_last_run() -> None:
-    """Drops two process-wide globals of megatron-core, of another model's shape and batch."""
+    """Drops process-wide globals of megatron-core, of another model's shape and batch."""
     from megatron.core.transformer.moe import moe_utils
 
     forget_layer_losses()
+    forget_prediction_losses()
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None

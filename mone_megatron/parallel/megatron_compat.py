@@ -31,6 +31,7 @@ import importlib.util
 import inspect
 import logging
 import queue
+import re
 import sys
 import threading
 import types
@@ -53,6 +54,8 @@ _CONSTANTS = {
     "torch.cuda.HalfTensor": "torch.HalfTensor",
     "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
 }
+
+_PREDICTION_LAYER = re.compile(r"^(mtp\.layers\.\d+\.)mtp_model_layer\.")
 
 # The file in which older releases keep what is no tensor in a checkpoint.
 COMMON = "common.pt"
@@ -637,6 +640,45 @@ def zero_layer_losses() -> None:
     """Sets megatron-core's auxiliary losses of this rank to zero, in place."""
     for values in layer_losses().values():
         values.zero_()
+
+
+def take_prediction_losses(depth: int) -> torch.Tensor:
+    """Returns the losses of multi-token prediction of this rank, and sets them to zero.
+
+    They are sums over the microbatches since the last call, of their means over tokens.
+
+    Args:
+        depth: how many there are on the ranks that have any.
+
+    Returns:
+        ``[depth]`` fp32; zeros on the ranks of other pipeline stages.
+    """
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    tracker = MTPLossLoggingHelper.tracker
+    # Called otherwise from 0.17 on, which also counts tokens.
+    kept = tracker.get("loss_values", tracker.get("values"))
+    if kept is None:
+        return torch.zeros(depth)
+    taken: torch.Tensor = kept.float().clone()
+    kept.zero_()
+    return taken
+
+
+def forget_prediction_losses() -> None:
+    """Drops the losses of multi-token prediction of another model."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    MTPLossLoggingHelper.tracker.clear()
+
+
+def stored_name(name: str) -> str:
+    """Returns the name under which checkpoints hold a parameter, of its name in this release.
+
+    0.19 calls the transformer layer of multi-token prediction otherwise than 0.16, and saves it by
+    the older name.
+    """
+    return _PREDICTION_LAYER.sub(r"\1transformer_layer.", name)
 
 
 def part_of_context_rank(

@@ -371,3 +371,19 @@ def output(config: Config, numerics: Numerics, vocab_size: int) -> Saved:
         + s * hidden * numerics.bytes,
         "logits": n * (numerics.bytes * vocabulary + 13),
     }
+
+
+def prediction(config: Config, numerics: Numerics, vocab_size: int) -> Saved:
+    """Returns the bytes by tensor that one layer of multi-token prediction keeps on the last stage
+    beside its transformer layer: what joins the embedding of a later token to the layer below, and
+    the logits once more.
+    """
+    n, s, hidden = tokens_of_rank(config), split_tokens(config), config.model.hidden_size
+    logits = output(config, numerics, vocab_size)["logits"]
+    row = s * hidden * numerics.bytes
+    # The loss keeps its mask, and the output layer its input.
+    saved = {"later tokens": 8 * n, "later logits": logits + row + 4 * n}
+    if config.train.recompute == "full":
+        return saved | {"later embeddings": row}
+    norms = 3 * _norm(numerics, s, hidden, heads=1, copied=True)
+    return saved | {"later embeddings": norms + 2 * row}

@@ -22,6 +22,7 @@ from mone_megatron.planning.shards import (
     StageState,
     expert_width,
     layer_kinds,
+    prediction_kinds,
 )
 
 
@@ -68,6 +69,7 @@ def _layers(config: Config, layout: Layout, stage: int, numerics: Numerics) -> I
     kinds: Counter[bool] = Counter()
     for chunk in range(config.parallel.virtual_pipeline):
         kinds += layer_kinds(config, stage, chunk)
+    kinds += prediction_kinds(config, stage)
     for moe, count in kinds.items():
         for item in _layer(config, layout, numerics, moe=moe):
             yield replace(item, bytes=count * item.bytes)
@@ -183,7 +185,9 @@ def _moe(config: Config, layout: Layout, numerics: Numerics) -> Iterator[Traffic
 
 
 def _edges(config: Config, layout: Layout, stage: int, numerics: Numerics) -> Iterator[Traffic]:
-    """Yields what the embedding sends on the first stage, and the output layer on the last."""
+    """Yields what the embedding sends on the first stage, and the output layer on the last, which
+    multi-token prediction asks once more for each of its layers, beside what joins them.
+    """
     group = groups(config.parallel, layout)["tensor"]
     tokens = activations.tokens_of_rank(config)
     size = _ring(tokens * config.model.hidden_size * numerics.bytes, group)
@@ -191,10 +195,16 @@ def _edges(config: Config, layout: Layout, stage: int, numerics: Numerics) -> It
         yield Traffic(group, "reduce-scatter", size)
         yield Traffic(group, "all-gather", size)
     if stage == config.parallel.pipeline - 1:
-        yield Traffic(group, "all-gather", 2 * size)
-        yield Traffic(group, "reduce-scatter", size)
+        depth = config.model.mtp.depth
+        yield Traffic(group, "all-gather", (1 + depth) * 2 * size)
+        yield Traffic(group, "reduce-scatter", (1 + depth) * size)
         # Maximum, the label's logit and the sum of exponentials of each token.
-        yield Traffic(group, "all-reduce", 2 * _ring(3 * 4 * tokens, group))
+        yield Traffic(group, "all-reduce", (1 + depth) * 2 * _ring(3 * 4 * tokens, group))
+        # The embedding of a later token, as on the first stage. The matrix that joins it to the
+        # layer below reads twice the width, and its output is gathered and split again.
+        forward = 2 if config.train.recompute == "full" else 1
+        yield Traffic(group, "all-gather", depth * size * (1 + forward * (2 + 1) + 2 + 1))
+        yield Traffic(group, "reduce-scatter", depth * size * (1 + 2))
 
 
 def _pipeline(config: Config, layout: Layout, stage: int, numerics: Numerics) -> Iterator[Traffic]:

@@ -1,11 +1,11 @@
 """Counts the floating-point operations of training from the config alone.
 
 A multiply-add is 2 operations. Counted is every matrix product (projections, attention, router,
-experts, output layer over the padded vocabulary) and nothing else: norms, RoPE, softmax, the
-selection and the optimizer are left out, as is usual. Attention is causal: a token of a sequence
-of s reads (s + 1) / 2 keys on average. The backward pass costs twice the forward pass. Activations
-that are recomputed are not counted twice, nor are the zeros counted that widen MLA's values to the
-width of its keys.
+experts, output layer over the padded vocabulary, and those of multi-token prediction) and nothing
+else: norms, RoPE, softmax, the selection and the optimizer are left out, as is usual. Attention is
+causal: a token of a sequence of s reads (s + 1) / 2 keys on average. The backward pass costs twice
+the forward pass. Activations that are recomputed are not counted twice, nor are the zeros counted
+that widen MLA's values to the width of its keys.
 
 Each count comes as a pair. `ideal` has MoNE compute only the kept neurons of the up and down
 projections (the gate is always computed in full); `realised` is what dense matrix products run,
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.planning.attention import projection_flops, score_flops
-from mone_megatron.planning.parameters import gated_mlps, moe_layers_of
+from mone_megatron.planning.parameters import gated_mlps, moe_layers_of, prediction_layers
 
 _BACKWARD = 2  # times the forward pass: gradients of the inputs and of the weights
 
@@ -40,12 +40,16 @@ def forward_flops_per_token(
     attention = projection_flops(model) + score_flops(model, seq_length)
     router = ROUTERS[model.router.kind].weights(model.num_experts, hidden, model.router.rank)
     gates = router + (hidden if model.shared_expert_gate else 0)
+    output = 2 * hidden * model.padded_vocab_size(vocab_size)
+    later = prediction_layers(model)
     common = (
-        model.num_layers * attention
-        + moe_layers_of(model) * 2 * gates
-        + 2 * hidden * model.padded_vocab_size(vocab_size)
+        (model.num_layers + later.num_layers) * attention
+        + (moe_layers_of(model) + moe_layers_of(later)) * 2 * gates
+        + output
+        # What joins the embedding of a later token to the layer below, and the output once more.
+        + later.num_layers * (2 * 2 * hidden * hidden + output)
     )
-    mlps = gated_mlps(model, mone).values()
+    mlps = [*gated_mlps(model, mone).values(), *gated_mlps(later, mone).values()]
     return Flops(
         ideal=common + sum(2 * mlp.visited * mlp.gate_counted for mlp in mlps),
         realised=common + sum(2 * mlp.visited * mlp.parameters for mlp in mlps),

@@ -21,6 +21,7 @@ from mone_megatron.planning.shards import (
     expert_width,
     layer_kinds,
     local_experts,
+    prediction_kinds,
     stage_state,
 )
 
@@ -111,6 +112,9 @@ def stage_memory(
     if last:
         # The loss is differentiated right after it is computed: once, whatever is in flight.
         _add(kept, activations.output(config, numerics, vocab_size), 1)
+        for moe, depth in prediction_kinds(config, stage).items():
+            _add(kept, activations.kept_by_layer(config, numerics, moe=moe), depth)
+            _add(kept, activations.prediction(config, numerics, vocab_size), depth)
     optimized = max(
         (buffer.shard(0) if state.sharded else buffer.elements)
         for buffer in (*state.dense, *state.experts)

@@ -7,14 +7,15 @@ There are two conventions for the parameters that one token activates, where neu
 - neurons only: 3*h*K.
 
 Everything that is not an unchosen expert or neuron is activated, embedding and output included
-(the convention behind "A3B" of Qwen3-30B-A3B and 12.9B of Mixtral-8x7B).
+(the convention behind "A3B" of Qwen3-30B-A3B and 12.9B of Mixtral-8x7B). Layers of multi-token
+prediction are trained, and activated by no token of a text that the model writes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mone_megatron.config.schema import ModelConfig, MoNEConfig
+from mone_megatron.config.schema import ModelConfig, MoNEConfig, MTPConfig
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import count_kept
 from mone_megatron.planning import attention as attention_of
@@ -36,6 +37,8 @@ class ParameterCount:
     # With the weight of the shared expert's gate, if any.
     shared_experts: int
     dense_ffn: int
+    # The layers of multi-token prediction, whole.
+    prediction: int
     # What one token uses; see the module's docstring for the two conventions.
     activated_gate_counted: int
     activated_neurons_only: int
@@ -52,6 +55,7 @@ class ParameterCount:
             + self.routed_experts
             + self.shared_experts
             + self.dense_ffn
+            + self.prediction
         )
 
     @property
@@ -130,11 +134,32 @@ def count_parameters(
         routed_experts=mlps["routed"].count * mlps["routed"].parameters,
         shared_experts=mlps["shared"].count * mlps["shared"].parameters + moe_layers * shared_gate,
         dense_ffn=mlps["dense"].count * mlps["dense"].parameters,
+        prediction=_prediction(model, mone, attention + norms, router + shared_gate),
         activated_gate_counted=every_token
         + sum(mlp.visited * mlp.gate_counted for mlp in mlps.values()),
         activated_neurons_only=every_token
         + sum(mlp.visited * mlp.neurons_only for mlp in mlps.values()),
     )
+
+
+def _prediction(model: ModelConfig, mone: MoNEConfig, layer: int, routing: int) -> int:
+    """Returns the parameters of the layers of multi-token prediction.
+
+    Each joins the norms of a token's embedding and of the layer below by one matrix, and has a norm
+    behind it.
+    """
+    later, hidden = prediction_layers(model), model.hidden_size
+    mlps = gated_mlps(later, mone).values()
+    return (
+        later.num_layers * (layer + 2 * hidden * hidden + 3 * hidden)
+        + moe_layers_of(later) * routing
+        + sum(mlp.count * mlp.parameters for mlp in mlps)
+    )
+
+
+def prediction_layers(model: ModelConfig) -> ModelConfig:
+    """Returns a model of the layers of multi-token prediction alone; of none it has no layers."""
+    return replace(model, num_layers=model.mtp.depth, first_dense_layers=0, mtp=MTPConfig())
 
 
 def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:

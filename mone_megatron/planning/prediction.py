@@ -21,7 +21,7 @@ from mone_megatron.planning.communication import Traffic, stage_traffic
 from mone_megatron.planning.hardware import GPU, Assumptions
 from mone_megatron.planning.layout import Group
 from mone_megatron.planning.memory import StageMemory
-from mone_megatron.planning.shards import expert_width, layer_kinds
+from mone_megatron.planning.shards import expert_width, layer_kinds, prediction_kinds
 
 _FORWARD_AND_BACKWARD = 3
 # Bytes an element of torch's foreach AdamW: gradient, master, moments, denominators, weight.
@@ -124,6 +124,14 @@ def output_work(config: Config, vocab_size: int) -> Work:
     rows = config.model.padded_vocab_size(vocab_size)
     tokens = activations.tokens_of_rank(config)
     return Work(matmul=tokens * 2 * config.model.hidden_size * rows / config.parallel.tensor)
+
+
+def _joining_work(config: Config) -> Work:
+    """Returns the operations of the matrix that joins the embedding of a later token to the layer
+    below, in the forward pass of one layer of multi-token prediction on one rank.
+    """
+    tokens, hidden = activations.tokens_of_rank(config), config.model.hidden_size
+    return Work(matmul=tokens * 2 * 2 * hidden * hidden / config.parallel.tensor)
 
 
 def bandwidth(group: Group, gpu: GPU, gpus_per_node: int, *, ring: bool) -> float:
@@ -229,6 +237,7 @@ def _microbatch(
     layers: Counter[bool] = Counter()
     for chunk in range(parallel.virtual_pipeline):
         layers += layer_kinds(config, stage, chunk)
+    layers += prediction_kinds(config, stage)
     work, traffic = Work(), 0.0
     for moe, count in layers.items():
         forward, again = layer_work(config, moe=moe)
@@ -242,7 +251,11 @@ def _microbatch(
     # The rank with the most loaded experts holds up the others.
     work = Work(work.matmul, work.attention, work.grouped * assumed.imbalance)
     if stage == parallel.pipeline - 1:
-        work += output_work(config, vocab_size) * _FORWARD_AND_BACKWARD
+        depth = config.model.mtp.depth
+        work += output_work(config, vocab_size) * ((1 + depth) * _FORWARD_AND_BACKWARD)
+        work += _joining_work(config) * (depth * _FORWARD_AND_BACKWARD)
+        later = activations.prediction(config, numerics, vocab_size)
+        traffic += depth * assumed.passes * sum(later.values())
         traffic += assumed.passes * sum(activations.output(config, numerics, vocab_size).values())
     return work, traffic
 

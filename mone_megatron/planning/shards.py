@@ -58,6 +58,12 @@ def layer_kinds(config: Config, stage: int, chunk: int) -> Counter[bool]:
     return Counter(is_moe_layer(config.model, layer) for layer in layers)
 
 
+def prediction_kinds(config: Config, stage: int) -> Counter[bool]:
+    """Returns how many layers of multi-token prediction a pipeline stage has, by kind likewise."""
+    model, last = config.model, config.parallel.pipeline - 1
+    return Counter({model.num_experts > 0: model.mtp.depth if stage == last else 0})
+
+
 def chunk_parameters(
     config: Config, vocab_size: int, stage: int, chunk: int
 ) -> list[LocalParameter]:
@@ -72,16 +78,32 @@ def chunk_parameters(
     first = stage == 0 and chunk == 0
     last = stage == stages - 1 and chunk == parallel.virtual_pipeline - 1
     shared = model.tie_embeddings and stages > 1
+    # Multi-token prediction reads the embedding on the last stage, too.
+    copied = model.mtp.depth > 0 and stages > 1
     found: list[LocalParameter] = []
-    if first:
-        found.append(LocalParameter("embedding", vocabulary, own_bucket=shared))
+    if first or (last and copied):
+        found.append(LocalParameter("embedding", vocabulary, own_bucket=shared or copied))
     for layer in layers_of_chunk(model, stages, parallel.virtual_pipeline, stage, chunk):
         found += _layer(config, layer)
     if last:
         found.append(LocalParameter("final_layernorm", hidden))
+        for depth in range(model.mtp.depth):
+            found += _prediction(config, depth)
         if shared or not model.tie_embeddings:
             found.append(LocalParameter("output_layer", vocabulary, own_bucket=shared))
     return found
+
+
+def _prediction(config: Config, depth: int) -> list[LocalParameter]:
+    """Returns the parameters of one layer of multi-token prediction, from 0."""
+    hidden = config.model.hidden_size
+    joined = 2 * hidden * hidden // config.parallel.tensor
+    sizes = {"enorm": hidden, "hnorm": hidden, "eh_proj": joined}
+    return [
+        *(LocalParameter(f"mtp.{depth}.{name}", size) for name, size in sizes.items()),
+        *_layer(config, config.model.num_layers + depth),
+        LocalParameter(f"mtp.{depth}.final_layernorm", hidden),
+    ]
 
 
 def _layer(config: Config, layer: int) -> list[LocalParameter]:

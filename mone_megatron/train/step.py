@@ -69,6 +69,8 @@ def _forward_step(
         batch["position_ids"],
         attention_mask=batch.get(DOCUMENTS),
         labels=batch["labels"],
+        # Multi-token prediction asks for it; the loss of the next token is masked below.
+        loss_mask=batch["loss_mask"],
     )
     mask_BS = batch["loss_mask"]
 

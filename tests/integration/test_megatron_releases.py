@@ -23,8 +23,11 @@ from mone_megatron.testing.layouts import LAYOUTS
 NEXT = os.environ.get("MEGATRON_NEXT", "")
 HALF, WHOLE = 10, 20
 ON_TWO = ("ep2", "tp2_ep1_etp1", "pp2")
+# Whose layers the releases name, number and log differently.
+PREDICTION = "model.mtp.depth=1"
 # As test_layouts_agree: of the same layout on another machine.
 RECORDED_TOLERANCE = 1e-6
+RESUMED = ("resumed", "old")
 
 pytestmark = [
     pytest.mark.skipif(not NEXT, reason="MEGATRON_NEXT names no folder (make test sets it)"),
@@ -62,18 +65,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     for kind, variables in (("old", {}), ("new", with_next())):
         for processes, names in ((1, ("one",)), (2, ON_TWO)):
             jobs = {f"{kind}-{name}": trained.job(*LAYOUTS[processes][name]) for name in names}
+            if processes == 1:
+                jobs[f"{kind}-prediction"] = trained.job(PREDICTION)
             run_layouts(jobs, processes=processes, folder=folder, variables=variables)
     return trained
 
 
-@pytest.mark.parametrize("layout", ["one", *ON_TWO])
+@pytest.mark.parametrize("layout", ["one", "prediction", *ON_TWO])
 def test_both_releases_train_the_same(trained: Trained, layout: str) -> None:
     old, new = (read_records(trained.folder / f"{kind}-{layout}") for kind in ("old", "new"))
     assert len(old) == WHOLE
     assert essence(new) == essence(old)
     # Sums over the layers' auxiliary losses, which 0.19 keeps elsewhere.
-    for name in ("router/load_balancing_loss", "mone/balance_loss"):
-        assert [record[name] for record in new] == [record[name] for record in old]
+    for name in ("router/load_balancing_loss", "mone/balance_loss", "mtp/loss"):
+        assert [record.get(name) for record in new] == [record.get(name) for record in old]
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))["runs"]
     for record, expected in zip(new, recorded.get(f"tiny_mone {layout}", ()), strict=False):
         for key in ("loss", "grad_norm"):
@@ -90,10 +95,20 @@ def test_each_checkpoint_names_its_release(trained: Trained) -> None:
 
 
 def test_a_run_goes_on_with_the_later_release_to_the_last_bit(trained: Trained) -> None:
-    job = trained.job(f"checkpoint.resume={trained.checkpoint('old-one', HALF)}")
-    run_layouts({"resumed": job}, processes=1, folder=trained.folder, variables=with_next())
-    resumed = essence(read_records(trained.folder / "resumed"))
-    assert resumed == essence(read_records(trained.folder / "old-one"))[HALF:]
+    parts = {"one": (), "prediction": (PREDICTION,)}
+    jobs = {
+        f"resumed-{name}": trained.job(
+            *part, f"checkpoint.resume={trained.checkpoint(f'old-{name}', HALF)}"
+        )
+        for name, part in parts.items()
+    }
+    run_layouts(jobs, processes=1, folder=trained.folder, variables=with_next())
+    for name in parts:
+        resumed, whole = (read_records(trained.folder / f"{run}-{name}") for run in RESUMED)
+        assert essence(resumed) == essence(whole)[HALF:]
+        assert [record.get("mtp/loss") for record in resumed] == [
+            record.get("mtp/loss") for record in whole[HALF:]
+        ]
 
 
 def test_the_earlier_release_says_that_it_cannot_read_the_later_ones(trained: Trained) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpt_ranks import ROWS, loss_by_hand, train
+from gpt_ranks import ROWS, later_losses_by_hand, loss_by_hand, train
 
 from mone_megatron.testing.processes import Processes, run_in_processes
 from mone_megatron.testing.trainer import VOCABULARY
@@ -27,3 +27,9 @@ def test_layouts_agree_and_padding_stays_zero(two_processes: Processes, tied: bo
         assert not alone[kind][VOCABULARY:].any()
         assert not second[kind][VOCABULARY - ROWS // 2 :].any()
         assert alone[kind][:VOCABULARY].any(dim=-1).all()
+
+
+def test_later_tokens_are_predicted_as_the_definition_says() -> None:
+    ((ours, expected),) = run_in_processes(1, later_losses_by_hand)
+    assert ours.shape == (2,)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

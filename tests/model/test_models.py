@@ -19,6 +19,7 @@ from mone_megatron.config.schema import (
     Config,
     MLAConfig,
     MoNEConfig,
+    MTPConfig,
     NeuronBalanceConfig,
     ParallelConfig,
 )
@@ -253,7 +254,10 @@ MODELS: dict[str, tuple[dict[str, Any], bool]] = {
     "head_dim": ({"head_dim": 24}, False),
     "mla": (LATENT, False),
     "mla_with_query_latent": (LATENT | {"mla": MLAConfig(12, 24, 16, 8, 20)}, True),
-    "everything": (FULL, True),
+    "prediction": ({"mtp": MTPConfig(depth=2)}, True),
+    "prediction_of_latent_attention": (LATENT | {"mtp": MTPConfig(depth=1)}, False),
+    "prediction_by_dense_layers": ({"num_experts": 0, "mtp": MTPConfig(depth=1)}, False),
+    "everything": (FULL | {"mtp": MTPConfig(depth=1)}, True),
 }
 
 
@@ -265,8 +269,9 @@ def test_parameter_counts_are_exact(name: str) -> None:
     model = build(config)
     expected = count_parameters(config.model, config.mone, VOCABULARY, padded=True)
     counted = {"embedding": 0, "output": 0, "norms": 0, "router": 0, "routed_experts": 0}
-    counted |= {"shared_experts": 0, "dense_ffn": 0, "attention": 0}
+    counted |= {"shared_experts": 0, "dense_ffn": 0, "attention": 0, "prediction": 0}
     marks = {  # the first that is in the name
+        "mtp.": "prediction",
         "norm": "norms",
         "embedding": "embedding",
         "output_layer": "output",

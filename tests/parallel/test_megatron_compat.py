@@ -581,6 +581,41 @@ def test_auxiliary_losses_are_forgotten_where_upstream_hands_out_a_copy() -> Non
     assert megatron_compat.layer_losses()["some_loss"].tolist() == [0.0] * 4 + [4.0]
 
 
+def test_layers_of_multi_token_prediction_have_one_name_in_checkpoints() -> None:
+    from megatron.core.transformer import multi_token_prediction as upstream
+
+    later = megatron_release() >= (0, 17, 0)
+    here = "mtp_model_layer" if later else "transformer_layer"
+    fields = upstream.MultiTokenPredictionLayerSubmodules.__dataclass_fields__
+    assert {here} == {"mtp_model_layer", "transformer_layer"} & fields.keys()
+    assert (
+        megatron_compat.stored_name(f"mtp.layers.1.{here}.mlp.router.weight")
+        == "mtp.layers.1.transformer_layer.mlp.router.weight"
+    )
+    for name in ("mtp.layers.0.eh_proj.weight", "decoder.layers.0.mtp_model_layer.weight"):
+        assert megatron_compat.stored_name(name) == name
+
+
+def test_losses_of_multi_token_prediction_are_taken_once_and_forgotten() -> None:
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    assert hasattr(MTPLossLoggingHelper, "save_metrics_to_tracker") == (
+        megatron_release() >= (0, 17, 0)
+    )
+    megatron_compat.forget_prediction_losses()
+    assert megatron_compat.take_prediction_losses(2).tolist() == [0.0, 0.0]
+    for loss in (1.0, 2.0):
+        if hasattr(MTPLossLoggingHelper, "save_metrics_to_tracker"):
+            one = torch.tensor(1.0)
+            MTPLossLoggingHelper.save_metrics_to_tracker(torch.tensor(loss), one, one, 1, 2)
+        else:
+            MTPLossLoggingHelper.save_loss_to_tracker(torch.tensor(loss), 1, 2)
+    assert megatron_compat.take_prediction_losses(2).tolist() == [0.0, 3.0]
+    assert megatron_compat.take_prediction_losses(2).tolist() == [0.0, 0.0]
+    megatron_compat.forget_prediction_losses()
+    assert MTPLossLoggingHelper.tracker == {}
+
+
 def test_saving_is_left_to_our_writer() -> None:
     parameter = inspect.signature(dist_checkpointing.save).parameters.get("async_strategy")
     assert (parameter is not None) is LATER

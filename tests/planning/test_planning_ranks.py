@@ -26,6 +26,7 @@ from mone_megatron.planning.shards import (
     chunk_parameters,
     lay_out,
     layer_kinds,
+    prediction_kinds,
     stage_state,
 )
 from mone_megatron.testing.processes import Processes
@@ -59,7 +60,11 @@ LAYOUTS_OF_2 = [
         "model.router.balance=[none]",
         "model.router.balance_coeff=[0.0]",
     ],
-]
+    ["parallel.pipeline=2", "model.mtp.depth=2"],
+    ["parallel.tensor=2", "model.mtp.depth=1", "model.num_experts=0",
+     "model.first_dense_layers=0", "model.shared_expert_ffn_hidden_size=0",
+     "model.shared_expert_gate=false", "mone.enabled=false"],
+]  # fmt: skip
 LAYOUTS_OF_4 = [
     [],
     ["parallel.expert=2"],
@@ -163,7 +168,9 @@ def predicted_activations(overrides: Sequence[str], *, bf16: bool) -> int:
         activations.embedding(config, numerics),
         activations.output(config, numerics, VOCABULARY),
     ]
-    for moe, count in layer_kinds(config, 0, 0).items():
+    depth = prediction_kinds(config, 0)
+    saved += depth.total() * [activations.prediction(config, numerics, VOCABULARY)]
+    for moe, count in (layer_kinds(config, 0, 0) + depth).items():
         saved += count * [activations.kept_by_layer(config, numerics, moe=moe)]
     return sum(sum(sizes.values()) for sizes in saved)
 
@@ -189,6 +196,8 @@ ACTIVATIONS = [
     ["experiment=tiny_moe", *MIXED, "model.activation=relu2", "model.qk_norm_scope=all_heads"],
     ["experiment=tiny_mone", *MIXED, *EVERYWHERE, "model.activation=relu2"],
     ["experiment=tiny_mone", *MIXED, *EVERYWHERE, "mone.memory=packed"],
+    ["experiment=tiny_mone", "model.mtp.depth=2"],
+    ["experiment=tiny_mone", "model.mtp.depth=1", "train.recompute=full"],
     ["experiment=tiny_moe", *LATENT],
     ["experiment=tiny_moe", *LATENT, "train.recompute=selective", "model.mla.v_head_dim=40"],
     ["experiment=tiny_moe", *LATENT, "model.mla.q_lora_rank=20", "model.mla.v_head_dim=24"],
@@ -291,6 +300,9 @@ def predicted_traffic(overrides: Sequence[str], world_size: int, rank: int) -> d
         ["parallel.tensor=2", *LATENT],
         ["parallel.tensor=2", *LATENT, "model.mla.q_lora_rank=12", "train.recompute=full"],
         ["parallel.pipeline=2"],
+        ["parallel.tensor=2", "model.mtp.depth=2"],
+        ["parallel.tensor=2", "model.mtp.depth=1", "train.recompute=full"],
+        ["parallel.pipeline=2", "model.mtp.depth=1"],
     ],
     ids=str,
 )

@@ -48,7 +48,7 @@ class AuxiliaryLossHook(Hook):
         """
         self.device = device
         self.interval, self.last = config.logging.layer_interval, config.train.steps
-        self.num_layers = config.model.num_layers
+        self.num_layers = config.model.num_layers + config.model.mtp.depth
         per_stage = layout.data * layout.num_microbatches
         token_shards = config.parallel.tensor * config.parallel.context
         # (our key, tracker's name, weight of one rank's value)

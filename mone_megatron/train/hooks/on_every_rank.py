@@ -10,6 +10,7 @@ from mone_megatron.train.hooks.auxiliary_losses import AuxiliaryLossHook
 from mone_megatron.train.hooks.density import density_hooks
 from mone_megatron.train.hooks.keep_ratio import KeepRatioHook
 from mone_megatron.train.hooks.panel import PanelHook
+from mone_megatron.train.hooks.prediction_losses import PredictionLossHook
 from mone_megatron.train.hooks.saving import SavingHook
 from mone_megatron.train.hooks.tasks import TaskHook
 from mone_megatron.train.hooks.throughput import ThroughputHook
@@ -45,6 +46,8 @@ def hooks_on_every_rank(
         hooks.append(steering)
         if session.checkpointer is not None:
             session.checkpointer.keep(section, steering)
+    if config.model.mtp.depth:
+        hooks.append(PredictionLossHook(config, session.layout, device))
     if session.validation is not None:
         hooks.append(ValidationHook(config.train, session.stepper, session.validation))
     if tasks is not None:

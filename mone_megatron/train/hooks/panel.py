@@ -85,7 +85,7 @@ class PanelHook(Hook):
         self.device = device
         self.show = show
         self.interval, self.last = config.logging.layer_interval, config.train.steps
-        self.num_layers = config.model.num_layers
+        self.num_layers = config.model.num_layers + config.model.mtp.depth
         self.num_experts = {"routed": config.model.num_experts, "shared": 1, "dense": 1}
         # Ranks that share the neurons of an expert.
         self.neuron_ranks = {

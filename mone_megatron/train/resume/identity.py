@@ -15,7 +15,14 @@ from mone_megatron.data.framing import Framing, framing_of
 
 # What may be changed by someone who names a checkpoint to start from; a run that goes on by
 # itself (checkpoint.resume=auto) must be as it was.
-_RECIPE = ("mone.", "optim.", "model.sparsity_", "model.router.density.", "megatron.")
+_RECIPE = (
+    "mone.",
+    "optim.",
+    "model.sparsity_",
+    "model.router.density.",
+    "model.mtp.coeff",
+    "megatron.",
+)
 # What decides neither a weight's shape nor what the model computes from its weights; balancing by
 # sinkhorn, which routes, is told apart below.
 _OF_TRAINING = (
@@ -29,6 +36,7 @@ _OF_TRAINING = (
     *(f"model.router.density.{key}" for key in asdict(RouterDensityConfig())),
     "model.sparsity_loss",
     "model.sparsity_coeff",
+    "model.mtp.coeff",
 )
 _ROUTES = "sinkhorn"
 # Keys that older checkpoints do not name, with what every run did before there was a choice.
@@ -52,6 +60,8 @@ _BEFORE_THE_KEY = {
     "model.attention_window": 0,
     "model.full_attention_every": 0,
     "model.attention_sink": "none",
+    "model.mtp.depth": 0,
+    "model.mtp.coeff": 0.1,
 }
 # What to look at when a value that nobody configured differs.
 _MADE_OF = {
