@@ -123,7 +123,12 @@ class MoNEConfig(Group):
 
     def _rule_options(self) -> Iterator[str]:
         """Yields the options that the rule does not have, or that are of another type."""
-        options = RULES[self.rule].options
+        rule, options = RULES[self.rule], RULES[self.rule].options
+        if rule.shifts(self.rule_options) and self.score != rule.score:
+            yield (
+                f"mone.score: {self.score} with mone.rule_options.{rule.shift_option}=true of "
+                f"mone.rule={self.rule}, which keeps what is above 0; use {rule.score}"
+            )
         try:
             from_dict(options, self.rule_options)
         except ConfigError as error:

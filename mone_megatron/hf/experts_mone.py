@@ -97,6 +97,11 @@ class NeuronSettings:
         # Unknown names are errors of the registries.
         SCORES[self.score]
         RULES[self.rule].read_options(self.rule_options)
+        if RULES[self.rule].shifts(self.rule_options):
+            raise ValueError(
+                f"mone.rule_options.{RULES[self.rule].shift_option}: true changes gate projections "
+                "before the activation, which no model of transformers does; it stays in training"
+            )
         if unknown := set(self.apply_to) - set(TARGETS):
             raise ValueError(
                 f"mone.apply_to: {sorted(unknown)[0]!r} is not one of {', '.join(TARGETS)}"

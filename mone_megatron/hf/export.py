@@ -113,6 +113,12 @@ def choose_architecture(source: Source, wanted: str) -> Architecture:
             f"mone.rule: {source.mone.rule} looks at other tokens outside training, too, and so "
             "cannot generate; such models cannot be exported"
         )
+    if mone and RULES[source.mone.rule].shifts(source.mone.rule_options):
+        raise ValueError(
+            f"mone.rule_options.{RULES[source.mone.rule].shift_option}: true changes gate "
+            "projections, which no model of transformers with experts does; such models cannot be "
+            "exported"
+        )
     for key, off in (("attention_window", 0), ("attention_sink", "none")):
         if (value := getattr(source.model, key)) != off:
             raise ValueError(

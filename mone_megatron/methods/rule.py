@@ -201,6 +201,10 @@ class Rule:
             are added over microbatches and ranks. Needed with a state.
         advance: the new state of the old one and those sums, once at the end of each step that is
             applied. Needed with a state.
+        shift: what is taken from the gate projections of rows before anything else, fp32
+            ``[T, 1]``; it carries the gradient, and ``rows.scores_TF`` are the gate projections
+            themselves. The mask then gets scores of what is left.
+        shift_option: the option, true or false, that asks for it. No export has it.
         steerable: the numbers of the state that ``mone.density.steers`` may name.
         top_k: whether the mask is ``rows.largest(budget.kept)`` and nothing else. Kernels that
             select while they multiply know this rule; any other gives them its mask.
@@ -225,6 +229,8 @@ class Rule:
     advance: (
         Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Budget], Mapping[str, Tensor]] | None
     ) = None
+    shift: Callable[[Rows], Tensor] | None = None
+    shift_option: str = ""
     steerable: Mapping[str, Steerable] = field(default_factory=dict)
     top_k: bool = False
     # Option -> its default. Read once: torch.compile, which may come by where a model reads its
@@ -290,6 +296,10 @@ class Rule:
         if problems:
             raise ValueError("\n".join(problems))
         return self.options(**options)
+
+    def shifts(self, options: Mapping[str, Any]) -> bool:
+        """Returns whether options, as the configuration has them, ask for :attr:`shift`."""
+        return self.shift is not None and bool(options.get(self.shift_option))
 
     def shard_problem(self, budget: Budget, ranks: int) -> str | None:
         """Returns why the rule cannot select over neurons that lie on ``ranks`` ranks, or None."""

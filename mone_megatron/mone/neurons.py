@@ -170,6 +170,8 @@ class NeuronGate(MegatronModule):
         """
         if self.activate_up is not None:
             up_TF = self.activate_up(up_TF)
+        if self.selector is not None and self._selecting and self.selector.shifts:
+            gate_TF = self.selector.shifted(gate_TF)
         packed = self._packed(gate_TF)
         # Under activation recomputation the first forward runs without gradients: observe once.
         observing = self.training and torch.is_grad_enabled()

@@ -24,6 +24,7 @@ from mone_megatron.kernels.reference import Activate, TopK, neuron_scores
 from mone_megatron.methods.rule import STATE_PREFIX, Budget, Rows
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
+from mone_megatron.mone.balance import sum_over_ranks
 from mone_megatron.mone.density import DensityMeter
 
 
@@ -91,6 +92,14 @@ class GroupShards:
         total = part.clone()
         dist.all_reduce(total, group=self.group)
         return total
+
+
+class GradientShards(GroupShards):
+    """Sums gradients over the ranks, too."""
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Returns the sum over the ranks. Collective, and so is its backward pass."""
+        return sum_over_ranks(part, self.group)
 
 
 class NeuronSelector(nn.Module):
@@ -195,6 +204,23 @@ class NeuronSelector(nn.Module):
         for name, value_E in self.state.items():
             setattr(self, f"{STATE_PREFIX}{name}", value_E.float())
         return applied
+
+    @property
+    def shifts(self) -> bool:
+        """Returns whether the rule changes gate projections before neurons are chosen."""
+        return self.rule.shifts(self.selection.rule_options)
+
+    def shifted(self, gate_TF: Tensor) -> Tensor:
+        """Returns the gate projections less what the rule takes from each row."""
+        assert self.rule.shift is not None, "asked only of rules that shift"
+        rows = Rows(
+            scores_TF=gate_TF,
+            budget=self.budget,
+            largest_of=self._largest,
+            expert_T=torch.zeros(len(gate_TF), dtype=torch.int64, device=gate_TF.device),
+            shards=None if self.group is None else GradientShards(self.group),
+        )
+        return (gate_TF - self.rule.shift(rows)).to(gate_TF.dtype)
 
     @torch.no_grad()
     def forward(
