@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -25,7 +26,7 @@ from mone_megatron.planning.budget import Usage, experts_are_fixed, neurons_are_
 from mone_megatron.planning.hardware import GPUS, Assumptions, find_gpu
 from mone_megatron.planning.match import COUNTS, DIMENSIONS, SIDES, TOLERANCE, Pair, match
 from mone_megatron.planning.plan import Machine, Plan, default_gpus, make_plan
-from mone_megatron.planning.search import search
+from mone_megatron.planning.search import faster_layout, search
 from mone_megatron.shipped_files import shipped
 from mone_megatron.whole_files import write_json
 
@@ -42,6 +43,12 @@ _BESIDE = {
     "hours": ("sbatch", "render"),
     "site": ("render",),
 }
+
+# All that finding a pair reads: it plans no run.
+_OF_A_PAIR = {"overrides", "json", "match"} | {
+    name for name, others in _BESIDE.items() if others == ("match",)
+}
+_NOT_GIVEN = object()
 
 _DESCRIPTION = """\
 Count parameters, memory, communication and operations of an experiment in a layout, and predict
@@ -268,22 +275,33 @@ def _match(options: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
+def _given(arguments: Sequence[str] | None) -> set[str]:
+    """Returns the names of the flags that a command line gives, also with what they are without."""
+    parser = _parser()
+    names = vars(parser.parse_intermixed_args([]))
+    # argparse sets no default where there is a value.
+    none = argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN))
+    found = vars(parser.parse_intermixed_args(arguments, none))
+    return {name for name, value in found.items() if value is not _NOT_GIVEN}
+
+
+def _check(options: argparse.Namespace, given: set[str]) -> None:
     """Refuses flags that would be ignored and numbers that cannot be.
+
+    Args:
+        options: the command line.
+        given: names of the flags that it gives.
 
     Raises:
         ValueError: naming the flag.
     """
-    # By identity: 0 is a value.
-    given = {
-        name for name, value in vars(options).items() if value is not None and value is not False
-    }
     for name, others in _BESIDE.items():
         if name in given and not given.intersection(others):
             needed = " or ".join(f"--{other}" for other in others)
             raise ValueError(f"--{name}: means nothing without {needed}; add that, or leave it out")
-    if "match" in given and (apart := sorted(given & {"search", "sbatch", "render", "price"})):
-        raise ValueError(f"--{apart[0]}: not with --match; plan the two of the pair by themselves")
+    if "match" in given and (apart := sorted(given - _OF_A_PAIR)):
+        flag = apart[0].replace("_", "-")
+        raise ValueError(f"--{flag}: not with --match; plan the two of the pair by themselves")
     if options.price is not None and options.price < 0:
         raise ValueError(f"--price: {options.price:g} is negative; use 0 or more")
     for name in ("hours", "top"):
@@ -324,8 +342,8 @@ def _render(plan: Plan, arguments: Sequence[str], options: argparse.Namespace) -
     print(f"mkdir -p {shlex.quote(str(folder))} && sbatch {shlex.quote(str(options.render))}")
 
 
-def _run(options: argparse.Namespace) -> int:
-    _check(options)
+def _run(options: argparse.Namespace, given: set[str]) -> int:
+    _check(options, given)
     config = compose(options.overrides)
     if options.match is not None:
         return _match(options, config)
@@ -333,11 +351,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.search:
         found = search(config, machine)
         lines = plan_files.search_lines(found, machine.gpus, options.top or _TOP)
+        given_plan = None
+        with suppress(ConfigError):
+            given_plan = make_plan(config, machine)
+        lines += plan_files.found_lines(found[0], given_plan)
         content: object = plan_files.search_json(found, options.price)
         plan, extra = found[0].plan, list(found[0].overrides)
     else:
         plan, extra = make_plan(config, machine), []
-        lines = plan_files.plan_lines(plan, options.price)
+        lines = plan_files.plan_lines(plan, options.price, faster=faster_layout(plan))
         content = plan_files.plan_json(plan, options.price)
     print("\n".join(lines))
     if options.json is not None:
@@ -358,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         with owned_file("--json", options.json), owned_file("--render", options.render):
-            return _run(options)
+            return _run(options, _given(arguments))
     except HelperError as error:
         problems = [str(error)]
     except OSError as error:

@@ -12,14 +12,20 @@ from mone_megatron.config.schema import Config
 from mone_megatron.counting import counted
 from mone_megatron.planning.match import Pair
 from mone_megatron.planning.plan import GIB, Plan, notes, problems
-from mone_megatron.planning.search import Found
+from mone_megatron.planning.search import WORTH, Found, speed_up
 
 PREDICTED = "predicted, not validated on GPUs here"
 _HOURS_LIMIT = 24
 
 
-def plan_lines(plan: Plan, price: float | None) -> list[str]:
-    """Returns everything of one plan as lines of text; ``price`` is that of a GPU-hour, or None."""
+def plan_lines(plan: Plan, price: float | None, *, faster: Found | None = None) -> list[str]:
+    """Returns everything of one plan as lines of text.
+
+    Args:
+        plan: the plan.
+        price: of a GPU-hour; None for no cost.
+        faster: another layout that is worth a change; None for none.
+    """
     return [
         *_heading(plan),
         "",
@@ -31,7 +37,7 @@ def plan_lines(plan: Plan, price: float | None) -> list[str]:
         "",
         *_time_lines(plan, price),
         "",
-        *_problem_lines(plan),
+        *_problem_lines(plan, faster),
     ]
 
 
@@ -59,12 +65,12 @@ def _row(name: str, value: str, remark: str = "") -> str:
 
 
 def _parameter_lines(plan: Plan) -> list[str]:
-    counted = plan.parameters
+    count = plan.parameters
     lines = [
         "parameters",
-        _row("total", f"{counted.total:,}"),
-        _row("activated, gate counted", f"{counted.activated_gate_counted:,}"),
-        _row("activated, neurons only", f"{counted.activated_neurons_only:,}"),
+        _row("total", f"{count.total:,}"),
+        _row("activated, gate counted", f"{count.activated_gate_counted:,}"),
+        _row("activated, neurons only", f"{count.activated_neurons_only:,}"),
     ]
     if plan.vocabulary_padding:
         padding = f"{plan.vocabulary_padding:,}"
@@ -144,9 +150,13 @@ def _time_lines(plan: Plan, price: float | None) -> list[str]:
     return lines
 
 
-def _problem_lines(plan: Plan) -> list[str]:
+def _problem_lines(plan: Plan, faster: Found | None) -> list[str]:
     lines = [f"problem: {line}" for line in problems(plan)]
     lines += [f"note: {line}" for line in notes(plan)]
+    if faster is not None:
+        layout = " ".join(text for text in faster.overrides if text.startswith("parallel."))
+        share = f"{speed_up(faster.plan, plan):.0%}"
+        lines.append(f"note: {layout} takes {share} less time (--search tries more)")
     return [*lines, "fits" if plan.fits else "does not fit"]
 
 
@@ -167,6 +177,23 @@ def search_lines(found: Sequence[Found], gpus: int, shown: int) -> list[str]:
             f"{' '.join(item.overrides)}"
         )
     return lines
+
+
+def found_lines(best: Found, given: Plan | None) -> list[str]:
+    """Returns a line on the best layout of a search beside the one that was asked for.
+
+    Args:
+        best: the first of the search.
+        given: the plan of the command line's own layout; None when that is not valid.
+    """
+    if given is None:
+        return ["the layout that was given is none of them"]
+    if not given.fits:
+        return ["the layout that was given does not fit"] if best.plan.fits else []
+    share = speed_up(best.plan, given)
+    if share > WORTH:
+        return [f"the first takes {share:.0%} less time than the layout that was given"]
+    return ["the layout that was given is within a tenth of the first"]
 
 
 def match_lines(pair: Pair) -> list[str]:

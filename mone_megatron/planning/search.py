@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 from typing import Literal
 
 from mone_megatron.config.errors import ConfigError
@@ -13,6 +14,10 @@ from mone_megatron.planning.plan import Machine, Plan, make_plan
 
 _RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 _LARGEST_MICRO_BATCH = 16
+# A layout is worth a change when it takes this share less of a step's time.
+WORTH = 0.1
+# A thousandth of a second each.
+_LAYOUTS_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,31 @@ def search(config: Config, machine: Machine) -> list[Found]:
     return sorted(
         found, key=lambda item: (not item.plan.fits, item.plan.time.total, item.plan.worst.total)
     )
+
+
+def faster_layout(plan: Plan) -> Found | None:
+    """Returns the fastest layout that fits, where it is worth a change: by more than a tenth.
+
+    Only the layout is changed: microbatches and recomputation, which :func:`search` tries as well,
+    stay. Worlds with more layouts than a moment is enough for are not searched.
+    """
+    tried = list(islice(_layouts(plan.config, plan.machine), _LAYOUTS_AT_ONCE + 1))
+    if len(tried) > _LAYOUTS_AT_ONCE:
+        return None
+    found: list[Found] = []
+    for parallel in tried:
+        candidate = replace(plan.config, parallel=parallel)
+        with suppress(ConfigError):
+            found.append(
+                Found(_overrides(candidate), make_plan(candidate, plan.machine, rough=True))
+            )
+    fitting = [item for item in found if item.plan.fits and speed_up(item.plan, plan) > WORTH]
+    return min(fitting, key=lambda item: item.plan.time.total, default=None)
+
+
+def speed_up(plan: Plan, over: Plan) -> float:
+    """Returns by which share of its time a step of one plan is faster than one of another."""
+    return 1 - plan.time.total / over.time.total
 
 
 def _only_data(parallel: ParallelConfig) -> ParallelConfig:

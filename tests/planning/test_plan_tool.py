@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,12 @@ def test_it_runs_without_torch_and_prints_everything(tmp_path: Path) -> None:
         (["--top", "3"], "--top: means nothing without --search"),
         (["--hours", "3"], "--hours: means nothing without --sbatch or --render"),
         (["--match", "flops", "--search"], "--search: not with --match"),
+        # Also with the value that it has anyway.
+        (["--match", "flops", "--gpus-per-node", "8"], "--gpus-per-node: not with --match"),
+        (["--match", "flops", "--gpus", "8"], "--gpus: not with --match"),
+        (["--match", "total", "--reserve-gib", "2"], "--reserve-gib: not with --match"),
+        (["--match", "total", "--installed", "deep_ep"], "--installed: not with --match"),
+        (["--match", "total", "--memory-gb", "80"], "--memory-gb: not with --match"),
         (["--json", "/proc/none/plan.json"], "--json: cannot use '/proc/none/plan.json'"),
         (["--render", "job", "--site", "/no/site.env"], "--site: /no/site.env is no file"),
         (["train.micro_batch_size=4", "train.seq_length=2048000", "--render", "job"], "--render: "),
@@ -217,6 +224,36 @@ def test_a_search_ranks_what_fits_by_time() -> None:
     assert again.fits
     assert again.time.total == pytest.approx(found[0].plan.time.total, rel=0.1)
     assert again.worst.total == pytest.approx(found[0].plan.worst.total, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "search", "said"),
+    [
+        (["parallel.expert=8"], False, "note: parallel.tensor=1 "),
+        (["parallel.expert=8"], True, "less time than the layout that was given"),
+        (["parallel.expert=1"], False, None),
+        (["parallel.tensor=5"], True, "the layout that was given is none of them"),
+    ],
+)
+def test_a_layout_that_is_a_tenth_faster_is_told(
+    main: Main,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    search: bool,
+    said: str | None,
+) -> None:
+    flags = ["--search", "--top", "1"] if search else []
+    main(["experiment=mone_0.9b", *overrides, "--gpus", "8", *flags])
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if "less time" in line or "was given" in line]
+    if said is None:
+        assert told == []
+    else:
+        (line,) = told
+        assert said in line
+        if not search:
+            assert re.search(r"takes [1-9]\d% less time \(--search tries more\)$", line)
+            assert lines[-1] == "fits"
 
 
 def test_a_search_without_a_layout_says_why(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
