@@ -16,7 +16,7 @@ _FORMAT = 1
 _PACKAGES = ("torch", "transformers", "lm_eval")
 _LEGEND = (
     "value ± standard error; n: questions, or windows of a perplexity; differences are to the "
-    "first model, * paired: both saw the same questions or tokens"
+    "first model, of the same questions or tokens unless it says unpaired"
 )
 
 
@@ -45,8 +45,8 @@ def table(results: Sequence[ModelResult], compared: Sequence[Compared]) -> str:
             if change is None:
                 row.append(ABSENT)
             else:
-                star = "*" if change.paired else ""
-                row.append(_with_error(_number(change.value, sign=True), change.stderr) + star)
+                apart = "" if change.paired else " unpaired"
+                row.append(_with_error(_number(change.value, sign=True), change.stderr) + apart)
         rows.append(row)
     return f"{text_table(header, rows, left=(0, 1))}\n\n{_LEGEND}"
 

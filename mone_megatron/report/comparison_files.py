@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,9 @@ _DEFINITIONS = (
     "as a ratio to the first run."
 )
 _GROUP_DEFINITION = (
-    "mean ± half-width of the 95% Student-t interval over seeds (none for one seed); "
-    "vs first: differences between runs of the same seed."
+    "losses: mean ± half-width of the 95% Student-t interval over seeds (none for one seed); "
+    "vs first: differences between runs of the same seed; tokens/s and step seconds: mean (lowest "
+    "to highest)."
 )
 
 
@@ -269,9 +270,22 @@ def _group_cells(group: Group) -> list[str]:
         _interval_text(group.train_loss, format_loss),
         _interval_text(group.loss_difference, format_signed),
         _interval_text(group.validation_loss, format_loss),
-        _interval_text(group.tokens_per_second, format_count),
-        _interval_text(group.step_seconds, format_number),
+        _range_text(group, "tokens_per_second", format_count),
+        _range_text(group, "step_seconds", format_number),
     ]
+
+
+def _range_text(group: Group, name: str, form: Callable[[float], str]) -> str:
+    """Returns the mean of a figure of the machine, and the lowest and highest of the runs.
+
+    Runs on one machine are no sample of machines: an interval of the mean would say nothing.
+    """
+    values = [getattr(member, name) for member in group.members]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return ABSENT
+    mean, low, high = map(form, (sum(known) / len(known), min(known), max(known)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _interval_text(interval: Interval | None, form: Any) -> str:

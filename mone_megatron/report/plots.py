@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,9 @@ def comparison_figure(curves: Sequence[ComparedCurve], heading: str, warning: st
     top.set_ylabel("loss (nats per token)")
     shown = [curve.loss for curve in curves]
     shown += [curve.validation for curve in curves if curve.validation is not None]
+    for curve in curves:
+        if curve.low is not None and curve.high is not None:
+            shown += [Series(curve.loss.steps, edge) for edge in (curve.low, curve.high)]
     _limit_losses(top, shown)
     if any(curve.validation is not None for curve in curves):
         top.plot([], [], color=_SOFT, linestyle="none", marker="o", label="validation")
@@ -325,6 +329,7 @@ def _limit_losses(axes: Axes, series: Sequence[Series]) -> None:
                   transform=axes.transAxes)  # fmt: skip
         return
     low = float(values.min())
-    high = float(max(np.quantile(values, 0.995), values[0]))
+    starts = [one.values[0] for one in series if len(one) and math.isfinite(one.values[0])]
+    high = float(max(np.quantile(values, 0.995), *starts, low))
     room = 0.05 * (high - low) or 0.05 * abs(low) or 0.05
     axes.set_ylim(low - room, high + room)

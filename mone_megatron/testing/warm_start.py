@@ -210,6 +210,8 @@ def _run(
     if arguments[0] == "-m":
         sys.argv[:] = arguments[1:]
         sys.path.insert(0, folder)
+        # As where nothing was imported: runpy warns of a module that is there twice.
+        sys.modules.pop(arguments[1], None)
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv[:] = ["-c", *arguments[2:]]

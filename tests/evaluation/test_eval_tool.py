@@ -90,6 +90,11 @@ def test_models_are_compared_on_tasks_and_text(
         if not math.isinf(change["value"]) and "acc" not in key[1]:
             # Both see the same text: less uncertain than two samples of their own.
             assert change["stderr"] < math.hypot(one[key]["stderr"], two[key]["stderr"])
+    # Nothing that reads as significance; what is paired is the rule.
+    table, _, legend = printed.out.partition("\n\n")
+    assert "*" not in table
+    assert "unpaired" not in table
+    assert "unless it says unpaired" in legend
     assert f"{text}: " in printed.out
     assert f"({len(TEXT[:2000].encode())} bytes)".replace("2000", "2,000") in printed.out
 

@@ -14,6 +14,7 @@ import pytest
 
 from mone_megatron.report.compare import compare, compared_curves
 from mone_megatron.report.comparison_files import text_report, write_comparison
+from mone_megatron.report.plots import comparison_figure
 from mone_megatron.report.runs import load_run
 
 RunBuilder = Callable[..., Path]
@@ -162,6 +163,38 @@ def test_groups_must_hold_the_same_seeds_once(make_run: RunBuilder) -> None:
     assert comparison.groups[1].loss_difference is None
     twice = compare([load_run(paths[0]), load_run(paths[0])], group_seeds=True)
     assert [str(mismatch) for mismatch in twice.mismatches] == ["repeated seeds: 1 in moe_s1"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [([0.5, 0.7], "0.6 (0.5 to 0.7)"), ([0.5, 0.5], "0.5"), ([0.25], "0.25")]
+)
+def test_speeds_of_a_group_are_a_range_of_the_machine(
+    make_run: RunBuilder, seconds: list[float], shown: str
+) -> None:
+    """Student's t over two of them was wider than the speed itself."""
+    runs = [
+        load_run(make_run(f"s{seed}", name=f"moe_s{seed}", seed=seed, step_seconds=each))
+        for seed, each in enumerate(seconds)
+    ]
+    report = text_report(compare(runs, group_seeds=True))
+    row = next(line for line in reversed(report.splitlines()) if line.startswith("moe"))
+    assert row.split("  ")[-1].strip() == shown
+
+
+def test_bands_over_seeds_are_inside_the_picture(make_run: RunBuilder) -> None:
+    # One seed far above the mean from the first step on, another far below at the end.
+    losses = [lambda s: 9.0 - s / 100, lambda s: 5.0 - s / 100, lambda s: 1.0 - s / 100]
+    runs = [
+        load_run(make_run(f"s{seed}", name=f"moe_s{seed}", seed=seed, loss=loss))
+        for seed, loss in enumerate(losses)
+    ]
+    comparison = compare(runs, group_seeds=True)
+    (curve,) = compared_curves(comparison)
+    assert curve.low is not None
+    assert curve.high is not None
+    bottom, top = comparison_figure([curve], "a", "").axes[0].get_ylim()
+    assert bottom < curve.low.min()
+    assert curve.high.max() < top
 
 
 def test_group_of_one_has_no_interval(make_run: RunBuilder) -> None:

@@ -72,6 +72,12 @@ def test_it_has_imported_what_takes_long_and_opened_nothing() -> None:
     assert run_python(["-c", code], folder=Path.cwd()).stdout == "True True False 1\n"
 
 
+def test_a_module_that_is_imported_already_runs_as_main(tmp_path: Path) -> None:
+    done = run_python(["-m", "mone_megatron.pretrain", "--no-such-flag"], folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --no-such-flag: not taken")
+
+
 def test_siblings_share_no_state(tmp_path: Path) -> None:
     code = "import torch; print(hasattr(torch, 'marked')); torch.marked = True"
     said = [run_python(["-c", code], folder=tmp_path).stdout for _ in range(2)]
