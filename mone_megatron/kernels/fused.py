@@ -47,6 +47,8 @@ MOST_NEURONS = {torch.bfloat16: 16384, torch.float32: 8192}
 # are small beside the rows.
 _SUMMING_PROGRAMS = 1024
 _MOST_ROWS = 64
+# Rows of up to so many bf16 neurons lie 32 a thread; a program of more would not fit.
+_MOST_BY_THIRTY_TWO = 8192
 _expected_rows: int | None = None
 
 
@@ -77,10 +79,22 @@ class LaunchShape(NamedTuple):
     warps: int
 
 
-def launch_shape(neurons: int) -> LaunchShape:
-    """Returns 8 lanes a thread and up to 16 warps: see :mod:`.triton_glu`."""
+def launch_shape(neurons: int, lanes: int = 8) -> LaunchShape:
+    """Returns so many lanes a thread, and up to 16 warps."""
     block = max(32, triton.next_power_of_2(neurons))
-    return LaunchShape(block, min(16, max(1, block // 256)))
+    return LaunchShape(block, min(16, max(1, block // (32 * lanes))))
+
+
+def selecting_shape(neurons: int, dtype: torch.dtype, *, most: bool = False) -> LaunchShape:
+    """Returns the launch shape of kernels that select: see :mod:`.triton_glu`.
+
+    Args:
+        neurons: the width of a row.
+        dtype: of the scores.
+        most: whether the kernel also packs and adds up, which takes more registers.
+    """
+    wide = dtype is torch.bfloat16 and neurons <= _MOST_BY_THIRTY_TWO and not most
+    return launch_shape(neurons, 32 if wide else 16)
 
 
 @cache
@@ -174,13 +188,13 @@ def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
     rows, neurons = scores_TF.shape
     mask_TF = torch.empty(rows, neurons, dtype=torch.bool, device=scores_TF.device)
     if rows:
-        block, warps = launch_shape(neurons)
+        block, warps = selecting_shape(neurons, scores_TF.dtype)
         topk_mask_kernel[(rows,)](
             scores_TF,
             mask_TF.view(torch.int8),
-            neurons,
             k,
             scores_TF.stride(0),
+            NEURONS=neurons,
             BLOCK=block,
             NARROW=scores_TF.dtype is torch.bfloat16,
             num_warps=warps,
@@ -235,7 +249,8 @@ class _FusedGLU(torch.autograd.Function):
         slots = _Slots(gate_TF, sums) if sums is not None else None
         if slots is not None and sums is not None and sums.normalize:
             share_T = new(rows, dtype=torch.float32)
-        block, warps = launch_shape(neurons)
+        most = packed_gate is not None and sums is not None
+        block, warps = selecting_shape(neurons, gate_TF.dtype, most=most)
         rows_each = slots.rows_each if slots is not None else max(1, 512 // block)
         if rows:
             forward_kernel[(triton.cdiv(rows, rows_each),)](
@@ -254,12 +269,12 @@ class _FusedGLU(torch.autograd.Function):
                 slots.weights if slots is not None else None,
                 slots.counts if slots is not None else None,
                 rows,
-                neurons,
                 keep.k if isinstance(keep, TopK) else 0,
                 packed.width if packed is not None else 0,
                 gate_TF.stride(0),
                 up_TF.stride(0),
                 scores_TF.stride(0) if scores_TF is not None else 0,
+                NEURONS=neurons,
                 ROWS=rows_each,
                 BLOCK=block,
                 ACTIVATION=fused.value,
@@ -310,7 +325,9 @@ class _FusedGLU(torch.autograd.Function):
         grad_scale_T = torch.zeros_like(scale_T) if scale_T is not None else None
         if grad_hidden_TF is not None:
             grad_hidden_TF = _rows(grad_hidden_TF)
-        block, warps = launch_shape(neurons)
+        # What is gathered takes more barriers the more warps there are, and fewer registers.
+        packed: bool = ctx.packed  # type: ignore[attr-defined]
+        block, warps = launch_shape(neurons, 16 if packed else 8)
         if rows:
             backward_kernel[(rows,)](
                 grad_hidden_TF,
@@ -324,14 +341,14 @@ class _FusedGLU(torch.autograd.Function):
                 grad_gate_TF,
                 grad_up_TF,
                 grad_scale_T,
-                neurons,
                 gate.stride(0),
                 up.stride(0),
                 grad_hidden_TF.stride(0) if grad_hidden_TF is not None else 0,
                 grad_gate_TF.stride(0),
+                NEURONS=neurons,
                 BLOCK=block,
                 SLOPE=fused.value_and_slope,
-                PACKED=ctx.packed,  # type: ignore[attr-defined]
+                PACKED=packed,
                 WEIGHTS=settings.sums.weights if settings.sums is not None else "selected",
                 NORMALIZE=share_T is not None,
                 num_warps=warps,
@@ -358,8 +375,8 @@ def _rebuild(
             scale_T,
             bits,
             hidden_TF,
-            neurons,
             width,
+            NEURONS=neurons,
             BLOCK=block,
             ACTIVATION=fused.value,
             num_warps=warps,

@@ -17,7 +17,7 @@ from mone_megatron.kernels.fused import (
     fused_activation,
     fused_score,
     given_scores,
-    launch_shape,
+    selecting_shape,
     supports,
 )
 from mone_megatron.kernels.reference import Activate, TopK
@@ -81,7 +81,7 @@ def sparse_experts(
     scores_SF = given_scores(gate_SF, gate_SF if up_SF is None else up_SF, keep.score, activate)
     chosen_SK = new(slots, kept, dtype=torch.int32)
     weight_SK = new(slots, kept, dtype=torch.float32)
-    block, warps = launch_shape(neurons)
+    block, warps = selecting_shape(neurons, gate_SF.dtype)
     choose_kernel[(slots,)](
         gate_SF,
         up_SF,
@@ -89,8 +89,8 @@ def sparse_experts(
         probs_NK.flatten()[order_S],
         chosen_SK,
         weight_SK,
-        neurons,
         kept,
+        NEURONS=neurons,
         BLOCK=block,
         ACTIVATION=fused.value,
         SCORE=fused_score(keep.score) if scores_SF is None else None,

@@ -21,6 +21,10 @@ from triton.language.extra import libdevice
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+# The bits of 80, where exp(80) and its inverse are well inside fp32.
+_FAR = tl.constexpr(0x42A00000)
+
+
 class FusedActivation(NamedTuple):
     """Holds the forms of one activation, each a device function of the gate projection in fp32."""
 
@@ -42,28 +46,64 @@ def exponential(value: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def far_quotient(numerator: tl.tensor, denominator: tl.tensor) -> tl.tensor:
+    """Returns the correctly rounded quotient of any numbers."""
+    return tl.div_rn(numerator, denominator)
+
+
+@triton.jit
+def near_quotient(numerator: tl.tensor, denominator: tl.tensor) -> tl.tensor:
+    """Returns the rounded quotient where neither number nor the result is near fp32's limits.
+
+    Those are the steps of a correctly rounded division without its test for numbers that need
+    others, which takes as long as all of them.
+    """
+    inverse = tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;",
+        "=f,f",
+        [denominator],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+    # 0 - x is an instruction, -1 x is none.
+    minus = denominator * -1.0
+    inverse = tl.fma(inverse, tl.fma(minus, inverse, 1.0), inverse)
+    quotient = numerator * inverse
+    return tl.fma(inverse, tl.fma(minus, quotient, numerator), quotient)
+
+
+@triton.jit
 def silu(gate: tl.tensor) -> tl.tensor:
     """Returns SiLU, g / (1 + exp(-g)), in torch's order of operations."""
-    return tl.div_rn(gate, 1.0 + exponential(-gate))
+    denominator = 1.0 + exponential(gate * -1.0)
+    if INTERPRETED:
+        return tl.div_rn(gate, denominator)
+    else:  # noqa: RET505
+        if tl.max(gate.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0) < _FAR:
+            quotient = near_quotient(gate, denominator)
+        else:
+            quotient = far_quotient(gate, denominator)
+        return quotient
 
 
 @triton.jit
 def silu_and_slope(gate: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Returns SiLU and its derivative."""
-    share = tl.div_rn(1.0, 1.0 + exponential(-gate))
+    share = tl.div_rn(1.0, 1.0 + exponential(gate * -1.0))
     return gate * share, share * (1.0 + gate * (1.0 - share))
 
 
 @triton.jit
 def sigmoid(gate: tl.tensor) -> tl.tensor:
     """Returns the sigmoid, 1 / (1 + exp(-g))."""
-    return tl.div_rn(1.0, 1.0 + exponential(-gate))
+    return tl.div_rn(1.0, 1.0 + exponential(gate * -1.0))
 
 
 @triton.jit
 def sigmoid_and_slope(gate: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Returns the sigmoid and its derivative."""
-    share = tl.div_rn(1.0, 1.0 + exponential(-gate))
+    share = tl.div_rn(1.0, 1.0 + exponential(gate * -1.0))
     return share, share * (1.0 - share)
 
 

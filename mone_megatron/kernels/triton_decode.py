@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mone_megatron.kernels.triton_select import largest, neuron_score
+from mone_megatron.kernels.triton_select import lanes_of, largest
 
 
 @triton.jit
@@ -102,8 +102,8 @@ def choose_kernel(
     # Written: [S, K] each, neurons in rising order.
     chosen: tl.tensor,
     weights: tl.tensor,
-    neurons: tl.tensor,
     k: tl.tensor,
+    NEURONS: tl.constexpr,
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SCORE: tl.constexpr,
@@ -116,22 +116,23 @@ def choose_kernel(
     """
     slot = tl.program_id(0).to(tl.int64)
     lane_N = tl.arange(0, BLOCK)
-    inside_N = lane_N < neurons
-    gate_N = tl.load(gate + slot * neurons + lane_N, mask=inside_N, other=0.0).to(tl.float32)
-    weight_N = ACTIVATION(gate_N)
+    inside_N = lane_N < NEURONS
+    gate_N = tl.load(gate + slot * NEURONS + lane_N, mask=inside_N, other=0.0).to(tl.float32)
+    activation_N = ACTIVATION(gate_N)
+    weight_N = activation_N
     up_N = gate_N
     if up is not None:
-        up_N = tl.load(up + slot * neurons + lane_N, mask=inside_N, other=0.0).to(tl.float32)
+        up_N = tl.load(up + slot * NEURONS + lane_N, mask=inside_N, other=0.0).to(tl.float32)
         weight_N = weight_N * up_N
     if scores is not None:
-        score_N = tl.load(scores + slot * neurons + lane_N, mask=inside_N, other=0.0)
+        score_N = tl.load(scores + slot * NEURONS + lane_N, mask=inside_N, other=0.0)
         score_N = score_N.to(tl.float32)
     else:
-        score_N = neuron_score(gate_N, up_N, SCORE, ACTIVATION, NARROW)
-    kept_N = largest(score_N, inside_N, k, SIGNED, NARROW)
+        score_N = SCORE(gate_N, up_N, activation_N, NARROW)
+    flag_N = lanes_of(largest(score_N, inside_N, k, SIGNED, NARROW))
     # A NaN keeps nothing: then the first K stand for all of them, with NaN as their weights.
-    found = tl.sum(kept_N.to(tl.int32), axis=0)
-    kept_N = kept_N | ((found == 0) & (lane_N < k))
+    found = tl.sum(flag_N, axis=0)
+    kept_N = (flag_N != 0) | ((found == 0) & (lane_N < k))
     weight_N = tl.where(found == 0, float("nan"), weight_N * tl.load(scale + slot).to(tl.float32))
     place_N = slot * k + tl.cumsum(kept_N.to(tl.int32), axis=0) - 1
     tl.store(chosen + place_N, lane_N, mask=kept_N)

@@ -20,16 +20,17 @@ that NaN spreads as in the reference.
 32-bit. Bits are bytes of 8 neurons, lowest bit first: with 16-byte loads of bf16 a byte's neurons
 lie in one thread. Arithmetic is fp32.
 
-**Launch.** 8 lanes a thread and at most 16 warps (``fused.launch_shape``): for bf16 and f=1024 on
-sm_90 64 registers forward, without the balance sums, and 60 backward, so 8 programs of 4 warps on a
-multiprocessor
-(docs/performance.md has the others). The shape is a function of the width alone, not autotuned:
+**Launch.** Forward, a warp holds a row of up to 1,024 bf16 neurons (512 in fp32), 32 (16) a thread,
+so that no count waits for another warp; wider rows take more warps, and wait. Backward counts
+nothing: 8 lanes a thread (``fused.selecting_shape`` and ``launch_shape``). docs/gpu.md has the
+registers and instructions of each. The shape is a function of the width alone, not autotuned:
 choosing by timing would add rows up in another order in the next run, and two runs of one seed
-would part.
+would part. The width itself is a constant of the kernel, so that lanes which no row has cost
+nothing.
 
 Arguments that a variant does not need are None, and the compiler drops what they guard.
 
-Shape suffixes: N lanes of one program, B bytes of N bits.
+Shape suffixes: N lanes of one program, P pairs of lanes, B bytes of N bits.
 """
 
 from __future__ import annotations
@@ -37,17 +38,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mone_megatron.kernels.triton_select import largest, neuron_score
+from mone_megatron.kernels.triton_scores import widened
+from mone_megatron.kernels.triton_select import (
+    lanes_of,
+    largest,
+    ones_of,
+    pairs_from,
+)
 
 # Divisors are not smaller: the smallest normal number of fp32.
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def bits_of(kept_N: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """Returns bytes of 8 neurons each, the first in the lowest bit."""
-    kept_B8 = tl.reshape(kept_N.to(tl.int32), [BLOCK // 8, 8])
-    return tl.sum(kept_B8 << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)
+def bits_of(kept_P: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Returns bytes of 8 neurons each, the first in the lowest bit, from pairs of flags."""
+    kept_B4 = tl.reshape(kept_P, [BLOCK // 8, 4])
+    both_B = tl.sum(kept_B4 << (2 * tl.arange(0, 4))[None, :], axis=1)
+    return ((both_B | (both_B >> 15)) & 0xFF).to(tl.uint8)
 
 
 @triton.jit
@@ -55,6 +63,23 @@ def kept_from(bits_B: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
     """Returns 1 at kept neurons and 0 at others, int32: undoes :func:`bits_of`."""
     kept_B8 = (bits_B.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
     return tl.reshape(kept_B8, [BLOCK])
+
+
+@triton.jit
+def leave_sums(
+    weight_slots: tl.tensor,
+    count_slots: tl.tensor,
+    slot: tl.tensor,
+    weight_sum_N: tl.tensor,
+    count_P: tl.tensor,
+    NEURONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Writes the sums of weights and the counts, in pairs, of one program and segment."""
+    lane_N = tl.arange(0, BLOCK)
+    at_N = slot * NEURONS + lane_N
+    tl.store(weight_slots + at_N, weight_sum_N, mask=lane_N < NEURONS)
+    tl.store(count_slots + at_N, lanes_of(count_P), mask=lane_N < NEURONS)
 
 
 # What changes from call to call must not make another kernel.
@@ -79,12 +104,12 @@ def forward_kernel(
     weight_slots: tl.tensor,
     count_slots: tl.tensor,
     rows: tl.tensor,
-    neurons: tl.tensor,
     k: tl.tensor,
     packed_width: tl.tensor,
     gate_stride: tl.tensor,
     up_stride: tl.tensor,
     scores_stride: tl.tensor,
+    NEURONS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -93,7 +118,7 @@ def forward_kernel(
     SCORE: tl.constexpr,
     SIGNED: tl.constexpr,
     NARROW: tl.constexpr,
-    # Of the balance loss: over "selected" or "all" neurons, divided by the row's sum or not.
+    # Of the balance loss: over "selected" or "all" NEURONS, divided by the row's sum or not.
     WEIGHTS: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ) -> None:
@@ -101,70 +126,68 @@ def forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     first = program * ROWS
     lane_N = tl.arange(0, BLOCK)
-    inside_N = lane_N < neurons
+    inside_N = lane_N < NEURONS
     weight_sum_N = tl.zeros([BLOCK], dtype=tl.float32)
-    count_N = tl.zeros([BLOCK], dtype=tl.int32)
+    count_P = tl.zeros([BLOCK // 2], dtype=tl.int32)
     current = tl.load(segment + first) if segment is not None else 0
     for position in range(first, tl.minimum(first + ROWS, rows)):
         row = tl.load(order + position).to(tl.int64) if order is not None else position
         gate_in_N = tl.load(gate + row * gate_stride + lane_N, mask=inside_N, other=0.0)
         up_in_N = tl.load(up + row * up_stride + lane_N, mask=inside_N, other=0.0)
-        gate_N = gate_in_N.to(tl.float32)
-        up_N = up_in_N.to(tl.float32)
+        gate_N = widened(gate_in_N)
+        up_N = widened(up_in_N)
+        weight_N = ACTIVATION(gate_N)
         if KEEP == "top":
             if SCORE is None:
                 score_at = scores + row * scores_stride
-                score_N = tl.load(score_at + lane_N, mask=inside_N, other=0.0).to(tl.float32)
+                score_N = widened(tl.load(score_at + lane_N, mask=inside_N, other=0.0))
             else:
-                score_N = neuron_score(gate_N, up_N, SCORE, ACTIVATION, NARROW)
-            kept_N = largest(score_N, inside_N, k, SIGNED, NARROW)
+                score_N = SCORE(gate_N, up_N, weight_N, NARROW)
+            kept_P = largest(score_N, inside_N, k, SIGNED, NARROW)
         elif KEEP == "mask":
-            kept_N = tl.load(mask + row * neurons + lane_N, mask=inside_N, other=0) != 0
+            kept_P = pairs_from(tl.load(mask + row * NEURONS + lane_N, mask=inside_N, other=0))
         else:
-            kept_N = inside_N
-        weight_N = ACTIVATION(gate_N)
+            kept_P = pairs_from(inside_N)
         value_N = weight_N * up_N
         if KEEP != "all":
-            value_N = value_N * kept_N.to(tl.float32)
+            value_N = value_N * ones_of(kept_P)
         if scale is not None:
             value_N = value_N * tl.load(scale + row).to(tl.float32)
-        hidden_at = hidden + row * neurons
+        hidden_at = hidden + row * NEURONS
         tl.store(hidden_at + lane_N, value_N.to(hidden.dtype.element_ty), mask=inside_N)
         if bits is not None:
             byte_B = tl.arange(0, BLOCK // 8)
-            width = (neurons + 7) // 8
-            tl.store(bits + row * width + byte_B, bits_of(kept_N, BLOCK), mask=byte_B < width)
+            width = (NEURONS + 7) // 8
+            tl.store(bits + row * width + byte_B, bits_of(kept_P, BLOCK), mask=byte_B < width)
         if packed_gate is not None:
-            flags_N = kept_N.to(tl.int32)
+            flags_N = lanes_of(kept_P)
             place_N = tl.cumsum(flags_N, axis=0) - flags_N
-            fits_N = kept_N & (place_N < packed_width)
+            fits_N = (flags_N != 0) & (place_N < packed_width)
             packed_at = row * packed_width
             tl.store(packed_gate + packed_at + place_N, gate_in_N, mask=fits_N)
             tl.store(packed_up + packed_at + place_N, up_in_N, mask=fits_N)
         if segment is not None:
             now = tl.load(segment + position)
             if now != current:
-                done_at = (program + current) * neurons
-                tl.store(weight_slots + done_at + lane_N, weight_sum_N, mask=inside_N)
-                tl.store(count_slots + done_at + lane_N, count_N, mask=inside_N)
+                slot = program + current
+                leave_sums(weight_slots, count_slots, slot, weight_sum_N, count_P, NEURONS, BLOCK)
                 weight_sum_N = tl.zeros([BLOCK], dtype=tl.float32)
-                count_N = tl.zeros([BLOCK], dtype=tl.int32)
+                count_P = tl.zeros([BLOCK // 2], dtype=tl.int32)
                 current = now
             # Sigmoid of a lane beyond the end is not zero.
             counted_N = tl.where(inside_N, tl.abs(weight_N), 0.0)
             if WEIGHTS == "selected":
-                counted_N = counted_N * kept_N.to(tl.float32)
+                counted_N = counted_N * ones_of(kept_P)
             if NORMALIZE:
                 total = tl.sum(counted_N, axis=0)
                 inverse = tl.div_rn(1.0, tl.where(total < _TINY, _TINY, total))
                 tl.store(share + row, inverse)
                 counted_N = counted_N * inverse
             weight_sum_N += counted_N
-            count_N += kept_N.to(tl.int32)
+            count_P += kept_P
     if segment is not None:
-        last_at = (program + current) * neurons
-        tl.store(weight_slots + last_at + lane_N, weight_sum_N, mask=inside_N)
-        tl.store(count_slots + last_at + lane_N, count_N, mask=inside_N)
+        slot = program + current
+        leave_sums(weight_slots, count_slots, slot, weight_sum_N, count_P, NEURONS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["packed_width"])
@@ -176,8 +199,8 @@ def rebuild_kernel(
     bits: tl.tensor,
     # Written: [T, F].
     hidden: tl.tensor,
-    neurons: tl.tensor,
     packed_width: tl.tensor,
+    NEURONS: tl.constexpr,
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
@@ -185,7 +208,7 @@ def rebuild_kernel(
     row = tl.program_id(0).to(tl.int64)
     lane_N = tl.arange(0, BLOCK)
     byte_B = tl.arange(0, BLOCK // 8)
-    width = (neurons + 7) // 8
+    width = (NEURONS + 7) // 8
     bits_B = tl.load(bits + row * width + byte_B, mask=byte_B < width, other=0)
     kept_N = kept_from(bits_B, BLOCK)
     place_N = row * packed_width + tl.cumsum(kept_N, axis=0) - kept_N
@@ -194,8 +217,8 @@ def rebuild_kernel(
     value_N = ACTIVATION(gate_N) * up_N * kept_N.to(tl.float32)
     if scale is not None:
         value_N = value_N * tl.load(scale + row).to(tl.float32)
-    at = hidden + row * neurons
-    tl.store(at + lane_N, value_N.to(hidden.dtype.element_ty), mask=lane_N < neurons)
+    at = hidden + row * NEURONS
+    tl.store(at + lane_N, value_N.to(hidden.dtype.element_ty), mask=lane_N < NEURONS)
 
 
 @triton.jit
@@ -251,11 +274,11 @@ def backward_kernel(
     grad_gate: tl.tensor,
     grad_up: tl.tensor,
     grad_scale: tl.tensor,
-    neurons: tl.tensor,
     gate_stride: tl.tensor,
     up_stride: tl.tensor,
     grad_hidden_stride: tl.tensor,
     grad_stride: tl.tensor,
+    NEURONS: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOPE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -265,13 +288,13 @@ def backward_kernel(
     """Writes the gradients of gate, up and scale. One program a row. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     lane_N = tl.arange(0, BLOCK)
-    inside_N = lane_N < neurons
+    inside_N = lane_N < NEURONS
     gate_at = gate + row * gate_stride
     up_at = up + row * up_stride
     kept_N = inside_N.to(tl.int32)
     if bits is not None:
         byte_B = tl.arange(0, BLOCK // 8)
-        width = (neurons + 7) // 8
+        width = (NEURONS + 7) // 8
         bits_B = tl.load(bits + row * width + byte_B, mask=byte_B < width, other=0)
         kept_N = kept_from(bits_B, BLOCK)
     if PACKED:
@@ -295,7 +318,7 @@ def backward_kernel(
         grad_weight_N = grad_N * up_N
         grad_up_N = grad_N * weight_N
     if grad_sum is not None:
-        sum_at = grad_sum + tl.load(segment + row).to(tl.int64) * neurons
+        sum_at = grad_sum + tl.load(segment + row).to(tl.int64) * NEURONS
         sum_slope_N = tl.load(sum_at + lane_N, mask=inside_N, other=0.0)
         counted_N = inside_N.to(tl.float32) if WEIGHTS == "all" else share_of_N
         if NORMALIZE:

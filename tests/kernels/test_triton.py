@@ -316,6 +316,46 @@ def test_infinities_and_nan(dtype: torch.dtype) -> None:
     assert torch.equal(results["hidden"].isnan(), (gate * case.inputs()[1]).isnan())
 
 
+# Rows whose K-th largest score is far below the largest are searched for everywhere.
+FAR = [1.0, 2.0**-30, 2.0**-31, 2.0**-60, 2.0**-100, 0.0, -(2.0**-100), -(2.0**-30), -8.0]
+ROWS = {
+    "all equal": [0.75],
+    "all zero, of both signs": [0.0, -0.0],
+    "denormal": [2.0**-130, 2.0**-131, -(2.0**-131), 0.0],
+    "far apart": FAR,
+    "infinite, and far apart": [*FAR, math.inf, -math.inf],
+    "below zero": [-1.0, -2.0, -3.0, -math.inf],
+    "of both signs": [-1.0, 1.0, -2.0, 2.0, 0.5],
+    "NaN at times": [1.0] * 60 + [2.0, math.nan],
+    "the largest number of bf16": [3.3895313892515355e38, -3.3895313892515355e38, 1.0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_of_few_values(dtype: torch.dtype, row: str) -> None:
+    """Most tie at the threshold; K from 1 to all, odd and even widths, rows that lie apart."""
+    generator = torch.Generator().manual_seed(5)
+    values = torch.tensor(ROWS[row], dtype=torch.float64).to(dtype)
+    for neurons in (33, 64):
+        for k in (1, 2, neurons // 4, neurons - 1, neurons):
+            chosen = torch.randint(len(values), (3, 2 * neurons), generator=generator)
+            scores = values[chosen].to(DEVICE)[:, neurons:]
+            assert not scores.is_contiguous()
+            assert torch.equal(fused.topk_mask(scores, k), reference.topk_mask(scores, k)), k
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("step", [0.0, 0.5])
+def test_every_score_of_odd_values(dtype: torch.dtype, score: str, step: float) -> None:
+    tiny = 2.0**-130
+    odd = (math.inf, -math.inf, -0.0, tiny, -tiny, 1e-20, -90.0, 90.0)
+    for neurons, k in ((31, 1), (31, 7), (64, 16), (64, 63)):
+        case = Case(3, neurons, k, dtype, score, "relu", step=step, odd=odd, seed=k)
+        assert torch.equal(masks(case), case.mask()), k
+
+
 def test_no_rows() -> None:
     for weights in ("selected", None):
         results = run(Case(0, weights=weights))

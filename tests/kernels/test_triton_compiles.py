@@ -10,12 +10,16 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from mone_megatron.methods.scores import SCORES
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
+FUSED_SCORES = [score.name for score in SCORES if score.fused is not None]
 LINE = re.compile(r"^(?P<kernel>.{36}) (?P<dtype>\w+) f=\d+ .* (?P<spilled>\d+) bytes spilled")
 
 
@@ -36,6 +40,57 @@ def test_all_kernels_compile_and_fit_in_registers() -> None:
     assert len(found) == 2 * 13 + 7
     spilling = [match.group() for match in found if match["spilled"] != "0"]
     assert not spilling
+
+
+# Machine instructions a row for an H100, as counted when this was written, by kernel, dtype and f.
+COUNTED = {
+    ("forward, sums", "bf16", 128): 467,
+    ("forward, sums", "bf16", 704): 1841,
+    ("backward, sums", "bf16", 704): 2296,
+    ("mask", "bf16", 704): 1709,
+    ("forward, sums", "fp32", 1024): 4133,
+}
+TOLERATED = 1.05
+# Times the memory bound, by the model of lab/benchmarks/registers.py.
+MOST = 2.0
+# What a narrow row needs beside its neurons takes longer for these.
+MOST_OF_NARROW = {"forward, sums, abs_product": 2.1, "forward, sums, signed_gate": 2.3}
+
+
+def test_the_training_kernels_issue_no_more_instructions_than_they_did(tmp_path: Path) -> None:
+    found = {}
+    for dtype in ("bf16", "fp32"):
+        path = tmp_path / f"{dtype}.json"
+        widths = sorted({str(f) for _, kind, f in COUNTED if kind == dtype}, key=int)
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "mone_megatron.lab.benchmarks.registers", "--training"),
+                *("--dtype", dtype, "--output", str(path), "--neurons", *widths),
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        for kernel in json.loads(path.read_text())["result"]:
+            found[kernel["kernel"], dtype, kernel["neurons"]] = kernel
+    assert not [kernel for kernel in found.values() if kernel["spilled"]]
+    # Every score that the kernels have ranks in the training variant, too.
+    assert {name for name, _, _ in found} >= {f"forward, sums, {name}" for name in FUSED_SCORES}
+    slow = {
+        (name, dtype, neurons): kernel["issue_ratio"]
+        for (name, dtype, neurons), kernel in found.items()
+        if name.startswith("forward")
+        and kernel["issue_ratio"] > (MOST_OF_NARROW.get(name, MOST) if neurons == 128 else MOST)
+    }
+    assert not slow
+    grown = {
+        key: found[key]["instructions"]
+        for key, counted in COUNTED.items()
+        if found[key]["instructions"] > counted * TOLERATED
+    }
+    assert not grown
 
 
 # Calls of the gated unit, whose kernels are not run: Triton is asked which variant each would be.
