@@ -157,7 +157,8 @@ def expert_product(
 ) -> Tensor:
     """Returns each expert's rows times its matrix, ``[T, O]`` (I values in, O out).
 
-    On CPU in fp32 the gradient may go straight to the weight's ``main_grad`` (:mod:`.grouped_cpu`).
+    The gradient may go straight to the weight's ``main_grad``: on CPU in fp32
+    (:mod:`.grouped_cpu`), and by Transformer Engine (:mod:`.te_grouped`).
 
     Args:
         rows_TI: expert after expert.
@@ -175,6 +176,8 @@ def expert_product(
         matrix_EIO = weight.view(len(weight), -1, rows_TI.shape[-1]).transpose(1, 2)
     else:
         matrix_EIO = weight.view(len(weight), rows_TI.shape[-1], -1)
+    if _grouped_gemm == "transformer_engine":
+        return te_grouped.grouped_mm(rows_TI, matrix_EIO, groups.counts_E, parameter=weight)
     return grouped_mm(rows_TI, matrix_EIO, groups)
 
 

@@ -41,8 +41,9 @@ class GroupedGemm(Protocol):
         m_splits: list[int],
         grad: bool,
         single_output: bool,
+        accumulate: bool = False,
     ) -> object:
-        """Writes the products to ``out``."""
+        """Writes the products to ``out``, or adds them to what is there (``accumulate``)."""
 
 
 @cache
@@ -78,7 +79,11 @@ def transformer_engines() -> GroupedGemm:
 
 
 def grouped_mm(
-    rows_TI: Tensor, weight_EIO: Tensor, counts_E: Tensor, gemm: GroupedGemm | None = None
+    rows_TI: Tensor,
+    weight_EIO: Tensor,
+    counts_E: Tensor,
+    gemm: GroupedGemm | None = None,
+    parameter: Tensor | None = None,
 ) -> Tensor:
     """Returns each expert's rows times its matrix.
 
@@ -87,6 +92,9 @@ def grouped_mm(
         weight_EIO: contiguous, or the transpose of a contiguous ``[E, O, I]``: neither is copied.
         counts_E: int64, rows of each expert.
         gemm: the function that multiplies; Transformer Engine's unless given.
+        parameter: what the matrices are a view of. If it has ``main_grad`` and
+            ``adds_to_main_grad`` is set on it, the products of the backward pass are added there,
+            in its dtype, and no gradient of all experts is made for each microbatch.
 
     Returns:
         ``[T, O]``.
@@ -101,10 +109,29 @@ def grouped_mm(
             f"grouped_mm: a weight of strides {weight_EIO.stride()} is neither contiguous nor the "
             "transpose of one that is"
         )
+    if parameter is not None and getattr(parameter, "adds_to_main_grad", False):
+        stored = stored.detach()
+    else:
+        parameter = None
     output: Tensor = _GroupedProduct.apply(
-        rows_TI, stored, counts_E.tolist(), transposed, gemm or transformer_engines()
+        rows_TI, stored, parameter, counts_E.tolist(), transposed, gemm or transformer_engines()
     )
     return output
+
+
+@cache
+def _no_gradient(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _told_to_autograd(parameter: Tensor) -> Tensor:
+    """Returns a gradient that megatron-core passes over: it has been added already.
+
+    Autograd has to be given one, or the hook would not run that sends gradients on.
+    """
+    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    # A tensor that nobody else holds is taken over without a copy.
+    return _no_gradient(parameter.shape, parameter.dtype, parameter.device).detach()
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -115,12 +142,14 @@ class _GroupedProduct(torch.autograd.Function):
         ctx: Any,
         rows_TI: Tensor,
         stored: Tensor,
+        parameter: Tensor | None,
         counts: list[int],
         transposed: bool,
         gemm: GroupedGemm,
     ) -> Tensor:
         ctx.save_for_backward(rows_TI, stored)
         ctx.counts, ctx.transposed, ctx.gemm = counts, transposed, gemm
+        ctx.parameter = parameter
         return _rows_product(rows_TI, stored, counts, transposed=transposed, grad=False, gemm=gemm)
 
     @staticmethod
@@ -128,26 +157,32 @@ class _GroupedProduct(torch.autograd.Function):
         rows_TI, stored = ctx.saved_tensors
         counts, transposed, gemm = ctx.counts, ctx.transposed, ctx.gemm
         grad_TO = grad_TO.contiguous()
-        grad_rows_TI = grad_stored = None
+        grad_rows_TI = grad_stored = grad_parameter = None
         if ctx.needs_input_grad[0]:
             grad_rows_TI = _rows_product(
                 grad_TO, stored, counts, transposed=not transposed, grad=True, gemm=gemm
             )
-        if ctx.needs_input_grad[1]:
-            grad_stored = torch.empty_like(stored)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            parameter: Tensor | None = ctx.parameter
+            if parameter is None:
+                into = grad_stored = torch.empty_like(stored)
+            else:
+                into = parameter.main_grad.view_as(stored)  # type: ignore[attr-defined]
+                grad_parameter = _told_to_autograd(parameter)
             of_rows, of_grads = list(rows_TI.split(counts)), list(grad_TO.split(counts))
             gemm(
                 of_rows if transposed else of_grads,
                 of_grads if transposed else of_rows,
-                list(grad_stored.unbind(0)),
+                list(into.unbind(0)),
                 [None] * len(counts),
-                stored.dtype,
+                into.dtype,
                 layout="NT",
                 m_splits=counts,
                 grad=True,
                 single_output=False,
+                accumulate=parameter is not None,
             )
-        return grad_rows_TI, grad_stored, None, None, None
+        return grad_rows_TI, grad_stored, grad_parameter, None, None, None
 
 
 def _rows_product(

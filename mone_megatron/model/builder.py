@@ -149,8 +149,10 @@ def build_model(
                 disable_bucketing=chunk > 0,
             )
         )
-        # megatron-core's overlap waits for autograd's own gradients.
-        if on_cpu and not ddp_config.overlap_grad_reduce:
+        # megatron-core's overlap waits for autograd's own gradients. Transformer Engine's products
+        # give it some to see, which are not added.
+        by_engine = config.device.grouped_gemm == "transformer_engine"
+        if by_engine or (on_cpu and not ddp_config.overlap_grad_reduce):
             _add_gradients_in_place(chunks[-1])
     return chunks
 

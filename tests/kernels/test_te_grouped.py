@@ -30,6 +30,7 @@ def documented_gemm(
     m_splits: list[int],
     grad: bool,
     single_output: bool,
+    accumulate: bool = False,
 ) -> None:
     """The result's shape comes from A and B alone, and results lie end to end in one output."""
     assert len(A) == len(B) == len(quantization_params) == len(m_splits)
@@ -41,7 +42,10 @@ def documented_gemm(
     results = list(out[0].split([len(one) for one in products])) if single_output else out
     for result, product in zip(results, products, strict=True):
         assert result.dtype == out_dtype
-        result.copy_(product)
+        if accumulate:
+            result.add_(product)
+        else:
+            result.copy_(product)
 
 
 def _compare(device: str, dtype: torch.dtype, counts: list[int], *, transposed: bool) -> None:
@@ -95,6 +99,43 @@ def test_it_is_chosen_for_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         ops.use_kernels("auto")
     assert ops.describe(rows.device) == "CPU kernels"
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("outputs_first", [False, True])
+def test_gradients_of_microbatches_are_added_where_megatron_core_keeps_them(
+    monkeypatch: pytest.MonkeyPatch, counts: list[int], outputs_first: bool
+) -> None:
+    """As its DistributedDataParallel does: a hook that adds what was not added, and forgets it."""
+    monkeypatch.setattr(te_grouped, "transformer_engines", lambda: documented_gemm)
+    monkeypatch.setattr(ops, "_grouped_gemm", "transformer_engine")
+    shape = (4, 2, 8, 8) if outputs_first else (4, 8, 16)
+    sums = []
+    for in_place in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(shape, generator=generator))
+        weight.main_grad = torch.zeros(shape)  # type: ignore[attr-defined]
+        weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        weight.adds_to_main_grad = in_place  # type: ignore[attr-defined]
+        seen = []
+
+        def hook(weight: torch.nn.Parameter, seen: list[bool] = seen) -> None:
+            assert weight.grad is not None, "or an overlapped reduction would wait for ever"
+            seen.append(weight.grad_added_to_main_grad)  # type: ignore[attr-defined]
+            if not weight.grad_added_to_main_grad:  # type: ignore[attr-defined]
+                weight.main_grad.add_(weight.grad)  # type: ignore[attr-defined]
+            weight.grad = None
+
+        weight.register_post_accumulate_grad_hook(hook)
+        for _ in range(3):
+            rows = torch.randn(9, 8, generator=generator)
+            product = ops.expert_product(
+                rows, weight, ops.RowGroups.of(torch.tensor(counts)), outputs_first=outputs_first
+            )
+            product.backward(torch.randn(9, 16, generator=generator))
+        assert seen == [in_place] * 3
+        sums.append(weight.main_grad)  # type: ignore[attr-defined]
+    torch.testing.assert_close(*sums)
 
 
 def test_a_gradient_that_is_not_wanted_is_not_computed() -> None:
