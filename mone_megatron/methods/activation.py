@@ -38,6 +38,8 @@ class Activation:
         fused: ``module:attribute`` of its forms in Triton, a
             :class:`mone_megatron.kernels.triton_activations.FusedActivation`. None lets torch
             compute it, which is correct and slower.
+        fused_by_megatron: whether megatron-core's own MLPs compute the gated unit as one function
+            on GPUs, which keeps its input alone (``bias_activation_fusion``).
     """
 
     name: str
@@ -49,6 +51,7 @@ class Activation:
     intermediates: int = 0
     fused_on_cpu: bool = False
     fused: str | None = None
+    fused_by_megatron: bool = False
 
     @cached_property
     def function(self) -> Activate:

@@ -9,6 +9,7 @@ from mone_megatron.config.megatron import with_given
 from mone_megatron.config.schema import Config, ModelConfig, RouterConfig
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.model.megatron_words import megatron_refusals
+from mone_megatron.parallel import fusions
 
 # model.attention_sink in megatron-core's words.
 _SINKS = {"none": "vanilla", "zero": "off-by-one", "learnable": "learnable"}
@@ -112,6 +113,7 @@ def transformer_config(
             "moe_grouped_gemm": True,
             **_router_fields(model.router),
         }
+    fused, free = fusions.settings(config, on_cpu=on_cpu)
     kind = MLATransformerConfig if model.attention == "mla" else TransformerConfig
     fields = dict(
         num_layers=model.num_layers,
@@ -152,11 +154,8 @@ def transformer_config(
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=sequence_parallel,
         use_cpu_initialization=on_cpu,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
         bias_dropout_fusion=not on_cpu,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
         # Frees an activation once its send is issued, which is safe in stream order; gloo reads
         # the buffer later, and would send what stands there by then.
@@ -167,8 +166,9 @@ def transformer_config(
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         cuda_graph_scope=[],
+        **fused,
         **_attention_fields(model),
         **experts,
         **recompute,
     )
-    return kind(**with_given("transformer", fields, config.megatron.transformer))
+    return kind(**with_given("transformer", fields, {**free, **config.megatron.transformer}))

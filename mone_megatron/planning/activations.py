@@ -206,6 +206,9 @@ def _gated_mlp(
     """
     if selecting:
         return tokens * _selected_glu(config, numerics, width) * numerics.bytes
+    if numerics.kernels == "cuda" and ACTIVATIONS[config.model.activation].fused_by_megatron:
+        # Gate and up, and the input of the last projection.
+        return tokens * 3 * width * numerics.bytes
     # The activation, a copy of the up part and the input of the last projection; and gate and up,
     # where the activation keeps the gate.
     keeps_gate = ACTIVATIONS[config.model.activation].keeps_input

@@ -14,6 +14,7 @@ from mone_megatron.kernels import ops
 from mone_megatron.kernels.te_grouped import have_transformer_engine
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
+from mone_megatron.parallel import fusions
 from mone_megatron.planning.parameters import ParameterCount
 from mone_megatron.train.session import Session
 
@@ -43,6 +44,8 @@ def introduce(session: Session, data: PreparedData, parameters: ParameterCount) 
         f"ETP{parallel.expert_tensor} DP{layout.data}, "
         f"{counted(layout.num_microbatches, 'microbatch')} a step"
     )
+    if device.kind == "cuda":
+        say(fusions.describe(config))
     say(f"data: {data.tokens:,} tokens, vocabulary {data.vocab_size:,}, {data.beginning}")
     for line in (*of_the_rule(config), *not_causal(config)):
         say(line)

@@ -9,4 +9,5 @@ METHOD = Activation(
     reference="torch.nn.functional:silu",
     fused_on_cpu=True,
     fused="mone_megatron.kernels.triton_activations:SILU",
+    fused_by_megatron=True,
 )
