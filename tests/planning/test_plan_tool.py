@@ -58,6 +58,22 @@ def test_every_experiment_fits_its_documented_layout(experiment: str) -> None:
         assert 0 < plan.mfu(plan.flops.ideal) <= plan.mfu(plan.flops.realised) < 1
 
 
+@pytest.mark.parametrize(
+    "experiment",
+    ["olmoe_1b_7b_mone", "qwen3_30b_a3b_mone", "deepseek_v2_lite_mone", "mixtral_8x7b_mone"],
+)
+def test_large_experiments_need_not_recompute(experiment: str) -> None:
+    """Not even where a rank gets twice the rows of the others; and it would take longer."""
+    config = compose([f"experiment={experiment}"])
+    assert config.train.recompute == "none"
+    gpus, gpu = default_gpus(config), find_gpu("A100")
+    uneven = Machine(gpu, gpus, assumed=Assumptions(imbalance=2.0))
+    assert make_plan(config, uneven, rough=True).fits
+    again = compose([f"experiment={experiment}", "train.recompute=selective"])
+    times = [make_plan(one, Machine(gpu, gpus), rough=True).time.total for one in (config, again)]
+    assert times[1] > 1.2 * times[0]
+
+
 def test_it_runs_without_torch_and_prints_everything(tmp_path: Path) -> None:
     # Importing torch takes longer than all of it, and a login node may have none.
     code = (
