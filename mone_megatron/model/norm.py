@@ -21,6 +21,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 from torch import Tensor
 
+from mone_megatron.kernels import rms_norm_cpu
 from mone_megatron.mone.megatron_settings import NORM, refuse_unread
 
 
@@ -43,6 +44,13 @@ class RMSNorm(torch.nn.RMSNorm):
         refuse_unread("RMSNorm", config, NORM)
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        assert self.eps is not None
+        if rms_norm_cpu.supports(x, self.weight):
+            return rms_norm_cpu.rms_norm(x, self.weight, self.eps)
+        return super().forward(x)
 
 
 class AllHeadsRMSNorm(torch.nn.Module):
@@ -86,6 +94,8 @@ class AllHeadsRMSNorm(torch.nn.Module):
         """Normalises this rank's heads, ``[S, B, N, D]``, by the mean square of all heads."""
         if self.tp_group.size() == 1:
             joined = heads_SBND.flatten(2)
+            if rms_norm_cpu.supports(joined, self.weight):
+                return rms_norm_cpu.rms_norm(joined, self.weight, self.eps).view_as(heads_SBND)
             return F.rms_norm(joined, (self.width,), self.weight, self.eps).view_as(heads_SBND)
         wide_SBND = heads_SBND.float()
         squares = wide_SBND.square().sum((2, 3), keepdim=True)

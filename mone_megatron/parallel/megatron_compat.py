@@ -44,6 +44,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mone_megatron.kernels import rotary_cpu
 from mone_megatron.megatron_release import check_megatron_release, megatron_release
 from mone_megatron.parallel.gloo import share_gloo_devices
 
@@ -128,6 +129,8 @@ class _Event:
         """Does nothing: there is nothing to wait for."""
 
 
+# Elements of a gradient whose squares are added up at once.
+_BLOCK = 2**15
 _THE_STREAM = _Stream()
 _CPU = torch.device("cpu")
 
@@ -264,8 +267,19 @@ def _l2_norm(
     The library's returns it on CUDA, and adds up squares in fp32 over whole gradient buffers,
     whose rounding alone (1e-5 relative) hides what layouts could differ by.
     """
-    squares = [tensor.double().square().sum() for tensors in tensor_lists for tensor in tensors]
-    return torch.stack(squares).sum().sqrt().float().view(1), None
+    squares = sum(_sum_of_squares(tensor) for tensors in tensor_lists for tensor in tensors)
+    return torch.tensor([squares], dtype=torch.float64).sqrt().float(), None
+
+
+def _sum_of_squares(tensor: torch.Tensor) -> float:
+    """Returns the sum of squares in fp64, of blocks that stay in a core's cache."""
+    flat = tensor.detach().reshape(-1)
+    wide = torch.empty(min(_BLOCK, max(len(flat), 1)), dtype=torch.float64)
+    total = 0.0
+    for block in flat.split(_BLOCK):
+        part = wide[: len(block)].copy_(block)
+        total += float(torch.dot(part, part))
+    return total
 
 
 def _gather_uneven(part: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
@@ -306,6 +320,22 @@ def _with_uneven_splits(even: Callable[..., Any], uneven: Callable[..., Any]) ->
         return uneven(tensor, group, [int(size) for size in split_sizes])
 
     return along_first_dim
+
+
+def _with_lean_rotation(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Returns ``rope_utils._apply_rotary_pos_emb_bshd``, with ours where all heads are rotated."""
+
+    @functools.wraps(original)
+    def apply_rotary_pos_emb(
+        t: torch.Tensor, freqs: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        scale = kwargs.get("mscale", 1.0)
+        other = args or any(value for name, value in kwargs.items() if name != "mscale")
+        if other or scale != 1.0 or not rotary_cpu.supports(t, freqs):
+            return original(t, freqs, *args, **kwargs)
+        return rotary_cpu.rotate(t, freqs)
+
+    return apply_rotary_pos_emb
 
 
 def _angles_of_context_rank(
@@ -499,6 +529,11 @@ def install_cpu_backend() -> None:
     moe_utils.maybe_move_tensor_to_cpu = move
     token_dispatcher.maybe_move_tensor_to_cpu = move
     clip_grads.l2_norm_impl = _l2_norm
+    # The library's makes a scaled copy and copies it back.
+    clip_grads.multi_tensor_scale_impl = _fused_scale
+    rope_utils._apply_rotary_pos_emb_bshd = _with_lean_rotation(
+        rope_utils._apply_rotary_pos_emb_bshd
+    )
     mappings._gather_along_first_dim = _with_uneven_splits(
         mappings._gather_along_first_dim, _gather_uneven
     )

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import utils as megatron_utils
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.common.embeddings import (
     rope_utils,
@@ -48,6 +49,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
 from mone_megatron.megatron_release import megatron_release
@@ -336,6 +338,52 @@ def test_gradient_norm_adds_in_fp64() -> None:
     # In fp32 these squares are 0.
     norm, _ = clip_grads.l2_norm_impl(0, None, [[torch.full((4,), 1e-25)]], False)
     assert norm.item() == pytest.approx(2e-25, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("size", [1, 2**15, 2**15 + 1, 100_000])
+def test_gradient_norm_goes_over_blocks(size: int) -> None:
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    expected = values.double().square().sum().sqrt().item()
+    norm, _ = clip_grads.l2_norm_impl(0, None, [[values.view(1, size)]], False)
+    assert norm.item() == pytest.approx(expected, rel=1e-7)
+    values[-1] = torch.nan
+    assert clip_grads.l2_norm_impl(0, None, [[values]], False)[0].isnan().all()
+    values[-1] = torch.inf
+    assert clip_grads.l2_norm_impl(0, None, [[values]], False)[0].isinf().all()
+
+
+def _operations(function: Callable[[], object]) -> set[str]:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function()
+    return {event.key for event in profiler.key_averages()}
+
+
+def test_upstream_copies_gradients_to_clip_them() -> None:
+    ours, theirs = torch.arange(4.0), torch.arange(4.0)
+    arguments = 2**16, None
+    assert "aten::mul_" not in _operations(
+        lambda: megatron_utils.local_multi_tensor_scale(*arguments, [[theirs], [theirs]], 0.3)
+    )
+    assert "aten::mul_" in _operations(
+        lambda: clip_grads.multi_tensor_scale_impl(*arguments, [[ours], [ours]], 0.3)
+    )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_upstream_puts_rotated_halves_together_in_copies(whole: bool) -> None:
+    rotate = rope_utils._apply_rotary_pos_emb_bshd
+    heads = torch.randn(5, 2, 3, 8 if whole else 10)
+    angles = torch.randn(5, 1, 1, 8)
+    ours, theirs = rotate(heads, angles), rotate.__wrapped__(heads, angles)
+    assert torch.equal(ours, theirs)
+    assert "aten::cat" in _operations(lambda: rotate.__wrapped__(heads, angles))
+    # Heads of which a part is rotated are left to it, as is every other way.
+    assert ("aten::cat" in _operations(lambda: rotate(heads, angles))) is not whole
+    scaled = rotate(heads, angles, mscale=2.0)
+    assert torch.equal(scaled, rotate.__wrapped__(heads, angles, mscale=2.0))
+    pairs = rotate(heads, angles, rotary_interleaved=True)
+    assert torch.equal(pairs, rotate.__wrapped__(heads, angles, rotary_interleaved=True))
 
 
 def test_fused_functions_are_not_compiled() -> None:

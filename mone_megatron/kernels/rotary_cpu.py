@@ -1,0 +1,72 @@
+"""Rotates queries and keys by their positions (RoPE) on CPU: the same numbers in fewer passes.
+
+megatron-core's own puts halves together in copies, forward and backward, and computes cosines and
+sines anew in every layer and microbatch.
+
+Shape suffixes: S sequence, B batch, N heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The angles that came last, with their cosines and sines: they are the same in every layer.
+_last: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+def supports(x: Tensor, angles: Tensor) -> bool:
+    """Returns whether :func:`rotate` can: fp32 on a CPU, whole heads, angles that do not learn."""
+    return (
+        x.dtype is angles.dtype is torch.float32
+        and not x.is_cuda
+        and x.shape[-1] == angles.shape[-1]
+        and not angles.requires_grad
+    )
+
+
+def rotate(x_SBND: Tensor, angles: Tensor) -> Tensor:
+    """Returns the heads rotated: ``x cos + (-second half, first half) sin``, ``[S, B, N, D]``.
+
+    Args:
+        x_SBND: fp32 queries or keys.
+        angles: fp32, of each position and value, broadcasting to ``x_SBND``; the same tensor
+            always holds the same angles.
+    """
+    global _last
+    if _last is None or _last[0] is not angles:
+        _last = angles, angles.cos(), angles.sin()
+    rotated: Tensor = _Rotation.apply(x_SBND, *_last[1:])
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x_SBND: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        rotated = torch.empty(x_SBND.shape)
+        torch.mul(x_SBND, cos, out=rotated)
+        first, second = x_SBND.chunk(2, dim=-1)
+        into_first, into_second = rotated.chunk(2, dim=-1)
+        sin_first, sin_second = sin.chunk(2, dim=-1)
+        part = torch.mul(second, sin_first)
+        into_first.sub_(part)
+        into_second.add_(torch.mul(first, sin_second, out=part))
+        return rotated
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_SBND: Tensor
+    ) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_x = torch.empty(grad_SBND.shape)
+        torch.mul(grad_SBND, cos, out=grad_x)
+        first, second = grad_SBND.chunk(2, dim=-1)
+        into_first, into_second = grad_x.chunk(2, dim=-1)
+        sin_first, sin_second = sin.chunk(2, dim=-1)
+        part = torch.mul(second, sin_second)
+        into_first.add_(part)
+        into_second.sub_(torch.mul(first, sin_first, out=part))
+        return grad_x, None, None
