@@ -31,7 +31,7 @@ pytestmark = [
 TEXT = Path(__file__).with_name("text.txt")
 WINDOW = 512
 # Of the text, in fp32: unpruned, and what leaving half of the neurons out adds (nats a token).
-LOSS, RISES = 4.33006, {"abs_activation": 0.21163, "wina": 0.01469}
+LOSS, RISES = 4.33392, {"abs_activation": 0.21176, "wina": 0.01484}
 
 
 def tool(name: str, *arguments: object) -> str:
