@@ -13,6 +13,8 @@ from mone_megatron.config.prediction import MTPConfig
 from mone_megatron.config.router import RouterConfig
 from mone_megatron.config.wording import is_multiple, near_divisors, near_multiples
 from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.gate import GateSize
+from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 
 QKNormScope = Literal["head", "all_heads"]
@@ -61,6 +63,12 @@ class ModelConfig(Group):
     activation: Annotated[str, NameIn(ACTIVATIONS)] = "silu"
     """The activation of the gate projection in every MLP: `silu` is SwiGLU; `relu2` is the square
     of ReLU."""
+    gate: Annotated[str, NameIn(GATES)] = "full"
+    """How routed experts compute the gate projections, which choose among neurons: by a matrix as
+    large as the up projection (`full`), by two of rank q (`low_rank`), or from the first q values
+    of a token, the up projection from the others (`split`)."""
+    gate_rank: Annotated[int, AtLeast(0)] = 0
+    """q of a gate that has one; 0 means a quarter of hidden_size."""
     sparsity_loss: Annotated[str, NameIn(SPARSITY_LOSSES)] = "none"
     """A loss on the hidden values act(gate) * up of routed experts, of MoE and MoNE alike: `l1` is
     the mean over tokens of the sum of their absolute values, over a token's experts and kept
@@ -99,6 +107,12 @@ class ModelConfig(Group):
     router: RouterConfig = field(default_factory=RouterConfig)
 
     @property
+    def gate_size(self) -> GateSize:
+        """Returns the size of a routed expert, with the rank that its gate is computed by."""
+        rank = self.gate_rank or max(self.hidden_size // 4, 1)
+        return GateSize(self.hidden_size, self.expert_ffn_hidden_size, rank)
+
+    @property
     def dense_layers(self) -> int:
         """Returns how many layers are dense: the first ones, or all of a model without experts."""
         return (
@@ -127,6 +141,7 @@ class ModelConfig(Group):
         yield from self._latent_attention()
         yield from self._experts()
         yield from self._sparsity()
+        yield from self._gate()
         if self.num_experts > 0:
             yield from self.router.rules_with_experts(self.num_experts, self.experts_per_token)
 
@@ -197,6 +212,23 @@ class ModelConfig(Group):
                 "model.qkv_bias: true with model.attention=mla, whose projections have no bias; "
                 "use model.qkv_bias=false"
             )
+
+    def _gate(self) -> Iterator[str]:
+        gate = GATES[self.gate]
+        if not gate.ranked and self.gate_rank:
+            yield (
+                f"model.gate_rank: {self.gate_rank} has no effect with model.gate={self.gate}; use "
+                "0, or a gate that has a rank, such as low_rank"
+            )
+        if not gate.ranked:
+            return
+        if self.num_experts < 1:
+            yield (
+                f"model.gate: {self.gate} is the gate of routed experts, and model.num_experts is "
+                "0; use full"
+            )
+        elif self.hidden_size > 0 and (problem := gate.problem(self.gate_size)):
+            yield f"model.gate_rank: {self.gate_size.rank} {problem}"
 
     def _sparsity(self) -> Iterator[str]:
         lossless = SPARSITY_LOSSES[self.sparsity_loss].function is None

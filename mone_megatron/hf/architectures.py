@@ -60,6 +60,7 @@ def features(model: ModelConfig, *, mone: bool) -> dict[str, Any]:
     router = model.router
     return {
         "mone": mone,
+        "gate": model.gate if has_experts else "full",
         "attention": model.attention,
         "qk_norm": model.qk_norm_scope if model.qk_norm else "none",
         "qkv_bias": model.qkv_bias,
@@ -83,6 +84,7 @@ def features(model: ModelConfig, *, mone: bool) -> dict[str, Any]:
 # A GQA decoder whose layers all have routed experts, weighted by a softmax over the chosen ones.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "mone": (False,),
+    "gate": ("full",),
     "attention": ("gqa",),
     "qk_norm": ("none",),
     "qkv_bias": (False,),

@@ -19,6 +19,8 @@ class MoneConfig(Qwen3MoeConfig):
     attention_type (`str`): "gqa", or "mla" (multi-latent attention, DeepSeek-V2).
     qk_norm (`str`): RMSNorm of queries and keys: "none", by "head", or over "all_heads" (OLMoE).
     qkv_bias (`bool`): a bias on the query, key and value projections.
+    gate (`str`): how routed experts compute gate projections: "full", "low_rank", "split".
+    gate_rank (`int`): q of a gate that has one.
     shared_expert_intermediate_size (`int`): width of the expert every token visits; 0 for none.
     shared_expert_gate (`bool`): a sigmoid gate on it.
     router_score_function (`str`): "softmax" or "sigmoid".
@@ -35,6 +37,8 @@ class MoneConfig(Qwen3MoeConfig):
     attention_type: str = "gqa"
     qk_norm: str = "head"
     qkv_bias: bool = False
+    gate: str = "full"
+    gate_rank: int = 0
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
     router_score_function: str = "softmax"
@@ -74,13 +78,26 @@ class MoneConfig(Qwen3MoeConfig):
             for name, style in plan.items()
             if ".mlp." in name and "experts" not in name
         }
+        if self.gate != "full":
+            # Each device computes its experts whole.
+            plan = {name: style for name, style in plan.items() if ".experts" not in name}
         return plan | shared if self.shared_expert_intermediate_size else plan
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """Returns how transformers' expert parallelism splits modules, by pattern of their names.
+
+        Experts with another gate than "full" are not split.
+        """
+        plan = Qwen3MoeConfig.base_model_ep_plan if self.gate == "full" else {}
+        assert plan is not None
+        return plan
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Derives the head sizes that transformers' attention classes read.
 
-        A model that selects neurons also gets the experts implementation ``mone``, unless
-        another one was asked for.
+        A model that selects neurons, or whose experts have another gate than "full", also gets the
+        experts implementation ``mone``, unless another one was asked for.
         """
         if self.attention_type == "mla":
             assert self.qk_nope_head_dim is not None
@@ -93,6 +110,6 @@ class MoneConfig(Qwen3MoeConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         # A model that selects does so whatever the library's default is; who asks for another
-        # implementation gets it.
-        if self.mone is not None and self._experts_implementation is None:
+        # implementation gets it. Only ours know other gates.
+        if (self.mone is not None or self.gate != "full") and self._experts_implementation is None:
             self._experts_implementation = "mone"

@@ -27,6 +27,7 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     experts_modules,
     has_own_gate,
+    has_own_weights,
     mone_experts_forward,
     neurons_of,
     register_selecting,
@@ -85,6 +86,8 @@ def _activation(experts: ExpertsModule) -> Callable[[Tensor], Tensor]:
 
 def unsupported(experts: ExpertsModule) -> str | None:
     """Returns why the rows of neurons are not all there is to these experts; None if they are."""
+    if has_own_weights(experts):
+        return "has a gate that is no matrix of its own (model.gate)"
     if has_own_gate(experts):
         return "computes its gate in a way of its own"
     if experts.has_bias:

@@ -31,6 +31,7 @@ from transformers import initialization as init
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
     _default_apply_gate,
+    _grouped_linear,
     batched_mm_experts_forward,
     grouped_mm_experts_forward,
 )
@@ -343,6 +344,11 @@ def has_own_gate(experts: ExpertsModule) -> bool:
     return getattr_static(type(experts), "_apply_gate") is not _default_apply_gate
 
 
+def has_own_weights(experts: Any) -> bool:
+    """Returns whether these are experts of our class with a gate that is not the usual one."""
+    return bool(getattr(experts, "gate_weights", None))
+
+
 def watch_experts(experts: nn.Module) -> None:
     """Makes an experts module say how its neurons are spread, and raise when none were selected.
 
@@ -497,6 +503,8 @@ def _through(forward: ExpertsForward, *, by_expert: bool) -> ExpertsForward:
         """
         note_selected(self)
         experts = cast(ExpertsModule, self)
+        if has_own_weights(experts):
+            return _own_weights_forward(experts, hidden_states, top_k_index, top_k_weights)
         settings = settings_of(experts)
         if not torch.compiler.is_dynamo_compiling():
             # A model that selects is saved as one, which transformers leaves out; as mone, which
@@ -509,6 +517,48 @@ def _through(forward: ExpertsForward, *, by_expert: bool) -> ExpertsForward:
         return forward(seen, hidden_states, top_k_index, top_k_weights)
 
     return selecting_forward
+
+
+def _own_weights_forward(
+    experts: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Computes experts of our class whose gate is not the usual one, by grouped products.
+
+    Raises:
+        ValueError: a part of the experts is on other devices.
+    """
+    if experts._is_expert_parallel:
+        raise ValueError(
+            f"{type(experts).__name__}: experts with such a gate are not split over devices; load "
+            "the model without expert parallelism"
+        )
+    expert_R, order_R = torch.sort(top_k_index.reshape(-1))
+    counts_E = torch.histc(
+        expert_R.float(), bins=experts.num_experts, min=0, max=experts.num_experts - 1
+    )
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+
+    def product(rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
+        return _grouped_linear(rows_RI, weight_EOI, ends_E)
+
+    rows_RH = hidden_states[order_R // top_k_index.shape[-1]]
+    gate_RF, up_RF = cast(Any, experts).gate_and_up(rows_RH, product)
+    if selects(experts):
+        hidden_RF = settings_of(experts).select(
+            gate_RF,
+            up_RF,
+            experts.act_fn,
+            neurons_of(experts),
+            lambda: down_norms(experts, expert_R),
+            state_of(experts, settings_of(experts)),
+            expert_R,
+        )
+    else:
+        hidden_RF = experts.act_fn(gate_RF) * up_RF
+    output_RH = product(hidden_RF, experts.down_proj) * top_k_weights.reshape(-1, 1)[order_R]
+    by_token_RH = torch.empty_like(output_RH).index_copy(0, order_R, output_RH)
+    output: Tensor = by_token_RH.unflatten(0, top_k_index.shape).sum(dim=1)
+    return output.to(hidden_states.dtype)
 
 
 mone_experts_forward = _through(grouped_mm_experts_forward, by_expert=True)

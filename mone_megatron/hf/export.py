@@ -31,6 +31,7 @@ from mone_megatron.hf.mapping import Rule, rules
 from mone_megatron.hf.settings import to_hf_config
 from mone_megatron.hf.source import Source
 from mone_megatron.hf.text_format import RECIPE_KEY, RECIPE_NAME, write_tokenizer
+from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
@@ -44,6 +45,7 @@ _CODE = {
     "modeling_mone.py": "mone_megatron/hf/modeling_mone.py",
     "parallel_mone.py": "mone_megatron/hf/parallel_mone.py",
     "neuron_selection.py": "mone_megatron/kernels/reference.py",
+    "gate.py": "mone_megatron/methods/gate.py",
     "rule.py": "mone_megatron/methods/rule.py",
     "score.py": "mone_megatron/methods/score.py",
 }
@@ -58,6 +60,7 @@ AUTO_MAP = {
 _REGISTRIES = {
     "neuron_scores.py": ("mone_megatron.methods.scores", "SCORES", "neuron_score"),
     "neuron_rules.py": ("mone_megatron.methods.rules", "RULES", "neuron_rule"),
+    "expert_gates.py": ("mone_megatron.methods.gates", "GATES", "expert_gate"),
 }
 _REGISTRY = '''"""The one method of its kind that this model was trained with."""
 
@@ -310,7 +313,7 @@ def export(
         config = hf_config(source, architecture, dtype)
         if architecture is MONE:
             config.auto_map = dict(AUTO_MAP)
-            write_code(partial, source.mone)
+            write_code(partial, source.mone, source.model.gate)
         config.save_pretrained(partial)
         _restore_config(source, architecture, partial / "config.json")
         _write_generation_config(source, partial)
@@ -398,19 +401,20 @@ def _umask() -> int:
     return mask
 
 
-def write_code(folder: Path, mone: MoNEConfig) -> None:
+def write_code(folder: Path, mone: MoNEConfig, gate: str = "full") -> None:
     """Writes our model class as files that transformers loads with ``trust_remote_code=True``.
 
-    They are this package's own, and the score's and the rule's, with their imports turned into
-    imports of the files beside them.
+    They are this package's own, and the score's, the rule's and the gate's, with their imports
+    turned into imports of the files beside them.
 
     Raises:
-        ValueError: the score or the rule is of another package and needs more of this one than an
+        ValueError: one of these three is of another package and needs more of this one than an
             export holds.
     """
-    methods: dict[str, tuple[Callable[..., Tensor], str, str]] = {
+    methods: dict[str, tuple[Callable[..., Any], str, str]] = {
         "neuron_score": (SCORES[mone.score].function, "mone.score", mone.score),
         "neuron_rule": (RULES[mone.rule].mask, "mone.rule", mone.rule),
+        "expert_gate": (GATES[gate].project, "model.gate", gate),
     }
     for name, path in _CODE.items():
         text = _beside((_PACKAGE / path).read_text(encoding="utf-8"))
@@ -422,7 +426,7 @@ def write_code(folder: Path, mone: MoNEConfig) -> None:
         if re.search(r"^\s*(from|import) mone_megatron", text, re.MULTILINE):
             raise ValueError(
                 f"{key}: {chosen} cannot be exported: its file {inspect.getfile(function)} needs "
-                "more of mone_megatron than mone_megatron.methods.score and .rule"
+                "more of mone_megatron than mone_megatron.methods.score, .rule and .gate"
             )
         (folder / f"{file}.py").write_text(text, encoding="utf-8")
         text = _REGISTRY.format(file=file, name=registry, key=key)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mone_megatron.config.schema import ModelConfig, MoNEConfig
 from mone_megatron.hf.architectures import Architecture, ExpertNames
+from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.rule import STATE_PREFIX, count_kept
 from mone_megatron.methods.rules import RULES
 
@@ -254,15 +255,22 @@ def _moe(
 def _fused_experts(
     model: ModelConfig, ours: str, theirs: str, names: ExpertNames
 ) -> Iterator[Rule]:
-    """Yields the rules of experts in two tensors on both sides; ours is neuron-major in both."""
+    """Yields the rules of experts in two tensors on both sides; ours is neuron-major in both.
+
+    Weights of a gate that is not the usual one have our names there.
+    """
     experts, width, hidden = model.num_experts, model.expert_ffn_hidden_size, model.hidden_size
-    yield Rule(
-        f"{ours}gate_up_weight",
-        (experts, 2, width, hidden),
-        ((f"{theirs}.gate_up_proj", (experts, 2 * width, hidden)),),
-        to_theirs=lambda gate_up_E2FH: (gate_up_E2FH.flatten(1, 2),),
-        to_ours=lambda tensors: _only(tensors).unflatten(1, (2, width)),
-    )
+    if model.gate == "full":
+        yield Rule(
+            f"{ours}gate_up_weight",
+            (experts, 2, width, hidden),
+            ((f"{theirs}.gate_up_proj", (experts, 2 * width, hidden)),),
+            to_theirs=lambda gate_up_E2FH: (gate_up_E2FH.flatten(1, 2),),
+            to_ours=lambda tensors: _only(tensors).unflatten(1, (2, width)),
+        )
+    else:
+        for name, weight in GATES[model.gate].weights(model.gate_size).items():
+            yield _same(f"{ours}{name}", f"{theirs}.{name}", (experts, *weight.shape))
     yield Rule(
         f"{ours}down_weight",
         (experts, width, hidden),

@@ -4,10 +4,14 @@ Everything that is not a choice of ours is transformers' own code, by inheritanc
 caches, attention implementations, gradient checkpointing, PEFT and ``Trainer`` come with it. This
 file is copied into exported models and loads there with ``trust_remote_code=True``.
 
-Shape suffixes: N tokens, H hidden size, A all experts, K experts of a token, G groups of experts.
+Shape suffixes: N tokens, H hidden size, A all experts, K experts of a token, G groups of experts,
+T rows (a token once for each of its experts), F neurons of an expert, E experts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +49,8 @@ from mone_megatron.hf.experts_mone import (
 )
 from mone_megatron.hf.guard_mone import guard, note_selected, refuse_replaced, watch
 from mone_megatron.hf.parallel_mone import Neurons
+from mone_megatron.methods.gate import GateSize, GateWeight, Product, Products
+from mone_megatron.methods.gates import GATES
 
 register_experts()
 
@@ -166,12 +172,47 @@ class MoneExperts(nn.Module):
         stock = Qwen3MoeExperts(config)
         self.num_experts, self.hidden_dim = stock.num_experts, stock.hidden_dim
         self.intermediate_dim = stock.intermediate_dim
-        self.gate_up_proj, self.down_proj = stock.gate_up_proj, stock.down_proj
-        self.act_fn = stock.act_fn
+        self.down_proj, self.act_fn = stock.down_proj, stock.act_fn
+        self.gate_weights: Mapping[str, GateWeight] = {}
+        if config.gate == "full":
+            self.gate_up_proj = stock.gate_up_proj
+        else:
+            self._own_gate(config)
         settings = _checked_settings(config, "routed", self.intermediate_dim)
         if settings is not None:
             hold_state(self, settings, self.intermediate_dim, self.num_experts)
         watch_experts(self)
+
+    def _own_gate(self, config: MoneConfig) -> None:
+        """Allocates the weights of a gate that is not the usual one."""
+        self.gate = GATES[config.gate]
+        size = GateSize(self.hidden_dim, self.intermediate_dim, config.gate_rank)
+        if problem := self.gate.problem(size):
+            raise ValueError(f"gate_rank: {config.gate_rank} {problem}")
+        self.gate_weights = self.gate.weights(size)
+        for name, weight in self.gate_weights.items():
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(self.num_experts, *weight.shape))
+            )
+
+    def gate_and_up(self, rows_TH: Tensor, product: Product) -> tuple[Tensor, Tensor]:
+        """Returns gate and up projections ``[T, F]`` of rows ``[T, H]``."""
+        weights = {name: self.get_parameter(name) for name in self.gate_weights}
+        return self.gate.project(rows_TH, weights, Products(product))
+
+    def __getattr__(self, name: str) -> Any:
+        """Gives tools that look at the usual weights what the gate's come to, computed anew.
+
+        Projections are linear, so those of the unit vectors are the matrices.
+        """
+        if name != "gate_up_proj" or not self.gate_weights:
+            return super().__getattr__(name)
+        units_HH = torch.eye(
+            self.hidden_dim, dtype=self.down_proj.dtype, device=self.down_proj.device
+        )
+        units_EHH = units_HH.expand(self.num_experts, -1, -1)
+        both = self.gate_and_up(units_EHH, lambda rows, weight: rows @ weight.mT)
+        return torch.cat(both, dim=-1).mT
 
     def forward(self, *args: Tensor) -> Tensor:
         """Raises an error: the eager way would not select neurons."""
@@ -300,8 +341,11 @@ class MonePreTrainedModel(Qwen3MoePreTrainedModel):
         if isinstance(module, (MoneExperts, MoneMLP)) and self.config.mone is not None:
             reset_state(module, NeuronSettings.from_config(self.config.mone).rule)
         if isinstance(module, MoneExperts):
-            for weight in (module.gate_up_proj, module.down_proj):
-                init.normal_(weight, std=self.config.initializer_range)
+            for name, weight in module.named_parameters(recurse=False):
+                std, given = self.config.initializer_range, module.gate_weights.get(name)
+                if given is not None:
+                    std = given.std if given.absolute else given.std * std
+                init.normal_(weight, std=std)
         elif isinstance(module, MoneTopKRouter) and module.e_score_correction_bias is not None:
             init.zeros_(module.e_score_correction_bias)
 

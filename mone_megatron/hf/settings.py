@@ -25,6 +25,7 @@ from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.experts_mone import NeuronSettings
 from mone_megatron.hf.origin import Origin
 from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.gates import GATES
 
 # Also how transformers spells them.
 _SAME_ACTIVATION = {"swish": "silu"}
@@ -210,6 +211,8 @@ def _mone_settings(model: ModelConfig, mone: MoNEConfig) -> dict[str, Any]:
         "qk_norm": model.qk_norm_scope if model.qk_norm else "none",
         "qkv_bias": model.qkv_bias,
         "num_experts": model.num_experts,
+        "gate": model.gate,
+        "gate_rank": model.gate_size.rank if GATES[model.gate].ranked else 0,
         "shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size,
         "shared_expert_gate": model.shared_expert_gate,
         "router_score_function": router.score_function,
@@ -359,6 +362,8 @@ def _model(architecture: Architecture, values: dict[str, Any]) -> ModelConfig:
             "first_dense_layers": values.get("first_k_dense_replace")
             or len(values.get("mlp_only_layers") or []),
             "router": _router(kind, values),
+            "gate": values.get("gate", "full"),
+            "gate_rank": values.get("gate_rank", 0),
             **shared,
         }
     return ModelConfig(

@@ -14,7 +14,7 @@ at the tokens that use it, and one thirty times as tight for half of the tokens,
 fault that all of them share crosses (an epsilon, a frequency).
 
 Shape suffixes: B sequences, S positions, V vocabulary, N tokens (B * S), C compared tokens,
-A experts, F neurons.
+A experts, E experts, F neurons, R rows (a token once for each of its experts).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     down_norms,
     experts_modules,
+    has_own_weights,
     state_of,
 )
 
@@ -193,6 +194,23 @@ def _root_mean_square(values_CV: Tensor) -> Tensor:
     return values_CV.square().mean(dim=-1).sqrt()
 
 
+def _projections(
+    experts: ExpertsModule, rows_RH: Tensor, expert_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns gate and up projections ``[R, F]`` of rows that are sorted by expert."""
+    counts = expert_R.bincount(minlength=experts.num_experts).tolist()
+
+    def product(rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
+        parts = zip(rows_RI.split(counts), weight_EOI, strict=True)
+        return torch.cat([rows @ weight.T for rows, weight in parts])
+
+    if has_own_weights(experts):
+        both: tuple[Tensor, Tensor] = cast(Any, experts).gate_and_up(rows_RH, product)
+        return both
+    gate_RF, up_RF = product(rows_RH, experts.gate_up_proj).chunk(2, dim=-1)
+    return gate_RF, up_RF
+
+
 @torch.no_grad()
 def hf_logits_and_choices(
     model: PreTrainedModel, tokens_BS: Tensor
@@ -212,21 +230,18 @@ def hf_logits_and_choices(
         neurons = NeuronSettings.from_config(settings)
         if neurons.kept(experts.intermediate_dim) == experts.intermediate_dim:
             return
-        for expert in choices.experts.any(dim=0).nonzero().flatten().tolist():
-            rows = choices.experts[:, expert].nonzero().flatten()
-            gate_up = hidden_NH[rows] @ experts.gate_up_proj[expert].T
-            gate_TF, up_TF = gate_up.chunk(2, dim=-1)
-            expert_T = torch.full_like(rows, expert)
-            masks_TF = neurons.mask(
-                gate_TF,
-                up_TF,
-                experts.act_fn,
-                down_norm=partial(down_norms, experts, expert_T),
-                state=state_of(experts, neurons),
-                expert_T=expert_T,
-            )
-            for row, mask in zip(rows.tolist(), masks_TF, strict=True):
-                choices.masks[row, expert] = mask
+        expert_R, token_R = choices.experts.T.nonzero().unbind(dim=-1)
+        gate_RF, up_RF = _projections(experts, hidden_NH[token_R], expert_R)
+        masks_RF = neurons.mask(
+            gate_RF,
+            up_RF,
+            experts.act_fn,
+            down_norm=partial(down_norms, experts, expert_R),
+            state=state_of(experts, neurons),
+            expert_T=expert_R,
+        )
+        places = zip(token_R.tolist(), expert_R.tolist(), strict=True)
+        choices.masks = dict(zip(places, masks_RF, strict=True))
 
     handles = [module.register_forward_pre_hook(saw_experts) for module in experts_modules(model)]
     try:

@@ -90,7 +90,8 @@ def initialize_weights(model: GPTModel, *, seed: int, std: float, vocab_size: in
     """Fills the parameters of one model chunk in place.
 
     Norm weights are 1, biases and the rows that pad the vocabulary 0, all else normal with ``std``,
-    or ``std / sqrt(2 * num_layers)`` for projections into the residual stream.
+    or ``std / sqrt(2 * num_layers)`` for projections into the residual stream. Gates of experts
+    that are not the usual one say what theirs begin with.
 
     Args:
         model: a GPTModel, not yet wrapped.
@@ -115,7 +116,11 @@ def initialize_weights(model: GPTModel, *, seed: int, std: float, vocab_size: in
         else:
             width = residual_std if name.endswith(_RESIDUAL) else std
             if local_name in experts:
-                _fill_experts(parameter, experts[local_name], name, seed, width)
+                module = experts[local_name]
+                weight = module.gate_weights.get(name.rpartition(".")[2])
+                if weight is not None:
+                    width = weight.std if weight.absolute else weight.std * std
+                _fill_experts(parameter, module, name, seed, width)
             else:
                 place = tp_group.rank(), tp_group.size()
                 _fill(parameter, name, seed, width, *place, vocab_size)

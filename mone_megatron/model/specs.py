@@ -164,7 +164,13 @@ def _moe_mlp(
             router=_router(model),
             # megatron-core's need grouped_gemm or Transformer Engine, and select no neurons.
             experts=ModuleSpec(
-                module=GroupedExperts, params={"neurons": routed, "sparsity": sparsity}
+                module=GroupedExperts,
+                params={
+                    "neurons": routed,
+                    "sparsity": sparsity,
+                    "gate": model.gate,
+                    "gate_rank": model.gate_size.rank,
+                },
             ),
             shared_experts=shared_expert,
         ),

@@ -1,11 +1,15 @@
 """Computes a rank's routed experts: three weights a neuron, one grouped product a projection.
 
+That is with the usual gate; which weights others have is theirs to say
+(:mod:`mone_megatron.methods.gates`).
+
 The same class is the MoE baseline (no neuron settings) and MoNE, on CPU and GPU, through
 :func:`mone_megatron.kernels.ops.grouped_mm`.
 
-A neuron k of expert e is three rows of length h: ``gate_up_weight[e, 0, k]`` (gate),
-``gate_up_weight[e, 1, k]`` (up) and ``down_weight[e, k]``, each contiguous, so that tensor
-parallelism inside experts is a slice of the neuron axis and sparse decoding reads whole rows.
+With the usual gate a neuron k of expert e is three rows of length h:
+``gate_up_weight[e, 0, k]`` (gate), ``gate_up_weight[e, 1, k]`` (up) and ``down_weight[e, k]``, each
+contiguous, so that tensor parallelism inside experts is a slice of the neuron axis and sparse
+decoding reads whole rows.
 
 Shape suffixes: T rows (a token once per chosen expert), H hidden size, F neurons of one expert on
 this rank, E experts on this rank.
@@ -13,7 +17,10 @@ this rank, E experts on this rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,9 +29,28 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mone_megatron.kernels import ops
+from mone_megatron.methods.gate import GateSize, Product, Products
+from mone_megatron.methods.gates import GATES
 from mone_megatron.mone.megatron_settings import ROUTED_EXPERTS, refuse_unread
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 from mone_megatron.mone.sparsity import Sparsity
+
+
+class _Gathered(torch.autograd.Function):
+    """Gathers columns over ranks that each use all of them; so their gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, part_TQ: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(part_TQ) for _ in range(group.size())]
+        dist.all_gather(parts, part_TQ.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad_TQ = grads[0].clone()
+        dist.all_reduce(grad_TQ, group=ctx.group)
+        return grad_TQ.chunk(ctx.group.size(), dim=-1)[ctx.group.rank()].contiguous(), None
 
 
 class GroupedExperts(MegatronModule):
@@ -38,6 +64,8 @@ class GroupedExperts(MegatronModule):
         neurons: NeuronSettings | None = None,
         sparsity: Sparsity | None = None,
         name: str | None = None,
+        gate: str = "full",
+        gate_rank: int = 0,
     ) -> None:
         """Allocates the experts of this rank; :mod:`mone_megatron.model.initialize` fills them.
 
@@ -48,6 +76,9 @@ class GroupedExperts(MegatronModule):
             neurons: neuron selection and balance; None for plain experts.
             sparsity: the loss on hidden values; None for none.
             name: a name that megatron-core gives its modules from 0.17 on; not used.
+            gate: how gate and up projections are computed, a name in
+                :data:`mone_megatron.methods.gates.GATES`.
+            gate_rank: q, for gates that read it.
 
         Raises:
             ValueError: for settings that it does not read (biases, clamped activations, fp8, ...),
@@ -61,9 +92,16 @@ class GroupedExperts(MegatronModule):
         self.tensor_group = pg_collection.expt_tp
         self.replica_group = pg_collection.expt_dp
         self.neurons_per_rank = config.moe_ffn_hidden_size // self.tensor_group.size()
+        self.gate = GATES[gate]
+        size = GateSize(config.hidden_size, config.moe_ffn_hidden_size, gate_rank)
+        # What the experts' weights are, but for the down projection.
+        self.gate_weights = self.gate.weights(size)
+        for weight_name, weight in self.gate_weights.items():
+            *outer, rows, columns = (num_local_experts, *weight.shape)
+            shape = (*outer, rows // self.tensor_group.size(), columns)
+            setattr(self, weight_name, self._parameter(shape, split_dim=len(outer)))
         shape = (num_local_experts, self.neurons_per_rank, config.hidden_size)
-        self.gate_up_weight = self._parameter((shape[0], 2, *shape[1:]), neuron_dim=2)
-        self.down_weight = self._parameter(shape, neuron_dim=1)
+        self.down_weight = self._parameter(shape, split_dim=1)
         self.neuron_gate = NeuronGate(
             config=config,
             settings=neurons,
@@ -76,7 +114,7 @@ class GroupedExperts(MegatronModule):
             sparsity=sparsity,
         )
 
-    def _parameter(self, shape: tuple[int, ...], neuron_dim: int) -> nn.Parameter:
+    def _parameter(self, shape: tuple[int, ...], split_dim: int) -> nn.Parameter:
         device = torch.device("cpu")
         if not self.config.use_cpu_initialization:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -90,7 +128,7 @@ class GroupedExperts(MegatronModule):
         )
         parameter.allreduce = dense_like  # type: ignore[attr-defined]
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-        parameter.partition_dim = neuron_dim  # type: ignore[attr-defined]
+        parameter.partition_dim = split_dim  # type: ignore[attr-defined]
         parameter.partition_stride = 1  # type: ignore[attr-defined]
         return parameter
 
@@ -114,8 +152,9 @@ class GroupedExperts(MegatronModule):
         """
         if tokens_TH.shape[0] == 0:
             # grouped_mm takes no empty matrix, but ranks must call the same collectives.
-            gate_up_TF = tokens_TH @ self.gate_up_weight[0].flatten(0, 1).T
-            gate_TF, up_TF = ops.halves(gate_up_TF)
+            gate_TF, up_TF = self._project(
+                tokens_TH, lambda rows, weight: rows @ weight[0].flatten(0, -2).T
+            )
             hidden_TF = self.neuron_gate(
                 gate_TF, up_TF, probs_T, segments, down_norm=self.down_norm
             )
@@ -124,12 +163,28 @@ class GroupedExperts(MegatronModule):
         def project_down(hidden_TF: Tensor) -> Tensor:
             return ops.expert_product(hidden_TF, self.down_weight, groups)
 
-        gate_up_TF = ops.expert_product(tokens_TH, self.gate_up_weight, groups, outputs_first=True)
-        gate_TF, up_TF = ops.halves(gate_up_TF)
+        gate_TF, up_TF = self._project(
+            tokens_TH,
+            lambda rows, weight: ops.expert_product(rows, weight, groups, outputs_first=True),
+        )
         output_TH = self.neuron_gate(
             gate_TF, up_TF, probs_T, segments, project_down, self.down_norm
         )
         return output_TH, None
+
+    def _project(self, tokens_TH: Tensor, product: Product) -> tuple[Tensor, Tensor]:
+        """Returns gate and up projections ``[T, F]`` of rows ``[T, H]``."""
+        weights = {name: self.get_parameter(name) for name in self.gate_weights}
+        return self.gate.project(
+            tokens_TH, weights, Products(product, whole=self._whole, halves=ops.halves)
+        )
+
+    def _whole(self, part_TQ: Tensor) -> Tensor:
+        """Returns the columns of all ranks that share the experts, side by side."""
+        if self.tensor_group.size() == 1:
+            return part_TQ
+        gathered: Tensor = _Gathered.apply(part_TQ, self.tensor_group)
+        return gathered
 
     def down_norm(self) -> Tensor:
         """Returns the norm of each neuron's row of the down projection, fp32 ``[E, F]``."""
@@ -143,7 +198,7 @@ class GroupedExperts(MegatronModule):
     ) -> ShardedStateDict:
         """Returns the weights as global tensors, which any EP and ETP can load.
 
-        They are ``[num_experts, 2, f, h]`` and ``[num_experts, f, h]``."""
+        With the usual gate they are ``[num_experts, 2, f, h]`` and ``[num_experts, f, h]``."""
         tensors: ShardedStateDict = {}
         axes = len(sharded_offsets)
         for name, parameter in self.named_parameters(recurse=False):

@@ -18,6 +18,7 @@ from typing import Literal
 
 from mone_megatron.config.schema import Config, MoNEConfig
 from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.router import projection_rank
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import count_kept
@@ -232,6 +233,14 @@ def _selected_glu(
     return width * (3 if one else 4 + _intermediates(config) + scaled)
 
 
+def gate_latent(config: Config) -> int:
+    """Returns the values of a row that stand between it and its gate projections (``model.gate``).
+
+    Ranks that share an expert have all of them.
+    """
+    return GATES[config.model.gate].latent(config.model.gate_size)
+
+
 def most_kept(mone: MoNEConfig, width: int) -> int:
     """Returns the largest number of neurons that a row of ``width`` neurons keeps."""
     rule = RULES[mone.rule]
@@ -252,7 +261,7 @@ def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
     saved: Saved = {
         "router": s * _router(config),
         "MoE dispatch": s * experts * 5 + _dispatch(config, numerics, s, rows),
-        "experts' gate, up and products": rows * (kept * e + 4),
+        "experts' gate, up and products": rows * ((kept + gate_latent(config)) * e + 4),
     }
     if selecting:
         saved["MoNE masks"] = rows * _mask(config, numerics, width)

@@ -180,6 +180,10 @@ def _moe(config: Config, layout: Layout, numerics: Numerics) -> Iterator[Traffic
         )
         sent = activations.expert_rows(config) * best * e * (inner.size - 1)
         yield Traffic(inner, "all-gather of neuron scores", forward * sent)
+    inner = named["expert_tensor"]
+    latent = activations.expert_rows(config) * activations.gate_latent(config) * e
+    yield Traffic(inner, "all-gather of gate latents", forward * _ring(latent, inner))
+    yield Traffic(inner, "all-reduce of gate latents", backward * 2 * _ring(latent, inner))
     if model.shared_expert_ffn_hidden_size:
         yield from _split_block(config, layout, numerics, again=again)
 

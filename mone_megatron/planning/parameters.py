@@ -6,6 +6,9 @@ There are two conventions for the parameters that one token activates, where neu
 - gate counted (the default): h*f + 2*h*K, since the gate projection is computed in full;
 - neurons only: 3*h*K.
 
+Routed experts with a cheaper gate (``model.gate``) have its weights in the place of h*f: h*q + q*f
+with ``low_rank``; with ``split`` q*f, and (h - q)*K for the up projection.
+
 Everything that is not an unchosen expert or neuron is activated, embedding and output included
 (the convention behind "A3B" of Qwen3-30B-A3B and 12.9B of Mixtral-8x7B). Layers of multi-token
 prediction are trained, and activated by no token of a text that the model writes.
@@ -16,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mone_megatron.config.schema import ModelConfig, MoNEConfig, MTPConfig
+from mone_megatron.methods.gate import Gate, GateSize
+from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import count_kept
 from mone_megatron.planning import attention as attention_of
@@ -75,23 +80,34 @@ class GatedMLP:
     # MLPs of this kind in the model, and how many of them one token visits.
     count: int
     visited: int
+    # How gate and up projections are computed.
+    gate: Gate
+    size: GateSize
 
     @property
     def parameters(self) -> int:
         """Returns the number of weights of one MLP."""
-        return 3 * self.hidden_size * self.width
+        return self.gate.gate_parameters(self.size) + self.width * self._up_and_down
 
     @property
     def gate_counted(self) -> int:
         """Returns the number of weights that a token uses in one MLP: the whole gate, and the kept
         neurons of the rest.
         """
-        return self.hidden_size * (self.width + 2 * self.kept)
+        return self.gate.gate_parameters(self.size) + self.kept * self._up_and_down
 
     @property
     def neurons_only(self) -> int:
-        """Returns the number of weights of the neurons that a token keeps in one MLP."""
-        return 3 * self.hidden_size * self.kept
+        """Returns the number of weights of the neurons that a token keeps in one MLP.
+
+        What all its neurons share of a gate is none of theirs.
+        """
+        return self.kept * (self.gate.gate_inputs(self.size) + self._up_and_down)
+
+    @property
+    def _up_and_down(self) -> int:
+        """Returns the weights of a neuron's up and down projections."""
+        return self.gate.up_inputs(self.size) + self.hidden_size
 
 
 def count_parameters(
@@ -187,6 +203,8 @@ def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
             else width,
             count=count,
             visited=visited,
+            gate=GATES[model.gate if kind == "routed" else "full"],
+            size=replace(model.gate_size, neurons=width),
         )
         for kind, (width, count, visited) in sizes.items()
     }

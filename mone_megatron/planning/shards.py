@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config, ModelConfig
+from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.planning import attention
@@ -129,7 +130,9 @@ def _layer(config: Config, layer: int) -> list[LocalParameter]:
     found = [LocalParameter(f"{layer}.{name}", size) for name, size in sizes.items()]
     expert = not experts_are_dense_like(config.parallel)
     weights = local_experts(config) * expert_width(config) * hidden
-    found.append(LocalParameter(f"{layer}.experts.gate_up", 2 * weights, expert))
+    for name, weight in GATES[model.gate].weights(model.gate_size).items():
+        size = local_experts(config) * weight.parameters // config.parallel.expert_tensor
+        found.append(LocalParameter(f"{layer}.experts.{name}", size, expert))
     found.append(LocalParameter(f"{layer}.experts.down", weights, expert))
     if model.shared_expert_ffn_hidden_size:
         width = model.shared_expert_ffn_hidden_size // tensor

@@ -15,6 +15,7 @@ from mone_megatron.hf import checks, export
 from mone_megatron.hf.export import Exported
 from mone_megatron.hf.source import open_source
 from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.losses import LOSSES
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.routers import ROUTERS
@@ -34,6 +35,7 @@ REGISTRIES = (
     (RULES, "mone.rule", "topk"),
     (LOSSES, "mone.balance.kind", "switch"),
     (ROUTERS, "model.router.kind", "topk"),
+    (GATES, "model.gate", "full"),
     (OPTIMIZERS, "optim.name", "adam"),
 )
 METHODS = {

@@ -11,6 +11,7 @@ import pytest
 
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.density_steps import DENSITY_STEPS
+from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.hooks import HOOKS
 from mone_megatron.methods.losses import LOSSES
 from mone_megatron.methods.optimizers import OPTIMIZERS
@@ -24,6 +25,7 @@ from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 REGISTRIES: tuple[Registry, ...] = (
     ACTIVATIONS,
     DENSITY_STEPS,
+    GATES,
     HOOKS,
     LOSSES,
     OPTIMIZERS,

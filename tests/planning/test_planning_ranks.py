@@ -51,6 +51,7 @@ LAYOUTS_OF_2 = [
     ["parallel.tensor=2", *LATENT, "model.mla.q_lora_rank=12"],
     ["parallel.tensor=2", "model.qk_norm_scope=all_heads"],
     ["parallel.tensor=2", "parallel.expert_tensor=2", "model.tie_embeddings=true"],
+    ["parallel.tensor=2", "parallel.expert_tensor=2", "model.gate=low_rank"],
     ["parallel.expert=2", "parallel.distributed_optimizer=false"],
     ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.tie_embeddings=true"],
     ["parallel.expert=2", "model.router.kind=autonomy", "model.router.rank=5"],
@@ -189,6 +190,7 @@ ACTIVATIONS = [
     *(["experiment=tiny_mone", f"train.recompute={kind}"]
       for kind in ("none", "selective", "full")),
     ["experiment=tiny_mone", *WIDE],
+    ["experiment=tiny_mone", *WIDE, "model.gate=low_rank"],
     ["experiment=tiny_mone", *MIXED],
     ["experiment=tiny_mone", *MIXED, *EVERYWHERE],
     ["experiment=tiny_mone", *WIDE, "mone.balance.weights=all", "train.recompute=selective"],
@@ -208,6 +210,7 @@ ACTIVATIONS = [
 MORE_ACTIVATIONS = [
     *(["experiment=tiny_moe", f"train.recompute={kind}"]
       for kind in ("none", "selective", "full")),
+    ["experiment=tiny_mone", *WIDE, "model.gate=split"],
     ["experiment=tiny_moe", *WIDE],
     ["experiment=tiny_moe", *MIXED],
     ["experiment=tiny_mone", *MIXED, "mone.balance.coeff=0"],

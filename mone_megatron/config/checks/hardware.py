@@ -8,6 +8,7 @@ from mone_megatron.config.resources import Resources
 from mone_megatron.config.schema import Config
 from mone_megatron.config.wording import is_multiple, near_multiples
 from mone_megatron.counting import counted
+from mone_megatron.methods.gates import GATES
 
 # torch.nn.functional.grouped_mm wants every stride to be a multiple of 16 bytes.
 _GROUPED_MM_ALIGNMENT = 16
@@ -76,6 +77,13 @@ def _alignment(config: Config, resources: Resources) -> Iterator[str]:
         yield (
             f"model.hidden_size: {model.hidden_size} is not a multiple of {step}, which grouped "
             f"expert matrices in {dtype} need; use {near_multiples(model.hidden_size, step)}"
+        )
+    gate, rank = GATES[model.gate], model.gate_size.rank
+    if gate.ranked and is_multiple(rank, shards) and not is_multiple(rank, step * shards):
+        yield (
+            f"model.gate_rank: {rank} / parallel.expert_tensor={shards} is not a multiple of "
+            f"{step}, which grouped expert matrices in {dtype} need; use "
+            f"{near_multiples(rank, step * shards)}"
         )
     width = model.expert_ffn_hidden_size
     if is_multiple(width, shards) and not is_multiple(width, step * shards):

@@ -13,6 +13,7 @@ from mone_megatron.config.parallel import ParallelConfig
 from mone_megatron.config.resources import Resources
 from mone_megatron.config.schema import Config
 from mone_megatron.config.wording import is_multiple, near_divisors, near_multiples
+from mone_megatron.methods.gates import GATES
 
 
 def check(config: Config, resources: Resources) -> Iterator[str]:
@@ -42,6 +43,11 @@ def _widths(config: Config) -> Iterator[str]:
             ("model.expert_ffn_hidden_size", model.expert_ffn_hidden_size,
              "parallel.expert_tensor", parallel.expert_tensor)
         )  # fmt: skip
+        split += [
+            ("model.gate_rank", weight.shape[-2], "parallel.expert_tensor", parallel.expert_tensor)
+            for weight in GATES[model.gate].weights(model.gate_size).values()
+            if weight.shape[-2] != model.expert_ffn_hidden_size
+        ]
     for key, size, by, ways in split:
         if not is_multiple(size, ways):
             yield (

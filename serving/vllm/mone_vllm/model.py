@@ -38,6 +38,10 @@ def refuse(config: Any, vllm_config: VllmConfig, *, graphs: bool) -> None:
     refused = {
         "attention_type=mla: multi-latent attention is not written for vLLM": config.attention_type
         != "gqa",
+        f"gate={getattr(config, 'gate', 'full')}: experts have one matrix for their gates": getattr(
+            config, "gate", "full"
+        )
+        != "full",
         "quantization: quantised experts compute all neurons": vllm_config.quant_config is not None,
         "LoRA: adapters of experts compute all neurons": vllm_config.lora_config is not None,
         "--enable-eplb: experts that move between ranks are not followed": parallel.enable_eplb,
