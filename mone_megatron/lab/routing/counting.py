@@ -106,6 +106,68 @@ def kept_overlap(
     )
 
 
+# Lengths of chunks: each is twice the one before.
+CHUNK_LENGTHS = (1, 2, 4, 8, 16, 32)
+# Bytes of the table of which tokens keep which neurons that is looked at at once.
+_TABLE_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class ChunkUnions:
+    """Counts the neurons that any token of a chunk of adjacent tokens keeps, by its length.
+
+    Attributes:
+        kept_L: int64, kept neurons of a layer, summed over chunks, for each of
+            :data:`CHUNK_LENGTHS`.
+        chunks_L: int64, how many chunks there were: windows are cut from their beginning, and what
+            is left at their end is in none.
+    """
+
+    kept_L: Counts
+    chunks_L: Counts
+
+    def __add__(self, other: ChunkUnions) -> ChunkUnions:
+        return ChunkUnions(self.kept_L + other.kept_L, self.chunks_L + other.chunks_L)
+
+    @classmethod
+    def nothing(cls) -> ChunkUnions:
+        """Returns the counts of no tokens."""
+        return cls(*(np.zeros(len(CHUNK_LENGTHS), dtype=np.int64) for _ in range(2)))
+
+
+def chunk_unions(
+    windows_N: Indices, experts_NK: Indices, kept_NKB: Bits, experts: int
+) -> ChunkUnions:
+    """Counts the neurons that chunks of adjacent tokens keep between them.
+
+    Args:
+        windows_N: the window of each token; those of a window lie together.
+        experts_NK: the experts of each token, all different.
+        kept_NKB: the bits of the neurons that it keeps in them.
+        experts: E, of the layer.
+    """
+    found = ChunkUnions.nothing()
+    longest = CHUNK_LENGTHS[-1]
+    per_token = experts * kept_NKB.shape[-1]
+    piece = max(1, _TABLE_BYTES // (per_token * longest)) * longest
+    begins = np.flatnonzero(np.diff(windows_N, prepend=windows_N[:1] - 1))
+    ends = np.append(begins[1:], len(windows_N))[: len(begins)]
+    for begin, end in zip(begins, ends, strict=True):
+        # Pieces begin where chunks of every length do.
+        for start in range(begin, end, piece):
+            stop = min(start + piece, end)
+            table_NEB = np.zeros((stop - start, experts, kept_NKB.shape[-1]), dtype=np.uint8)
+            np.put_along_axis(
+                table_NEB, experts_NK[start:stop, :, None].astype(np.int64), kept_NKB[start:stop], 1
+            )
+            for place in range(len(CHUNK_LENGTHS)):
+                found.kept_L[place] += int(count(table_NEB).sum())
+                found.chunks_L[place] += len(table_NEB)
+                pairs = len(table_NEB) // 2
+                table_NEB = table_NEB[: 2 * pairs : 2] | table_NEB[1 : 2 * pairs : 2]
+    return found
+
+
 def kept_counts(groups_R: Indices, kept_RB: Bits, groups: int, neurons: int) -> Counts:
     """Counts the rows of each group that keep each neuron: ``[G, F]`` int64.
 

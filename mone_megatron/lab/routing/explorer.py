@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mone_megatron.lab.routing.counting import conditional, divide
+from mone_megatron.lab.routing.counting import CHUNK_LENGTHS, conditional, divide
 from mone_megatron.lab.routing.statistics import LayerStatistics, TraceStatistics
 from mone_megatron.lab.routing.statistics_files import Analysis
-from mone_megatron.lab.routing.summary import LayerSummary
+from mone_megatron.lab.routing.summary import LayerSummary, union_shares
 from mone_megatron.report.formatting import format_count
 from mone_megatron.report.page import Curve, Page, asset
 from mone_megatron.report.runs import Series
@@ -230,7 +230,28 @@ def _over_layers(page: Page, final: TraceStatistics, summaries: Sequence[LayerSu
                 curves.append(Curve(Series(xs, values), _NAMES.get(key, key), color))
         if curves:
             page.chart(title, curves, note=note, zero=True, x_label="layer")
+    _unions(page, final)
     page.close_grid()
+
+
+def _unions(page: Page, final: TraceStatistics) -> None:
+    """Draws what chunks of adjacent tokens keep between them, the mean over layers."""
+    found = [union_shares(layer) for layer in final.layers if layer.neurons is not None]
+    if not found:
+        return
+    xs = np.asarray(CHUNK_LENGTHS, dtype=np.int64)
+    names = ("adjacent tokens", "independent tokens of the same loads")
+    curves = [
+        Curve(Series(xs, np.mean(parts, axis=0)), name, color)
+        for color, (name, parts) in enumerate(zip(names, zip(*found, strict=True), strict=True))
+    ]
+    page.chart(
+        "Neurons that any of L tokens keeps",
+        [curve for curve in curves if np.isfinite(curve.series.values).any()],
+        note="share of a layer's neurons: what a step of a batch, or of guessed tokens, reads",
+        zero=True,
+        x_label="tokens L",
+    )
 
 
 def _data(analysis: Analysis, max_numbers: int) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from mone_megatron.lab.routing.counting import conditional, divide
+from mone_megatron.lab.routing.counting import CHUNK_LENGTHS, conditional, divide
 from mone_megatron.lab.routing.statistics import LayerStatistics
 from mone_megatron.lab.routing.statistics_files import Analysis
-from mone_megatron.lab.routing.summary import LayerSummary
+from mone_megatron.lab.routing.summary import LayerSummary, union_shares
 from mone_megatron.report.plots import color_of, png_bytes, style_axes
 from mone_megatron.report.stats import FloatArray
 from mone_megatron.whole_files import write_whole
@@ -32,6 +32,7 @@ def write_figures(analysis: Analysis, folder: Path) -> list[Path]:
         "saturation.png": saturation_figure(analysis),
         "specialisation.png": specialisation_figure(analysis),
         "neurons.png": neuron_figure(analysis),
+        "unions.png": union_figure(analysis),
     }
     return [
         write_whole(folder / name, png_bytes(figure))
@@ -181,6 +182,33 @@ def neuron_figure(analysis: Analysis) -> Figure | None:
     _by_layer(right, final.layers, summaries, curves)
     right.set_ylabel("share of kept, or of all, neurons")
     _title(right, "Adjacent tokens and dead neurons")
+    return figure
+
+
+def union_figure(analysis: Analysis) -> Figure | None:
+    """Draws what chunks of adjacent tokens keep between them, of the last checkpoint.
+
+    Returns None where no neurons were recorded.
+    """
+    final = analysis.checkpoints[-1]
+    layers = [layer for layer in _some(final.layers) if layer.neurons is not None]
+    if not layers:
+        return None
+    figure = _figure(9, 5)
+    axes = figure.subplots()
+    for index, layer in enumerate(layers):
+        shares_L, by_load_L = union_shares(layer)
+        name = f"layer {layer.shape.layer}"
+        axes.plot(CHUNK_LENGTHS, shares_L, "o-", color=color_of(index), label=name)
+        axes.plot(CHUNK_LENGTHS, by_load_L, "--", color=color_of(index), alpha=0.6)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(CHUNK_LENGTHS, [str(length) for length in CHUNK_LENGTHS])
+    axes.set_xlabel("adjacent tokens L (dashed: independent tokens of the same loads)")
+    axes.set_ylabel("share of the layer's neurons that any of them keeps")
+    style_axes(axes)
+    axes.set_ylim(0, None)
+    axes.legend(frameon=False, fontsize=9)
+    _title(axes, f"What a step of L tokens reads, {final.name}")
     return figure
 
 

@@ -19,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mone_megatron.lab.routing.counting import (
+    ChunkUnions,
     Counts,
     KeptOverlap,
+    chunk_unions,
     coactivation_counts,
     divide,
     expert_counts,
@@ -138,6 +140,7 @@ class NeuronStatistics:
         saturation: kept neurons shared with the final checkpoint, in the experts that both route a
             token to; None without one.
         adjacent: kept neurons shared with the next token, in the experts that both are routed to.
+        unions: neurons that any of several adjacent tokens keeps.
     """
 
     kept_EF: Counts
@@ -147,6 +150,7 @@ class NeuronStatistics:
     together: tuple[Together, ...]
     saturation: KeptOverlap | None
     adjacent: KeptOverlap
+    unions: ChunkUnions
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,7 @@ class _LayerCounter:
         self.token_VEF = np.zeros((self.told_apart, experts, neurons), np.int64)
         self.saturation: KeptOverlap | None = None
         self.adjacent = KeptOverlap.nothing(experts)
+        self.unions = ChunkUnions.nothing()
         # Rank of a token among the frequent ones, by a search in the ascending ids.
         self._by_id = np.argsort(vocabulary.ids_V)
         self._sorted = vocabulary.ids_V[self._by_id]
@@ -320,6 +325,7 @@ class _LayerCounter:
             assert final.kept_NKB is not None
             overlap = kept_overlap(experts_NK, kept_NKB, final.experts_NK, final.kept_NKB, experts)
             self.saturation = overlap if self.saturation is None else self.saturation + overlap
+        self.unions += chunk_unions(text.windows_N, experts_NK, kept_NKB, experts)
         self.adjacent += kept_overlap(
             experts_NK[:-1][follows_N],
             kept_NKB[:-1][follows_N],
@@ -360,6 +366,7 @@ class _LayerCounter:
                 together=together,
                 saturation=self.saturation,
                 adjacent=self.adjacent,
+                unions=self.unions,
             )
         return LayerStatistics(self.shape, experts, neurons)
 

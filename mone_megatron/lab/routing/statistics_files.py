@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mone_megatron.lab.routing.counting import conditional, divide
+from mone_megatron.lab.routing.counting import CHUNK_LENGTHS, conditional, divide
 from mone_megatron.lab.routing.statistics import (
     LayerStatistics,
     Limits,
@@ -28,6 +28,7 @@ from mone_megatron.lab.routing.statistics import (
 from mone_megatron.lab.routing.summary import (
     LayerSummary,
     summarise,
+    union_shares,
 )
 from mone_megatron.lab.routing.trace import TraceHeader
 from mone_megatron.report.files import check_output
@@ -163,6 +164,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
                         **dataclasses.asdict(layer.shape),
                         **dataclasses.asdict(summary),
                         "expert_saturation_top": _saturation(layer),
+                        "chunk_unions": _unions(layer),
                     }
                     for layer, summary in zip(checkpoint.layers, summaries, strict=True)
                 ],
@@ -178,6 +180,18 @@ def _saturation(layer: LayerStatistics) -> list[float | None] | None:
     if saturation_K is None:
         return None
     return [float(value) if np.isfinite(value) else None for value in saturation_K]
+
+
+def _unions(layer: LayerStatistics) -> dict[str, list[float | None]] | None:
+    """Returns what chunks of adjacent tokens keep, for each length; None without neurons."""
+    if layer.neurons is None:
+        return None
+    shares_L, by_load_L = union_shares(layer)
+    return {
+        "tokens": list(CHUNK_LENGTHS),
+        "share": [float(one) if np.isfinite(one) else None for one in shares_L],
+        "share_by_load": [float(one) if np.isfinite(one) else None for one in by_load_L],
+    }
 
 
 def _layers(analysis: Analysis) -> pa.Table:
@@ -342,6 +356,21 @@ def _texts(analysis: Analysis, checkpoint: TraceStatistics) -> npt.NDArray[np.ob
     )
 
 
+def _chunk_unions(
+    analysis: Analysis, checkpoint: TraceStatistics, layer: LayerStatistics
+) -> Columns | None:
+    """Returns a row for each length of a chunk; None when the trace holds no neurons."""
+    if layer.neurons is None:
+        return None
+    shares_L, by_load_L = union_shares(layer)
+    return {
+        "tokens": np.asarray(CHUNK_LENGTHS),
+        "chunks": layer.neurons.unions.chunks_L,
+        "share": shares_L,
+        "share_by_load": by_load_L,
+    }
+
+
 _Rows = Callable[[Analysis, TraceStatistics, LayerStatistics], Columns | None]
 _TABLES: dict[str, _Rows] = {
     "experts": _experts,
@@ -350,6 +379,7 @@ _TABLES: dict[str, _Rows] = {
     "expert_tokens": _expert_tokens,
     "neurons": _neurons,
     "neurons_together": _neurons_together,
+    "chunk_unions": _chunk_unions,
 }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mone_megatron.lab.routing.counting import (
+    CHUNK_LENGTHS,
     KeptOverlap,
     divide,
     entropy_share,
@@ -131,6 +132,24 @@ def summarise(
         "neuron_domain_specialisation": _mean(neurons.by_domain.excess_EF) if several else np.nan,
     }
     return LayerSummary(**values)  # type: ignore[arg-type]
+
+
+def union_shares(layer: LayerStatistics) -> tuple[FloatArray, FloatArray]:
+    """Returns the share of a layer's neurons that any of L adjacent tokens keeps, of each length.
+
+    It is what a step of L tokens has to read: of a batch, or of tokens that were guessed ahead.
+
+    Returns:
+        ``[L]`` each, for :data:`~mone_megatron.lab.routing.counting.CHUNK_LENGTHS`, NaN where no
+        window is as long: the share, and that of L independent tokens of the same loads.
+    """
+    assert layer.neurons is not None
+    unions, kept_EF = layer.neurons.unions, layer.neurons.kept_EF
+    shares_L = divide(unions.kept_L, unions.chunks_L * kept_EF.size)
+    tokens = layer.experts.tokens_E.sum() / layer.shape.top_k
+    left_out_EF = 1 - divide(kept_EF, tokens)
+    by_load_L = np.asarray([1 - (left_out_EF**length).mean() for length in CHUNK_LENGTHS])
+    return shares_L, np.where(unions.chunks_L > 0, by_load_L, np.nan)
 
 
 def _expected_experts(first: LayerStatistics, second: LayerStatistics, tokens: int) -> float:

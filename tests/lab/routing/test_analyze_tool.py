@@ -86,7 +86,18 @@ def test_checkpoints_of_a_run_against_the_last(
     neurons = pq.read_table(out / "neurons.parquet").to_pandas()
     kept = neurons.groupby(["step", "layer"])["kept"].sum()
     assert (kept == 512 * last["layers"][0]["top_k"] * last["layers"][0]["kept"]).all()
-    for name in ("load", "coactivation", "saturation", "specialisation", "neurons"):
+    unions = pq.read_table(out / "chunk_unions.parquet").to_pandas()
+    for layer in last["layers"]:
+        union = layer["chunk_unions"]
+        one_token = layer["top_k"] * layer["kept"] / (layer["experts"] * layer["neurons"])
+        assert union["tokens"] == [1, 2, 4, 8, 16, 32]
+        assert union["share"][0] == union["share_by_load"][0] == pytest.approx(one_token)
+        assert union["share"] == sorted(union["share"])
+        # Adjacent tokens share neurons.
+        assert union["share"][-1] < union["share_by_load"][-1]
+        rows = unions[(unions["step"] == 2) & (unions["layer"] == layer["layer"])]
+        assert rows["share"].tolist() == union["share"]
+    for name in ("load", "coactivation", "saturation", "specialisation", "neurons", "unions"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
     # The traces are taken again, and give the same.

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mone_megatron.kernels.packed import pack_bits
+from mone_megatron.lab.routing import counting
 from mone_megatron.lab.routing.bits import count, packed_bytes, unpack
 from mone_megatron.lab.routing.counting import (
+    CHUNK_LENGTHS,
+    chunk_unions,
     coactivation_counts,
     conditional,
     entropy_share,
@@ -142,3 +145,46 @@ def test_many_rows_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     whole = kept_counts(groups, pack_bits(mask).numpy(), 3, 10)
     monkeypatch.setattr("mone_megatron.lab.routing.counting._UNPACKED", 70)
     npt.assert_array_equal(kept_counts(groups, pack_bits(mask).numpy(), 3, 10), whole)
+
+
+@pytest.mark.parametrize("table_bytes", [1, 1 << 26])
+def test_what_chunks_keep_is_what_a_loop_finds(
+    monkeypatch: pytest.MonkeyPatch, table_bytes: int
+) -> None:
+    monkeypatch.setattr(counting, "_TABLE_BYTES", table_bytes)
+    drawn = np.random.default_rng(3)
+    experts, chosen, neurons = 5, 2, 19
+    # Of lengths that no chunk divides, one shorter than the longest.
+    windows = np.repeat([4, 2, 9], [101, 7, 64])
+    tokens = len(windows)
+    experts_NK = np.argsort(drawn.random((tokens, experts)), axis=1)[:, :chosen]
+    kept_NKF = drawn.random((tokens, chosen, neurons)) < 0.2
+    kept_NKB = pack_bits(torch.from_numpy(kept_NKF)).numpy()
+
+    kept, chunks = [], []
+    for length in CHUNK_LENGTHS:
+        sizes = []
+        for window in (4, 2, 9):
+            mine = np.flatnonzero(windows == window)
+            for start in range(0, len(mine) - length + 1, length):
+                found = {
+                    (int(experts_NK[token, slot]), int(neuron))
+                    for token in mine[start : start + length]
+                    for slot in range(chosen)
+                    for neuron in np.flatnonzero(kept_NKF[token, slot])
+                }
+                sizes.append(len(found))
+        kept.append(sum(sizes))
+        chunks.append(len(sizes))
+    unions = chunk_unions(windows, experts_NK, kept_NKB, experts)
+    npt.assert_array_equal(unions.kept_L, kept)
+    npt.assert_array_equal(unions.chunks_L, chunks)
+    twice = unions + chunk_unions(windows, experts_NK, kept_NKB, experts)
+    npt.assert_array_equal(twice.kept_L, 2 * np.array(kept))
+
+
+def test_no_tokens_have_no_chunks() -> None:
+    nothing = np.zeros(0, dtype=np.int32)
+    unions = chunk_unions(nothing, np.zeros((0, 2), int), np.zeros((0, 2, 3), np.uint8), 4)
+    assert not unions.kept_L.any()
+    assert not unions.chunks_L.any()
