@@ -5,6 +5,7 @@ It extends Qwen3-MoE's, whose names it keeps. This file is copied into exported 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -84,7 +85,7 @@ class MoneConfig(Qwen3MoeConfig):
         return plan | shared if self.shared_expert_intermediate_size else plan
 
     @property
-    def base_model_ep_plan(self) -> dict[str, str]:  # type: ignore[override]
+    def base_model_ep_plan(self) -> Mapping[str, Any]:  # type: ignore[override]
         """Returns how transformers' expert parallelism splits modules, by pattern of their names.
 
         Experts with another gate than "full" are not split.

@@ -78,6 +78,38 @@ def experts_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @dataclass(frozen=True)
+class ExpertRows:
+    """Says what the rows of experts are of, a token once for each of its experts.
+
+    Attributes:
+        expert_T: int64, the expert of each row.
+        token_T: int64, the token of each row.
+        weight_T: the router's weight of each row.
+    """
+
+    expert_T: Tensor
+    token_T: Tensor
+    weight_T: Tensor
+
+    @classmethod
+    def of(cls, index_NK: Tensor, weights_NK: Tensor, *, by_expert: bool) -> ExpertRows:
+        """Returns the rows of tokens.
+
+        Args:
+            index_NK: int64, the experts of each token.
+            weights_NK: their weights.
+            by_expert: whether rows are sorted by expert, as transformers' grouped products sort
+                them, rather than left token by token.
+        """
+        expert_T, weight_T = index_NK.reshape(-1), weights_NK.reshape(-1)
+        if not by_expert:
+            token_T = torch.arange(len(index_NK), device=index_NK.device)
+            return cls(expert_T, token_T.repeat_interleave(index_NK.shape[-1]), weight_T)
+        expert_T, order_T = torch.sort(expert_T)
+        return cls(expert_T, order_T // index_NK.shape[-1], weight_T[order_T])
+
+
+@dataclass(frozen=True)
 class NeuronSettings:
     """Holds ``config.mone``: which neurons a token keeps, and in which MLPs."""
 
@@ -156,7 +188,7 @@ class NeuronSettings:
         product_TF: Tensor | None = None,
         down_norm: Callable[[], Tensor] | None = None,
         state: Mapping[str, Tensor] | None = None,
-        expert_T: Tensor | None = None,
+        rows: ExpertRows | None = None,
     ) -> Tensor:
         """Returns True at the neurons that each row keeps; see :mod:`.kernels.reference`.
 
@@ -169,7 +201,7 @@ class NeuronSettings:
             down_norm: gives the norm of each neuron's row of the down projection, broadcasting to
                 ``[T, F]``; called for scores that read it.
             state: the rule's state by name, ``[E]`` each; see :func:`state_of`.
-            expert_T: int64, the expert of each row; None for one expert.
+            rows: what the rows are of; None for rows of one expert, each another token's.
 
         Raises:
             ValueError: some neurons are elsewhere, and it is not known where, or the rule cannot
@@ -201,17 +233,19 @@ class NeuronSettings:
                 size = scores_TF.shape[-1] // values_TG.shape[-1]
                 return neurons.in_groups(size).topk_mask(values_TG, k)
 
-            rows = Rows(
+            seen = Rows(
                 scores_TF=scores_TF,
                 budget=budget,
                 largest_of=largest_of,
                 expert_T=torch.zeros(len(scores_TF), dtype=torch.int64, device=gate_TF.device)
-                if expert_T is None
-                else expert_T,
+                if rows is None
+                else rows.expert_T,
                 state=state or {},
                 shards=None if neurons.mesh is None else neurons,
+                token_T=None if rows is None else rows.token_T,
+                weight_T=None if rows is None else rows.weight_T,
             )
-            return rule.mask(rows).view(gate_TF.shape)
+            return rule.mask(seen).view(gate_TF.shape)
 
     def select(
         self,
@@ -221,7 +255,7 @@ class NeuronSettings:
         neurons: Neurons | None = None,
         down_norm: Callable[[], Tensor] | None = None,
         state: Mapping[str, Tensor] | None = None,
-        expert_T: Tensor | None = None,
+        rows: ExpertRows | None = None,
     ) -> Tensor:
         """Returns the down projection's input: ``a * u`` at the kept neurons, else zero.
 
@@ -237,7 +271,7 @@ class NeuronSettings:
             neurons,
             down_norm=down_norm,
             state=state,
-            expert_T=expert_T,
+            rows=rows,
         )
         return hidden_TF * mask_TF
 
@@ -288,7 +322,13 @@ def state_of(module: Any, settings: NeuronSettings) -> dict[str, Tensor]:
     Raises:
         ValueError: a part of its experts is on other devices.
     """
-    names = RULES[settings.rule].state
+    rule = RULES[settings.rule]
+    names = rule.state
+    if rule.pools and getattr(module, "_is_expert_parallel", False):
+        raise ValueError(
+            f"mone.rule: {settings.rule} ranks the neurons of all experts of a token together, "
+            "which are not split over devices; load the model without expert parallelism"
+        )
     if names and getattr(module, "_is_expert_parallel", False):
         raise ValueError(
             f"mone.rule: {settings.rule} selects by a state of each expert, which is not split "
@@ -416,15 +456,15 @@ def neurons_of(experts: ExpertsModule) -> Neurons:
 class _Selecting:
     """Shows an experts module to transformers' functions with a gate that selects."""
 
-    def __init__(self, experts: ExpertsModule, expert_T: Tensor) -> None:
+    def __init__(self, experts: ExpertsModule, rows: ExpertRows) -> None:
         """Looks at an experts module.
 
         Args:
             experts: the module.
-            expert_T: int64, the expert of each row that the gate will see.
+            rows: what the rows are of that the gate will see.
         """
         self._experts = experts
-        self._expert_T = expert_T
+        self._rows = rows
         self._settings = settings_of(experts)
         self._neurons = neurons_of(experts)
         self._state = state_of(experts, self._settings)
@@ -453,7 +493,7 @@ class _Selecting:
                 self._neurons,
                 self._down_norm,
                 self._state,
-                self._expert_T,
+                self._rows,
             )
         hidden_TF: Tensor = self._experts._apply_gate(gate_up)
         mask_TF = settings.mask(
@@ -464,12 +504,12 @@ class _Selecting:
             product_TF=hidden_TF,
             down_norm=self._down_norm,
             state=self._state,
-            expert_T=self._expert_T,
+            rows=self._rows,
         )
         return hidden_TF * mask_TF
 
     def _down_norm(self) -> Tensor:
-        return down_norms(self._experts, self._expert_T)
+        return down_norms(self._experts, self._rows.expert_T)
 
 
 @torch.no_grad()
@@ -512,8 +552,8 @@ def _through(forward: ExpertsForward, *, by_expert: bool) -> ExpertsForward:
             experts.config.experts_implementation = MONE
         seen: Any = experts
         if "routed" in settings.apply_to:
-            expert_T = top_k_index.reshape(-1)
-            seen = _Selecting(experts, expert_T.sort().values if by_expert else expert_T)
+            rows = ExpertRows.of(top_k_index, top_k_weights, by_expert=by_expert)
+            seen = _Selecting(experts, rows)
         return forward(seen, hidden_states, top_k_index, top_k_weights)
 
     return selecting_forward
@@ -532,7 +572,9 @@ def _own_weights_forward(
             f"{type(experts).__name__}: experts with such a gate are not split over devices; load "
             "the model without expert parallelism"
         )
-    expert_R, order_R = torch.sort(top_k_index.reshape(-1))
+    _, order_R = torch.sort(top_k_index.reshape(-1))
+    rows = ExpertRows.of(top_k_index, top_k_weights, by_expert=True)
+    expert_R = rows.expert_T
     counts_E = torch.histc(
         expert_R.float(), bins=experts.num_experts, min=0, max=experts.num_experts - 1
     )
@@ -541,7 +583,7 @@ def _own_weights_forward(
     def product(rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
         return _grouped_linear(rows_RI, weight_EOI, ends_E)
 
-    rows_RH = hidden_states[order_R // top_k_index.shape[-1]]
+    rows_RH = hidden_states[rows.token_T]
     gate_RF, up_RF = cast(Any, experts).gate_and_up(rows_RH, product)
     if selects(experts):
         hidden_RF = settings_of(experts).select(
@@ -551,11 +593,11 @@ def _own_weights_forward(
             neurons_of(experts),
             lambda: down_norms(experts, expert_R),
             state_of(experts, settings_of(experts)),
-            expert_R,
+            rows,
         )
     else:
         hidden_RF = experts.act_fn(gate_RF) * up_RF
-    output_RH = product(hidden_RF, experts.down_proj) * top_k_weights.reshape(-1, 1)[order_R]
+    output_RH = product(hidden_RF, experts.down_proj) * rows.weight_T.unsqueeze(-1)
     by_token_RH = torch.empty_like(output_RH).index_copy(0, order_R, output_RH)
     output: Tensor = by_token_RH.unflatten(0, top_k_index.shape).sum(dim=1)
     return output.to(hidden_states.dtype)

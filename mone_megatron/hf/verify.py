@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mone_megatron.hf.experts_mone import (
+    ExpertRows,
     ExpertsModule,
     NeuronSettings,
     down_norms,
@@ -220,9 +221,10 @@ def hf_logits_and_choices(
 
     def saw_experts(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         experts = cast(ExpertsModule, module)
-        hidden_NH, index_NK = inputs[0], inputs[1]
+        hidden_NH, index_NK, weights_NK = inputs[:3]
         chosen_NA = torch.zeros(len(hidden_NH), experts.num_experts, dtype=torch.bool)
         choices = LayerChoices(chosen_NA.scatter(-1, index_NK, True))
+        weight_NA = weights_NK.new_zeros(chosen_NA.shape).scatter(-1, index_NK, weights_NK)
         found.append(choices)
         settings = getattr(experts.config, "mone", None)
         if not settings or "routed" not in settings["apply_to"]:
@@ -238,7 +240,7 @@ def hf_logits_and_choices(
             experts.act_fn,
             down_norm=partial(down_norms, experts, expert_R),
             state=state_of(experts, neurons),
-            expert_T=expert_R,
+            rows=ExpertRows(expert_R, token_R, weight_NA[token_R, expert_R]),
         )
         places = zip(token_R.tolist(), expert_R.tolist(), strict=True)
         choices.masks = dict(zip(places, masks_RF, strict=True))

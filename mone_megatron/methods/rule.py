@@ -90,6 +90,9 @@ class Rows:
             token's own must not do so otherwise.
         blocks: int64 ``[T]``, which rows are of one expert and one microbatch, by equal numbers;
             None where each expert's rows are.
+        token_T: int64, which rows are of one token, by equal numbers from 0; None where each row is
+            a token. Known to rules that pool.
+        weight_T: the router's weight of each row; None for 1. Known to rules that pool.
     """
 
     scores_TF: Tensor
@@ -101,6 +104,8 @@ class Rows:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     training: bool = False
     blocks: Tensor | None = None
+    token_T: Tensor | None = None
+    weight_T: Tensor | None = None
 
     @property
     def block_T(self) -> Tensor:
@@ -191,6 +196,8 @@ class Rule:
         causal: whether a token's mask depends on no other token outside training.
         reads_batch: whether in training a token's mask depends on the other rows of its block. A
             layout that splits a microbatch's rows of an expert over ranks is refused then.
+        pools: whether it ranks the neurons of all experts of a token together. Layouts that spread
+            a token's experts over ranks are refused then.
         exchange: what expert tensor parallelism has to exchange.
         unit: how many adjacent neurons are chosen together, and so must lie on one rank.
         most_kept: the largest number of neurons that a row can keep: what packed memory, the
@@ -221,6 +228,7 @@ class Rule:
     keeps_budget: bool = True
     causal: bool = True
     reads_batch: bool = False
+    pools: bool = False
     exchange: Exchange = "refused"
     unit: Callable[[Budget], int] = _one_neuron
     most_kept: Callable[[Budget], int] = _all_neurons

@@ -13,7 +13,7 @@ Shape suffixes: E experts on this rank, R ranks that send tokens here, T rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,6 +125,8 @@ class MoNELayer(MoELayer):
             rows_per_expert_E, self.row_counts.of_experts(rows_per_expert_E, rows_TH.device)
         )
         segments = self._segments(groups, len(rows_TH))
+        if self.experts.neuron_gate.pools:
+            segments = replace(segments, token_T=self.row_counts.tokens_of_rows(len(rows_TH)))
         output_TH, bias = self.experts(rows_TH, groups, row_probs_T, segments)
         return self.token_dispatcher.combine_preprocess(output_TH), bias
 

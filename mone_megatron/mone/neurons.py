@@ -67,7 +67,8 @@ class Segments:
     ``index_T`` numbers each row's segment; segment ``m * E + e`` holds the tokens that expert e
     got from microbatch m. ``shared_group``: ranks with other tokens of the same segments.
     ``in_order``: whether ``index_T`` never decreases. ``weight``: how many microbatches each
-    segment stands for: losses add up over microbatches.
+    segment stands for: losses add up over microbatches. ``token_T``: int64, equal for rows of one
+    token; None where each row is a token, or nobody asks (:attr:`NeuronGate.pools`).
     """
 
     index_T: Tensor
@@ -75,6 +76,7 @@ class Segments:
     shared_group: dist.ProcessGroup | None
     in_order: bool = False
     weight: int = 1
+    token_T: Tensor | None = None
 
 
 def _scaled(hidden_TF: Tensor, scale_T: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class NeuronGate(MegatronModule):
         observing = self.training and torch.is_grad_enabled()
 
         def mask() -> Tensor:
-            return self._mask(gate_TF, up_TF, segments, down_norm, observing=observing)
+            return self._mask(gate_TF, up_TF, scale_T, segments, down_norm, observing=observing)
 
         if self.sparsity is None:
             hidden_TF = self._hidden(gate_TF, up_TF, scale_T, segments, packed, mask, observing)
@@ -353,6 +355,7 @@ class NeuronGate(MegatronModule):
         self,
         gate_TF: Tensor,
         up_TF: Tensor,
+        scale_T: Tensor | None,
         segments: Segments,
         down_norm: Callable[[], Tensor] | None,
         *,
@@ -373,7 +376,14 @@ class NeuronGate(MegatronModule):
             f"mone.rule={rule.name} ranks all rows of a block, which lie on several ranks"
         )
         mask_TF: Tensor = self.selector(
-            gate_TF, up_TF, expert_T, norm_TF, observing=observing, block_T=segments.index_T
+            gate_TF,
+            up_TF,
+            expert_T,
+            norm_TF,
+            observing=observing,
+            block_T=segments.index_T,
+            token_T=segments.token_T,
+            weight_T=scale_T,
         )
         return mask_TF
 
@@ -431,6 +441,11 @@ class NeuronGate(MegatronModule):
         Keeping all neurons is the plain expert: the same code, bit for bit, and nothing to balance.
         """
         return self.selector is not None and self.selector.kept < self.selector.neurons
+
+    @property
+    def pools(self) -> bool:
+        """Returns whether the rows of a token are ranked together."""
+        return self._selecting and self.selector is not None and self.selector.rule.pools
 
     @property
     def _balancing(self) -> bool:

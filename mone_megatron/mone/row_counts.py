@@ -59,6 +59,24 @@ class RowCounts:
         assert kept_RE is not None, "asked once after each dispatch"
         return kept_RE
 
+    def tokens_of_rows(self, rows: int) -> Tensor:
+        """Returns the token of each row of this rank's experts, int64 ``[T]``.
+
+        All experts are on this rank, and so are all neurons of them (``config.validate``).
+
+        Args:
+            rows: T, how many rows there are.
+        """
+        if isinstance(self.dispatcher, MoEAllGatherTokenDispatcher):
+            map_NA = self.dispatcher.local_map
+        else:
+            map_NA = self.dispatcher.routing_map
+        assert dist.get_world_size(self.dispatcher.tp_ep_group) == 1, "checked by config.validate"
+        # Rows lie by expert, then by token. Those that are there come first, and nobody waits to
+        # count them.
+        absent_L = ~map_NA.T.flatten()
+        return absent_L.to(torch.uint8).argsort(stable=True)[:rows] % len(map_NA)
+
     def _preprocess(self, routing_map_NA: Tensor) -> Tensor:
         """Counts as the dispatcher does, and keeps the numbers before they go to the host."""
         dispatcher = self.dispatcher

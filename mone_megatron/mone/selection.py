@@ -232,6 +232,8 @@ class NeuronSelector(nn.Module):
         *,
         observing: bool = False,
         block_T: Tensor | None = None,
+        token_T: Tensor | None = None,
+        weight_T: Tensor | None = None,
     ) -> Tensor:
         """Returns the mask of kept neurons, ``[T, F]`` bool.
 
@@ -244,6 +246,8 @@ class NeuronSelector(nn.Module):
             observing: whether the rows count for the state of the rule.
             block_T: int64, equal for rows of one expert and one microbatch; None where each
                 expert's are.
+            token_T: int64, equal for rows of one token; None where each row is a token.
+            weight_T: the router's weight of each row; None for 1.
         """
         scores_TF = neuron_scores(
             gate_TF, up_TF, self.score.name, self.activate, down_norm_TF=down_norm_TF
@@ -260,6 +264,8 @@ class NeuronSelector(nn.Module):
             state=self.state,
             training=self.training,
             blocks=block_T,
+            token_T=token_T,
+            weight_T=weight_T,
         )
         mask_TF = self.rule.mask(rows)
         if observing:

@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 
 from mone_megatron.config.load import compose
 from mone_megatron.hf.architectures import MONE
-from mone_megatron.hf.experts_mone import NeuronSettings
+from mone_megatron.hf.experts_mone import ExpertRows, NeuronSettings
 from mone_megatron.hf.settings import to_hf_config
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.rules import RULES
@@ -108,10 +108,14 @@ def test_masks_are_bitwise_those_of_an_export_in_transformers(
                 F.silu,
                 down_norm=lambda norm=norm: norm,
                 state=state,
-                expert_T=expert,
+                rows=ExpertRows(expert, torch.arange(257), torch.ones(257)),
             )
         except ValueError:
             with pytest.raises(ValueError, match=r"mone\."):
+                selection.Selection.of(mone, "routed", neurons, F.silu, None)
+            continue
+        if RULES[rule].pools:
+            with pytest.raises(ValueError, match=f"mone.rule: {rule} ranks the neurons of all"):
                 selection.Selection.of(mone, "routed", neurons, F.silu, None)
             continue
         chosen = selection.Selection.of(mone, "routed", neurons, F.silu, None)

@@ -26,6 +26,7 @@ def check(config: Config, _: Resources) -> Iterator[str]:
     yield from _targets(config)
     yield from _rule_layout(config.model, config.mone, config.parallel)
     yield from _rule_blocks(config.mone, config.parallel)
+    yield from _rule_tokens(config.mone, config.parallel)
     yield from _packed_room(config.model, config.mone)
     yield from _balance_layout(config.mone, config.parallel)
     yield from _packed_layout(config.mone, config.parallel)
@@ -62,6 +63,12 @@ def _targets(config: Config) -> Iterator[str]:
     """Yields targets that the model does not have, and those with too few neurons."""
     model, mone = config.model, config.mone
     widths = neuron_widths(model)
+    if model.experts == "product_key":
+        yield (
+            "mone.enabled: true selects neurons of an expert, and those of model.experts="
+            "product_key have one each; use mone.enabled=false"
+        )
+        return
     missing = {
         "routed": model.num_experts < 1 and "model.num_experts=0; use [dense]",
         "shared": model.shared_expert_ffn_hidden_size < 1
@@ -147,6 +154,22 @@ def _rule_blocks(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
             f"mone.rule: {mone.rule} ranks the neurons of all tokens of a microbatch, which "
             f"parallel.context={parallel.context} splits over ranks; use parallel.context=1, or "
             "mone.apply_to=[routed]"
+        )
+
+
+def _rule_tokens(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Yields layouts that spread the experts of a token, which the rule ranks together."""
+    if not RULES[mone.rule].pools or "routed" not in mone.apply_to:
+        return
+    if parallel.expert > 1:
+        yield (
+            f"parallel.expert: {parallel.expert} spreads the experts of a token over ranks, and "
+            f"mone.rule={mone.rule} ranks their neurons together; use parallel.expert=1"
+        )
+    if parallel.dispatcher == "flex":
+        yield (
+            f"parallel.dispatcher: flex does not tell which token a row is of, and mone.rule="
+            f"{mone.rule} ranks the rows of a token together; use alltoall or allgather"
         )
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from mone_megatron.hf.experts_mone import (
+    ExpertRows,
     ExpertsModule,
     NeuronSettings,
     down_norms,
@@ -84,10 +85,10 @@ class _Watched:
         experts: ExpertsModule,
         watched: NeuronSettings,
         selects: bool,
-        expert_R: torch.Tensor,
+        rows: ExpertRows,
     ) -> None:
         self._experts, self._watched, self._selects = experts, watched, selects
-        self._expert_R = expert_R
+        self._rows = rows
         own = has_own_gate(experts)
         if own and watched.reads_activation:
             defined = [score.name for score in SCORES if "activation" not in score.reads]
@@ -114,9 +115,9 @@ class _Watched:
             up_RF,
             None if own else self._experts.act_fn,
             product_TF=hidden_RF if own else None,
-            down_norm=partial(down_norms, self._experts, self._expert_R),
+            down_norm=partial(down_norms, self._experts, self._rows.expert_T),
             state=state_of(self._experts, watched),
-            expert_T=self._expert_R,
+            rows=self._rows,
         )
         self.kept_RB, self.neurons = pack_bits(mask_RF), int(mask_RF.shape[-1])
         return hidden_RF * mask_RF if self._selects else hidden_RF
@@ -146,8 +147,8 @@ class _Layer:
         note_selected(cast(nn.Module, self.experts))
         seen: Any = self.experts
         if self.experts.has_gate:
-            expert_R = top_k_index.reshape(-1).sort().values
-            seen = _Watched(self.experts, self.settings, self.selects, expert_R)
+            rows = ExpertRows.of(top_k_index, top_k_weights, by_expert=True)
+            seen = _Watched(self.experts, self.settings, self.selects, rows)
         output = grouped_mm_experts_forward(seen, hidden_states, top_k_index, top_k_weights)
         kept_NKB = None
         if seen is not self.experts:

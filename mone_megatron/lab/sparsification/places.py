@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
 
 from mone_megatron.hf.experts_mone import (
+    ExpertRows,
     NeuronSettings,
     down_norms,
     experts_modules,
@@ -61,8 +62,8 @@ class Place(Protocol):
 class _Expert:
     """Wraps an experts module for transformers' function, with ``choose`` in its gate."""
 
-    def __init__(self, place: ExpertsPlace, expert_T: Tensor, choose: Choose) -> None:
-        self._place, self._expert_T, self._choose = place, expert_T, choose
+    def __init__(self, place: ExpertsPlace, rows: ExpertRows, choose: Choose) -> None:
+        self._place, self._rows, self._choose = place, rows, choose
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._place.module, name)
@@ -83,14 +84,14 @@ class _Expert:
                 experts.act_fn,
                 down_norm=self._column_norms,
                 state=state_of(experts, own),
-                expert_T=self._expert_T,
+                rows=self._rows,
             )
         activate = experts.act_fn if self._place.defines_activation else None
         rows = Rows(gate_TF, up_TF, hidden_TF, activate, own_TF, self._column_norms)
         return _keep(hidden_TF, own_TF, self._choose(rows))
 
     def _column_norms(self) -> Tensor:
-        return down_norms(self._place.module, self._expert_T)
+        return down_norms(self._place.module, self._rows.expert_T)
 
 
 def _keep(hidden_TF: Tensor, *masks: Tensor | None) -> Tensor:
@@ -130,9 +131,8 @@ class ExpertsPlace:
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             note_selected(self.module)
-            # As grouped_mm_experts_forward sorts its rows.
-            expert_T = torch.sort(top_k_index.reshape(-1)).values
-            expert = cast(nn.Module, _Expert(self, expert_T, choose))
+            rows = ExpertRows.of(top_k_index, top_k_weights, by_expert=True)
+            expert = cast(nn.Module, _Expert(self, rows, choose))
             return grouped_mm_experts_forward(expert, hidden_states, top_k_index, top_k_weights)
 
         # An attribute of the object, before the method of its class.
