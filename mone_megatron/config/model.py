@@ -10,6 +10,7 @@ from mone_megatron.config.attention import MLAConfig, RopeScalingConfig
 from mone_megatron.config.group import Group
 from mone_megatron.config.marks import Above, AtLeast, NameIn, Within
 from mone_megatron.config.prediction import MTPConfig
+from mone_megatron.config.product_key import ProductKeyConfig
 from mone_megatron.config.router import RouterConfig
 from mone_megatron.config.wording import is_multiple, near_divisors, near_multiples
 from mone_megatron.methods.activations import ACTIVATIONS
@@ -63,6 +64,10 @@ class ModelConfig(Group):
     activation: Annotated[str, NameIn(ACTIVATIONS)] = "silu"
     """The activation of the gate projection in every MLP: `silu` is SwiGLU; `relu2` is the square
     of ReLU."""
+    experts: Literal["grouped", "product_key"] = "grouped"
+    """What the MLPs are: dense ones and `num_experts` routed experts (`grouped`), or in every layer
+    experts of a single neuron that are found by product keys, without a router; their sizes are in
+    `model.product_key`."""
     gate: Annotated[str, NameIn(GATES)] = "full"
     """How routed experts compute the gate projections, which choose among neurons: by a matrix as
     large as the up projection (`full`), by two of rank q (`low_rank`), or from the first q values
@@ -102,6 +107,7 @@ class ModelConfig(Group):
     hidden_dropout: Annotated[float, Within("[0, 1)")] = 0.0
     """Dropout before each residual addition."""
     mtp: MTPConfig = field(default_factory=MTPConfig)
+    product_key: ProductKeyConfig = field(default_factory=ProductKeyConfig)
     mla: MLAConfig = field(default_factory=MLAConfig)
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -129,8 +135,10 @@ class ModelConfig(Group):
         unread = set()
         if self.num_experts < 1:
             unread |= {"experts_per_token", "expert_ffn_hidden_size"}
-        if self.dense_layers < 1:
+        if self.dense_layers < 1 or self.experts == "product_key":
             unread.add("dense_ffn_hidden_size")
+        if self.experts != "product_key":
+            unread.add("product_key")
         if self.attention != "mla":
             unread.add("mla")
         return unread
@@ -142,6 +150,7 @@ class ModelConfig(Group):
         yield from self._experts()
         yield from self._sparsity()
         yield from self._gate()
+        yield from self._product_key()
         if self.num_experts > 0:
             yield from self.router.rules_with_experts(self.num_experts, self.experts_per_token)
 
@@ -229,6 +238,25 @@ class ModelConfig(Group):
             )
         elif self.hidden_size > 0 and (problem := gate.problem(self.gate_size)):
             yield f"model.gate_rank: {self.gate_size.rank} {problem}"
+
+    def _product_key(self) -> Iterator[str]:
+        if self.experts != "product_key":
+            return
+        if self.num_experts > 0:
+            yield (
+                f"model.num_experts: {self.num_experts} with model.experts=product_key, whose "
+                "experts are no routed ones; use 0, and model.product_key.keys for their number"
+            )
+        if self.mtp.depth:
+            yield (
+                f"model.mtp.depth: {self.mtp.depth} with model.experts=product_key is not "
+                "supported; use 0"
+            )
+        if ACTIVATIONS[self.activation].up is not None:
+            yield (
+                f"model.activation: {self.activation} changes the up projection, which the experts "
+                "of model.experts=product_key do not have; use silu or relu"
+            )
 
     def _sparsity(self) -> Iterator[str]:
         lossless = SPARSITY_LOSSES[self.sparsity_loss].function is None

@@ -111,6 +111,11 @@ def choose_architecture(source: Source, wanted: str) -> Architecture:
             f"model.router.kind: {router} is not megatron-core's own router, and transformers has "
             "none like it; such models cannot be exported"
         )
+    if source.model.experts != "grouped":
+        raise ValueError(
+            f"model.experts: transformers has no model with {source.model.experts} experts; such "
+            "models cannot be exported"
+        )
     if mone and not RULES[source.mone.rule].causal:
         raise ValueError(
             f"mone.rule: {source.mone.rule} looks at other tokens outside training, too, and so "

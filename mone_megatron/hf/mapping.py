@@ -82,7 +82,15 @@ def rules(
         architecture: theirs.
         experts: how their experts are stored, when not as the architecture's are.
         mone: the method's settings, whose rule may have a state; None for none.
+
+    Raises:
+        ValueError: no model of transformers has such layers.
     """
+    if model.experts != "grouped":
+        raise ValueError(
+            f"model.experts: transformers has no model with {model.experts} experts; such models "
+            "cannot be exported"
+        )
     embedding = "embedding.word_embeddings.weight"
     yield _vocabulary(model, vocab_size, embedding, "model.embed_tokens.weight")
     for layer in range(model.num_layers):

@@ -15,12 +15,13 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from mone_megatron.mone.experts import GroupedExperts
+from mone_megatron.mone.product_key import ProductKeyExperts
 from mone_megatron.parallel.megatron_compat import stored_name
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Projections back into the residual stream, scaled down by depth.
-_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "down_weight")
+_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "down_weight", "expert_out_weight")
 
 
 def global_name(model: GPTModel, name: str) -> str:
@@ -91,7 +92,7 @@ def initialize_weights(model: GPTModel, *, seed: int, std: float, vocab_size: in
 
     Norm weights are 1, biases and the rows that pad the vocabulary 0, all else normal with ``std``,
     or ``std / sqrt(2 * num_layers)`` for projections into the residual stream. Gates of experts
-    that are not the usual one say what theirs begin with.
+    that are not the usual one, and product keys, say what theirs begin with.
 
     Args:
         model: a GPTModel, not yet wrapped.
@@ -106,6 +107,11 @@ def initialize_weights(model: GPTModel, *, seed: int, std: float, vocab_size: in
         for prefix, module in model.named_modules()
         if isinstance(module, GroupedExperts)
         for name, _ in module.named_parameters(recurse=False)
+    }
+    key_std = {
+        f"{prefix}.key_weight": module.key_std
+        for prefix, module in model.named_modules()
+        if isinstance(module, ProductKeyExperts)
     }
     for local_name, parameter in model.named_parameters():
         name = global_name(model, local_name)
@@ -122,5 +128,6 @@ def initialize_weights(model: GPTModel, *, seed: int, std: float, vocab_size: in
                     width = weight.std if weight.absolute else weight.std * std
                 _fill_experts(parameter, module, name, seed, width)
             else:
+                width = key_std.get(local_name, width)
                 place = tp_group.rank(), tp_group.size()
                 _fill(parameter, name, seed, width, *place, vocab_size)

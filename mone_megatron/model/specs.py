@@ -46,6 +46,7 @@ from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.layer import MicrobatchSources, MoNELayer
 from mone_megatron.mone.mlp import NeuronMLP, NeuronSharedExpert
 from mone_megatron.mone.neurons import NeuronSettings
+from mone_megatron.mone.product_key import ProductKeyExperts
 from mone_megatron.mone.selection import NeuronSelection
 from mone_megatron.mone.sparsity import Sparsity
 from mone_megatron.parallel.megatron_compat import latent_attention, self_attention
@@ -121,6 +122,17 @@ def _dense_mlp(backend: BackendSpecProvider, mone: MoNEConfig) -> ModuleSpec:
     if neurons is None:
         return ModuleSpec(module=MLP, submodules=submodules)
     return ModuleSpec(module=NeuronMLP, submodules=submodules, params={"neurons": neurons})
+
+
+def _product_key(model: ModelConfig) -> ModuleSpec:
+    keys = model.product_key
+    params = {
+        "keys": keys.keys,
+        "key_dim": keys.key_dim,
+        "heads": keys.heads,
+        "experts_per_head": keys.experts_per_head,
+    }
+    return ModuleSpec(module=ProductKeyExperts, params=params)
 
 
 def sparsity_settings(config: Config) -> Sparsity | None:
@@ -274,7 +286,8 @@ def layer_specs(
         sparsity: the loss on hidden values of routed experts; None for none.
     """
     backend = spec_provider(on_cpu=on_cpu, own_attention=own_attention)
-    dense = _layer(backend, model, _dense_mlp(backend, mone))
+    mlp = _product_key(model) if model.experts == "product_key" else _dense_mlp(backend, mone)
+    dense = _layer(backend, model, mlp)
     moe = None
     if model.num_experts:
         moe = _layer(backend, model, _moe_mlp(backend, model, mone, sources, sparsity))

@@ -86,6 +86,8 @@ def whole_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
         saved["dropout masks"] = 2 * s * hidden
     if moe:
         return saved | _moe(config, numerics, n, s)
+    if model.experts == "product_key":
+        return saved | {"MLP": n * _product_key(config, numerics)}
     selecting = selects_neurons(config, "dense", model.dense_ffn_hidden_size)
     mlp = _gated_mlp(
         config, numerics, n, model.dense_ffn_hidden_size // tensor, selecting=selecting
@@ -96,6 +98,21 @@ def whole_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
         saved |= {"MoNE masks": n * _mask(config, numerics, width)}
         saved |= _balance(config, numerics, n, width, segments=1, split=tensor > 1)
     return saved
+
+
+def _product_key(config: Config, numerics: Numerics) -> int:
+    """Returns the bytes of a token in a layer of single-neuron experts."""
+    model, keys, e = config.model, config.model.product_key, numerics.bytes
+    queries = keys.heads * 2 * keys.key_dim
+    chosen = keys.heads * keys.experts_per_head
+    each_side = 2 * keys.heads * min(keys.experts_per_head, keys.keys)
+    # Queries before and after the norm in fp32, its scales; where the best of each side and of
+    # their sums are (int64), and the rows of both tables.
+    found = 8 * queries + 4 * 2 * keys.heads + 8 * (each_side + chosen)
+    # The softmax in fp32 and as it is used, the numbers of experts, and four values of each one's
+    # neuron.
+    weighed = chosen * (4 + (0 if e == 4 else e) + 8 + 3 * e)
+    return found + weighed + 2 * chosen * model.hidden_size * e
 
 
 def split_tokens(config: Config) -> int:

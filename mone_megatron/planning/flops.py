@@ -19,7 +19,12 @@ from dataclasses import dataclass
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.planning.attention import projection_flops, score_flops
-from mone_megatron.planning.parameters import gated_mlps, moe_layers_of, prediction_layers
+from mone_megatron.planning.parameters import (
+    gated_mlps,
+    moe_layers_of,
+    prediction_layers,
+    product_key_layer,
+)
 
 _BACKWARD = 2  # times the forward pass: gradients of the inputs and of the weights
 
@@ -49,6 +54,12 @@ def forward_flops_per_token(
         # What joins the embedding of a later token to the layer below, and the output once more.
         + later.num_layers * (2 * 2 * hidden * hidden + output)
     )
+    if model.experts == "product_key":
+        keys, layer = model.product_key, product_key_layer(model)
+        # Each head compares its two halves with the keys of their sides.
+        compared = keys.heads * layer.weights["key"]
+        used = layer.weights["query"] + compared + layer.chosen * layer.expert
+        common += model.num_layers * 2 * used
     mlps = [*gated_mlps(model, mone).values(), *gated_mlps(later, mone).values()]
     return Flops(
         ideal=common + sum(2 * mlp.visited * mlp.gate_counted for mlp in mlps),

@@ -16,6 +16,7 @@ prediction are trained, and activated by no token of a text that the model write
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mone_megatron.config.schema import ModelConfig, MoNEConfig, MTPConfig
@@ -41,6 +42,7 @@ class ParameterCount:
     routed_experts: int
     # With the weight of the shared expert's gate, if any.
     shared_experts: int
+    # With queries, keys and experts of product-key layers.
     dense_ffn: int
     # The layers of multi-token prediction, whole.
     prediction: int
@@ -141,6 +143,9 @@ def count_parameters(
         + hidden
         + moe_layers * (router + shared_gate)
     )
+    product = product_key_layer(model)
+    product_layers = model.num_layers if model.experts == "product_key" else 0
+    every_token += product_layers * product.activated
     return ParameterCount(
         embedding=embedding,
         output=output,
@@ -149,7 +154,8 @@ def count_parameters(
         router=moe_layers * router,
         routed_experts=mlps["routed"].count * mlps["routed"].parameters,
         shared_experts=mlps["shared"].count * mlps["shared"].parameters + moe_layers * shared_gate,
-        dense_ffn=mlps["dense"].count * mlps["dense"].parameters,
+        dense_ffn=mlps["dense"].count * mlps["dense"].parameters
+        + product_layers * product.parameters,
         prediction=_prediction(model, mone, attention + norms, router + shared_gate),
         activated_gate_counted=every_token
         + sum(mlp.visited * mlp.gate_counted for mlp in mlps.values()),
@@ -184,7 +190,7 @@ def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
     """
     moe_layers = moe_layers_of(model)
     shared_layers = moe_layers if model.shared_expert_ffn_hidden_size else 0
-    dense_layers = model.num_layers - moe_layers
+    dense_layers = model.num_layers - moe_layers if model.experts == "grouped" else 0
     sizes = {
         "routed": (
             model.expert_ffn_hidden_size,
@@ -208,6 +214,38 @@ def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
         )
         for kind, (width, count, visited) in sizes.items()
     }
+
+
+@dataclass(frozen=True)
+class ProductKeyLayer:
+    """Holds the weights of a layer of single-neuron experts by name, and how a token uses them."""
+
+    weights: Mapping[str, int]
+    # Experts of a token, and the weights of one: a row of each table.
+    chosen: int
+    expert: int
+
+    @property
+    def parameters(self) -> int:
+        """Returns the number of weights of the layer."""
+        return sum(self.weights.values())
+
+    @property
+    def activated(self) -> int:
+        """Returns the weights that a token uses: queries and keys whole, and its experts."""
+        return self.weights["query"] + self.weights["key"] + self.chosen * self.expert
+
+
+def product_key_layer(model: ModelConfig) -> ProductKeyLayer:
+    """Returns the weights of a layer with ``model.experts=product_key``."""
+    keys, hidden = model.product_key, model.hidden_size
+    weights = {
+        "query": keys.heads * 2 * keys.key_dim * hidden,
+        "key": 2 * keys.keys * keys.key_dim,
+        "expert_in": keys.keys**2 * hidden,
+        "expert_out": keys.keys**2 * hidden,
+    }
+    return ProductKeyLayer(weights, keys.heads * keys.experts_per_head, 2 * hidden)
 
 
 def moe_layers_of(model: ModelConfig) -> int:

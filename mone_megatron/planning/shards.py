@@ -17,6 +17,7 @@ from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.planning import attention
 from mone_megatron.planning.layout import Place, experts_are_dense_like
+from mone_megatron.planning.parameters import product_key_layer
 
 # A parameter starts at a multiple of so many elements, a bucket ends at one of the other.
 _PARAMETER_ALIGNMENT = 64
@@ -119,6 +120,9 @@ def _layer(config: Config, layer: int) -> list[LocalParameter]:
     for norm in attention.norms(model):
         sizes[norm.name] = norm.width // (tensor if norm.split else 1)
     sizes["pre_mlp_layernorm"] = hidden
+    if model.experts == "product_key":
+        sizes |= product_key_layer(model).weights
+        return [LocalParameter(f"{layer}.{name}", size) for name, size in sizes.items()]
     if not is_moe_layer(model, layer):
         width = model.dense_ffn_hidden_size // tensor
         sizes |= {"linear_fc1": 2 * width * hidden, "linear_fc2": width * hidden}

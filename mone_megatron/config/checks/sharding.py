@@ -19,6 +19,7 @@ from mone_megatron.methods.gates import GATES
 def check(config: Config, resources: Resources) -> Iterator[str]:
     """Yields sizes that the parallel sizes do not divide."""
     yield from _widths(config)
+    yield from _product_key(config)
     yield from _stages(config)
     yield from _sequence(config)
     yield from _world(config.parallel, resources.world_size)
@@ -34,7 +35,7 @@ def _widths(config: Config) -> Iterator[str]:
         ("model.shared_expert_ffn_hidden_size", model.shared_expert_ffn_hidden_size,
          "parallel.tensor", tensor),
     ]  # fmt: skip
-    if model.dense_layers > 0:
+    if model.dense_layers > 0 and model.experts != "product_key":
         width = model.dense_ffn_hidden_size
         split.append(("model.dense_ffn_hidden_size", width, "parallel.tensor", tensor))
     if model.num_experts > 0:
@@ -58,6 +59,16 @@ def _widths(config: Config) -> Iterator[str]:
         for name, size in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor)):
             if size > 1:
                 yield f"parallel.{name}: {size} splits experts and model.num_experts=0; use 1"
+
+
+def _product_key(config: Config) -> Iterator[str]:
+    tensor = config.parallel.tensor
+    if config.model.experts == "product_key" and tensor > 1:
+        yield (
+            f"parallel.tensor: {tensor} splits MLPs, and every rank has all experts of "
+            "model.experts=product_key; use parallel.tensor=1, and parallel.pipeline or data "
+            "parallelism"
+        )
 
 
 def _stages(config: Config) -> Iterator[str]:

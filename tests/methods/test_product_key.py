@@ -1,0 +1,157 @@
+"""Single-neuron experts that are found by product keys, against a search of all of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from test_each_rule import problems
+
+from mone_megatron.config.load import compose
+from mone_megatron.hf import export
+from mone_megatron.hf.source import open_source
+from mone_megatron.mone.product_key import ProductKeyExperts, product_topk
+from mone_megatron.planning import count_parameters
+from mone_megatron.planning.parameters import product_key_layer
+from mone_megatron.testing.launch import run_layouts
+
+HIDDEN, KEYS, SIZE, HEADS = 24, 9, 6, 3
+
+
+def make_layer(experts_per_head: int) -> ProductKeyExperts:
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, gated_linear_unit=True,
+        activation_func=F.silu, add_bias_linear=False, use_cpu_initialization=True,
+    )  # fmt: skip
+    layer = ProductKeyExperts(
+        config, keys=KEYS, key_dim=SIZE, heads=HEADS, experts_per_head=experts_per_head
+    )
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.normal_(generator=generator)
+    return layer
+
+
+@pytest.mark.parametrize("k", [1, 2, 9, 20, 81])
+def test_the_best_pairs_are_the_best_of_all_pairs(k: int) -> None:
+    scores = torch.randn(50, HEADS, 2, KEYS, generator=torch.Generator().manual_seed(1))
+    found, pairs = product_topk(scores, k)
+    every = (scores[:, :, 0].unsqueeze(-1) + scores[:, :, 1].unsqueeze(-2)).flatten(-2)
+    expected = every.topk(k, dim=-1)
+    assert torch.equal(found, expected.values)
+    assert torch.equal(pairs, expected.indices)
+
+
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_a_layer_is_all_its_experts_weighed_by_hand(k: int) -> None:
+    layer = make_layer(k)
+    tokens = torch.randn(5, 2, HIDDEN, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    found, bias = layer(tokens)
+    assert bias is None
+
+    # Of all experts: their keys are all pairs of half keys side by side, and those that a head
+    # does not choose weigh nothing.
+    x = tokens.reshape(-1, HIDDEN)
+    first, second = layer.key_weight
+    keys = torch.cat([first.repeat_interleave(KEYS, dim=0), second.repeat(KEYS, 1)], dim=-1)
+    neurons = F.silu(x @ layer.expert_in_weight.T)
+    expected = torch.zeros_like(x)
+    for rows in layer.query_weight.chunk(HEADS):
+        halves = [part / part.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+                  for part in (x @ rows.T).chunk(2, dim=-1)]  # fmt: skip
+        scores = torch.cat(halves, dim=-1) @ keys.T
+        left_out = scores < scores.topk(k, dim=-1).values.amin(dim=-1, keepdim=True)
+        weights = scores.masked_fill(left_out, -torch.inf).softmax(dim=-1)
+        expected = expected + (weights * neurons) @ layer.expert_out_weight
+    torch.testing.assert_close(found.reshape(-1, HIDDEN), expected, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
+    inputs = (tokens, *layer.parameters())
+    grads = torch.autograd.grad(found, inputs, upstream)
+    by_hand = torch.autograd.grad(expected.view_as(found), inputs, upstream)
+    for one, other in zip(grads, by_hand, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_the_planner_counts_the_weights_that_there_are() -> None:
+    sizes = {"keys": KEYS, "key_dim": SIZE, "heads": HEADS, "experts_per_head": 4}
+    config = compose(
+        ["experiment=tiny_moe", "model.experts=product_key", "model.num_experts=0",
+         f"model.hidden_size={HIDDEN}", *(f"model.product_key.{k}={v}" for k, v in sizes.items())]
+    )  # fmt: skip
+    layer = make_layer(4)
+    counted = product_key_layer(config.model)
+    assert counted.parameters == sum(weight.numel() for weight in layer.parameters())
+    read = layer.query_weight.numel() + layer.key_weight.numel() + HEADS * 4 * 2 * HIDDEN
+    assert counted.activated == read
+    model = count_parameters(config.model, config.mone, 100)
+    assert model.dense_ffn == config.model.num_layers * counted.parameters
+    assert model.total - model.activated_gate_counted == config.model.num_layers * (
+        counted.parameters - read
+    )
+
+
+RUN = (
+    "experiment=tiny_moe", "device=cpu", "data.max_megabytes=0.2", "train.steps=4",
+    "logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none",
+    "checkpoint.interval=2", "model.experts=product_key", "model.num_experts=0",
+    "model.product_key.keys=16",
+)  # fmt: skip
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_it_trains_resumes_bitwise_and_is_not_exported(tmp_path: Path) -> None:
+    saved = tmp_path / "one" / "checkpoints" / "step_00000002"
+    run_layouts(
+        {"one": RUN, "resumed": (*RUN, f"checkpoint.resume={saved}")},
+        processes=1,
+        folder=tmp_path,
+    )
+    two = {"data": RUN, "stages": (*RUN, "parallel.pipeline=2")}
+    two["elsewhere"] = (*RUN, "parallel.pipeline=2", f"checkpoint.resume={saved}")
+    run_layouts(two, processes=2, folder=tmp_path)
+    whole = records(tmp_path / "one")
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    for key in ("loss", "grad_norm"):
+        resumed = [record[key] for record in records(tmp_path / "resumed")]
+        assert resumed == [record[key] for record in whole[2:]]
+    for name, steps in (("data", whole), ("stages", whole), ("elsewhere", whole[2:])):
+        for record, expected in zip(records(tmp_path / name), steps, strict=True):
+            assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    source = open_source(tmp_path / "one", say=lambda message: None)
+    with pytest.raises(ValueError, match=r"^model.experts: transformers has no model with product"):
+        export.choose_architecture(source, "auto")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_experts=8"], "model.num_experts: 8 with model.experts=product_key, whose"),
+        (["parallel.tensor=2"], "parallel.tensor: 2 splits MLPs, and every rank has all experts"),
+        (["parallel.expert=2"], "parallel.expert: 2 splits experts and model.num_experts=0"),
+        (
+            ["mone.enabled=true", "mone.apply_to=[dense]"],
+            "mone.enabled: true selects neurons of an expert, and those of model.experts=product",
+        ),
+        (["model.activation=drelu"], "model.activation: drelu changes the up projection, which"),
+        (
+            ["model.product_key.keys=3"],
+            "model.product_key.experts_per_head: 16 is more than the 9 experts of",
+        ),
+    ],
+)
+def test_what_it_cannot_be_is_refused_by_its_key(overrides: list[str], message: str) -> None:
+    found = list(
+        problems("mone.enabled=false", "model.experts=product_key", "model.num_experts=0",
+                 *overrides)
+    )  # fmt: skip
+    assert found, overrides
+    assert found[0].startswith(message), found
