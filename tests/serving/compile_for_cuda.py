@@ -69,7 +69,7 @@ def main() -> None:
                 continue
             activate = selection.activation_of(activation.name)
             for rule in RULES:
-                if not rule.causal:
+                if not rule.causal or rule.pools:
                     continue
                 # Rules that are given scores launch the same kernels whatever they are of.
                 for score in SCORES if rule.top_k else [SCORES["abs_gate"]]:

@@ -125,9 +125,11 @@ def _selecting() -> list[list[str]]:
 
 # Whatever rule or score comes to the registries is tried, too.
 for _rule in RULES:
-    if _rule.causal and _rule.name not in {
-        _setting(changes, "mone.rule", "topk") for changes in _selecting()
-    }:
+    if (
+        _rule.causal
+        and not _rule.pools
+        and _rule.name not in {_setting(one, "mone.rule", "topk") for one in _selecting()}
+    ):
         RUNS[_rule.name] = [
             "experiment=tiny_mone",
             f"mone.rule={_rule.name}",

@@ -123,7 +123,7 @@ def test_masks_are_bitwise_those_of_an_export_in_transformers(
         assert torch.equal(mask, expected)
         served += 1
     # Served somewhere, or refused for what it is.
-    assert (served > 0) == RULES[rule].causal
+    assert (served > 0) == (RULES[rule].causal and not RULES[rule].pools)
 
 
 # What CUDA computes, in Triton's interpreter, beside what every other device does.
@@ -154,7 +154,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             continue
         activate = selection.activation_of(activation.name)
         for rule in RULES:
-            if not rule.causal:
+            if not rule.causal or rule.pools:
                 continue
             # Other rules are given scores of torch's.
             for score in SCORES if rule.top_k else [SCORES["abs_gate"]]:
@@ -191,7 +191,9 @@ def _on_the_wheel(wheel: Path, command: list[str], interpret: str) -> str:
 def test_what_cuda_computes_is_the_definition(wheel: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     calls = int(_on_the_wheel(wheel, ["-c", _ON_TRITON], "1"))
-    served = sum(len(SCORES) if rule.top_k else 1 for rule in RULES if rule.causal)
+    served = sum(
+        len(SCORES) if rule.top_k else 1 for rule in RULES if rule.causal and not rule.pools
+    )
     activations = sum(activation.up is None for activation in ACTIVATIONS)
     assert calls == 3 * activations * served
 

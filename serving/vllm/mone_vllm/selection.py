@@ -124,15 +124,15 @@ class Selection:
                 f"mone.rule: {rule.name} looks at other tokens of the batch; a server batches "
                 "tokens of other people"
             )
-        if rule.pools and target == "routed":
-            raise ValueError(
-                f"mone.rule: {rule.name} ranks the neurons of all experts of a token together, and "
-                "vLLM's experts do not say which token a row is of"
-            )
         if problem := rule.shard_problem(budget, 1 if ranks is None else ranks.size):
             raise ValueError(
                 f"{target} MLPs: {problem}; use --tensor-parallel-size 1 (or, where routed experts "
                 "alone select, --enable-expert-parallel)"
+            )
+        if rule.pools and target == "routed":
+            raise ValueError(
+                f"mone.rule: {rule.name} ranks the neurons of all experts of a token together, and "
+                "vLLM's experts do not say which token a row is of"
             )
         # As transformers computes the export: all of them, whatever the rule.
         return None if budget.kept == neurons else chosen
