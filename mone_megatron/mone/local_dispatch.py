@@ -43,6 +43,12 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         self._order: _Order | None = None
         self._shape = torch.Size()
 
+    @property
+    def token_of_row_T(self) -> Tensor:
+        """Returns the token of each row, int64 ``[T]``, until the rows are combined."""
+        assert self._order is not None, "asked after dispatch_preprocess"
+        return self._order.token_T
+
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -226,7 +226,7 @@ class NeuronGate(MegatronModule):
             return gate_TF, up_TF if self.activate_up is None else self.activate_up(up_TF)
 
         def mask() -> Tensor:
-            return self._mask(*units(), segments, down_norm, observing=False)
+            return self._mask(*units(), scale_T, segments, down_norm, observing=False)
 
         usual = self._keep(mask, look=False)
         kinds = [(usual, usual is not None and self._balancing)]

@@ -18,6 +18,8 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from torch import Tensor
 
+from mone_megatron.mone.local_dispatch import LocalTokenDispatcher
+
 
 class RowCounts:
     """Keeps the numbers of one dispatcher. Each microbatch's replace those before."""
@@ -67,6 +69,8 @@ class RowCounts:
         Args:
             rows: T, how many rows there are.
         """
+        if isinstance(self.dispatcher, LocalTokenDispatcher):
+            return self.dispatcher.token_of_row_T
         if isinstance(self.dispatcher, MoEAllGatherTokenDispatcher):
             map_NA = self.dispatcher.local_map
         else:

@@ -17,6 +17,7 @@ from mone_megatron.config.load import compose
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
 from mone_megatron.model.transformer import transformer_config
 from mone_megatron.mone.local_dispatch import LocalTokenDispatcher, can_dispatch_locally
+from mone_megatron.mone.row_counts import RowCounts
 from mone_megatron.parallel.groups import open_groups
 from mone_megatron.testing.processes import Processes
 
@@ -51,7 +52,7 @@ def megatron_dispatcher(kind: str, config: TransformerConfig) -> MoETokenDispatc
 
 
 def through(dispatcher: MoETokenDispatcher, config: TransformerConfig, name: str) -> list[Tensor]:
-    """Rows, counts, weights and output, and the gradients of tokens and weights."""
+    """Rows, their tokens, counts, weights and output, and gradients of tokens and weights."""
     generator = torch.Generator().manual_seed(7)
     shape = (SEQUENCE, BATCH, config.hidden_size)
     tokens = torch.randn(shape, generator=generator).requires_grad_()
@@ -63,12 +64,14 @@ def through(dispatcher: MoETokenDispatcher, config: TransformerConfig, name: str
     rows, counts, row_weights = dispatcher.dispatch_postprocess(
         *dispatcher.token_dispatch(sent, probs)
     )
+    of_rows = RowCounts(dispatcher).tokens_of_rows(len(rows))
+    assert torch.equal(rows, tokens.flatten(0, 1)[of_rows])
     made = (rows * row_weights.unsqueeze(-1)).tanh()
     output = dispatcher.combine_postprocess(
         dispatcher.token_combine(dispatcher.combine_preprocess(made))
     )
     gradients = torch.autograd.grad(output, (tokens, weights), grad)
-    return [x.detach() for x in (rows, counts, row_weights, output, *gradients)]
+    return [x.detach() for x in (rows, of_rows, counts, row_weights, output, *gradients)]
 
 
 def _both(kind: str) -> list[tuple[str, list[Tensor], list[Tensor]]]:
