@@ -33,6 +33,8 @@ class Optimizer:
             counts them. Anything else that it keeps would be lost when a run resumes.
         whole: whether it needs each weight whole, with its axes; refused where weights are cut over
             ranks (the distributed optimizer gives it flat slices).
+        matrix_moments: what it keeps of ``moments`` for matrices (:func:`is_matrix`); None for all.
+            Of whole weights only.
     """
 
     name: str
@@ -41,3 +43,19 @@ class Optimizer:
     moments: tuple[str, ...]
     make: Callable[[list[dict[str, Any]], Any], torch.optim.Optimizer] | None = None
     whole: bool = False
+    matrix_moments: tuple[str, ...] | None = None
+
+    def moments_of(self, parameter: torch.Tensor) -> tuple[str, ...]:
+        """Returns the names of what is kept for one parameter of the model."""
+        if self.matrix_moments is not None and is_matrix(parameter):
+            return self.matrix_moments
+        return self.moments
+
+
+def is_matrix(parameter: torch.Tensor) -> bool:
+    """Returns whether a parameter is a projection, or experts' of any number of axes.
+
+    Embeddings and the output layer are tables of tokens.
+    """
+    table = getattr(parameter, "is_embedding_or_output_parameter", False)
+    return parameter.dim() >= 2 and not table

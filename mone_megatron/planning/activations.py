@@ -24,7 +24,12 @@ from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import count_kept
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
-from mone_megatron.planning.attention import head_dim_of, value_dim_of
+from mone_megatron.planning.attention import (
+    SINK_STEP,
+    head_dim_of,
+    value_dim_of,
+    windowed_layers,
+)
 from mone_megatron.planning.shards import expert_width, local_experts
 
 Kernels = Literal["cpu", "cuda"]
@@ -40,6 +45,8 @@ class Numerics:
     bytes: int
     # The rows of the rank whose experts have the most to do, over the mean.
     imbalance: float = 1.0
+    # Attention is ours (model/attention.py), and not Transformer Engine's.
+    own_attention: bool = True
 
 
 def tokens_of_rank(config: Config) -> int:
@@ -65,7 +72,7 @@ def kept_by_layer(config: Config, numerics: Numerics, *, moe: bool) -> Saved:
         return saved
     # Selective: attention and the MoE layer (of a dense model: the MLP) run again from their
     # inputs. The output of attention stays, since the projection after it keeps it.
-    recomputed = {"attention softmax", "attention padding"}
+    recomputed = {"attention softmax", "attention padding", "attention mask"}
     if moe or config.model.num_experts == 0:
         recomputed |= {name for name in saved if name.startswith(("router", "MLP", "experts"))}
         recomputed |= {"MoE dispatch", "shared expert", "MoNE masks", "neuron balance"}
@@ -157,6 +164,7 @@ def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved
     head_dim = head_dim_of(model)
     heads, groups = model.num_attention_heads // tensor, model.num_query_groups // tensor
     queries, keys = heads * head_dim, groups * head_dim
+    own = numerics.own_attention
     saved: Saved = {
         # The value is a part of the projection's output, which lives with it.
         "attention QKV": n * (queries + 2 * keys) * e,
@@ -168,6 +176,10 @@ def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved
     }
     if model.qk_norm:
         saved["query and key norms"] = n * _query_and_key_norms(config, numerics, heads, groups)
+    if own and (config.parallel.context > 1 or model.attention_sink != "none"):
+        saved |= _copied_operands(config, numerics, saved, n, heads=heads, groups=groups)
+    if own:
+        saved |= _mask_of_attention(config, numerics)
     return saved
 
 
@@ -188,11 +200,52 @@ def _latent_attention(config: Config, numerics: Numerics, n: int, tensor: int) -
         "attention softmax": n * heads * 4,
         "RoPE": 4 * (config.train.seq_length // config.parallel.context) * mla.qk_rope_head_dim * e,
     }
+    if numerics.own_attention:
+        saved |= _mask_of_attention(config, numerics)
     if queries != values:
         # Kept instead: all four as wide as the wider of the two, and the output cut back.
         wide = 4 * max(queries, values) + values
         saved["attention padding"] = n * (wide - 2 * queries - 2 * values) * e
     return saved
+
+
+def _copied_operands(
+    config: Config, numerics: Numerics, saved: Saved, n: int, *, heads: int, groups: int
+) -> Saved:
+    """Returns the entries of :func:`_attention` that change where keys and values are gathered
+    over context-parallel ranks, or get a sink: one more query, key and element of a head.
+    """
+    model, e, contexts = config.model, numerics.bytes, config.parallel.context
+    head_dim, sequences = head_dim_of(model), config.train.micro_batch_size
+    before = saved["attention QKV"] + saved["attention operands"]
+    # The value is a copy: the projection's output lives for the norm of keys alone.
+    normed = model.qk_norm and not (numerics.kernels == "cpu" and e == 2)
+    after = saved["attention QKV"] if normed else 0
+    if model.attention_sink == "none":
+        after += n * (2 * heads + 2 * contexts * groups) * head_dim * e
+        return {"attention padding": after - before}
+    width = -(-(head_dim + 1) // SINK_STEP) * SINK_STEP
+    rows, keys = n + sequences, n * contexts + sequences
+    # Queries, the output (once more without the sink's row), keys and values.
+    after += (2 * rows * heads * width + n * heads * head_dim + 2 * keys * groups * width) * e
+    return {"attention padding": after - before, "attention softmax": rows * heads * 4}
+
+
+def _mask_of_attention(config: Config, numerics: Numerics) -> Saved:
+    """Returns which keys each query sees, as the kernel keeps it: a number for each pair."""
+    model, parallel = config.model, config.parallel
+    apart = config.data.reset_attention
+    if not (apart or model.attention_window or parallel.context > 1):
+        return {}
+    sink = model.attention_sink != "none"
+    keys = config.train.seq_length + sink
+    queries = config.train.seq_length // parallel.context + sink
+    masks = config.train.micro_batch_size if apart else 1
+    # Layers that see all need none, where nothing else does.
+    share = 1.0
+    if not apart and parallel.context == 1:
+        share = windowed_layers(model) / model.num_layers
+    return {"attention mask": round(share * masks * queries * keys * numerics.bytes)}
 
 
 def _query_and_key_norms(config: Config, numerics: Numerics, heads: int, groups: int) -> int:

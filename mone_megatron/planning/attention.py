@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from mone_megatron.config.schema import ModelConfig
 
+# Heads with a sink are as wide as the next multiple of this (model/attention.py).
+SINK_STEP = 8
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -95,9 +98,27 @@ def projection_flops(model: ModelConfig) -> int:
     return sum(2 * matrix.inputs * matrix.outputs for matrix in projections(model))
 
 
+def sinks(model: ModelConfig) -> int:
+    """Returns the number of learnt sinks of one layer's attention, over all ranks."""
+    return model.num_attention_heads if model.attention_sink == "learnable" else 0
+
+
+def windowed_layers(model: ModelConfig) -> int:
+    """Returns how many layers attend within the window."""
+    if not model.attention_window:
+        return 0
+    every = model.full_attention_every
+    return model.num_layers - (model.num_layers // every if every else 0)
+
+
 def score_flops(model: ModelConfig, seq_length: int) -> int:
-    """Returns the forward operations of a token in scores and weighted values: two products over
-    half of the sequence's keys, (s + 1) / 2.
+    """Returns the forward operations of a token in scores and weighted values of all layers: two
+    products over the keys that it sees, on average (s + 1) / 2 of a sequence of s, and within a
+    window of w tokens w (2s - w + 1) / 2s.
     """
     heads = model.num_attention_heads
-    return heads * (head_dim_of(model) + value_dim_of(model)) * (seq_length + 1)
+    each = heads * (head_dim_of(model) + value_dim_of(model))
+    near, window = windowed_layers(model), min(model.attention_window, seq_length)
+    seen = window * (2 * seq_length - window + 1)
+    whole = (model.num_layers - near) * each * (seq_length + 1)
+    return whole + (near * each * seen // seq_length if near else 0)

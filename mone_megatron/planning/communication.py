@@ -114,9 +114,15 @@ def _attention(config: Config, layout: Layout, numerics: Numerics) -> Iterator[T
         tensor = groups(config.parallel, layout)["tensor"]
         sums = 2 * 4 * activations.tokens_of_rank(config)
         yield Traffic(tensor, "all-reduce", (3 if full else 2) * 2 * _ring(sums, tensor))
-    # Keys and values go round; backwards their gradients, too.
-    times = 3 + (config.train.recompute != "none")
-    yield Traffic(context, "ring of keys and values", times * block * (context.size - 1))
+    again = config.train.recompute != "none"
+    if not numerics.own_attention:
+        # Keys and values go round; backwards their gradients, too.
+        ring = (3 + again) * block * (context.size - 1)
+        yield Traffic(context, "ring of keys and values", ring)
+        return
+    # Keys and values of all are gathered, and backwards their gradients added up.
+    yield Traffic(context, "all-gather", (1 + again) * block * (context.size - 1))
+    yield Traffic(context, "reduce-scatter", float(block * (context.size - 1)))
 
 
 def _latent_attention(config: Config, layout: Layout, numerics: Numerics) -> Iterator[Traffic]:

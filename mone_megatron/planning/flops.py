@@ -3,9 +3,9 @@
 A multiply-add is 2 operations. Counted is every matrix product (projections, attention, router,
 experts, output layer over the padded vocabulary, and those of multi-token prediction) and nothing
 else: norms, RoPE, softmax, the selection and the optimizer are left out, as is usual. Attention is
-causal: a token of a sequence of s reads (s + 1) / 2 keys on average. The backward pass costs twice
-the forward pass. Activations that are recomputed are not counted twice, nor are the zeros counted
-that widen MLA's values to the width of its keys.
+causal: a token of a sequence of s reads (s + 1) / 2 keys on average, and in a window those of it
+alone. The backward pass costs twice the forward pass. Activations that are recomputed are not
+counted twice, nor are the zeros counted that widen MLA's values to the width of its keys.
 
 Each count comes as a pair. `ideal` has MoNE compute only the kept neurons of the up and down
 projections (the gate is always computed in full); `realised` is what dense matrix products run,
@@ -42,13 +42,14 @@ def forward_flops_per_token(
 ) -> Flops:
     """Returns the operations of one token's forward pass in sequences of ``seq_length`` tokens."""
     hidden = model.hidden_size
-    attention = projection_flops(model) + score_flops(model, seq_length)
     router = ROUTERS[model.router.kind].weights(model.num_experts, hidden, model.router.rank)
     gates = router + (hidden if model.shared_expert_gate else 0)
     output = 2 * hidden * model.padded_vocab_size(vocab_size)
     later = prediction_layers(model)
     common = (
-        (model.num_layers + later.num_layers) * attention
+        (model.num_layers + later.num_layers) * projection_flops(model)
+        + score_flops(model, seq_length)
+        + score_flops(later, seq_length)
         + (moe_layers_of(model) + moe_layers_of(later)) * 2 * gates
         + output
         # What joins the embedding of a later token to the layer below, and the output once more.

@@ -34,7 +34,7 @@ class ParameterCount:
     embedding: int
     # 0 when tied to the embedding.
     output: int
-    # All projections, with the biases of queries, keys and values if any.
+    # All projections, with the biases of queries, keys and values and the sinks if any.
     attention: int
     # RMSNorm weights: two a layer, the final one, and those of QK-norm or of MLA's latents.
     norms: int
@@ -129,6 +129,7 @@ def count_parameters(
     embedding = rows * hidden
     output = 0 if model.tie_embeddings else rows * hidden
     attention = sum(matrix.parameters for matrix in attention_of.projections(model))
+    attention += attention_of.sinks(model)
     norms = 2 * hidden + sum(norm.width for norm in attention_of.norms(model))
     kind = ROUTERS[model.router.kind]
     router = kind.weights(model.num_experts, hidden, model.router.rank)

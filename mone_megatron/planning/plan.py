@@ -19,6 +19,7 @@ from mone_megatron.planning.layout import Group, groups
 from mone_megatron.planning.memory import RankMemory, rank_memory, stage_memory, worst_of_stages
 from mone_megatron.planning.parameters import ParameterCount, count_parameters
 from mone_megatron.planning.prediction import StepTime, predict
+from mone_megatron.planning.unmodelled import unmodelled
 
 GIB = 2**30
 
@@ -140,10 +141,13 @@ def check_config(config: Config, machine: Machine) -> Layout:
     )
 
 
-def numerics_of(config: Config, assumed: Assumptions) -> Numerics:
-    """Returns the kernels and the dtype that run on a GPU."""
+def numerics_of(
+    config: Config, assumed: Assumptions, installed: frozenset[str] = frozenset()
+) -> Numerics:
+    """Returns the kernels and the dtype that run on a GPU with these optional packages."""
     size = 4 if config.device.dtype == "fp32" else 2
-    return Numerics("cuda", size, imbalance=assumed.imbalance)
+    own = config.data.reset_attention or "transformer_engine" not in installed
+    return Numerics("cuda", size, imbalance=assumed.imbalance, own_attention=own)
 
 
 def make_plan(config: Config, machine: Machine, *, rough: bool = False) -> Plan:
@@ -161,7 +165,7 @@ def make_plan(config: Config, machine: Machine, *, rough: bool = False) -> Plan:
     """
     layout = check_config(config, machine)
     vocab_size = vocabulary_of(config)
-    numerics = numerics_of(config, machine.assumed)
+    numerics = numerics_of(config, machine.assumed, machine.installed)
     reserve = int(machine.assumed.reserve)
     if rough:
         size = layout.world_size // config.parallel.pipeline
@@ -279,11 +283,6 @@ def notes(plan: Plan) -> list[str]:
     found += [
         f"{key}: not modelled; the plan is that of a run without it" for key in unmodelled(config)
     ]
-    if config.parallel.context > 1:
-        found.append(
-            "parallel.context: memory is that of Transformer Engine's ring; without it each rank "
-            "keeps the keys and values of the whole sequence, too"
-        )
     if SOURCES[config.data.source].reads_paths:
         found += [
             f"data.paths: {path}.bin is not on this machine; it must be on the cluster"
@@ -291,22 +290,6 @@ def notes(plan: Plan) -> list[str]:
             if not Path(f"{path}.bin").exists()
         ]
     return found
-
-
-def unmodelled(config: Config) -> list[str]:
-    """Returns the keys that are set and that memory and time are planned without."""
-    model = config.model
-    keys = {
-        "model.attention_window": model.attention_window > 0,
-        "model.attention_sink": model.attention_sink != "none",
-        "data.reset_attention": config.data.reset_attention,
-    }
-    given = [
-        f"megatron.{part}.{name}"
-        for part, fields in config.megatron.given().items()
-        for name in fields
-    ]
-    return [key for key, is_set in keys.items() if is_set] + given
 
 
 def default_gpus(config: Config) -> int:

@@ -96,7 +96,9 @@ def layer_work(config: Config, *, moe: bool) -> tuple[Work, Work]:
     tokens, hidden = activations.tokens_of_rank(config), model.hidden_size
     # MLA's down projections are whole on every rank, which runs them for its part of the tokens.
     projections = Work(matmul=tokens * projection_flops(model) / tensor)
-    attention = Work(attention=tokens * score_flops(model, config.train.seq_length) / tensor)
+    # Of a layer in the mean, where some attend within a window.
+    scores = score_flops(model, config.train.seq_length) / model.num_layers
+    attention = Work(attention=tokens * scores / tensor)
     if moe:
         gates = model.num_experts + (1 if model.shared_expert_gate else 0)
         mlp = Work(

@@ -38,6 +38,13 @@ class LocalParameter:
     # A copy of the embedding that two pipeline stages share has a bucket for itself.
     own_bucket: bool = False
 
+    @property
+    def is_matrix(self) -> bool:
+        """Returns whether it is a projection, and neither a vector nor a table of tokens."""
+        last = self.name.rpartition(".")[2]
+        vector = last.endswith("norm") or last.isdigit() or last in ("bias", "softmax_offset")
+        return not vector and last not in ("embedding", "output_layer")
+
 
 def layers_of_chunk(model: ModelConfig, stages: int, chunks: int, stage: int, chunk: int) -> range:
     """Returns the layers (from 0) of one model chunk of one pipeline stage."""
@@ -112,6 +119,8 @@ def _layer(config: Config, layer: int) -> list[LocalParameter]:
     model, tensor = config.model, config.parallel.tensor
     hidden = model.hidden_size
     sizes = {"input_layernorm": hidden}
+    if heads := attention.sinks(model):
+        sizes["core_attention.softmax_offset"] = heads // tensor
     for matrix in attention.projections(model):
         ways = tensor if matrix.split else 1
         sizes[matrix.name] = matrix.inputs * matrix.outputs // ways
@@ -278,6 +287,8 @@ class StageState:
     sharded: bool
     # How many fp32 tensors the optimizer keeps for each parameter.
     moments: int
+    # Elements of them that are not kept (of matrices, by some optimizers).
+    spared: int
 
     def of(self, place: Place, contexts: int) -> StateBytes:
         """Returns what the rank at ``place`` holds; ``contexts`` is the context-parallel size."""
@@ -291,7 +302,7 @@ class StageState:
             weights=self.weight_bytes * padded,
             gradients=4 * padded,
             masters=0 if self.weight_bytes == 4 else 4 * optimized,
-            moments=4 * self.moments * optimized,
+            moments=4 * (self.moments * optimized - self.spared),
         )
 
     @property
@@ -321,10 +332,11 @@ def stage_state(
     sharded = parallel.distributed_optimizer
     dense: list[Buffer] = []
     experts: list[Buffer] = []
-    largest = 0
+    largest = matrices = 0
     for chunk in range(parallel.virtual_pipeline):
         parameters = chunk_parameters(config, vocab_size, stage, chunk)
         largest = max([largest, *(parameter.elements for parameter in parameters)])
+        matrices += sum(parameter.elements for parameter in parameters if parameter.is_matrix)
         # Only the first stage's first chunk is reduced in several buckets: the others' gradients
         # are ready early.
         bucket_size = None
@@ -337,5 +349,9 @@ def stage_state(
             chosen = [parameter for parameter in parameters if parameter.expert == expert]
             if chosen:
                 buffers.append(lay_out(chosen, ranks, bucket_size=bucket_size, padded=sharded))
-    moments = len(OPTIMIZERS[config.optim.name].moments)
-    return StageState(tuple(dense), tuple(experts), largest, weight_bytes, sharded, moments)
+    optimizer = OPTIMIZERS[config.optim.name]
+    moments, of_matrices = len(optimizer.moments), optimizer.matrix_moments
+    fewer = 0 if of_matrices is None else moments - len(of_matrices)
+    return StageState(
+        tuple(dense), tuple(experts), largest, weight_bytes, sharded, moments, fewer * matrices
+    )

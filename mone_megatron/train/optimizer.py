@@ -65,7 +65,7 @@ def build_optimizer(
     for part in inner_parts(optimizer):
         if method.make is not None:
             part.optimizer = _in_place_of(part.optimizer, method.make, optim)
-        keep_moments(part.optimizer, method.moments)
+        keep_moments(part.optimizer, method)
         if method.make is None:
             _fuse_adam(part.optimizer)
     _mark_masters(optimizer)

@@ -19,7 +19,7 @@ from mone_megatron.config.megatron import SET_HERE
 from mone_megatron.config.validate import validate
 from mone_megatron.megatron_fields import CLASSES, MLA_CLASS, fields_of
 from mone_megatron.model.transformer import transformer_config
-from mone_megatron.planning.plan import unmodelled
+from mone_megatron.planning.unmodelled import unmodelled
 
 UPSTREAM: dict[str, Any] = {
     "transformer": TransformerConfig,

@@ -46,7 +46,9 @@ def state_bytes(overrides: Sequence[str], *, bf16: bool) -> tuple[StateBytes, in
     for state in parameter_states(trainer.state.optimizer):
         if state.main is None or state.inner is None:
             continue
-        assert {"exp_avg", "exp_avg_sq"} <= state.inner.state[state.main].keys()
+        assert set(state.moments) <= state.inner.state[state.main].keys()
+        # What is kept and not told would be lost on a resume, and is not counted.
+        assert state.inner.state[state.main].keys() <= {*state.moments, "step"}
         for kind in state.kinds:
             tensor = state.tensor(kind)
             assert tensor is not None
@@ -68,7 +70,8 @@ def saved_bytes(overrides: Sequence[str], *, bf16: bool) -> int:
         kept.append(tensor)
         return tensor
 
-    batches = random_batches(trainer)
+    # With context parallelism, this rank's part of each sequence.
+    batches = [trainer.stepper._to_device(batch) for batch in random_batches(trainer)]
     (chunk,) = trainer.chunks
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         _forward_step(iter(batches), chunk)

@@ -119,6 +119,9 @@ def one_rank() -> Iterator[Processes]:
 def test_one_rank_holds_what_is_predicted(one_rank: Processes) -> None:
     compare(one_rank, [], bf16=False)
     compare(one_rank, ["model.tie_embeddings=true", "model.qk_norm=false"], bf16=True)
+    # Matrices keep one moment.
+    muon = ["optim.name=muon", "parallel.distributed_optimizer=false", "model.mtp.depth=1"]
+    compare(one_rank, [*muon, "model.attention_sink=learnable"], bf16=True)
 
 
 @pytest.mark.parametrize("overrides", LAYOUTS_OF_2, ids=str)
@@ -200,6 +203,11 @@ ACTIVATIONS = [
     ["experiment=tiny_mone", *MIXED, *EVERYWHERE, "mone.memory=packed"],
     ["experiment=tiny_mone", "model.mtp.depth=2"],
     ["experiment=tiny_mone", "model.mtp.depth=1", "train.recompute=full"],
+    ["experiment=tiny_mone", "model.attention_window=16", "model.full_attention_every=2"],
+    ["experiment=tiny_mone", "model.attention_sink=learnable", "model.attention_window=24"],
+    ["experiment=tiny_mone", "model.attention_sink=zero", "model.qk_norm=false",
+     "train.recompute=selective"],
+    ["experiment=tiny_moe", *LATENT, "model.attention_window=16"],
     ["experiment=tiny_moe", *LATENT],
     ["experiment=tiny_moe", *LATENT, "train.recompute=selective", "model.mla.v_head_dim=40"],
     ["experiment=tiny_moe", *LATENT, "model.mla.q_lora_rank=20", "model.mla.v_head_dim=24"],
@@ -241,6 +249,9 @@ def test_activations_are_what_torch_saves(one_rank: Processes, overrides: list[s
         ["parallel.tensor=2", "parallel.expert=2", "model.qk_norm_scope=all_heads"],
         ["parallel.tensor=2", "parallel.expert_tensor=2"],
         ["parallel.tensor=2", *LATENT],
+        ["parallel.context=2", "model.attention_sink=zero"],
+        ["parallel.context=2"],
+        ["parallel.tensor=2", "model.attention_sink=learnable"],
     ],
     ids=str,
 )
@@ -271,6 +282,7 @@ def test_passes_in_flight(
 # megatron-core's names of our groups.
 GROUPS = {
     "tensor": "TENSOR_MODEL_PARALLEL_GROUP",
+    "context": "CONTEXT_PARALLEL_GROUP",
     "data": "DATA_PARALLEL_GROUP_WITH_CP",
     "expert": "EXPERT_MODEL_PARALLEL_GROUP",
     "expert_data": "EXPERT_DATA_PARALLEL_GROUP",
@@ -303,6 +315,8 @@ def predicted_traffic(overrides: Sequence[str], world_size: int, rank: int) -> d
         ["parallel.tensor=2", *LATENT],
         ["parallel.tensor=2", *LATENT, "model.mla.q_lora_rank=12", "train.recompute=full"],
         ["parallel.pipeline=2"],
+        ["parallel.context=2"],
+        ["parallel.context=2", "train.recompute=selective"],
         ["parallel.tensor=2", "model.mtp.depth=2"],
         ["parallel.tensor=2", "model.mtp.depth=1", "train.recompute=full"],
         ["parallel.pipeline=2", "model.mtp.depth=1"],

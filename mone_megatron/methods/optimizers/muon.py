@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mone_megatron.methods.optimizer import Optimizer
+from mone_megatron.methods.optimizer import Optimizer, is_matrix
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +35,6 @@ def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
         gram = found @ found.mT
         found = a * found + (b * gram + c * gram @ gram) @ found
     return found if wide else found.mT
-
-
-def is_matrix(parameter: torch.Tensor) -> bool:
-    """Returns whether Muon moves a parameter: projections, and experts of any number of axes.
-
-    Embeddings and the output layer are tables of tokens, and go by AdamW.
-    """
-    table = getattr(parameter, "is_embedding_or_output_parameter", False)
-    return parameter.dim() >= 2 and not table
 
 
 def make(groups: list[dict[str, Any]], optim: Any) -> torch.optim.Optimizer:
@@ -91,8 +82,8 @@ METHOD = Optimizer(
     name="muon",
     formula="orthogonalised momentum of each matrix (experts': each expert's), AdamW for the rest",
     source="Jordan 2024, arXiv 2502.16982",
-    # Matrices keep the first alone until they are resumed; the planner counts both.
     moments=("exp_avg", "exp_avg_sq"),
+    matrix_moments=("exp_avg",),
     make=make,
     whole=True,
 )

@@ -42,6 +42,8 @@ from megatron.core.optimizer.optimizer import (
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from mone_megatron.methods.optimizer import Optimizer
+
 MASTER = "master"
 
 
@@ -115,7 +117,7 @@ def _distributed(optimizer: DistributedOptimizer) -> Iterator[ParameterState]:
                 span = (local.start, local.end)
             group = optimizer.data_parallel_group
             inner = optimizer.optimizer
-            moments = moments_of(inner)
+            moments = moments_of(inner, parameter)
             yield ParameterState(parameter, main, inner, span, group, True, moments)
 
 
@@ -129,18 +131,18 @@ def _replica_group(parameter: nn.Parameter) -> dist.ProcessGroup:
 def _whole(parameter: nn.Parameter, main: Tensor, inner: torch.optim.Optimizer) -> ParameterState:
     span = (0, parameter.numel())
     group = _replica_group(parameter)
-    return ParameterState(parameter, main, inner, span, group, False, moments_of(inner))
+    return ParameterState(parameter, main, inner, span, group, False, moments_of(inner, parameter))
 
 
-def keep_moments(inner: torch.optim.Optimizer, moments: tuple[str, ...]) -> None:
-    """Says what an optimizer keeps for each parameter, and checkpoints hold."""
-    inner.saved_moments = moments  # type: ignore[attr-defined]
+def keep_moments(inner: torch.optim.Optimizer, method: Optimizer) -> None:
+    """Says which method an optimizer is: what it keeps for each parameter, and checkpoints hold."""
+    inner.method = method  # type: ignore[attr-defined]
 
 
-def moments_of(inner: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Returns what :func:`keep_moments` said of an optimizer."""
-    moments: tuple[str, ...] = inner.saved_moments  # type: ignore[attr-defined]
-    return moments
+def moments_of(inner: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
+    """Returns what an optimizer keeps for a parameter of the model (:func:`keep_moments`)."""
+    method: Optimizer = inner.method  # type: ignore[attr-defined]
+    return method.moments_of(parameter)
 
 
 def inner_parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
