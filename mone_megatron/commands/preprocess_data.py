@@ -1,8 +1,8 @@
 """Turns text into the .bin/.idx files that data.source=indexed reads.
 
-The input is any number of files or quoted globs: JSON lines (.jsonl, .ndjson, .jsonl.gz), plain
-text (.txt, .md, .py, .txt.gz; one document a file, or see --document-separator) and Parquet. An
-input that is bad is named by its file and line, row or row group.
+The input is any number of files or quoted globs: JSON lines (.jsonl, .ndjson), plain text (.txt,
+.md, .py; one document a file, or see --document-separator), both also as .gz or .zst, and Parquet.
+An input that is bad is named by its file and line, row or row group.
 
   python tools/preprocess_data.py 'books/*.jsonl' --output corpora/books --tokenizer my-tokenizer
   python tools/preprocess_data.py wiki.txt --output corpora/wiki --train-tokenizer 32000

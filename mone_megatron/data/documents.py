@@ -7,13 +7,18 @@ here it is decided whether a bad record ends the reading or is left out and coun
 from __future__ import annotations
 
 import glob
-import gzip
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import Literal, get_args
 
 from mone_megatron.counting import counted
+from mone_megatron.data.compression import (
+    COMPRESSIONS,
+    compression_of,
+    decompressed,
+    without_compression,
+)
 from mone_megatron.data.json_lines import read_json_lines
 from mone_megatron.data.parquet_rows import read_parquet
 from mone_megatron.data.plain_text import read_plain_text
@@ -97,10 +102,10 @@ def file_format(path: Path, settings: InputSettings) -> Format:
     if settings.format is not None:
         return settings.format
     name = path.name.lower()
-    compressed = name.endswith(".gz")
-    kind = _EXTENSIONS.get(Path(name.removesuffix(".gz")).suffix)
-    if kind is None or (compressed and kind not in _COMPRESSED):
-        known = ", ".join([*_EXTENSIONS, ".jsonl.gz", ".txt.gz"])
+    kind = _EXTENSIONS.get(without_compression(Path(name)).suffix)
+    if kind is None or (compression_of(path) and kind not in _COMPRESSED):
+        both = [f"{end}{kind}" for kind in COMPRESSIONS for end in (".jsonl", ".txt")]
+        known = ", ".join([*_EXTENSIONS, *both])
         raise ValueError(f"{path}: unknown extension; known: {known} (or give --format)")
     return kind
 
@@ -178,10 +183,7 @@ class DocumentReader:
         if kind == "text" and settings.domain is not None:
             raise ValueError(f"{path}: plain text has no field {settings.domain!r}")
         with path.open("rb") as raw:
-            stream: BinaryIO = raw
-            if path.name.lower().endswith(".gz"):
-                # GzipFile reads like a binary file but is not declared as one.
-                stream = gzip.GzipFile(fileobj=raw)  # type: ignore[assignment]
+            stream = decompressed(path, raw)
             if kind == "jsonl":
                 yield from read_json_lines(path, raw, stream, settings.json_key, settings.domain)
             else:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mone_megatron.data.compression import DAMAGES, compression_of
 from mone_megatron.data.lines import check_characters, decode, numbered_lines
-from mone_megatron.data.records import GZIP_ERRORS, BadRecord, Document
+from mone_megatron.data.records import BadRecord, Document
 
 # The pairs of a JSON object in order, as they stand.
 _Pairs = tuple[tuple[str, Any], ...]
@@ -27,7 +28,7 @@ def read_json_lines(
         domain: another key to read; None for none.
 
     Raises:
-        ValueError: the file is not gzip.
+        ValueError: the file is not what its compression says.
     """
     position = number = 0
     try:
@@ -43,10 +44,12 @@ def read_json_lines(
                 continue
             yield Document(text, raw.tell() - position, group)
             position = raw.tell()
-    except GZIP_ERRORS as error:
+    except DAMAGES as error:
         if number == 0:
-            raise ValueError(f"{path} is not a whole gzip file ({error})") from error
-        yield BadRecord(f"{path}:{number + 1}: not a whole gzip file ({error})")
+            raise ValueError(
+                f"{path} is not a whole {compression_of(path)} file ({error})"
+            ) from error
+        yield BadRecord(f"{path}:{number + 1}: not a whole {compression_of(path)} file ({error})")
 
 
 def _parse(line: bytes) -> _Pairs:

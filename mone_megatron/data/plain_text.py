@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from mone_megatron.data.compression import DAMAGES, compression_of
 from mone_megatron.data.lines import BYTE_ORDER_MARK, NotUTF8Error, decode
-from mone_megatron.data.records import GZIP_ERRORS, BadRecord, Document
+from mone_megatron.data.records import BadRecord, Document
 
 _READ_BYTES = 1 << 20
 
@@ -26,7 +27,7 @@ def read_plain_text(
         separator: stands between documents; None for one document.
 
     Raises:
-        ValueError: the file is not gzip.
+        ValueError: the file is not what its compression says.
     """
     # Bytes are split rather than text: what is not UTF-8 is then one document's fault. No character
     # begins inside another one, so the places are the same.
@@ -49,11 +50,13 @@ def read_plain_text(
                 line += content.count(b"\n") + mark.count(b"\n")
                 begin = seek = end + len(mark)
             del rest[:begin]
-    except GZIP_ERRORS as error:
+    except DAMAGES as error:
         if not began:
-            raise ValueError(f"{path} is not a whole gzip file ({error})") from error
+            raise ValueError(
+                f"{path} is not a whole {compression_of(path)} file ({error})"
+            ) from error
         where = line + rest.count(b"\n")
-        yield BadRecord(f"{path}:{where}: not a whole gzip file ({error})")
+        yield BadRecord(f"{path}:{where}: not a whole {compression_of(path)} file ({error})")
         return
     yield _document(path, bytes(rest), line, raw.tell() - position)
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from dataclasses import dataclass
-
-# What reading a damaged gzip file raises.
-GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
