@@ -20,7 +20,7 @@ ON_NEXT     = PYTHONPATH=$(CURDIR)/$(NEXT):$(CURDIR) OMP_NUM_THREADS=1 \
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart claims ablation test check test-slow test-gpu test-megatron-next test-transformers test-vllm \
+.PHONY: quickstart claims neurons ablation test check test-slow test-gpu test-megatron-next test-transformers test-vllm \
 	test-real faults slurm-test lint docs bench clean
 
 quickstart: $(VENV)/installed
@@ -35,6 +35,12 @@ quickstart: $(VENV)/installed
 STUDIES ?= half_activated equal_activated dense keep_ratios scores balance activations
 claims: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py $(STUDIES) --jobs 2 $(ARGS)
+
+# Every method at one budget, then the forms of routers, densities and balance losses
+# (docs/results.md): hours on two cores, gone on with when it is started again.
+NEURONS ?= neurons density routers balance_coefficients
+neurons: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py $(NEURONS) --jobs 2 $(ARGS)
 
 # One sweep and its comparison: make ablation NAME=keep_ratio EXPERIMENT=quickstart_mone ARGS=...
 ablation: $(VENV)/installed
