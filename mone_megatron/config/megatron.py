@@ -18,6 +18,7 @@ _COMPUTES_THE_SAME = re.compile(
 _OURS = "this project decides it"
 _STATE = "checkpoints do not hold what it keeps"
 _MISSING = "the models of this project have no such part"
+_GRAPHS = "experts get other numbers of rows in each step, and this trainer makes no CUDA graph"
 _CPU = "it follows from device.kind"
 
 # Part -> field of megatron-core -> the key of ours that sets it, or why it cannot be set. Users may
@@ -96,6 +97,11 @@ SET_HERE: Mapping[str, Mapping[str, str]] = {
         "perform_initialization": _OURS,
         "variable_seq_lengths": _OURS,
         "is_hybrid_model": _MISSING,
+        "mtp_use_repeated_layer": _MISSING,
+        "enable_cuda_graph": _GRAPHS,
+        "external_cuda_graph": _GRAPHS,
+        "cuda_graph_impl": _GRAPHS,
+        "fp8_param": _STATE,
         "heterogeneous_block_specs": _MISSING,
         "normalization": _OURS,
         "add_bias_linear": _OURS,

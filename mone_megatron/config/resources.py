@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 from mone_megatron.config.device import DeviceConfig
 
@@ -35,6 +36,15 @@ class Resources:
     def have_deep_ep(self) -> bool:
         """Returns whether DeepEP is there."""
         return is_installed("deep_ep") if self.deep_ep is None else self.deep_ep
+
+    def have_hybrid_ep(self) -> bool:
+        """Returns whether DeepEP is there in a version with HybridEP, by its source."""
+        if self.deep_ep is not None:
+            return self.deep_ep
+        found = importlib.util.find_spec("deep_ep")
+        if found is None or found.origin is None:
+            return False
+        return "HybridEPBuffer" in Path(found.origin).read_text(encoding="utf-8", errors="ignore")
 
     def is_cpu(self, device: DeviceConfig) -> bool:
         """Returns whether the run is known to be on CPUs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose
 from mone_megatron.config.megatron import SET_HERE
+from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
 from mone_megatron.megatron_fields import CLASSES, MLA_CLASS, fields_of
 from mone_megatron.model.transformer import transformer_config
@@ -29,10 +31,14 @@ UPSTREAM: dict[str, Any] = {
 
 
 def problems_of(*overrides: str) -> tuple[str, ...]:
+    return lines(compose(["experiment=tiny_mone", "device=cpu", *overrides]))
+
+
+def lines(config: Config, world_size: int = 1, **options: Any) -> tuple[str, ...]:
     try:
-        validate(compose(["experiment=tiny_mone", "device=cpu", *overrides]), world_size=1)
+        validate(config, world_size=world_size, **options)
     except ConfigError as error:
-        return error.problems
+        return tuple(error.problems)
     return ()
 
 
@@ -96,6 +102,10 @@ def test_fields_reach_megatron_core_and_the_identity_of_the_plan() -> None:
         ("megatron.transformer.calculate_per_token_loss=true", "it cannot be set"),
         ("megatron.transformer.mtp_num_layers=1", "model.mtp.depth sets it; use that key"),
         ("megatron.transformer.is_hybrid_model=true", "the models of this project have no such"),
+        ("megatron.transformer.cuda_graph_impl=local", "this trainer makes no CUDA graph"),
+        ("megatron.transformer.fp8_param=true", "checkpoints do not hold what it keeps"),
+        ("megatron.transformer.moe_enable_deepep=true", "use parallel.dispatcher=flex and"),
+        ("megatron.transformer.moe_flex_dispatcher_backend=deepep", "use parallel.dispatcher=flex"),
         ("megatron.optimizer.optimizer_cpu_offload=true", "checkpoints do not hold what it keeps"),
         ("megatron.ddp.use_megatron_fsdp=true", "checkpoints do not hold what it keeps"),
         ("megatron.transformer.fp8=hybrid", "hybrid is not computed by the experts, norms or"),
@@ -133,3 +143,56 @@ def test_fields_are_known_without_importing_torch_or_megatron() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["megatron.transformer.fp8_recipe=mxfp8"], None),
+        (["megatron.transformer.fp8_recipe=delayed"], "delayed keeps scales that checkpoints"),
+        ([], "delayed keeps scales that checkpoints do not hold"),
+        (["mone.enabled=true", "mone.apply_to=[dense]"], "is not computed by the experts"),
+    ],
+)
+def test_fp8_is_for_dense_models_whose_layers_are_all_transformer_engines(
+    overrides: list[str], says: str | None
+) -> None:
+    dense = ["experiment=tiny_moe", "device=cuda", "model.num_experts=0"]
+    config = compose([*dense, "megatron.transformer.fp8=hybrid", *overrides])
+    found = lines(config, num_devices=1, have_transformer_engine=True)
+    if says is None:
+        assert found == ()
+    else:
+        assert any(says in line for line in found), found
+    # Without it, nothing computes fp8.
+    found = lines(config, num_devices=1, have_transformer_engine=False)
+    assert any(line.startswith("megatron.transformer.fp8: hybrid is not") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("source", "backend", "says"),
+    [
+        ("class HybridEPBuffer: ...", "hybridep", None),
+        ("class Buffer: ...", "hybridep", "hybridep needs a DeepEP with HybridEPBuffer"),
+        ("class Buffer: ...", "deepep", None),
+    ],
+)
+def test_hybrid_ep_needs_a_deep_ep_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, backend: str, says: str | None
+) -> None:
+    (tmp_path / "deep_ep").mkdir()
+    (tmp_path / "deep_ep" / "__init__.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = compose(
+        [
+            "experiment=tiny_mone", "device=cuda", "parallel.dispatcher=flex",
+            "parallel.expert=2", "mone.balance.scope=group",
+            f"megatron.transformer.moe_flex_dispatcher_backend={backend}",
+        ]
+    )  # fmt: skip
+    found = lines(config, 2, num_devices=2)
+    if says is None:
+        assert found == ()
+    else:
+        (line,) = found
+        assert says in line

@@ -19,6 +19,7 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
             f"parallel.tensor*context={split} ranks share; use parallel.tensor=1 and "
             "parallel.context=1"
         )
+    yield from _backend(config, resources)
     if config.parallel.dispatcher != "flex":
         return
     if config.model.num_experts > 0 and not ROUTERS[router.kind].fixed_count:
@@ -36,6 +37,32 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
     yield from _order(config)
     if router.dtype == "fp64":
         yield "model.router.dtype: the flex dispatcher takes fp32 probabilities; use fp32"
+
+
+def _backend(config: Config, resources: Resources) -> Iterator[str]:
+    """Yields what is wrong with the backend of the flex dispatcher, a setting of megatron-core."""
+    given = config.megatron.transformer
+    key = "megatron.transformer.moe_flex_dispatcher_backend"
+    if "moe_enable_deepep" in given:
+        yield (
+            "megatron.transformer.moe_enable_deepep: megatron-core has another field for it; use "
+            f"parallel.dispatcher=flex and {key}=deepep"
+        )
+    backend = given.get("moe_flex_dispatcher_backend")
+    if backend not in ("deepep", "hybridep", "ncclep"):
+        return  # none, or told as one that the release does not know
+    if config.parallel.dispatcher != "flex":
+        yield (
+            f"{key}: {backend} has no effect with parallel.dispatcher="
+            f"{config.parallel.dispatcher}; use parallel.dispatcher=flex, or leave it out"
+        )
+    elif backend == "ncclep":
+        yield f"{key}: ncclep is not supported here; use deepep or hybridep"
+    elif backend == "hybridep" and resources.have_deep_ep() and not resources.have_hybrid_ep():
+        yield (
+            f"{key}: hybridep needs a DeepEP with HybridEPBuffer, which the installed one lacks; "
+            "use deepep, or install DeepEP's hybrid-ep branch"
+        )
 
 
 def _order(config: Config) -> Iterator[str]:

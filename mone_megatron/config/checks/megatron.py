@@ -11,7 +11,12 @@ from mone_megatron.config.resources import Resources
 from mone_megatron.config.schema import Config
 from mone_megatron.megatron_fields import CLASSES, MLA_CLASS, Field, fields_of
 from mone_megatron.megatron_release import megatron_release
-from mone_megatron.mone.megatron_settings import CORE_ATTENTION, NORM, ROUTED_EXPERTS
+from mone_megatron.mone.megatron_settings import (
+    CORE_ATTENTION,
+    GATED_MLP,
+    NORM,
+    ROUTED_EXPERTS,
+)
 
 
 def check(config: Config, resources: Resources) -> Iterator[str]:
@@ -20,11 +25,26 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
         if given:
             yield from _part(part, given, latent=config.model.attention == "mla")
     yield from _not_computed(config, resources)
+    if config.model.num_experts == 0 and resources.have_transformer_engine():
+        yield from _fp8_state(config.megatron.transformer)
+
+
+def _fp8_state(given: Mapping[str, Scalar]) -> Iterator[str]:
+    """Yields the recipe of fp8 whose scales are made of the steps before."""
+    if given.get("fp8") and given.get("fp8_recipe", "delayed") == "delayed":
+        yield (
+            "megatron.transformer.fp8_recipe: delayed keeps scales that checkpoints do not hold; "
+            "use tensorwise, blockwise or mxfp8, or leave megatron.transformer.fp8 out"
+        )
 
 
 def _not_computed(config: Config, resources: Resources) -> Iterator[str]:
     """Yields fields that the modules which stand in for megatron-core's do not read."""
-    computed = ROUTED_EXPERTS | NORM
+    computed = NORM
+    if config.model.num_experts > 0:
+        computed = computed | ROUTED_EXPERTS
+    elif config.mone.enabled:
+        computed = computed | GATED_MLP
     if resources.is_cpu(config.device) or not resources.have_transformer_engine():
         computed = computed | CORE_ATTENTION
     for name, value in config.megatron.transformer.items():
