@@ -211,6 +211,45 @@ def test_what_cuda_launches_compiles_for_a_gpu(wheel: Path) -> None:
     assert {json.loads(line.partition(" ")[2])["SCORE"] for line in with_scores} == fused
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("score", ["abs_activation", "abs_gate", "signed_gate"])
+def test_gathered_rows_give_what_whole_products_do(
+    selection: ModuleType, score: str, tokens: int
+) -> None:
+    gather = importlib.import_module("mone_vllm.gather")
+    generator = torch.Generator().manual_seed(tokens)
+    gate_up, down = (torch.randn(4, n, 16, generator=generator) for n in (2 * 24, 24))
+    mone = {"keep_ratio": 0.25, "score": score}
+    chosen = selection.Selection.of(mone, "routed", 24, F.silu, None)
+    x = torch.randn(tokens, 16, generator=generator)
+    # One expert of the last token is another rank's.
+    ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(tokens)])
+    ids[-1, 1] = -1
+    weights = torch.rand(tokens, 2, generator=generator)
+    expected = torch.zeros(tokens, 16)
+    for token, places in enumerate(ids.tolist()):
+        for place, expert in enumerate(places):
+            if expert >= 0:
+                hidden = chosen.hidden(F.linear(x[token : token + 1], gate_up[expert]))
+                expected[token] += weights[token, place] * (hidden @ down[expert])[0]
+    rows = gather.GatheredRows.of(chosen, gate_up, down)
+    torch.testing.assert_close(rows.compute(x, weights, ids), expected)
+
+
+@pytest.mark.parametrize(("keep_ratio", "most"), [(0.125, 64), (0.25, 64), (0.5, 8), (0.75, 2)])
+def test_rows_are_gathered_where_that_was_measured_to_be_faster(
+    selection: ModuleType, keep_ratio: float, most: int
+) -> None:
+    """Of eight experts, as many rows as pay."""
+    gather = importlib.import_module("mone_vllm.gather")
+    chosen = selection.Selection.of({"keep_ratio": keep_ratio}, "routed", 1408, F.silu, None)
+    gate_up, down = (torch.empty(8, n, 2048, device="meta") for n in (2 * 1408, 1408))
+    rows = gather.GatheredRows.of(chosen, gate_up, down)
+    assert [rows.pays(n, 1) for n in (0, 1, most, most + 1)] == [False, True, True, False]
+    small = gather.GatheredRows.of(chosen, gate_up[..., :64], down[..., :64])
+    assert not small.pays(1, 1)
+
+
 class _Ranks:
     """Two ranks' columns, as one of them sees both; what they sum is told beforehand."""
 
