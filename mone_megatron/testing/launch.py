@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mone_megatron.testing.warm_start import WarmProcess, Worker
+from mone_megatron.testing.warm_start import WarmProcess, Worker, imports_as_usual
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -106,7 +106,7 @@ def run_layouts(
         environment = os.environ | dict(variables or {}) | rank_variables(rank, processes)
         log = folder / f"rank-{processes}-{rank}.log"
         arguments = ["-m", "mone_megatron.testing.many_runs", str(job_file)]
-        if variables:
+        if variables or not imports_as_usual(environment):
             # What they change may be what is imported.
             with log.open("w", encoding="utf-8") as said:
                 workers.append(

@@ -26,6 +26,8 @@ from typing import Protocol
 from mone_megatron.helpers import starting
 
 _IMPORTS = "mone_megatron.testing.warm_imports"
+# Where it imports from: a package that is on the path later would not be found, nor its methods.
+_PATH = os.environ.get("PYTHONPATH", "")
 
 
 class Worker(Protocol):
@@ -45,12 +47,22 @@ class Worker(Protocol):
         """Waits for the end and returns the exit code."""
 
 
-@functools.cache
+def imports_as_usual(environment: Mapping[str, str]) -> bool:
+    """Returns whether a process of this environment imports from where a warm one did."""
+    return environment.get("PYTHONPATH", "") == _PATH
+
+
 def warm_context() -> ForkServerContext:
     """Returns the multiprocessing context whose processes are warm.
 
     The fork server is started by the first of them, with the environment of that moment.
     """
+    assert imports_as_usual(os.environ), "PYTHONPATH has changed: start a process of the system"
+    return _context()
+
+
+@functools.cache
+def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_IMPORTS])
     return context
@@ -85,8 +97,8 @@ class WarmProcess:
 
         Args:
             arguments: those of ``python``: ``-m MODULE ...``, ``-c CODE ...`` or ``SCRIPT ...``.
-            environment: all of its variables. Those that modules read when they are imported
-                (``PYTHONPATH``, ``TRITON_INTERPRET``) keep the values of this process.
+            environment: all of its variables, with this process's ``PYTHONPATH``. Others that
+                modules read when they are imported (``TRITON_INTERPRET``) do nothing any more.
             folder: where it works.
             stdout: file for what it says; None for this process's.
             stderr: file for what it says of errors, which may be the same; None likewise.
@@ -95,6 +107,7 @@ class WarmProcess:
         Raises:
             HelperError: when it cannot be started.
         """
+        assert imports_as_usual(environment), "another PYTHONPATH: start a process of the system"
         self._stderr = stderr
         files = [None if path is None else str(path) for path in (stdout, stderr)]
         for name in files:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mone_megatron.testing.processes import run_in_processes
 from mone_megatron.testing.warm_start import WarmProcess, run_python
 
 # What a process can see of how it was started.
@@ -82,6 +83,17 @@ def test_siblings_share_no_state(tmp_path: Path) -> None:
     code = "import torch; print(hasattr(torch, 'marked')); torch.marked = True"
     said = [run_python(["-c", code], folder=tmp_path).stdout for _ in range(2)]
     assert said == ["False\n", "False\n"]
+
+
+def test_another_path_is_not_taken_for_the_usual_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package on it, with methods of its own, would not be found."""
+    with pytest.raises(AssertionError, match="PYTHONPATH"):
+        run_python(["-c", ""], environment={"PYTHONPATH": str(tmp_path)}, folder=tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(AssertionError, match="PYTHONPATH"):
+        run_in_processes(1, os.getpid)
 
 
 @pytest.mark.parametrize(
