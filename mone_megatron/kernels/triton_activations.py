@@ -53,10 +53,11 @@ def far_quotient(numerator: tl.tensor, denominator: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def near_quotient(numerator: tl.tensor, denominator: tl.tensor) -> tl.tensor:
-    """Returns the rounded quotient where neither number nor the result is near fp32's limits.
+    """Returns the quotient of numbers that are, as their quotient is, not near fp32's limits.
 
     Those are the steps of a correctly rounded division without its test for numbers that need
-    others, which takes as long as all of them.
+    others, which takes as long as all of them. The last bit of fp32 may differ, and none after
+    rounding to bf16 (test_triton_compiles.py asks all gates, ``scores_equal_torch`` the device).
     """
     inverse = tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;",

@@ -164,6 +164,79 @@ def test_how_many_rows_are_usual_does() -> None:
     assert len(_variants_by_rows("bfloat16", 64, 16, expected=0)) > 2
 
 
+def test_the_training_kernels_compile_for_blackwell() -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mone_megatron.lab.benchmarks.registers", "--training"),
+            *("--neurons", "128", "--architecture", "100"),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [match for line in done.stdout.splitlines() if (match := LINE.match(line))]
+    assert len(found) == 4 + len(FUSED_SCORES)
+    assert {match["spilled"] for match in found} == {"0"}
+
+
+@pytest.mark.parametrize("numerator", ["gate", "one"])
+@pytest.mark.parametrize("off", [-1, 0, 1])
+def test_a_division_without_its_test_is_the_same_in_bf16(numerator: str, off: int) -> None:
+    """For every bf16 gate that takes it, whatever the last bit of the approximate inverse is.
+
+    The steps of triton_activations.near_quotient; sums of products are rounded once, as by a GPU
+    (products of fp32 numbers are exact in fp64, and the sums here nearly so).
+    """
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    gate = bits.view(torch.bfloat16).float()
+    gate = gate[gate.abs() < 80]
+    assert len(gate) > 30000
+
+    def fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return (a.double() * b.double() + c.double()).float()
+
+    above = gate if numerator == "gate" else torch.ones_like(gate)
+    below = 1.0 + torch.exp(-gate)
+    inverse = (1.0 / below).view(torch.int32).add(off).view(torch.float32)
+    one = torch.ones_like(gate)
+    inverse = fused_multiply_add(inverse, fused_multiply_add(-below, inverse, one), inverse)
+    quotient = above * inverse
+    quotient = fused_multiply_add(inverse, fused_multiply_add(-below, quotient, above), quotient)
+    exact = above / below
+    normal = exact.abs() >= torch.finfo(torch.float32).tiny
+    assert torch.equal(quotient[normal].bfloat16(), exact[normal].bfloat16())
+    assert (quotient.view(torch.int32) - exact.view(torch.int32))[normal].abs().max() <= 1
+
+
+@pytest.mark.parametrize(("neurons", "scale"), [(704, 1.0), (1024, 0.3), (1024, 3.0), (2048, 1.0)])
+def test_searches_turn_and_rows_tie_no_more_often_than_the_counts_have_it(
+    neurons: int, scale: float
+) -> None:
+    """Rows of Gaussian gates, a quarter kept; the search of triton_select on the host."""
+    from mone_megatron.lab.benchmarks.registers import EXPECTED_PASSES, EXPECTED_TIES
+
+    generator = torch.Generator().manual_seed(1)
+    gates = (torch.randn(100, neurons, generator=generator) * scale).bfloat16()
+    keys = torch.nn.functional.silu(gates).abs().view(torch.int16).int()
+    k, turns, ties = neurons // 4, 0, 0
+    for row in keys:
+        kth = max(int(row.max()) - 1023, 0)
+        reached = int((row >= kth).sum())
+        assert reached >= k, "found only by the search everywhere"
+        step = 512
+        while step and reached != k:
+            counted = int((row >= kth + step).sum())
+            if counted >= k:
+                kth, reached = kth + step, counted
+            step >>= 1
+            turns += 1
+        ties += reached > k
+    assert turns / 100 <= EXPECTED_PASSES["bf16"] + 0.5
+    assert ties / 100 <= EXPECTED_TIES["bf16"] + 0.2
+
+
 @pytest.mark.parametrize("usual", [1, 2048, 65536, 10**7])
 def test_the_rows_of_a_program_are_those_of_the_usual_call(
     monkeypatch: pytest.MonkeyPatch, usual: int

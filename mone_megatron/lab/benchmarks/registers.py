@@ -56,8 +56,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ROWS, _ROWS_OF_AN_EXPERT = 16, 512
 # How often a search turns, and in how many rows scores tie at the threshold: bf16 SiLU of Gaussian
 # gates keeps 1/4 (test_triton_compiles.py draws them).
-_PASSES = {"bf16": 9.5, "fp32": 18.0}
-_TIED = {"bf16": 0.6, "fp32": 0.01}
+EXPECTED_PASSES = {"bf16": 9.5, "fp32": 18.0}
+EXPECTED_TIES = {"bf16": 0.6, "fp32": 0.01}
 _KEEP_RATIO = 0.25
 
 
@@ -150,8 +150,8 @@ def _compile(
         sass.tool("nvdisasm", ["-c", "-g"], cubin),
         warps=warps,
         rows=rows,
-        turns={kernel.fn.__name__: rows, "search": _PASSES[dtype], **(turns or {})},
-        shares={"without_last": _TIED[dtype], "far_quotient": 0.0},
+        turns={kernel.fn.__name__: rows, "search": EXPECTED_PASSES[dtype], **(turns or {})},
+        shares={"without_last": EXPECTED_TIES[dtype], "far_quotient": 0.0},
         shares_of_turns={"leave_sums": 1 / _ROWS_OF_AN_EXPERT},
     )
     slots = slots_of_memory_bound(bytes_moved)
@@ -472,8 +472,8 @@ def main() -> None:
             "bandwidth": _BANDWIDTH,
             "rows_of_a_program": _ROWS,
             "rows_of_an_expert": _ROWS_OF_AN_EXPERT,
-            "passes": _PASSES,
-            "rows_with_ties": _TIED,
+            "passes": EXPECTED_PASSES,
+            "rows_with_ties": EXPECTED_TIES,
         }
         facts = {
             "versions": result_files.versions(),

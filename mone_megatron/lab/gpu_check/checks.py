@@ -94,7 +94,7 @@ def all_checks(output: Path, *, gpu: bool) -> list[Check]:
         Check("waits", "how often the host waits for the GPU", training("waits", "waits"), 90,
               ("gpu",), "3 a step, and 3 a layer and microbatch (docs/gpu.md)"),
         Check("select", "the exact top-k mask beside torch's", select, 60, ("gpu", "triton"),
-              "3 to 6 times the memory bound, by instructions", select_file),
+              "2 to 3.5 times the memory bound, by instructions", select_file),
         Check("layer", "a layer of MoNE beside MoE", layer, 90, ("gpu",), "1.02 times as long",
               layer_file),
         Check("decode", "decoding beside all rows", decode, 60, ("gpu",),
@@ -106,7 +106,7 @@ def all_checks(output: Path, *, gpu: bool) -> list[Check]:
               (*python, "mone_megatron.testing.fake_cuda.step", "0", "4", "experiment=tiny_mone",
                "parallel.expert=2", "model.num_layers=2", "--json", str(output / "fake.json")),
               300, ("g++",), "", output / "fake.json"),
-        Check("compile", "registers and spills of the kernels for sm_90",
+        Check("compile", "registers, spills and instructions of the kernels, sm_90",
               (*python, "mone_megatron.lab.benchmarks.registers", "--neurons", "1024"), 200,
               ("triton",), "no bytes spilled"),
     ]  # fmt: skip
