@@ -16,6 +16,7 @@ from mone_megatron.hf import export
 from mone_megatron.hf.source import open_source
 from mone_megatron.mone.product_key import ProductKeyExperts, product_topk
 from mone_megatron.planning import count_parameters
+from mone_megatron.planning.activations import Numerics, whole_layer
 from mone_megatron.planning.parameters import product_key_layer
 from mone_megatron.testing.launch import run_layouts
 
@@ -93,6 +94,33 @@ def test_the_planner_counts_the_weights_that_there_are() -> None:
     assert model.total - model.activated_gate_counted == config.model.num_layers * (
         counted.parameters - read
     )
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_the_planner_counts_what_the_backward_pass_keeps(dtype: torch.dtype, size: int) -> None:
+    config = compose(
+        ["experiment=tiny_moe", "model.experts=product_key", "model.num_experts=0",
+         f"model.hidden_size={HIDDEN}", f"model.product_key.keys={KEYS}",
+         f"model.product_key.key_dim={SIZE}", f"model.product_key.heads={HEADS}",
+         "model.product_key.experts_per_head=4"]
+    )  # fmt: skip
+    tokens = config.train.micro_batch_size * config.train.seq_length
+    layer = make_layer(4).to(dtype)
+    x = torch.randn(tokens, 1, HIDDEN, dtype=dtype, requires_grad=True)
+    given = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in given:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(x)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    planned = whole_layer(config, Numerics("cpu", size), moe=False)["MLP"]
+    # In bf16 the keys are kept in fp32, too.
+    assert real - 4 * layer.key_weight.numel() * (size == 2) == pytest.approx(planned, rel=0.02)
 
 
 RUN = (
