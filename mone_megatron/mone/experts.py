@@ -163,14 +163,18 @@ class GroupedExperts(MegatronModule):
         def project_down(hidden_TF: Tensor) -> Tensor:
             return ops.expert_product(hidden_TF, self.down_weight, groups)
 
-        gate_TF, up_TF = self._project(
-            tokens_TH,
-            lambda rows, weight: ops.expert_product(rows, weight, groups, outputs_first=True),
-        )
+        gate_TF, up_TF = self.project(tokens_TH, groups)
         output_TH = self.neuron_gate(
             gate_TF, up_TF, probs_T, segments, project_down, self.down_norm
         )
         return output_TH, None
+
+    def project(self, tokens_TH: Tensor, groups: ops.RowGroups) -> tuple[Tensor, Tensor]:
+        """Returns gate and up projections ``[T, F]`` of some rows ``[T, H]``, sorted by expert."""
+        return self._project(
+            tokens_TH,
+            lambda rows, weight: ops.expert_product(rows, weight, groups, outputs_first=True),
+        )
 
     def _project(self, tokens_TH: Tensor, product: Product) -> tuple[Tensor, Tensor]:
         """Returns gate and up projections ``[T, F]`` of rows ``[T, H]``."""

@@ -194,7 +194,8 @@ class NeuronGate(MegatronModule):
 
     def run_each_kernel(
         self,
-        gate_up_TF: Tensor,
+        gate_TF: Tensor,
+        up_TF: Tensor,
         scale_T: Tensor | None,
         segments: Segments,
         down_norm: Callable[[], Tensor] | None,
@@ -208,7 +209,8 @@ class NeuronGate(MegatronModule):
         kernel is compiled when it is first run. Collective where neurons are spread over ranks.
 
         Args:
-            gate_up_TF: some rows of gate and up projections side by side, ``[T, 2F]``.
+            gate_TF: gate projections of some rows, in memory as they are in a run.
+            up_TF: up projections of the same rows, likewise.
             scale_T: the router's probability of each row, or None.
             segments: which rows belong together for the balance loss.
             down_norm: see :meth:`forward`.
@@ -220,10 +222,13 @@ class NeuronGate(MegatronModule):
         """
 
         def units() -> tuple[Tensor, Tensor]:
-            # A chunk of what wants a gradient does so, too, when gradients are off.
-            rows_TF = gate_up_TF if torch.is_grad_enabled() else gate_up_TF.detach()
-            gate_TF, up_TF = rows_TF.chunk(2, dim=-1)
-            return gate_TF, up_TF if self.activate_up is None else self.activate_up(up_TF)
+            wanted = torch.is_grad_enabled()
+            gate, up = (one.detach().requires_grad_(wanted) for one in (gate_TF, up_TF))
+            if self.activate_up is not None:
+                up = self.activate_up(up)
+            if self.selector is not None and self._selecting and self.selector.shifts:
+                gate = self.selector.shifted(gate)
+            return gate, up
 
         def mask() -> Tensor:
             return self._mask(*units(), scale_T, segments, down_norm, observing=False)
@@ -237,14 +242,14 @@ class NeuronGate(MegatronModule):
         if self.sparsity is not None:
             scale_T = None  # its loss sees what is not scaled yet
         for keep, with_sums in kinds:
-            gate_TF, up_TF = units()
-            packed = None if keep is None else self._packed(gate_TF)
+            gate, up = units()
+            packed = None if keep is None else self._packed(gate)
             if with_sums:
                 hidden_TF, weight_sum_SF, _ = self._with_sums(
-                    gate_TF, up_TF, keep, scale_T, segments, packed, mask
+                    gate, up, keep, scale_T, segments, packed, mask
                 )
             else:
-                hidden_TF = self._glu(gate_TF, up_TF, keep, scale_T, packed)
+                hidden_TF = self._glu(gate, up, keep, scale_T, packed)
             loss = hidden_TF.float().sum()
             if with_sums and self.balance.coeff > 0:
                 loss = loss + weight_sum_SF.sum()

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from mone_megatron.kernels import ops
+from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.layer import MoNELayer
 from mone_megatron.mone.mlp import NeuronMLP, NeuronSharedExpert, down_norm
 from mone_megatron.mone.neurons import NeuronGate, Segments
@@ -77,21 +79,23 @@ class _Unit:
 
     gate: NeuronGate
     parts: int
+    # Of the router's probabilities; None where there are none.
     scale: torch.dtype | None
-    neurons: int
+    # Gives gate and up projections of some rows on a device.
+    project: Callable[[torch.device], tuple[Tensor, Tensor]]
     down_norm: Callable[[], Tensor]
 
     def run(self, device: torch.device, *, looking: bool, keeping_all: bool) -> str | None:
-        dtype = self.gate.config.params_dtype
-        shape = (_ROWS, 2 * self.neurons)
-        gate_up_TF = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+        with torch.no_grad():
+            gate_TF, up_TF = self.project(device)
         scale_T = None
         if self.scale is not None:
             scale_T = torch.ones(_ROWS, dtype=self.scale, device=device, requires_grad=True)
         index_T = torch.zeros(_ROWS, dtype=torch.int64, device=device)
         segments = Segments(index_T, self.parts, None, in_order=self.parts == 1)
         return self.gate.run_each_kernel(
-            gate_up_TF,
+            gate_TF,
+            up_TF,
             scale_T,
             segments,
             self.down_norm,
@@ -100,19 +104,32 @@ class _Unit:
         )
 
 
+def _of_experts(experts: GroupedExperts, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns projections of rows of zeros, all of the first expert."""
+    config = experts.config
+    rows_TH = torch.zeros(_ROWS, config.hidden_size, dtype=config.params_dtype, device=device)
+    counts_E = torch.zeros(experts.num_local_experts, dtype=torch.int64, device=device)
+    counts_E[:1].fill_(_ROWS)
+    return experts.project(rows_TH, ops.RowGroups.of(counts_E))
+
+
+def _of_mlp(mlp: MLP, device: torch.device) -> tuple[Tensor, Tensor]:
+    neurons = mlp.linear_fc2.weight.shape[1]
+    dtype = mlp.config.params_dtype
+    return ops.halves(torch.zeros(_ROWS, 2 * neurons, dtype=dtype, device=device))
+
+
 def _units(chunk: nn.Module) -> Iterator[_Unit]:
     for module in chunk.modules():
         if isinstance(module, MoNELayer):
-            config = module.config
-            scale = _ROUTER_DTYPES.get(config.moe_router_dtype or "", config.params_dtype)
-            experts = module.experts
+            config, experts = module.config, module.experts
             yield _Unit(
                 experts.neuron_gate,
                 module.sources.num_parts,
-                scale,
-                experts.neurons_per_rank,
+                _ROUTER_DTYPES.get(config.moe_router_dtype or "", config.params_dtype),
+                partial(_of_experts, experts),
                 experts.down_norm,
             )
         elif isinstance(module, NeuronMLP | NeuronSharedExpert):
-            neurons = module.linear_fc2.weight.shape[1]
-            yield _Unit(module.neuron_gate, 1, None, neurons, partial(down_norm, module))
+            project = partial(_of_mlp, module)
+            yield _Unit(module.neuron_gate, 1, None, project, partial(down_norm, module))

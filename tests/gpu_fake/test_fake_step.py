@@ -54,6 +54,8 @@ REST = {
     "latent": (4, (*MONE, *LATENT, "parallel.tensor=2")),
     "without_distributed_optimizer": (2, (*MONE, "parallel.distributed_optimizer=false")),
     "odd_keep": (2, (*MONE, "mone.memory=packed", "mone.keep_ratio=0.3", "parallel.expert=2")),
+    "low_rank_gate": (2, (*MONE, "model.gate=low_rank", "model.gate_rank=16",
+                          "parallel.expert=2")),
     "given_mask": (2, (*MONE, "mone.rule=mass", "model.router.dtype=fp64")),
     "annealed": (2, (*MONE, "mone.keep_ratio_schedule=linear", "mone.keep_ratio_steps=1",
                      "mone.balance.coeff=0")),
