@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mone_megatron.config.megatron import with_given
@@ -22,11 +23,12 @@ from mone_megatron.model.specs import (
 )
 from mone_megatron.model.transformer import moe_layer_pattern, transformer_config
 from mone_megatron.mone.experts import GroupedExperts
-from mone_megatron.mone.layer import MicrobatchSources
+from mone_megatron.mone.layer import MicrobatchSources, MoNELayer
 from mone_megatron.mone.neurons import NeuronGate
-from mone_megatron.mone.routers import SteeredRouter
+from mone_megatron.mone.routers import AssigningRouter, SteeredRouter
 from mone_megatron.parallel.device import Device
 from mone_megatron.parallel.groups import ExpertSources
+from mone_megatron.parallel.megatron_compat import count_rows_sent
 
 
 def build_gpt(
@@ -67,6 +69,13 @@ def build_gpt(
         vp_stage=vp_stage,
     )
     mark_replicated(model)
+    for module in model.modules():
+        if (
+            isinstance(module, MoNELayer)
+            and isinstance(module.router, AssigningRouter)
+            and type(module.token_dispatcher) is MoEAlltoAllTokenDispatcher
+        ):
+            count_rows_sent(module.token_dispatcher)
     if config.model.mtp.depth and last:
         _number_later_layers(model)
     initialize_weights(

@@ -644,6 +644,30 @@ def test_layers_of_multi_token_prediction_have_one_name_in_checkpoints() -> None
         assert megatron_compat.stored_name(name) == name
 
 
+def test_rows_of_routers_that_vary_their_number_are_counted() -> None:
+    from megatron.core.transformer.moe.moe_utils import permute
+
+    class Dispatcher:
+        num_out_tokens = 0
+
+        def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
+            self.num_out_tokens = 2 * len(routing_map)  # upstream's: two experts a token
+            return routing_map.sum(dim=0)
+
+    dispatcher = Dispatcher()
+    megatron_compat.count_rows_sent(dispatcher)
+    rows = torch.arange(4.0).view(4, 1)
+    for chosen in ([[1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 0, 1]], [[1, 1, 1]] * 4, [[0, 0, 1]] * 4):
+        routing_map = torch.tensor(chosen).bool()
+        expected = torch.cat([rows[routing_map[:, expert]] for expert in range(3)])
+        assert dispatcher.preprocess(routing_map).tolist() == routing_map.sum(dim=0).tolist()
+        sent = permute(rows, routing_map, num_out_tokens=dispatcher.num_out_tokens)[0]
+        assert torch.equal(sent, expected)
+        # Upstream's number is wrong from 0.17 on, where it is believed.
+        taken = permute(rows, routing_map, num_out_tokens=8)[0]
+        assert torch.equal(taken, expected) == (megatron_release() < (0, 17, 0))
+
+
 def test_losses_of_multi_token_prediction_are_taken_once_and_forgotten() -> None:
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
