@@ -20,16 +20,25 @@ ON_NEXT     = PYTHONPATH=$(CURDIR)/$(NEXT):$(CURDIR) OMP_NUM_THREADS=1 \
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart claims neurons ablation test check test-slow test-gpu test-megatron-next test-transformers test-vllm \
-	test-real faults slurm-test lint docs bench clean
+.PHONY: quickstart quickstart-moe quickstart-mone claims neurons ablation test check test-slow test-gpu \
+	test-megatron-next test-transformers test-vllm test-real faults slurm-test lint docs bench clean
 
 quickstart: $(VENV)/installed
-	$(TRAIN) experiment=quickstart_moe run.dir=$(RUNS)/moe
-	$(TRAIN) experiment=quickstart_mone run.dir=$(RUNS)/mone
+	@echo "MoE and MoNE train beside each other, each on a core of its own"
+	@$(MAKE) --no-print-directory --jobs 2 quickstart-moe quickstart-mone
 	$(BIN)/python tools/compare_runs.py $(RUNS)/moe $(RUNS)/mone --output $(RUNS) --page report.html
 	@echo
 	@echo "Look at $(RUNS)/report.html and $(RUNS)/comparison.png"
 	@echo "Each run's own report: $(RUNS)/moe/report.html, $(RUNS)/mone/report.html"
+
+# Two ranks of one run would wait for each other. Each line says whose it is; a run that fails is
+# not hidden by what writes that.
+quickstart-moe quickstart-mone: SHELL := /bin/bash
+quickstart-moe quickstart-mone: .SHELLFLAGS := -o pipefail -c
+quickstart-moe quickstart-mone: quickstart-%: $(VENV)/installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -u -m mone_megatron.pretrain device=cpu device.threads=1 \
+		experiment=quickstart_$* parallel.expert=1 run.dir=$(RUNS)/$* 2>&1 \
+		| awk '{ printf "%-4s  %s\n", "$*", $$0; fflush() }'
 
 # The paper's claims over five seeds (docs/results.md): an hour on two cores. What is trained stays.
 STUDIES ?= half_activated equal_activated dense keep_ratios scores balance activations
