@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mone_megatron.config.schema import ModelConfig
+from mone_megatron.methods.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def features(model: ModelConfig, *, mone: bool) -> dict[str, Any]:
     return {
         "mone": mone,
         "gate": model.gate if has_experts else "full",
+        "rectified_up": bool(ACTIVATIONS[model.activation].rectified_gate),
         "attention": model.attention,
         "qk_norm": model.qk_norm_scope if model.qk_norm else "none",
         "qkv_bias": model.qkv_bias,
@@ -85,6 +87,7 @@ def features(model: ModelConfig, *, mone: bool) -> dict[str, Any]:
 PLAIN: dict[str, tuple[Any, ...]] = {
     "mone": (False,),
     "gate": ("full",),
+    "rectified_up": (False,),
     "attention": ("gqa",),
     "qk_norm": ("none",),
     "qkv_bias": (False,),

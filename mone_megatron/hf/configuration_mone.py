@@ -24,6 +24,7 @@ class MoneConfig(Qwen3MoeConfig):
     gate_rank (`int`): q of a gate that has one.
     shared_expert_intermediate_size (`int`): width of the expert every token visits; 0 for none.
     shared_expert_gate (`bool`): a sigmoid gate on it.
+    rectified_up (`bool`): up projections of MLPs and experts are max(u, 0) (dReLU).
     router_score_function (`str`): "softmax" or "sigmoid".
     router_bias (`bool`): a bias on the scores that choose experts (not on their weights).
     router_scaling_factor (`float`): multiplies the routing weights.
@@ -40,6 +41,7 @@ class MoneConfig(Qwen3MoeConfig):
     qkv_bias: bool = False
     gate: str = "full"
     gate_rank: int = 0
+    rectified_up: bool = False
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
     router_score_function: str = "softmax"

@@ -30,6 +30,7 @@ from mone_megatron.hf.experts_mone import (
     has_own_weights,
     mone_experts_forward,
     neurons_of,
+    rectifies_up,
     register_selecting,
     selects,
     settings_of,
@@ -90,6 +91,8 @@ def unsupported(experts: ExpertsModule) -> str | None:
         return "has a gate that is no matrix of its own (model.gate)"
     if has_own_gate(experts):
         return "computes its gate in a way of its own"
+    if rectifies_up(experts):
+        return "rectifies its up projection"
     if experts.has_bias:
         return "has biases"
     if experts.has_post_expert_norm:

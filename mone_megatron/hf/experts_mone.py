@@ -381,7 +381,25 @@ def settings_of(experts: ExpertsModule) -> NeuronSettings:
 
 def has_own_gate(experts: ExpertsModule) -> bool:
     """Returns whether these experts compute something else than ``act_fn(gate) * up``."""
-    return getattr_static(type(experts), "_apply_gate") is not _default_apply_gate
+    own = getattr_static(type(experts), "_apply_gate") is not _default_apply_gate
+    return own and not rectifies_up(experts)
+
+
+def rectifies_up(experts: ExpertsModule) -> bool:
+    """Returns whether these experts compute ``act_fn(gate) * max(up, 0)``."""
+    return bool(getattr(experts, "rectifies_up", False))
+
+
+def split_projections(experts: ExpertsModule, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns gate and up projections of what the joint projection gives, each ``[..., F]``.
+
+    Up projections are as the experts' product has them: max(u, 0) where they rectify them.
+    """
+    if experts.is_concatenated:
+        gate_TF, up_TF = gate_up.chunk(2, dim=-1)
+    else:
+        gate_TF, up_TF = gate_up[..., ::2], gate_up[..., 1::2]
+    return gate_TF, up_TF.relu() if rectifies_up(experts) else up_TF
 
 
 def has_own_weights(experts: Any) -> bool:
@@ -480,10 +498,7 @@ class _Selecting:
         return getattr(self._experts, name)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        if self._experts.is_concatenated:
-            gate_TF, up_TF = gate_up.chunk(2, dim=-1)
-        else:
-            gate_TF, up_TF = gate_up[..., ::2], gate_up[..., 1::2]
+        gate_TF, up_TF = split_projections(self._experts, gate_up)
         settings = self._settings
         if not self._own_gate:
             return settings.select(

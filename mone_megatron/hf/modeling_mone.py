@@ -133,6 +133,7 @@ class MoneMLP(Qwen3MoeMLP):
     def __init__(self, config: MoneConfig, intermediate_size: int, target: str) -> None:
         super().__init__(config, intermediate_size)
         self.mone_target = target
+        self.rectified_up = config.rectified_up
         self.neurons = _checked_settings(config, target, intermediate_size)
         if self.neurons is not None:
             hold_state(self, self.neurons, intermediate_size, 1)
@@ -141,10 +142,15 @@ class MoneMLP(Qwen3MoeMLP):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the output ``[..., h]`` of tokens ``[..., h]``."""
         note_selected(self)
-        if self.neurons is None:
+        if self.neurons is None and not self.rectified_up:
             output: Tensor = super().forward(x)
             return output
         gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.rectified_up:
+            up = up.relu()
+        if self.neurons is None:
+            dense: Tensor = self.down_proj(self.act_fn(gate) * up)
+            return dense
         neurons = Neurons(f"the {self.mone_target} MLP", self.intermediate_size)
         if gate.shape[-1] != self.intermediate_size:
             weight = self.gate_proj.weight
@@ -211,7 +217,7 @@ class MoneExperts(nn.Module):
             self.hidden_dim, dtype=self.down_proj.dtype, device=self.down_proj.device
         )
         units_EHH = units_HH.expand(self.num_experts, -1, -1)
-        both = self.gate_and_up(units_EHH, lambda rows, weight: rows @ weight.mT)
+        both = MoneExperts.gate_and_up(self, units_EHH, lambda rows, weight: rows @ weight.mT)
         return torch.cat(both, dim=-1).mT
 
     def forward(self, *args: Tensor) -> Tensor:
@@ -273,13 +279,30 @@ class MoneTopKRouter(Qwen3MoeTopKRouter):
         return logits_NA, weights_NK.to(hidden_states.dtype), index_NK
 
 
+class RectifiedMoneExperts(MoneExperts):
+    """Holds experts whose up projections are max(u, 0)."""
+
+    # Read where experts select (:mod:`.experts_mone`), which is then of max(u, 0), too.
+    rectifies_up = True
+
+    def gate_and_up(self, rows_TH: Tensor, product: Product) -> tuple[Tensor, Tensor]:
+        """Returns gate and rectified up projections ``[T, F]`` of rows ``[T, H]``."""
+        gate_TF, up_TF = super().gate_and_up(rows_TH, product)
+        return gate_TF, up_TF.relu()
+
+    def _apply_gate(self, gate_up_out: Tensor) -> Tensor:
+        gate, up = gate_up_out.chunk(2, dim=-1)
+        hidden: Tensor = self.act_fn(gate) * up.relu()
+        return hidden
+
+
 class MoneSparseMoeBlock(nn.Module):
     """Computes router, routed experts, and the shared expert if there is one."""
 
     def __init__(self, config: MoneConfig) -> None:
         super().__init__()
         self.config = config
-        self.experts = MoneExperts(config)
+        self.experts = (RectifiedMoneExperts if config.rectified_up else MoneExperts)(config)
         self.gate = MoneTopKRouter(config)
         width = config.shared_expert_intermediate_size
         self.shared_expert = MoneMLP(config, width, "shared") if width else None

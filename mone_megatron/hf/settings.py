@@ -6,7 +6,7 @@ leaving it out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ def to_hf_config(
     Raises:
         ValueError: transformers has no such activation.
     """
-    if model.activation not in ACT2FN:
+    if hidden_act(model.activation) not in ACT2FN:
         raise ValueError(
             f"model.activation: transformers has no {model.activation}; a model with it cannot be "
             "exported"
@@ -106,6 +106,20 @@ def to_hf_config(
     return AutoConfig.for_model(architecture.model_type, **settings)
 
 
+def hidden_act(activation: str) -> str:
+    """Returns transformers' name of an activation, or of its gate beside ``rectified_up``."""
+    return ACTIVATIONS[activation].rectified_gate or activation
+
+
+def activation_of(values: Mapping[str, Any]) -> str:
+    """Returns our name of the activation of a model of transformers; see :func:`hidden_act`."""
+    name: str = _SAME_ACTIVATION.get(values["hidden_act"], values["hidden_act"])
+    if not values.get("rectified_up"):
+        return name
+    found = [known.name for known in ACTIVATIONS if known.rectified_gate == name]
+    return found[0] if found else f"rectified {name}"
+
+
 def _settings(
     model: ModelConfig, mone: MoNEConfig, architecture: Architecture, vocab_size: int
 ) -> dict[str, Any]:
@@ -117,7 +131,7 @@ def _settings(
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_query_groups,
-        "hidden_act": model.activation,
+        "hidden_act": hidden_act(model.activation),
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
         "rope_parameters": _rope_parameters(model),
@@ -210,6 +224,7 @@ def _mone_settings(model: ModelConfig, mone: MoNEConfig) -> dict[str, Any]:
         "attention_type": model.attention,
         "qk_norm": model.qk_norm_scope if model.qk_norm else "none",
         "qkv_bias": model.qkv_bias,
+        "rectified_up": bool(ACTIVATIONS[model.activation].rectified_gate),
         "num_experts": model.num_experts,
         "gate": model.gate,
         "gate_rank": model.gate_size.rank if GATES[model.gate].ranked else 0,
@@ -276,8 +291,7 @@ def _unsupported(architecture: Architecture, values: dict[str, Any]) -> Iterator
             f"quantization_config: weights quantised by {method} are not read; convert the model to"
             " bfloat16 first"
         )
-    activation = values["hidden_act"]
-    if _SAME_ACTIVATION.get(activation, activation) not in ACTIVATIONS:
+    if (activation := activation_of(values)) not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS.names)
         yield f"hidden_act={activation!r} is not supported; supported are {known}"
     for key in ("attention_bias", "mlp_bias"):
@@ -332,7 +346,6 @@ def _model(architecture: Architecture, values: dict[str, Any]) -> ModelConfig:
     head_dim = values.get("head_dim") or hidden // heads
     norm = {"qwen3_moe": "head", "qwen3": "head", "olmoe": "all_heads"}.get(kind, "none")
     norm = values.get("qk_norm", norm)
-    activation = values["hidden_act"]
     shared: dict[str, Any] = {}
     if kind == "deepseek_v2":
         shared["shared_expert_ffn_hidden_size"] = (
@@ -378,7 +391,7 @@ def _model(architecture: Architecture, values: dict[str, Any]) -> ModelConfig:
         **experts,
         vocab_size=values["vocab_size"],
         tie_embeddings=values["tie_word_embeddings"],
-        activation=_SAME_ACTIVATION.get(activation, activation),
+        activation=activation_of(values),
         qk_norm=norm != "none",
         qk_norm_scope="all_heads" if norm == "all_heads" else "head",
         qkv_bias=values.get("qkv_bias", kind == "qwen2"),

@@ -34,6 +34,7 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     down_norms,
     experts_modules,
+    split_projections,
     has_own_weights,
     state_of,
 )
@@ -208,8 +209,7 @@ def _projections(
     if has_own_weights(experts):
         both: tuple[Tensor, Tensor] = cast(Any, experts).gate_and_up(rows_RH, product)
         return both
-    gate_RF, up_RF = product(rows_RH, experts.gate_up_proj).chunk(2, dim=-1)
-    return gate_RF, up_RF
+    return split_projections(experts, product(rows_RH, experts.gate_up_proj))
 
 
 @torch.no_grad()

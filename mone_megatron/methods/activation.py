@@ -30,7 +30,9 @@ class Activation:
         up: ``module:attribute`` of the function of the up projection, elementwise, where it is not
             taken as it is; the unit is reference(g) * up(u). ``reference`` must then be a function
             of this activation alone, by which experts find it. Only the experts and the MLPs that
-            select neurons compute it, and no model of transformers.
+            select neurons compute it.
+        rectified_gate: where ``up`` is max(u, 0), transformers' name of the reference alone: our
+            own class there has it beside ``rectified_up``. "" where no export holds the activation.
         keeps_input: whether its backward pass needs the gate projection, rather than its result.
         intermediates: how many tensors of the gate's size autograd keeps beside its input and its
             result; the planner counts them.
@@ -47,6 +49,7 @@ class Activation:
     source: str
     reference: str
     up: str | None = None
+    rectified_gate: str = ""
     keeps_input: bool = True
     intermediates: int = 0
     fused_on_cpu: bool = False

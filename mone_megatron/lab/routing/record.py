@@ -29,6 +29,7 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     down_norms,
     experts_modules,
+    split_projections,
     has_own_gate,
     selects,
     settings_of,
@@ -104,10 +105,7 @@ class _Watched:
         return getattr(self._experts, name)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        if self._experts.is_concatenated:
-            gate_RF, up_RF = gate_up.chunk(2, dim=-1)
-        else:
-            gate_RF, up_RF = gate_up[..., ::2], gate_up[..., 1::2]
+        gate_RF, up_RF = split_projections(self._experts, gate_up)
         hidden_RF: Tensor = self._experts._apply_gate(gate_up)
         watched, own = self._watched, self._own_gate
         mask_RF = watched.mask(

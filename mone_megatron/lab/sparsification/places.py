@@ -26,6 +26,7 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     down_norms,
     experts_modules,
+    split_projections,
     is_selecting,
     settings_of,
     state_of,
@@ -70,10 +71,7 @@ class _Expert:
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         experts = self._place.module
-        if experts.is_concatenated:
-            gate_TF, up_TF = gate_up.chunk(2, dim=-1)
-        else:
-            gate_TF, up_TF = gate_up[..., ::2], gate_up[..., 1::2]
+        gate_TF, up_TF = split_projections(experts, gate_up)
         hidden_TF: Tensor = experts._apply_gate(gate_up)
         own = self._place.own
         own_TF = None
@@ -174,6 +172,8 @@ class MLPPlace:
             nonlocal checked
             gate_TF, up_TF = (seen.pop(name).flatten(0, -2) for name in _PROJECTIONS[:2])
             activate = self.module.act_fn
+            if getattr(self.module, "rectified_up", False):
+                up_TF = up_TF.relu()
             hidden_TF = activate(gate_TF) * up_TF
             own_TF = None
             if self.own is not None and self.own_kept < self.neurons:

@@ -26,6 +26,7 @@ METHOD = Activation(
     source="arXiv 2406.05955",
     reference="mone_megatron.methods.activations.drelu:rectified_gate",
     up="mone_megatron.methods.activations.drelu:rectified_up",
+    rectified_gate="relu",
     keeps_input=False,
     # The up projection, whose rectified values are kept beside it.
     intermediates=1,

@@ -42,6 +42,7 @@ def refuse(config: Any, vllm_config: VllmConfig, *, graphs: bool) -> None:
             config, "gate", "full"
         )
         != "full",
+        "rectified_up: dReLU is not written for vLLM": config.rectified_up,
         "quantization: quantised experts compute all neurons": vllm_config.quant_config is not None,
         "LoRA: adapters of experts compute all neurons": vllm_config.lora_config is not None,
         "--enable-eplb: experts that move between ranks are not followed": parallel.enable_eplb,
