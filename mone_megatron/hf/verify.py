@@ -34,8 +34,8 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     down_norms,
     experts_modules,
-    split_projections,
     has_own_weights,
+    split_projections,
     state_of,
 )
 

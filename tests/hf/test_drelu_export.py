@@ -26,6 +26,7 @@ RUNS = {
     "moe": ("experiment=tiny_moe", *RUN),
     "topk": ("experiment=tiny_mone", *RUN),
     "nonzero": ("experiment=tiny_mone", *RUN, "mone.rule=nonzero", "mone.score=abs_product"),
+    "low-rank": ("experiment=tiny_mone", *RUN, "model.gate=low_rank"),
     "everywhere": (
         "experiment=tiny_mone", *RUN, "model.first_dense_layers=1",
         "model.shared_expert_ffn_hidden_size=64", "mone.apply_to=[routed,shared,dense]",

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from mone_megatron.config.load import compose
 from mone_megatron.hf.architectures import MONE
 from mone_megatron.hf.experts_mone import ExpertRows, NeuronSettings
-from mone_megatron.hf.settings import to_hf_config
+from mone_megatron.hf.settings import hidden_act, to_hf_config
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
@@ -313,8 +313,9 @@ def test_every_activation_is_that_of_transformers_or_is_never_exported(
     selection: ModuleType, name: str
 ) -> None:
     gate = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
-    if name in ACT2FN:
-        assert torch.equal(selection.activation_of(name)(gate), ACT2FN[name](gate))
+    exported = hidden_act(name)
+    if exported in ACT2FN:
+        assert torch.equal(selection.activation_of(exported)(gate), ACT2FN[exported](gate))
         return
     model = compose(["experiment=tiny_mone", f"model.activation={name}"])
     with pytest.raises(ValueError, match=f"model.activation: transformers has no {name}"):

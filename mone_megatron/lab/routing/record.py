@@ -29,10 +29,10 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     down_norms,
     experts_modules,
-    split_projections,
     has_own_gate,
     selects,
     settings_of,
+    split_projections,
     state_of,
 )
 from mone_megatron.hf.guard_mone import note_selected

@@ -26,9 +26,9 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     down_norms,
     experts_modules,
-    split_projections,
     is_selecting,
     settings_of,
+    split_projections,
     state_of,
 )
 from mone_megatron.hf.guard_mone import note_selected

@@ -18,6 +18,7 @@ class MoneConfig(Qwen3MoeConfig):
     attention_type: str = "gqa"
     qk_norm: str = "head"
     qkv_bias: bool = False
+    rectified_up: bool = False
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
     router_score_function: str = "softmax"
