@@ -97,3 +97,17 @@ def test_weights_may_begin_a_run_with_a_sparsity_loss() -> None:
 def test_layout_and_logging_are_free() -> None:
     free = ("parallel.expert=2", "logging.interval=7", "train.on_bad_loss=skip", "run.name=b")
     assert check(identity(), identity(*free)) == []
+
+
+# What checkpoints named before keys had to be listed where they came; later ones are what every
+# run did before, which `identity.py` says.
+_FIRST_KEYS = Path(__file__).with_name("first_identity_keys.txt")
+
+
+def test_a_checkpoint_from_before_a_key_is_gone_on_with_and_begun_with() -> None:
+    current = identity()
+    first = set(_FIRST_KEYS.read_text(encoding="utf-8").split())
+    old = {key: value for key, value in current.items() if key in first}
+    assert len(old) < len(current)
+    assert check(old, current) == []
+    check_same_model(old, current, WHERE)

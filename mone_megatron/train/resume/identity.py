@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mone_megatron.config.density import NeuronDensityConfig, RouterDensityConfig
+from mone_megatron.config.product_key import ProductKeyConfig
 from mone_megatron.config.schema import Config
 from mone_megatron.data.framing import Framing, framing_of
 
@@ -62,6 +63,10 @@ _BEFORE_THE_KEY = {
     "model.attention_sink": "none",
     "model.mtp.depth": 0,
     "model.mtp.coeff": 0.1,
+    "model.experts": "grouped",
+    "model.gate": "full",
+    "model.gate_rank": 0,
+    **{f"model.product_key.{key}": value for key, value in asdict(ProductKeyConfig()).items()},
 }
 # What to look at when a value that nobody configured differs.
 _MADE_OF = {
