@@ -2,7 +2,8 @@
 
 Each entry is a tensor that autograd saves (of several views of one storage, the storage), named
 after what it is. Two sets of kernels differ: on CPU SwiGLU with selection is one function in fp32
-only, and RMSNorm keeps fp32 copies; on CUDA selection and gated unit are Triton's
+only, where norms keep their input alone and all layers share the cosines and sines of RoPE, and in
+bf16 RMSNorm keeps fp32 copies; on CUDA selection and gated unit are Triton's
 (:mod:`mone_megatron.kernels.fused`), and RMSNorm is torch's fused one.
 
 Symbols: n tokens of a microbatch on this context-parallel rank, s of them on a rank where they are
@@ -146,15 +147,16 @@ def _mask(config: Config, numerics: Numerics, width: int) -> int:
 
 def _norm(numerics: Numerics, tokens: int, width: int, *, heads: int, copied: bool) -> int:
     """Returns the bytes that RMSNorm of ``width`` values in ``heads`` rows keeps: its input, the
-    scales and, on CPU, x / rms.
+    scales and, on CPU in bf16, both the input and x / rms in fp32.
 
     ``copied`` says that the input is a tensor of its own and not part of one that is kept anyway.
     """
     scales = 4 * heads
     if numerics.kernels == "cuda":
         return tokens * (scales + width * numerics.bytes)
-    upcast = copied or numerics.bytes == 2
-    return tokens * (scales + 4 * width + (4 * width if upcast else 0))
+    if numerics.bytes == 4:
+        return tokens * (scales + (4 * width if copied else 0))
+    return tokens * (scales + 8 * width)
 
 
 def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved:
@@ -171,9 +173,10 @@ def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved
         # Queries and keys after RoPE, the output; then the log-sum-exp of each row.
         "attention operands": n * (2 * queries + keys) * e,
         "attention softmax": n * heads * 4,
-        # Cosines and sines, of queries and of keys; the same for all sequences.
-        "RoPE": 4 * (config.train.seq_length // config.parallel.context) * head_dim * e,
     }
+    if not _rotates_leanly(config, numerics):
+        # Cosines and sines, of queries and of keys; the same for all sequences.
+        saved["RoPE"] = 4 * (config.train.seq_length // config.parallel.context) * head_dim * e
     if model.qk_norm:
         saved["query and key norms"] = n * _query_and_key_norms(config, numerics, heads, groups)
     if own and (config.parallel.context > 1 or model.attention_sink != "none"):
@@ -181,6 +184,21 @@ def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved
     if own:
         saved |= _mask_of_attention(config, numerics)
     return saved
+
+
+def _rotates_leanly(config: Config, numerics: Numerics) -> bool:
+    """Returns whether RoPE is :mod:`mone_megatron.kernels.rotary_cpu`."""
+    lean = numerics.kernels == "cpu" and numerics.bytes == 4
+    return lean and config.model.attention != "mla"
+
+
+def shared_by_layers(config: Config, numerics: Numerics) -> Saved:
+    """Returns the bytes by tensor that a stage keeps once for all its layers and microbatches."""
+    if config.train.recompute == "full" or not _rotates_leanly(config, numerics):
+        return {}
+    length = config.train.seq_length // config.parallel.context
+    # Cosines and sines.
+    return {"RoPE": 2 * length * head_dim_of(config.model) * numerics.bytes}
 
 
 def _latent_attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved:

@@ -106,6 +106,7 @@ def stage_memory(
             kinds.add(moe)
             saved = activations.kept_by_layer(config, numerics, moe=moe)
             _add(kept, saved, count * passes[chunk])
+    _add(kept, activations.shared_by_layers(config, numerics), 1)
     if stage == 0:
         _add(kept, activations.embedding(config, numerics), passes[0])
     last = stage == parallel.pipeline - 1

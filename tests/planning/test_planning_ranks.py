@@ -171,6 +171,7 @@ def predicted_activations(overrides: Sequence[str], *, bf16: bool) -> int:
     saved = [
         activations.embedding(config, numerics),
         activations.output(config, numerics, VOCABULARY),
+        activations.shared_by_layers(config, numerics),
     ]
     depth = prediction_kinds(config, 0)
     saved += depth.total() * [activations.prediction(config, numerics, VOCABULARY)]
@@ -296,8 +297,12 @@ def predicted_traffic(overrides: Sequence[str], world_size: int, rank: int) -> d
     layout = validate(config, world_size=world_size)
     stage = place_of(rank, config.parallel, layout).pipeline
     state = stage_state(config, layout, VOCABULARY, stage, weight_bytes=4)
+    names = GROUPS
+    if config.parallel.expert_tensor == 1:
+        # Groups of the same ranks are one, and have the name of the one that was asked for first.
+        names = GROUPS | {"expert_and_tensor": GROUPS["expert"]}
     return {
-        f"{GROUPS[item.group.name]}: {item.operation.split()[-1]}": item.of_step(layout)
+        f"{names[item.group.name]}: {item.operation.split()[-1]}": item.of_step(layout)
         for item in stage_traffic(config, layout, state, stage, Numerics("cpu", 4))
         if item.operation != "all-reduce"
     }
