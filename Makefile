@@ -35,9 +35,11 @@ quickstart: $(VENV)/installed
 # not hidden by what writes that.
 quickstart-moe quickstart-mone: SHELL := /bin/bash
 quickstart-moe quickstart-mone: .SHELLFLAGS := -o pipefail -c
+quickstart-moe: STARTED := experiment=quickstart_moe
+quickstart-mone: STARTED := experiment=quickstart_mone
 quickstart-moe quickstart-mone: quickstart-%: $(VENV)/installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -u -m mone_megatron.pretrain device=cpu device.threads=1 \
-		experiment=quickstart_$* parallel.expert=1 run.dir=$(RUNS)/$* 2>&1 \
+		$(STARTED) parallel.expert=1 run.dir=$(RUNS)/$* 2>&1 \
 		| awk '{ printf "%-4s  %s\n", "$*", $$0; fflush() }'
 
 # The paper's claims over five seeds (docs/results.md): an hour on two cores. What is trained stays.

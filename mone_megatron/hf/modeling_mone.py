@@ -228,6 +228,10 @@ class MoneExperts(nn.Module):
         )
 
 
+# Under its name a patch of transformers may hold another class while a model is made.
+_OUR_EXPERTS = MoneExperts
+
+
 class MoneTopKRouter(Qwen3MoeTopKRouter):
     """Routes as megatron-core does, computed in fp32."""
 
@@ -363,7 +367,7 @@ class MonePreTrainedModel(Qwen3MoePreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (MoneExperts, MoneMLP)) and self.config.mone is not None:
             reset_state(module, NeuronSettings.from_config(self.config.mone).rule)
-        if isinstance(module, MoneExperts):
+        if isinstance(module, _OUR_EXPERTS):
             for name, weight in module.named_parameters(recurse=False):
                 std, given = self.config.initializer_range, module.gate_weights.get(name)
                 if given is not None:

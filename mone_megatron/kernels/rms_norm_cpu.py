@@ -39,6 +39,9 @@ class _RMSNorm(torch.autograd.Function):
         torch.mul(x, x, out=normed)
         inverse_R = normed.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
         torch.mul(x, inverse_R, out=normed).mul_(weight)
+        # Where the squares overflow, the output is 0, as torch's is. The gradient is then made no
+        # number, so that the step is refused and nothing goes on without its gradient.
+        inverse_R = inverse_R * (inverse_R / inverse_R)
         ctx.save_for_backward(x, weight, inverse_R)
         return normed
 

@@ -47,7 +47,7 @@ def test_what_is_no_list_of_values_is_refused(text: str) -> None:
 def test_every_ablation_can_be_spelt_out(name: str) -> None:
     spelt = spell_out_ablation(["experiment=tiny_mone", f"ablation={name}"])
     combinations = expand(spelt)
-    assert len(combinations) >= 4
+    assert len(combinations) >= 2
     for combination in combinations:
         config = compose(combination.overrides)
         assert config.run.dir == f"runs/ablations/tiny_mone/{name}"

@@ -17,16 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from close_records import RECORDED_TOLERANCE, TOLERANCE, assert_close_until_a_flip
 from record_losses import RECORDED, RUNS, SETTINGS, essence, prepare_corpus, read_records
 
 from mone_megatron.testing.launch import run_layouts
 from mone_megatron.testing.layouts import LAYOUTS, PARTS
-
-TOLERANCE = 1e-5
-LOSS_AFTER_FLIP = 1e-4
-GRAD_NORM_AFTER_FLIP = 2e-2
-# Of the same layout in another version, on another machine.
-RECORDED_TOLERANCE = 1e-6
 
 # MoNE adds to the layers of the baseline, so its layouts are all tried in `make test`; of the
 # baseline's one for each kind of parallelism, and the others in `make test-slow`.
@@ -49,33 +44,12 @@ WHOLE = [
 ]
 
 
-def first_flip(reference: list[dict[str, float]], records: list[dict[str, float]]) -> int:
-    """The first step whose use of experts or neurons differs; one past the last if none does."""
-    counted = ("router/tokens_per_expert", "mone/load_entropy", "mone/load_max_over_mean")
-    for expected, actual in zip(reference, records, strict=True):
-        for key, value in expected.items():
-            apart = abs(actual[key] - value)
-            # Two flips may cancel in the counts of a step, and show in its microbatches: one token
-            # moves their balance by 1e-5, rounding by 1e-7.
-            if (key.startswith(counted) and apart > 1e-9) or (
-                key.endswith("load_balancing_loss") and apart > 5e-6 * value
-            ):
-                return int(expected["step"])
-    return len(reference) + 1
-
-
 def _assert_equal(reference: list[dict[str, float]], records: list[dict[str, float]]) -> None:
-    assert len(records) == len(reference)
-    flip = first_flip(reference, records)
+    flip = assert_close_until_a_flip(reference, records)
     for expected, actual in zip(reference, records, strict=True):
         assert expected.keys() == actual.keys()
-        before = expected["step"] < flip
-        tolerance = TOLERANCE if before else LOSS_AFTER_FLIP
-        assert actual["loss"] == pytest.approx(expected["loss"], rel=tolerance)
-        tolerance = TOLERANCE if before else GRAD_NORM_AFTER_FLIP
-        assert actual["grad_norm"] == pytest.approx(expected["grad_norm"], rel=tolerance)
         for key, value in expected.items():
-            if before and key.startswith(("router/", "mone/")):
+            if expected["step"] < flip and key.startswith(("router/", "mone/")):
                 assert actual[key] == pytest.approx(value, rel=TOLERANCE, abs=1e-6), key
 
 
@@ -122,14 +96,7 @@ def test_losses_are_those_recorded(runs: Callable[[str], Path], experiment: str,
     """Processors and versions of torch round differently; from a flip on wider bounds hold."""
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))["runs"][f"{experiment} {name}"]
     records = essence(read_records(runs(experiment) / name))
-    assert [record["step"] for record in records] == [record["step"] for record in recorded]
-    flip = first_flip(recorded, records)
-    for expected, actual in zip(recorded, records, strict=True):
-        before = expected["step"] < flip
-        tolerance = RECORDED_TOLERANCE if before else LOSS_AFTER_FLIP
-        assert actual["loss"] == pytest.approx(expected["loss"], rel=tolerance)
-        tolerance = TOLERANCE if before else GRAD_NORM_AFTER_FLIP
-        assert actual["grad_norm"] == pytest.approx(expected["grad_norm"], rel=tolerance)
+    assert_close_until_a_flip(recorded, records, loss=RECORDED_TOLERANCE)
 
 
 @pytest.fixture(scope="module")

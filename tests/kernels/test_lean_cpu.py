@@ -45,6 +45,15 @@ def test_a_norm_of_a_slice_and_of_large_and_tiny_values() -> None:
     torch.testing.assert_close(mine[1], expected[1], rtol=1e-5, atol=1e-6)
 
 
+def test_squares_that_overflow_leave_gradients_that_are_no_numbers() -> None:
+    x = torch.tensor([[1.0, 2.0], [1e30, 1e30]], requires_grad=True)
+    normed = rms_norm_cpu.rms_norm(x, torch.ones(2), 1e-5)
+    assert torch.equal(normed, F.rms_norm(x, (2,), torch.ones(2), 1e-5))
+    (of_x,) = torch.autograd.grad(normed.sum(), (x,))
+    assert of_x[0].isfinite().all()
+    assert of_x[1].isnan().all()
+
+
 def test_gradients_of_a_norm_by_finite_differences() -> None:
     x, weight = random(3, 5).double(), random(5, seed=1).double()
     grad = random(3, 5, seed=2).double()

@@ -47,7 +47,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_guide_has_an_example_of_each_kind() -> None:
-    assert len(COMMANDS) == len(REGISTRIES) == 10
+    assert len(COMMANDS) == len(REGISTRIES) == 11
     # The router and the optimizer have their classes beside them.
     assert len(FILES) == len(COMMANDS) + 2
 
@@ -88,6 +88,7 @@ def test_the_suite_runs_over_them(site: Path) -> None:
         "entropy_example",
         "cosine_example",
         "lion_example",
+        "tail_example",
     ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/methods", "-k", " or ".join(names), "-rp"],

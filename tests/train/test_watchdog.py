@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mone_megatron.config.load import compose
+from mone_megatron.parallel.groups import open_groups
 from mone_megatron.testing.processes import Processes
 from mone_megatron.train.health.heartbeats import (
     Heartbeat,
@@ -151,12 +153,18 @@ def test_an_error_of_our_own_is_not_a_failed_collective() -> None:
     assert any(map(_in_a_collective, _chain(lost.value)))
 
 
-@pytest.mark.usefixtures("one_process")
-def test_the_group_that_is_not_compared_is_megatrons() -> None:
+def _pipeline_group_is_called() -> str:
     from megatron.core import parallel_state
 
-    group = parallel_state.get_pipeline_model_parallel_group()
-    assert group.group_desc == "PIPELINE_MODEL_PARALLEL_GROUP"
+    config = compose(["experiment=tiny_mone", "device=cpu", "parallel.pipeline=2"])
+    open_groups(config.parallel, config.train, timeout_seconds=60)
+    name: str = parallel_state.get_pipeline_model_parallel_group().group_desc
+    return name
+
+
+def test_the_group_that_is_not_compared_is_megatrons(two_processes: Processes) -> None:
+    names = two_processes.run(_pipeline_group_is_called)
+    assert names == ["PIPELINE_MODEL_PARALLEL_GROUP"] * 2
 
 
 def test_a_frame_between_two_lines_has_a_place() -> None:
