@@ -1,4 +1,4 @@
-"""Benchmarks layers, selection, ties, steps, decoding, trainer and saves, as ratios in one run."""
+"""Benchmarks layers, selection, steps, peers, decoding, trainer, saves, as ratios in one run."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ median (smallest..largest).
   select    the exact top-k mask against torch.topk + scatter and torch.kthvalue
   ties      what the tie rule does to the load of neurons and to the loss, in training or of a model
   train     training steps of MoNE in its modes beside MoE
+  peers     training steps of MoE and MoNE beside transformers' and their matrix products
   cost      step time of MoNE over MoE, and what each part of the difference takes
   decode    one decoding step of the experts: rows of kept neurons beside all rows
   generate  texts of a whole model, the same
@@ -39,6 +40,7 @@ examples:
   python tools/bench.py ties --seeds 1 2 --steps 200 model.expert_ffn_hidden_size=512
   python tools/bench.py ties --model runs/a --text corpus.txt --output ties.json
   python tools/bench.py train --processes 2 parallel.expert=2
+  python tools/bench.py peers --quick --output peers.json
   python tools/bench.py cost mone.keep_ratio=0.5 model.expert_ffn_hidden_size=512
   python tools/bench.py decode --batch 1 4 16 --keep-ratio 0.125 0.25 --experts 64
   python tools/bench.py generate --layers 8 --neurons 768
@@ -139,6 +141,24 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", parents=[shared, steps, on, pair], help="training steps")
     train.add_argument("--repeats", type=_positive, default=10, help="of each (default 10)")
     train.add_argument("--steps", type=_positive, default=1, help="a repeat (default 1)")
+
+    peers = commands.add_parser("peers", parents=[shared, pair], help="steps beside transformers'")
+    peers.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+    peers.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    peers.add_argument("--repeats", type=_positive, help="turns of each (default 10)")
+    peers.add_argument(
+        "--experts", type=_positive, nargs="*", help="also with so many (default 16 32 64)"
+    )
+    peers.add_argument(
+        "--micro-batch", type=_positive, nargs="*", help="also with such microbatches (default 8)"
+    )
+    peers.add_argument("--layers", type=_positive, nargs="*", help="also so deep (default 8)")
+    peers.add_argument("--starts", type=_not_negative, help="starts of each (default 2)")
+    peers.add_argument(
+        "--quick",
+        action="store_true",
+        help="other defaults: 32 experts beside the size as given, one start",
+    )
 
     cost = commands.add_parser(
         "cost", parents=[shared, steps, on, pair], help="MoNE's cost, by parts"
@@ -330,6 +350,64 @@ def _train(options: argparse.Namespace) -> _Outcome:
     )
 
 
+# Defaults of `peers`, and those of `peers --quick`.
+_PEERS: dict[str, Any] = {
+    "repeats": 10, "experts": [16, 32, 64], "micro_batch": [8], "layers": [8], "starts": 2,
+}  # fmt: skip
+_PEERS_QUICK = _PEERS | {"experts": [32], "micro_batch": [], "layers": [], "starts": 1}
+# Turns at sizes that are no goal, such as more experts than these.
+_FEW_TURNS = 4
+_MOST_EXPERTS_OF_GOALS = 32
+
+
+def _peers(options: argparse.Namespace) -> _Outcome:
+    from mone_megatron.extras import require
+    from mone_megatron.lab.benchmarks import ranks, result_files, result_plots
+    from mone_megatron.lab.benchmarks.peers.compare import Size, measure_peers
+
+    require("hf", "transformers")
+    for name, default in (_PEERS_QUICK if options.quick else _PEERS).items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    # One process and thread, unless the overrides say otherwise.
+    given = ["parallel=data", "device.threads=1", *options.overrides]
+
+    def size(name: str, repeats: int, *more: str) -> Size:
+        moe, mone = (
+            ranks.prepare([f"experiment={experiment}", *given, *more], 1, device=options.device)
+            for experiment in (options.moe, options.mone)
+        )
+        return Size(name, moe, mone, repeats)
+
+    few = min(options.repeats, _FEW_TURNS)
+    sizes = [size("", options.repeats)]
+    for experts in options.experts:
+        turns = options.repeats if experts <= _MOST_EXPERTS_OF_GOALS else few
+        sizes.append(size(f"experts {experts}", turns, f"model.num_experts={experts}"))
+    for sequences in options.micro_batch:
+        key = f"train.micro_batch_size={sequences}"
+        sizes.append(size(f"micro-batch {sequences}", few, key))
+    for layers in options.layers:
+        sizes.append(size(f"layers {layers}", few, f"model.num_layers={layers}"))
+    _, hardware = ranks.use_device(options.device, sizes[0].moe.device.threads)
+    result = measure_peers(
+        sizes,
+        vocab_size=ranks.vocabulary_of(sizes[0].moe),
+        hardware=hardware,
+        start_overrides={
+            options.moe: [f"experiment={options.moe}", f"device.kind={options.device}", *given]
+        },
+        start_repeats=options.starts,
+        say=say,
+    )
+    return _Outcome(
+        hardware,
+        result_files.peers_lines(result),
+        result,
+        lambda: result_plots.peers_figure(result),
+    )
+
+
 def _cost(options: argparse.Namespace) -> _Outcome:
     from mone_megatron.lab.benchmarks import ranks, result_files
 
@@ -433,6 +511,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], _Outcome]] = {
     "select": _select,
     "ties": _ties,
     "train": _train,
+    "peers": _peers,
     "cost": _cost,
     "decode": _decode,
     "generate": _generate,

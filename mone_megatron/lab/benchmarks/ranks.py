@@ -49,6 +49,11 @@ def prepare(overrides: Sequence[str], processes: int, *, device: str = "cpu") ->
     return config
 
 
+def vocabulary_of(config: Config) -> int:
+    """Returns the tokenizer's number of entries, unpadded; the data is made already."""
+    return prepare_data(config).vocab_size
+
+
 def use_device(kind: Literal["cpu", "cuda"], threads: int) -> tuple[torch.device, str]:
     """Sets this process to compute on ``threads`` CPU threads (0: one a core), or on its GPU.
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # only their fields are read: no megatron-core here
     from mone_megatron.lab.benchmarks.decode import DecodeResult
     from mone_megatron.lab.benchmarks.generate import GenerateCost
     from mone_megatron.lab.benchmarks.layer import LayerResult
+    from mone_megatron.lab.benchmarks.peers.compare import PeersResult
     from mone_megatron.lab.benchmarks.save import SaveCost
     from mone_megatron.lab.benchmarks.select import SelectCost
     from mone_megatron.lab.benchmarks.spine import SpineCost
@@ -121,6 +122,42 @@ def layer_lines(result: LayerResult) -> list[str]:
         for cost in result.costs
     ]
     return [*lines, f"each also saves its input, {result.input_megabytes:.1f} MB"]
+
+
+def peers_lines(result: PeersResult) -> list[str]:
+    """Returns the first size's times and ratios, then growth, memory and start."""
+    first = result.cells[0]
+    lines = [
+        f"steps of {result.tokens_per_step:,} tokens, fp32 on a CPU; transformers computes experts "
+        f"by {first.experts}",
+        f"{'':<16} s a step; processor s; peak memory, MiB; parameters; loss",
+    ]
+    for name, seconds in first.seconds.items():
+        loss = f"{first.losses[name]:.4f}" if name in first.losses else "-"
+        lines.append(
+            f"{name:<16} {seconds}; {first.processor_seconds[name]}; "
+            f"{result.peak_megabytes[name]:.0f}; {first.parameters[name]:,}; {loss}"
+        )
+    lines.append(f"{'size':<16} ratio: by the clock; by processor time")
+    for cell in result.cells:
+        lines += [
+            f"{cell.size or 'as given':<16} {one.above} / {one.below}: {one.clock}; {one.processor}"
+            for one in cell.ratios
+        ]
+    lines += [
+        f"{size:<16} growth of {name} over transformers', processor time: {growth:.3f}"
+        for size, grown in result.growth.items()
+        for name, growth in grown.items()
+    ]
+    for name, seen in result.implementations.items():
+        told = seen if isinstance(seen, str) else f"{seen:.2f} s for one microbatch"
+        lines.append(f"transformers, {name}: {told}")
+    lines += [
+        f"process start to the end of step 1, {name}: {seconds} s; processor "
+        f"{result.start_processor[name]} s"
+        for name, seconds in result.starts.items()
+    ]
+    return lines
 
 
 def train_lines(result: TrainResult) -> list[str]:

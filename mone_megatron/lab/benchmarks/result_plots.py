@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from mone_megatron.lab.benchmarks.measure import Spread
+from mone_megatron.lab.benchmarks.peers.task import PEER
 from mone_megatron.report.plots import COLORS
 
 if TYPE_CHECKING:
     from mone_megatron.lab.benchmarks.decode import DecodeResult
+    from mone_megatron.lab.benchmarks.peers.compare import PeersResult
     from mone_megatron.lab.benchmarks.select import SelectCost
     from mone_megatron.lab.benchmarks.ties import TieStatistics
 
@@ -75,6 +77,34 @@ def decode_figure(result: DecodeResult) -> Figure:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set(xlabel="tokens a step", ylabel="times faster")
+    axes.legend(frameon=False)
+    return figure
+
+
+def peers_figure(result: PeersResult) -> Figure:
+    """Draws step times over transformers', a bar a size, a colour a contender."""
+    figure, axes = _new("Training steps over transformers' (processor time)")
+    names = [one.above for one in result.cells[0].ratios if one.below == PEER]
+    height = 0.8 / len(names)
+    for index, name in enumerate(names):
+        spreads = [cell.ratio(name, PEER).processor for cell in result.cells]
+        axes.barh(
+            [place + index * height for place in range(len(spreads))],
+            [spread.median for spread in spreads],
+            height=height,
+            xerr=[
+                [spread.median - spread.smallest for spread in spreads],
+                [spread.largest - spread.median for spread in spreads],
+            ],
+            color=COLORS[index % len(COLORS)],
+            ecolor="#5c6673",
+            label=name,
+        )
+    places = [place + height * (len(names) - 1) / 2 for place in range(len(result.cells))]
+    axes.set_yticks(places, [cell.size or "as given" for cell in result.cells])
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="#5c6673", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("step time / transformers'")
     axes.legend(frameon=False)
     return figure
 
