@@ -46,27 +46,28 @@ class _Rotation(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, x_SBND: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        rotated = torch.empty(x_SBND.shape)
-        torch.mul(x_SBND, cos, out=rotated)
-        first, second = x_SBND.chunk(2, dim=-1)
-        into_first, into_second = rotated.chunk(2, dim=-1)
         sin_first, sin_second = sin.chunk(2, dim=-1)
-        part = torch.mul(second, sin_first)
-        into_first.sub_(part)
-        into_second.add_(torch.mul(first, sin_second, out=part))
-        return rotated
+        return _turned(x_SBND, cos, sin_first, sin_second, sign=1)
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad_SBND: Tensor
     ) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_x = torch.empty(grad_SBND.shape)
-        torch.mul(grad_SBND, cos, out=grad_x)
-        first, second = grad_SBND.chunk(2, dim=-1)
-        into_first, into_second = grad_x.chunk(2, dim=-1)
         sin_first, sin_second = sin.chunk(2, dim=-1)
-        part = torch.mul(second, sin_second)
-        into_first.add_(part)
-        into_second.sub_(torch.mul(first, sin_first, out=part))
-        return grad_x, None, None
+        # The transposed rotation turns the other way.
+        return _turned(grad_SBND, cos, sin_second, sin_first, sign=-1), None, None
+
+
+def _turned(x_SBND: Tensor, cos: Tensor, sin_a: Tensor, sin_b: Tensor, *, sign: int) -> Tensor:
+    """Returns ``x cos``, less ``sign`` times the second half by ``sin_a`` in the first half, and
+    with ``sign`` times the first half by ``sin_b`` in the second.
+    """
+    turned = torch.empty(x_SBND.shape)
+    torch.mul(x_SBND, cos, out=turned)
+    first, second = x_SBND.chunk(2, dim=-1)
+    into_first, into_second = turned.chunk(2, dim=-1)
+    part = torch.mul(second, sin_a)
+    into_first.add_(part, alpha=-sign)
+    into_second.add_(torch.mul(first, sin_b, out=part), alpha=sign)
+    return turned

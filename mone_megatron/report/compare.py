@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -397,8 +396,3 @@ def _common_label(labels: Sequence[str]) -> str:
         common = common.rstrip("0123456789")
     common = re.sub(r"[ _.-]+(seed|s)[ _.=-]*$", "", common).rstrip(" _.-(#")
     return common or labels[0]
-
-
-def finite_or_none(value: float | None) -> float | None:
-    """Returns a finite value, else None, which stands for NaN and infinity: JSON has neither."""
-    return value if value is not None and math.isfinite(value) else None

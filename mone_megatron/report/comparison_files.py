@@ -12,7 +12,6 @@ from mone_megatron.report.compare import (
     Group,
     RunFigures,
     compared_curves,
-    finite_or_none,
 )
 from mone_megatron.report.formatting import (
     ABSENT,
@@ -314,12 +313,12 @@ def _run_json(figure: RunFigures) -> dict[str, Any]:
         "seed": run.seed,
         "last_step": run.last_step,
         "tokens": run.tokens,
-        "final_train_loss": finite_or_none(figure.train_loss),
-        "final_validation_loss": finite_or_none(figure.validation_loss),
-        "loss_difference_to_first": finite_or_none(figure.loss_difference),
-        "tokens_per_second": finite_or_none(figure.tokens_per_second),
-        "step_seconds": finite_or_none(figure.step_seconds),
-        "step_time_ratio_to_first": finite_or_none(figure.step_time_ratio),
+        "final_train_loss": figure.train_loss,
+        "final_validation_loss": figure.validation_loss,
+        "loss_difference_to_first": figure.loss_difference,
+        "tokens_per_second": figure.tokens_per_second,
+        "step_seconds": figure.step_seconds,
+        "step_time_ratio_to_first": figure.step_time_ratio,
         "parameters": dict(figure.parameters),
         "data_fingerprint": run.summary.data_fingerprint,
     }
@@ -342,8 +341,8 @@ def _interval_json(interval: Interval | None) -> dict[str, float | None] | None:
     if interval is None:
         return None
     return {
-        "mean": finite_or_none(interval.mean),
-        "low_95": finite_or_none(interval.low),
-        "high_95": finite_or_none(interval.high),
+        "mean": interval.mean,
+        "low_95": interval.low,
+        "high_95": interval.high,
         "count": interval.count,
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import uuid
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 from mone_megatron.os_errors import naming, unusable
 from mone_megatron.ownership import OWNER_FILE, live_owner
+from mone_megatron.whole_files import json_text
 
 _FOLDERS = ("checkpoints", "hangs", "tensorboard")
 _RUN_FILES = (
@@ -135,13 +135,8 @@ def keep_records_up_to(path: Path, step: int, see: Callable[[dict[str, Any]], No
 
 def to_json_line(record: dict[str, float]) -> str:
     """Returns one record as strict JSON: null for what is not finite, integers for counts."""
-    clean: dict[str, float | int | None] = {}
-    for key, value in record.items():
-        if not math.isfinite(value):
-            clean[key] = None
-        else:
-            clean[key] = int(value) if key in ("step", "tokens") else value
-    return json.dumps(clean) + "\n"
+    counts = {key: int(record[key]) for key in ("step", "tokens") if key in record}
+    return json_text(record | counts, indent=None)
 
 
 def now() -> str:

@@ -15,7 +15,6 @@ from mone_megatron.lab.studies.runner import places
 from mone_megatron.lab.studies.usage import usage_of
 from mone_megatron.planning.budget import Budget, budget_of
 from mone_megatron.planning.plan import vocabulary_of
-from mone_megatron.report.compare import finite_or_none
 from mone_megatron.report.identified import Doubt, few_samples
 from mone_megatron.report.runs import Run, load_run
 from mone_megatron.report.stats import Interval, mean_interval
@@ -23,10 +22,6 @@ from mone_megatron.report.stats import Interval, mean_interval
 METRIC = "val_loss"
 # Of two seeds the interval rests on one difference between them.
 _ENOUGH_SEEDS = 3
-
-
-def _interval_json(interval: Interval) -> dict[str, Any]:
-    return {name: finite_or_none(value) for name, value in asdict(interval).items()}
 
 
 @dataclass(frozen=True)
@@ -87,14 +82,8 @@ class Variant:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the variant for files; numbers that are not finite are null."""
-        return {
-            **asdict(self),
-            "losses": [finite_or_none(loss) for loss in self.losses],
-            "mean": _interval_json(self.mean),
-            "difference": None if self.difference is None else _interval_json(self.difference),
-            "not_identified": [doubt.reason for doubt in self.doubts],
-        }
+        """Returns the variant for files, with why its difference is not identified."""
+        return asdict(self) | {"not_identified": [doubt.reason for doubt in self.doubts]}
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,7 @@ def table_rows(outcome: Outcome) -> tuple[tuple[str, ...], list[tuple[str, ...]]
             format_count(variant.parameters),
             format_count(round(variant.budget.activated)),
             _pm(variant.mean, ".4f"),
-            _pm(variant.difference, "+.4f")
-            if variant.difference and not variant.is_off_budget
-            else "",
+            _pm(variant.compared, "+.4f") if variant.compared else "",
             variant.verdict,
         )
         for variant in outcome.variants
