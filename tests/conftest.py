@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
 from mone_megatron.parallel.groups import close_groups, open_groups
-from mone_megatron.parallel.megatron_compat import forget_layer_losses, install_cpu_backend
+from mone_megatron.parallel.megatron_compat.auxiliary_losses import forget_layer_losses
+from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 from mone_megatron.testing.processes import Processes
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)

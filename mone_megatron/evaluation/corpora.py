@@ -34,7 +34,7 @@ from mone_megatron.data.loader import SampleDataset
 from mone_megatron.data.prepare import PreparedData, prepare_data
 from mone_megatron.data.sidecar import read_sidecar, tokenizer_path
 from mone_megatron.data.tokenizer import load_tokenizer
-from mone_megatron.parallel.megatron_compat import import_megatron
+from mone_megatron.parallel.megatron_compat.importing import import_megatron
 
 Window = npt.NDArray[np.int64]
 Say = Callable[[str], None]

@@ -28,7 +28,7 @@ from mone_megatron.mone.neurons import NeuronGate
 from mone_megatron.mone.routers import AssigningRouter, SteeredRouter
 from mone_megatron.parallel.device import Device
 from mone_megatron.parallel.groups import ExpertSources
-from mone_megatron.parallel.megatron_compat import count_rows_sent
+from mone_megatron.parallel.megatron_compat.token_exchange import count_rows_sent
 
 
 def build_gpt(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.product_key import ProductKeyExperts
-from mone_megatron.parallel.megatron_compat import stored_name
+from mone_megatron.parallel.megatron_compat.checkpoint_forms import stored_name
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")

@@ -49,7 +49,10 @@ from mone_megatron.mone.neurons import NeuronSettings
 from mone_megatron.mone.product_key import ProductKeyExperts
 from mone_megatron.mone.selection import NeuronSelection
 from mone_megatron.mone.sparsity import Sparsity
-from mone_megatron.parallel.megatron_compat import latent_attention, self_attention
+from mone_megatron.parallel.megatron_compat.attention_modules import (
+    latent_attention,
+    self_attention,
+)
 
 
 class TorchSpecProvider(LocalSpecProvider):

@@ -15,7 +15,9 @@ from torch.distributed.rendezvous import rendezvous
 from mone_megatron.config.schema import DeviceConfig
 from mone_megatron.counting import counted
 from mone_megatron.kernels.te_grouped import have_transformer_engine
-from mone_megatron.parallel import megatron_compat
+from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
+from mone_megatron.parallel.megatron_compat.gradient_norm import fuse_gradient_norm
+from mone_megatron.parallel.megatron_compat.importing import import_megatron
 from mone_megatron.parallel.world import World
 
 # Numbers the process groups of this process, one for each run of a sweep.
@@ -102,15 +104,15 @@ def open_device(config: DeviceConfig, world: World) -> Device:
             )
         have_transformer_engine()  # one that is broken is told before anything is opened
         torch.cuda.set_device(world.local_rank)
-        megatron_compat.import_megatron(compile_fused=True)
-        megatron_compat.fuse_gradient_norm()
+        import_megatron(compile_fused=True)
+        fuse_gradient_norm()
         name = torch.cuda.get_device_name()
         device = torch.device("cuda", world.local_rank)
         return Device("cuda", device, dtype, torch.get_num_threads(), f"{world.size} x {name}")
     cores = os.cpu_count() or 1
     threads = config.threads or max(1, cores // world.local_size)
     torch.set_num_threads(threads)
-    megatron_compat.install_cpu_backend()
+    install_cpu_backend()
     processes = f"{counted(world.size, 'process')} of {counted(threads, 'thread')}"
     hardware = f"{_cpu_name()}, {counted(cores, 'core')}, {processes}"
     return Device("cpu", torch.device("cpu"), dtype, threads, hardware)

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
-from mone_megatron.parallel.megatron_compat import (
-    forget_layer_losses,
-    forget_prediction_losses,
-    sharing_groups,
-)
+from mone_megatron.parallel.megatron_compat.auxiliary_losses import forget_layer_losses
+from mone_megatron.parallel.megatron_compat.prediction_losses import forget_prediction_losses
+from mone_megatron.parallel.megatron_compat.process_groups import sharing_groups
 
 
 @dataclass(frozen=True)

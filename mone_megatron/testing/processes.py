@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from mone_megatron.helpers import end_with_parent, ending, starting
 from mone_megatron.parallel.groups import close_groups
-from mone_megatron.parallel.megatron_compat import install_cpu_backend
+from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 from mone_megatron.testing.warm_start import forget_start_method, warm_context
 
 P = ParamSpec("P")

@@ -3,7 +3,7 @@
 import torch
 import torch._dynamo
 
-from mone_megatron.parallel.megatron_compat import install_cpu_backend
+from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 
 torch.set_num_threads(1)
 # Before a module of ours imports megatron-core.

@@ -26,7 +26,7 @@ from mone_megatron.config.schema import Config
 from mone_megatron.data.loader import DOCUMENTS
 from mone_megatron.mone.selection import NeuronSelector
 from mone_megatron.parallel.device import Device
-from mone_megatron.parallel.megatron_compat import part_of_context_rank
+from mone_megatron.parallel.megatron_compat.context_parts import part_of_context_rank
 from mone_megatron.train.resume.saved_state import parameter_states
 from mone_megatron.train.state import TrainingState
 

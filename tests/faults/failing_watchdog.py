@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from mone_megatron.parallel.megatron_compat import install_cpu_backend
+from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 
 LOOKS = 5
 

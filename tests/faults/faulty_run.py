@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mone_megatron.config.load import compose
-from mone_megatron.parallel.megatron_compat import install_cpu_backend
+from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 from mone_megatron.pretrain import pretrain
 
 

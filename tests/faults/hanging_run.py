@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mone_megatron.parallel.megatron_compat import install_cpu_backend
+from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 
 
 def stay_away(kind: str) -> None:

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 
 from mone_megatron.config.load import compose
-from mone_megatron.parallel.megatron_compat import install_cpu_backend
+from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 from mone_megatron.pretrain import pretrain
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 from mone_megatron.config.load import compose
-from mone_megatron.parallel.megatron_compat import install_cpu_backend
+from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 from mone_megatron.pretrain import pretrain
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mone_megatron.parallel.megatron_compat import take_prediction_losses
+from mone_megatron.parallel.megatron_compat.prediction_losses import take_prediction_losses
 from mone_megatron.testing.trainer import VOCABULARY, build_trainer, random_batches
 
 # Rows of the embedding; with two tensor-parallel ranks all of the padding is the second one's.

@@ -18,7 +18,7 @@ from mone_megatron.model.builder import build_gpt
 from mone_megatron.model.transformer import transformer_config
 from mone_megatron.mone.layer import MicrobatchSources
 from mone_megatron.parallel.groups import open_groups
-from mone_megatron.parallel.megatron_compat import part_of_context_rank
+from mone_megatron.parallel.megatron_compat.context_parts import part_of_context_rank
 from mone_megatron.testing.processes import Processes
 
 S, B, N, D = 9, 2, 4, 8

@@ -34,7 +34,10 @@ from mone_megatron.mone.mlp import NeuronMLP, NeuronSharedExpert
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
 from mone_megatron.mone.selection import NeuronSelector
 from mone_megatron.parallel.groups import open_expert_sources, open_groups
-from mone_megatron.parallel.megatron_compat import forget_layer_losses, layer_losses
+from mone_megatron.parallel.megatron_compat.auxiliary_losses import (
+    forget_layer_losses,
+    layer_losses,
+)
 from mone_megatron.planning.parameters import count_parameters
 from mone_megatron.testing.processes import Processes
 

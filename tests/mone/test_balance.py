@@ -26,7 +26,10 @@ from mone_megatron.mone.neurons import (
     Segments,
 )
 from mone_megatron.mone.selection import NeuronSelection
-from mone_megatron.parallel.megatron_compat import forget_layer_losses, layer_losses
+from mone_megatron.parallel.megatron_compat.auxiliary_losses import (
+    forget_layer_losses,
+    layer_losses,
+)
 from mone_megatron.testing.processes import Processes
 
 Weights = Literal["selected", "all"]

@@ -19,7 +19,7 @@ from mone_megatron.model.transformer import transformer_config
 from mone_megatron.mone.layer import MicrobatchSources, MoNELayer
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
 from mone_megatron.parallel.groups import open_expert_sources, open_groups
-from mone_megatron.parallel.megatron_compat import layer_losses, zero_layer_losses
+from mone_megatron.parallel.megatron_compat.auxiliary_losses import layer_losses, zero_layer_losses
 from mone_megatron.testing.processes import Processes
 
 SEQUENCE, BATCH = 12, 2

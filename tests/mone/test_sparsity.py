@@ -21,7 +21,7 @@ from mone_megatron.mone.balance import NeuronBalance
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 from mone_megatron.mone.selection import NeuronSelection
 from mone_megatron.mone.sparsity import SPARSITY_LOSS, Sparsity
-from mone_megatron.parallel.megatron_compat import layer_losses
+from mone_megatron.parallel.megatron_compat.auxiliary_losses import layer_losses
 from mone_megatron.testing.launch import run_layouts
 from mone_megatron.testing.layouts import LAYOUTS
 

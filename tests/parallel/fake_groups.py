@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mone_megatron.parallel.megatron_compat import install_cpu_backend
+from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 
 
 def made_by(rank: int, world: int, sizes: dict[str, int], *, shared: bool, bound: bool) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mone_megatron.parallel.device import Device, connects_at_once
-from mone_megatron.parallel.megatron_compat import CUDA_REDIRECTIONS
+from mone_megatron.parallel.megatron_compat.cuda_names import CUDA_REDIRECTIONS
 from mone_megatron.parallel.world import World
 
 TESTS = Path(__file__).parents[1]

@@ -56,14 +56,25 @@ from mone_megatron.megatron_release import megatron_release
 from mone_megatron.model.attention import SDPAttention
 from mone_megatron.model.norm import AllHeadsRMSNorm, RMSNorm
 from mone_megatron.mone.experts import GroupedExperts
-from mone_megatron.parallel import megatron_compat
 from mone_megatron.parallel.groups import open_groups
+from mone_megatron.parallel.megatron_compat import (
+    attention_modules,
+    auxiliary_losses,
+    checkpoint_forms,
+    cpu_backend,
+    cuda_constants,
+    cuda_names,
+    importing,
+    notices,
+    prediction_losses,
+    token_exchange,
+)
 from mone_megatron.testing.processes import Processes
 from mone_megatron.testing.warm_start import run_python
 
 LATER = megatron_release() >= (0, 19, 0)
 CORE = Path(moe_utils.__file__).parents[2]
-CUDA_CONSTANTS = set(megatron_compat._CONSTANTS)
+CUDA_CONSTANTS = set(cuda_constants.CONSTANTS)
 HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 
 # Facts about megatron-core as it comes, printed as JSON.
@@ -105,7 +116,7 @@ state = torch.get_rng_state()
 torch.rand(1)
 random._set_cuda_rng_state(state)
 facts["set_rng_state_reaches_cpu"] = torch.equal(torch.get_rng_state(), state)
-from mone_megatron.parallel.megatron_compat import install_cpu_backend
+from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 try:
     install_cpu_backend()
 except RuntimeError as error:
@@ -160,20 +171,20 @@ def strings_in(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(module, name) for module, name, _ in megatron_compat.CONSTANT_REWRITES]
+    ("module", "name"), [(module, name) for module, name, _ in cuda_constants.CONSTANT_REWRITES]
 )
 def test_constants_are_in_the_source_and_gone_from_the_code(module: str, name: str) -> None:
     assert CUDA_CONSTANTS & set(strings_in(find_definition(module, name)))
-    function = megatron_compat._resolve(module, name)
-    assert megatron_compat._rewrite_code(function.__code__)[1] == 0
+    function = cuda_constants.resolve(module, name)
+    assert cuda_constants.rewrite_code(function.__code__)[1] == 0
     # Rewriting again finds nothing: installing twice is harmless.
-    assert megatron_compat.rewrite_constants(module, name) == 0
+    assert cuda_constants.rewrite_constants(module, name) == 0
 
 
 def test_every_rewrite_has_a_reason_and_stands_once() -> None:
-    entries = [(module, name) for module, name, _ in megatron_compat.CONSTANT_REWRITES]
+    entries = [(module, name) for module, name, _ in cuda_constants.CONSTANT_REWRITES]
     assert len(set(entries)) == len(entries)
-    assert all(reason for _, _, reason in megatron_compat.CONSTANT_REWRITES)
+    assert all(reason for _, _, reason in cuda_constants.CONSTANT_REWRITES)
 
 
 def _example(value: int) -> tuple[str, Any, Any]:
@@ -184,7 +195,7 @@ def _example(value: int) -> tuple[str, Any, Any]:
 
 
 def test_rewriting_reaches_nested_functions_and_tuples_and_nothing_else() -> None:
-    code, changed = megatron_compat._rewrite_code(_example.__code__)
+    code, changed = cuda_constants.rewrite_code(_example.__code__)
     rewritten = type(_example)(code, globals())
     assert changed == 4
     assert rewritten(1) == ("cpu", "torch.HalfTensor", False)
@@ -208,12 +219,12 @@ def names_of_torch_cuda() -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("name", megatron_compat.CUDA_REDIRECTIONS)
+@pytest.mark.parametrize("name", cuda_names.CUDA_REDIRECTIONS)
 def test_redirected_functions_are_used_by_megatron_core(
     name: str, names_of_torch_cuda: set[str]
 ) -> None:
     assert name in names_of_torch_cuda
-    assert getattr(torch.cuda, name) is megatron_compat.CUDA_REDIRECTIONS[name]
+    assert getattr(torch.cuda, name) is cuda_names.CUDA_REDIRECTIONS[name]
 
 
 def test_functions_fail_without_redirection(upstream: dict[str, Any]) -> None:
@@ -438,7 +449,7 @@ def test_parts_of_different_lengths_over_gloo(two_processes: Processes) -> None:
 # Installation ----------
 
 
-@pytest.mark.parametrize("package", megatron_compat.DEFERRED)
+@pytest.mark.parametrize("package", importing.DEFERRED)
 def test_packages_are_imported_by_upstream_and_by_us_when_used(
     upstream: dict[str, Any], package: str
 ) -> None:
@@ -473,10 +484,10 @@ def test_a_deferred_package_is_imported_once_by_many_threads(
     (folder / "__init__.py").write_text("import time; time.sleep(0.2); started = []\n")
     (folder / "part.py").write_text("inside = 7\n")
     monkeypatch.syspath_prepend(tmp_path)
-    megatron_compat.defer("slow_package")
+    importing.defer("slow_package")
     deferred = sys.modules["slow_package"]
-    megatron_compat.defer("slow_package")
-    megatron_compat.defer("a_package_that_nobody_has")
+    importing.defer("slow_package")
+    importing.defer("a_package_that_nobody_has")
     assert sys.modules["slow_package"] is deferred
     assert "a_package_that_nobody_has" not in sys.modules
     with ThreadPoolExecutor(4) as threads:
@@ -486,13 +497,13 @@ def test_a_deferred_package_is_imported_once_by_many_threads(
         _ = deferred.nothing_of_it
     # As importing a part before the whole does.
     del sys.modules["slow_package"]
-    megatron_compat.defer("slow_package")
+    importing.defer("slow_package")
     assert importlib.import_module("slow_package.part").inside == 7
 
 
 def test_installing_again_changes_nothing() -> None:
     before = (mappings._gather_along_first_dim, moe_utils.maybe_move_tensor_to_cpu)
-    megatron_compat.install_cpu_backend()
+    cpu_backend.install_cpu_backend()
     assert (mappings._gather_along_first_dim, moe_utils.maybe_move_tensor_to_cpu) == before
 
 
@@ -614,19 +625,19 @@ def test_auxiliary_losses_are_forgotten_where_upstream_hands_out_a_copy() -> Non
         warnings.simplefilter("ignore", DeprecationWarning)
         moe_utils.save_to_aux_losses_tracker("some_loss", torch.tensor(2.0), 1, 3)
         moe_utils.get_moe_layer_wise_logging_tracker().clear()
-        assert bool(megatron_compat.layer_losses()) is LATER  # else the clearing was enough
+        assert bool(auxiliary_losses.layer_losses()) is LATER  # else the clearing was enough
         moe_utils.save_to_aux_losses_tracker("some_loss", torch.tensor(3.0), 2, 3)
-    losses = megatron_compat.layer_losses()["some_loss"]
+    losses = auxiliary_losses.layer_losses()["some_loss"]
     assert losses.tolist() == [2.0 if LATER else 0.0, 3.0, 0.0]
-    megatron_compat.zero_layer_losses()
-    assert losses.tolist() == megatron_compat.layer_losses()["some_loss"].tolist() == [0.0] * 3
+    auxiliary_losses.zero_layer_losses()
+    assert losses.tolist() == auxiliary_losses.layer_losses()["some_loss"].tolist() == [0.0] * 3
     # Of another number of layers next time: zeros would not do.
-    megatron_compat.forget_layer_losses()
-    assert megatron_compat.layer_losses() == {}
+    auxiliary_losses.forget_layer_losses()
+    assert auxiliary_losses.layer_losses() == {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         moe_utils.save_to_aux_losses_tracker("some_loss", torch.tensor(4.0), 5, 5)
-    assert megatron_compat.layer_losses()["some_loss"].tolist() == [0.0] * 4 + [4.0]
+    assert auxiliary_losses.layer_losses()["some_loss"].tolist() == [0.0] * 4 + [4.0]
 
 
 def test_layers_of_multi_token_prediction_have_one_name_in_checkpoints() -> None:
@@ -637,11 +648,11 @@ def test_layers_of_multi_token_prediction_have_one_name_in_checkpoints() -> None
     fields = upstream.MultiTokenPredictionLayerSubmodules.__dataclass_fields__
     assert {here} == {"mtp_model_layer", "transformer_layer"} & fields.keys()
     assert (
-        megatron_compat.stored_name(f"mtp.layers.1.{here}.mlp.router.weight")
+        checkpoint_forms.stored_name(f"mtp.layers.1.{here}.mlp.router.weight")
         == "mtp.layers.1.transformer_layer.mlp.router.weight"
     )
     for name in ("mtp.layers.0.eh_proj.weight", "decoder.layers.0.mtp_model_layer.weight"):
-        assert megatron_compat.stored_name(name) == name
+        assert checkpoint_forms.stored_name(name) == name
 
 
 def test_rows_of_routers_that_vary_their_number_are_counted() -> None:
@@ -655,7 +666,7 @@ def test_rows_of_routers_that_vary_their_number_are_counted() -> None:
             return routing_map.sum(dim=0)
 
     dispatcher = Dispatcher()
-    megatron_compat.count_rows_sent(dispatcher)
+    token_exchange.count_rows_sent(dispatcher)
     rows = torch.arange(4.0).view(4, 1)
     for chosen in ([[1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 0, 1]], [[1, 1, 1]] * 4, [[0, 0, 1]] * 4):
         routing_map = torch.tensor(chosen).bool()
@@ -674,24 +685,24 @@ def test_losses_of_multi_token_prediction_are_taken_once_and_forgotten() -> None
     assert hasattr(MTPLossLoggingHelper, "save_metrics_to_tracker") == (
         megatron_release() >= (0, 17, 0)
     )
-    megatron_compat.forget_prediction_losses()
-    assert megatron_compat.take_prediction_losses(2).tolist() == [0.0, 0.0]
+    prediction_losses.forget_prediction_losses()
+    assert prediction_losses.take_prediction_losses(2).tolist() == [0.0, 0.0]
     for loss in (1.0, 2.0):
         if hasattr(MTPLossLoggingHelper, "save_metrics_to_tracker"):
             one = torch.tensor(1.0)
             MTPLossLoggingHelper.save_metrics_to_tracker(torch.tensor(loss), one, one, 1, 2)
         else:
             MTPLossLoggingHelper.save_loss_to_tracker(torch.tensor(loss), 1, 2)
-    assert megatron_compat.take_prediction_losses(2).tolist() == [0.0, 3.0]
-    assert megatron_compat.take_prediction_losses(2).tolist() == [0.0, 0.0]
-    megatron_compat.forget_prediction_losses()
+    assert prediction_losses.take_prediction_losses(2).tolist() == [0.0, 3.0]
+    assert prediction_losses.take_prediction_losses(2).tolist() == [0.0, 0.0]
+    prediction_losses.forget_prediction_losses()
     assert MTPLossLoggingHelper.tracker == {}
 
 
 def test_saving_is_left_to_our_writer() -> None:
     parameter = inspect.signature(dist_checkpointing.save).parameters.get("async_strategy")
     assert (parameter is not None) is LATER
-    assert megatron_compat.own_writer() == ({"async_strategy": "mcore"} if LATER else {})
+    assert checkpoint_forms.own_writer() == ({"async_strategy": "mcore"} if LATER else {})
     assert parameter is None or parameter.default != "mcore"
 
 
@@ -699,10 +710,10 @@ def test_saving_is_left_to_our_writer() -> None:
 def test_what_is_no_tensor_lies_where_the_release_keeps_it(tmp_path: Path) -> None:
     tensor = dist_checkpointing.ShardedTensor.from_rank_offsets("w", torch.ones(2))
     dist_checkpointing.save({"w": tensor, "step": 3}, str(tmp_path))
-    assert (tmp_path / megatron_compat.COMMON).exists() is not LATER
-    assert megatron_compat.unreadable_form(tmp_path) is None
-    (tmp_path / megatron_compat.COMMON).unlink(missing_ok=True)
-    problem = megatron_compat.unreadable_form(tmp_path)
+    assert (tmp_path / checkpoint_forms.COMMON).exists() is not LATER
+    assert checkpoint_forms.unreadable_form(tmp_path) is None
+    (tmp_path / checkpoint_forms.COMMON).unlink(missing_ok=True)
+    problem = checkpoint_forms.unreadable_form(tmp_path)
     assert (problem is None) is LATER
     assert problem is None or "a newer megatron-core than the installed 0.16.1 wrote it" in problem
 
@@ -743,7 +754,7 @@ def test_norms_of_a_spec_are_refused_by_upstream_and_built_by_ours() -> None:
             _attention(SelfAttention, norm=all_heads)
     else:
         assert isinstance(_attention(SelfAttention, norm=all_heads).q_layernorm, AllHeadsRMSNorm)
-    ours = _attention(megatron_compat.self_attention(), norm=all_heads)
+    ours = _attention(attention_modules.self_attention(), norm=all_heads)
     assert isinstance(ours.q_layernorm, AllHeadsRMSNorm)
     assert isinstance(ours.k_layernorm, AllHeadsRMSNorm)
     # In this order they are numbered and initialised.
@@ -758,10 +769,10 @@ def test_norms_of_a_spec_are_refused_by_upstream_and_built_by_ours() -> None:
 def test_latent_attention_has_a_place_for_the_specs_modules() -> None:
     name = "_resolve_qk_norm_config"
     assert hasattr(MLASelfAttention, name) is LATER
-    assert name in vars(megatron_compat.latent_attention())
+    assert name in vars(attention_modules.latent_attention())
 
 
-@pytest.mark.parametrize(("module", "start", "release"), megatron_compat.NOTICES)
+@pytest.mark.parametrize(("module", "start", "release"), notices.NOTICES)
 def test_notices_that_are_kept_quiet_are_still_given(
     module: str, start: str, release: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,7 +18,7 @@ from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 from mone_megatron.mone.neurons import NEURON_BALANCE_LOSS
 from mone_megatron.mone.routers import ROUTER_SPARSITY_LOSS
 from mone_megatron.mone.sparsity import SPARSITY_LOSS
-from mone_megatron.parallel.megatron_compat import layer_losses, zero_layer_losses
+from mone_megatron.parallel.megatron_compat.auxiliary_losses import layer_losses, zero_layer_losses
 from mone_megatron.train.hooks.due import is_due
 
 # Our key -> megatron-core's name of each auxiliary loss.

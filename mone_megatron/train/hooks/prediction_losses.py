@@ -10,7 +10,7 @@ from torch import Tensor
 from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
 from mone_megatron.methods.hook import Hook, Record, StepReport
-from mone_megatron.parallel.megatron_compat import take_prediction_losses
+from mone_megatron.parallel.megatron_compat.prediction_losses import take_prediction_losses
 
 
 class PredictionLossHook(Hook):

@@ -39,7 +39,7 @@ from mone_megatron.data.tokenizer import copy_tokenizer
 from mone_megatron.megatron_release import megatron_release
 from mone_megatron.os_errors import readable
 from mone_megatron.parallel.device import numbers_on
-from mone_megatron.parallel.megatron_compat import own_writer
+from mone_megatron.parallel.megatron_compat.checkpoint_forms import own_writer
 from mone_megatron.train.resume.identity import check_same_run, holds_a_run
 from mone_megatron.train.resume.initial_weights import initialize
 from mone_megatron.train.resume.random_state import missing_streams, random_state, set_random_state

@@ -32,7 +32,7 @@ from mone_megatron.checkpoint import (
     read_checkpoint,
     restricted_pickle,
 )
-from mone_megatron.parallel.megatron_compat import unreadable_form
+from mone_megatron.parallel.megatron_compat.checkpoint_forms import unreadable_form
 
 # What a checkpoint says is wrong with it, empty when nothing.
 Check = Callable[[Checkpoint], list[str]]

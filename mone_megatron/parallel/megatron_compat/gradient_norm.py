@@ -1,0 +1,74 @@
+"""Measures and clips gradients: in fp64 on CPU, by fused kernels on CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+# Elements of a gradient whose squares are added up at once.
+_BLOCK = 2**15
+
+
+def _l2_norm(
+    chunk_size: int, noop_flag: object, tensor_lists: list[list[torch.Tensor]], *args: object
+) -> tuple[torch.Tensor, None]:
+    """Computes ``local_multi_tensor_l2_norm`` on CPU: the norm of all tensors, ``[1]`` fp32.
+
+    The library's returns it on CUDA, and adds up squares in fp32 over whole gradient buffers,
+    whose rounding alone (1e-5 relative) hides what layouts could differ by.
+    """
+    squares = sum(_sum_of_squares(tensor) for tensors in tensor_lists for tensor in tensors)
+    return torch.tensor([squares], dtype=torch.float64).sqrt().float(), None
+
+
+def _sum_of_squares(tensor: torch.Tensor) -> float:
+    """Returns the sum of squares in fp64, of blocks that stay in a core's cache."""
+    flat = tensor.detach().reshape(-1)
+    wide = torch.empty(min(_BLOCK, max(len(flat), 1)), dtype=torch.float64)
+    total = 0.0
+    for block in flat.split(_BLOCK):
+        part = wide[: len(block)].copy_(block)
+        total += float(torch.dot(part, part))
+    return total
+
+
+def _fused_l2_norm(
+    chunk_size: int, noop_flag: object, tensor_lists: list[list[torch.Tensor]], *args: object
+) -> tuple[torch.Tensor, None]:
+    """Computes ``local_multi_tensor_l2_norm`` without waiting: the norm of all, ``[1]`` fp32."""
+    tensors = [tensor for tensors in tensor_lists for tensor in tensors]
+    return torch.nn.utils.get_total_norm(tensors).float().view(1), None
+
+
+def _fused_scale(
+    chunk_size: int, noop_flag: object, tensor_lists: list[list[torch.Tensor]], scale: float
+) -> None:
+    """Does ``local_multi_tensor_scale`` at once, and in place where source and target are one."""
+    sources, targets = tensor_lists
+    for source, target in zip(sources, targets, strict=True):
+        if source is not target:
+            target.copy_(source)
+    torch._foreach_mul_(targets, scale)
+
+
+def measure_gradients_on_cpu() -> None:
+    """Lets gradients be measured in fp64 and clipped in place, on CPU."""
+    from megatron.core.optimizer import clip_grads
+
+    clip_grads.l2_norm_impl = _l2_norm
+    # The library's makes a scaled copy and copies it back.
+    clip_grads.multi_tensor_scale_impl = _fused_scale
+
+
+def fuse_gradient_norm() -> None:
+    """Lets fused kernels measure and clip gradients, on CUDA.
+
+    Without Transformer Engine or apex megatron-core takes the norm of one gradient after another to
+    the host, which waits for each, and clips each by a product and a copy.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _fused_l2_norm
+    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _fused_scale
