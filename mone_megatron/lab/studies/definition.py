@@ -84,6 +84,11 @@ class Study:
                     f"{self.name}: {variant}: train.eval_interval: 0 gives no validation loss to "
                     "compare; use a number of steps"
                 )
+            if not _is_fixed(config) and not config.logging.layer_interval:
+                raise ValueError(
+                    f"{self.name}: {variant}: logging.layer_interval: 0 does not record how many "
+                    "neurons or experts its tokens use; use a number of steps"
+                )
             configs[variant] = config
         self._check_equal(configs)
         return configs
@@ -107,8 +112,12 @@ class Study:
         """Returns whether the count is known before training; what else must be equal is judged by
         what was measured (:mod:`mone_megatron.lab.studies.outcome`).
         """
-        fixed = neurons_are_fixed(config) and experts_are_fixed(config)
-        return self.equal == "total" or fixed
+        return self.equal == "total" or _is_fixed(config)
+
+
+def _is_fixed(config: Config) -> bool:
+    """Returns whether what a token uses of the model is set, and not measured when it is trained."""
+    return neurons_are_fixed(config) and experts_are_fixed(config)
 
 
 def shipped_studies() -> list[Path]:

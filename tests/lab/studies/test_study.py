@@ -34,6 +34,10 @@ TINY = {
     ],
     "variants": {"MoE": ["mone.enabled=false"], "MoNE 1/4": []},
 }  # fmt: skip
+RELU_ROUTER = [
+    "model.router.kind=relu", "model.router.balance=[none]", "model.router.balance_coeff=[0.0]",
+]  # fmt: skip
+UNRECORDED = r"{}: logging\.layer_interval: 0 does not record"
 
 
 def write(path: Path, **changes: object) -> Path:
@@ -91,6 +95,8 @@ def test_what_is_not_a_study_is_refused(
         ({"equal": "activated"}, "MoNE 1/4: .* is not the .* of MoE; tools/plan.py --match"),
         ({"variants": {"MoE": [], "bad": ["mone.keep_ratio=7"]}}, r"bad: .*mone\.keep_ratio"),
         ({"overrides": ["train.eval_interval=0"]}, "eval_interval: 0 gives no validation loss"),
+        ({"variants": {"MoE": [], "mass": ["mone.rule=mass"]}}, UNRECORDED.format("mass")),
+        ({"variants": {"MoE": [], "ReLU": RELU_ROUTER}}, UNRECORDED.format("ReLU")),
     ],
 )
 def test_variants_are_checked_before_any_is_trained(
