@@ -116,7 +116,7 @@ class Study:
 
 
 def _is_fixed(config: Config) -> bool:
-    """Returns whether what a token uses of the model is set, and not measured when it is trained."""
+    """Returns whether what a token uses of the model is set, not measured in training."""
     return neurons_are_fixed(config) and experts_are_fixed(config)
 
 
