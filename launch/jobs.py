@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mone_megatron.command_line import USAGE_EXIT_CODE, Parser, print_error
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose, typed_values
 from mone_megatron.config.schema import Config
@@ -179,7 +180,7 @@ def to_bash(job: Job) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the job; problems are one line each."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--tasks-per-node", type=int, required=True)
     parser.add_argument("--gpus-per-node", type=int, required=True)
@@ -190,9 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(to_bash(plan(parser.parse_args(arguments))))
     except ValueError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+        print_error(str(error))
+        return USAGE_EXIT_CODE
     return 0
 
 

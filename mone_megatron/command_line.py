@@ -8,33 +8,55 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from mone_megatron.os_errors import explained
 
+USAGE_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an option in one line, as everything else that is wrong is said."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit status 2."""
+        print_error(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+        self.exit(USAGE_EXIT_CODE)
+
 
 def exit_status(
-    tool: str, run: Callable[[argparse.Namespace], None], options: argparse.Namespace
+    run: Callable[[argparse.Namespace], int | None],
+    options: argparse.Namespace,
+    *,
+    interrupted: str = "interrupted",
 ) -> int:
     """Runs a tool and returns its exit status.
 
     Args:
-        tool: its name, which begins each line about what went wrong.
-        run: the tool; a ValueError or OSError of it is for the user.
+        run: the tool; a ValueError or OSError of it is for the user. It returns its exit status,
+            None for 0.
         options: what ``run`` is called with.
+        interrupted: what is said of Ctrl-C.
 
     Returns:
-        0; 2 for what cannot be done, with a line on standard error for each reason; 130 for Ctrl-C.
+        The status of ``run``; 2 for what cannot be done, with a line on standard error for each
+        reason; 130 for Ctrl-C.
     """
     try:
-        run(options)
+        return run(options) or 0
     except (ValueError, OSError) as error:
-        for line in told(error).splitlines():
-            print(f"{tool}: {line}", file=sys.stderr)
-        return 2
+        print_error(told(error))
+        return USAGE_EXIT_CODE
     except KeyboardInterrupt:
-        print(f"{tool}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        print_error(interrupted)
+        return INTERRUPTED_EXIT_CODE
+
+
+def print_error(what: str) -> None:
+    """Prints on standard error what went wrong, each line of it as ``error: ...``."""
+    for line in what.splitlines() or [what]:
+        print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def told(error: ValueError | OSError) -> str:

@@ -17,7 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mone_megatron.command_line import told
+from mone_megatron.command_line import USAGE_EXIT_CODE, print_error, told
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import (
     CONF_DIR,
@@ -41,7 +41,6 @@ from mone_megatron.parallel.world import World
 from mone_megatron.train.run_directory import check_run_directory
 
 FAILED_EXIT_CODE = 1
-USAGE_EXIT_CODE = 2
 # Longer than it takes to read a screenful; shorter than any limit after which a run counts as hung.
 _READER_PATIENCE_SECONDS = 20.0
 # Hydra's flags, but those that read files from elsewhere: what such a file says in Hydra's own
@@ -109,7 +108,7 @@ def _pretrain(config: Config, written: Mapping[str, str] | None) -> int:
         except HelperError as error:
             # Of this rank's alone, unlike the others.
             where = f"rank {world.rank}: " if world.size > 1 else ""
-            print(f"error: {where}{error}", file=sys.stderr)
+            print_error(f"{where}{error}")
             return FAILED_EXIT_CODE
         except OSError as error:
             # One that names no file is no refusal of the file system's.
@@ -159,8 +158,7 @@ def _through_hydra(sweep: LocalSweep | None) -> None:
 def _tell(error: ValueError | OSError, world: World) -> None:
     """Prints one line for each problem, once: on rank 0."""
     if world.rank == 0:
-        for line in told(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print_error(told(error))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

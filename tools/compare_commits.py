@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.command_line import exit_status, say
+from mone_megatron.command_line import Parser, exit_status, say
 from mone_megatron.display import harmless
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=_DESCRIPTION,
         epilog=_EPILOG,
         allow_abbrev=False,
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"wrote {options.output}")
         outcome.append(compared.equal)
 
-    return exit_status("compare_commits", run, options) or (0 if outcome[0] else 1)
+    return exit_status(run, options) or (0 if outcome[0] else 1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.command_line import exit_status, say
+from mone_megatron.command_line import Parser, exit_status, say
 from mone_megatron.config.reference import json_schema, write_tables
 from mone_megatron.display import harmless
 
@@ -21,10 +21,10 @@ the schema of the configuration (mone_megatron/config). Run it after a change of
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 when the files say what the schema says, 2 otherwise."""
-    parser = argparse.ArgumentParser(description=_DESCRIPTION, allow_abbrev=False)
+    parser = Parser(description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="write nothing; say what is old")
     parser.add_argument("--docs", type=Path, default=_DOCS, help="the folder of the documentation")
-    return exit_status("config_reference", _run, parser.parse_args(arguments))
+    return exit_status(_run, parser.parse_args(arguments))
 
 
 def _run(options: argparse.Namespace) -> None:

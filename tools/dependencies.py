@@ -10,8 +10,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import tomllib
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as mone_megatron.command_line.Parser does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message.removeprefix('argument ')}; see {self.prog} --help\n")
 
 
 def requirements(project: Path, without: Sequence[str]) -> list[str]:
@@ -29,14 +37,14 @@ def requirements(project: Path, without: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = _Parser(description=__doc__)
     parser.add_argument("project", type=Path, metavar="pyproject.toml")
     parser.add_argument("--without", nargs="+", default=[], metavar="PACKAGE")
     options = parser.parse_args(arguments)
     try:
         print("\n".join(requirements(options.project, options.without)))
     except (OSError, ValueError, KeyError) as error:
-        print(f"dependencies: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mone_megatron.command_line import told
+from mone_megatron.command_line import USAGE_EXIT_CODE, Parser, print_error, told
 from mone_megatron.display import harmless
 
 _SPECIFICATION = Path(__file__).resolve().parents[1] / "docs" / "dashboard.yaml"
@@ -82,7 +82,7 @@ def build_workspace(sections: Sequence[dict[str, Any]], *, entity: str, project:
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--entity", default="", help="W&B user or team")
@@ -102,11 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--entity: name the W&B user or team, or use --print")
         print(build_workspace(sections, entity=options.entity, project=options.project).save().url)
     except ImportError as error:
-        print(f"wandb_dashboard: {error}; pip install 'mone_megatron[dashboard]'", file=sys.stderr)
-        return 2
+        print_error(f"{error}; pip install 'mone_megatron[dashboard]'")
+        return USAGE_EXIT_CODE
     except (OSError, ValueError) as error:
-        print(f"wandb_dashboard: {' '.join(told(error).split())}", file=sys.stderr)
-        return 2
+        print_error(" ".join(told(error).split()))
+        return USAGE_EXIT_CODE
     return 0
 
 

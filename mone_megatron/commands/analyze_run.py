@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from mone_megatron.command_line import check_at_least_1, exit_status, say
+from mone_megatron.command_line import Parser, check_at_least_1, exit_status, say
 from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
 from mone_megatron.display import harmless
 from mone_megatron.evaluation.command_line import add_placement
@@ -41,7 +41,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=_DESCRIPTION,
         epilog=_EPILOG,
         allow_abbrev=False,
@@ -218,4 +218,4 @@ def _owning(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
-    return exit_status("analyze_run", _owning, options)
+    return exit_status(_owning, options)

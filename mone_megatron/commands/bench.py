@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mone_megatron.command_line import exit_status, say
+from mone_megatron.command_line import Parser, exit_status, say
 from mone_megatron.display import harmless
 from mone_megatron.ownership import owned_file
 
@@ -63,20 +63,20 @@ def _not_negative(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
         help="also write the result as JSON, and a plot by it",
     )
-    steps = argparse.ArgumentParser(add_help=False)
+    steps = Parser(add_help=False)
     steps.add_argument(
         "--processes",
         type=_positive,
@@ -84,17 +84,17 @@ def _parser() -> argparse.ArgumentParser:
         help="gloo ranks on this machine (default 1); on GPUs those that torchrun started",
     )
     steps.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
-    pair = argparse.ArgumentParser(add_help=False)
+    pair = Parser(add_help=False)
     pair.add_argument("--moe", default="quickstart_moe", help="default quickstart_moe")
     pair.add_argument("--mone", default="quickstart_mone", help="default quickstart_mone")
-    on = argparse.ArgumentParser(add_help=False)
+    on = Parser(add_help=False)
     on.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
-    place = argparse.ArgumentParser(add_help=False, parents=[on])
+    place = Parser(add_help=False, parents=[on])
     place.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     place.add_argument(
         "--threads", type=_not_negative, default=1, help="of torch; 0 for one a core (default 1)"
     )
-    sizes = argparse.ArgumentParser(add_help=False)
+    sizes = Parser(add_help=False)
     sizes.add_argument("--hidden", type=_positive, default=1024, help="h (default 1024)")
     sizes.add_argument("--neurons", type=_positive, default=512, help="f (default 512)")
     sizes.add_argument("--experts", type=_positive, default=16, help="default 16")
@@ -546,4 +546,4 @@ def _owning(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
-    return exit_status("bench", _owning, options)
+    return exit_status(_owning, options)

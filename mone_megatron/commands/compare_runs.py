@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.command_line import told
+from mone_megatron.command_line import Parser, exit_status, print_error
 from mone_megatron.display import harmless
 from mone_megatron.ownership import owned_folder
 from mone_megatron.report.compare import compare
@@ -31,7 +30,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,26 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@harmless
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        with owned_folder("--output", Path(options.output)):
-            runs = [load_run(path) for path in options.runs]
-            comparison = compare(runs, options.labels, group_seeds=options.group_seeds)
-            print(text_report(comparison))
-            paths = write_comparison(comparison, options.output, page_file=options.page)
-    except (ValueError, OSError) as error:
-        print(f"compare_runs: {told(error)}", file=sys.stderr)
-        return 2
+def _run(options: argparse.Namespace) -> int:
+    with owned_folder("--output", Path(options.output)):
+        runs = [load_run(path) for path in options.runs]
+        comparison = compare(runs, options.labels, group_seeds=options.group_seeds)
+        print(text_report(comparison))
+        paths = write_comparison(comparison, options.output, page_file=options.page)
     print()
     for path in paths:
         print(f"wrote {path}")
     if comparison.comparable or options.allow_mismatch:
         return 0
-    print(
-        "compare_runs: the runs are NOT COMPARABLE (see above); --allow-mismatch accepts that",
-        file=sys.stderr,
-    )
+    print_error("the runs are NOT COMPARABLE (see above); --allow-mismatch accepts that")
     return 1
+
+
+@harmless
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    options = _parser().parse_args(arguments)
+    return exit_status(_run, options)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 
+from mone_megatron.command_line import USAGE_EXIT_CODE, print_error
 from mone_megatron.shipped_files import shipped
 
 # What a shell calls; not for people.
@@ -41,8 +41,8 @@ complete -c mone -f -a '(mone {ASK} --whole --line (commandline -cp) 2>/dev/null
 def main(arguments: Sequence[str]) -> int:
     """Prints what a shell is to evaluate and returns the exit status."""
     if len(arguments) != 1 or arguments[0] not in _SHELLS:
-        print(f"mone: completion: name a shell: {', '.join(_SHELLS)}", file=sys.stderr)
-        return 2
+        print_error(f"completion: name a shell: {', '.join(_SHELLS)}")
+        return USAGE_EXIT_CODE
     print(_SHELLS[arguments[0]], end="")
     return 0
 

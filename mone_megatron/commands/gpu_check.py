@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.command_line import exit_status, say
+from mone_megatron.command_line import Parser, exit_status, say
 from mone_megatron.display import harmless
 from mone_megatron.ownership import owned_path
 
@@ -21,7 +21,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for all checks (default 8)")
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def check(options: argparse.Namespace) -> None:
         bad.extend(_run(options))
 
-    return exit_status("gpu_check", check, options) or (1 if bad else 0)
+    return exit_status(check, options) or (1 if bad else 0)
 
 
 def _run(options: argparse.Namespace) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mone_megatron.command_line import exit_status, say
+from mone_megatron.command_line import Parser, exit_status, say
 from mone_megatron.display import harmless
 from mone_megatron.ownership import owned_path
 
@@ -39,7 +39,7 @@ _DTYPES = ("saved", "fp32", "bf16")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -140,4 +140,4 @@ def _owning(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
-    return exit_status("import_hf", _owning, options)
+    return exit_status(_owning, options)

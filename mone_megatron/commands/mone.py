@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mone_megatron.command_line import USAGE_EXIT_CODE, print_error
 from mone_megatron.commands import completion
 from mone_megatron.commands.experiments import experiment_lines
 from mone_megatron.display import harmless
@@ -75,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
-        print(f"mone: {name}: no such command; {hint}", file=sys.stderr)
-        return 2
+        print_error(f"{name}: no such command; {hint}")
+        return USAGE_EXIT_CODE
     if name == "train" and not rest:
         print("\n".join(experiment_lines()))
         return 0

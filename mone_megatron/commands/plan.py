@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
-from mone_megatron.command_line import told
+from mone_megatron.command_line import Parser, exit_status, told
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
@@ -68,13 +67,6 @@ examples:
   python tools/plan.py experiment=qwen3_30b_a3b_mone --gpus 32 --sbatch --render job.sbatch"""
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a flag in one line, as everything else is said."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"plan: {message.removeprefix('argument ')}; see --help\n")
-
-
 def _number(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
@@ -83,7 +75,7 @@ def _number(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         description=_DESCRIPTION,
         epilog=_EPILOG,
         allow_abbrev=False,
@@ -332,7 +324,8 @@ def _render(plan: Plan, arguments: Sequence[str], options: argparse.Namespace) -
             check=False,
         )
     if done.returncode != 0:
-        raise ValueError(done.stderr.strip() or f"--render: {_LAUNCHER} {ending(done.returncode)}")
+        said = [line.removeprefix("error: ") for line in done.stderr.strip().splitlines()]
+        raise ValueError("\n".join(said) or f"--render: {_LAUNCHER} {ending(done.returncode)}")
     options.render.parent.mkdir(parents=True, exist_ok=True)
     options.render.write_text(done.stdout, encoding="utf-8")
     # SLURM makes no folders: without the one of its log a job ends without a word.
@@ -378,15 +371,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     # Flags may stand before, between and behind overrides.
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        with owned_file("--json", options.json), owned_file("--render", options.render):
-            return _run(options, _given(arguments))
-    except HelperError as error:
-        problems = [str(error)]
-    except OSError as error:
-        problems = [f"{told(error)}; name another file"]
-    except ValueError as error:
-        problems = [line.removeprefix("error: ") for line in str(error).splitlines()]
-    for line in problems:
-        print(f"plan: {line}", file=sys.stderr)
-    return 2
+
+    def owning(options: argparse.Namespace) -> int:
+        try:
+            with owned_file("--json", options.json), owned_file("--render", options.render):
+                return _run(options, _given(arguments))
+        except HelperError:
+            raise
+        except OSError as error:
+            raise ValueError(f"{told(error)}; name another file") from None
+
+    return exit_status(owning, options)

@@ -13,11 +13,10 @@ Train on the result with data.source=indexed data.paths=[corpora/books].
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.command_line import told
+from mone_megatron.command_line import Parser, exit_status, say
 from mone_megatron.data.documents import expand_inputs
 from mone_megatron.data.preprocess import TokenizerSettings, preprocess_files
 from mone_megatron.data.reading_options import add_reading, reading_settings
@@ -25,9 +24,7 @@ from mone_megatron.display import harmless
 
 
 def _parse(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="FILE", help="input files or quoted globs")
     parser.add_argument(
         "--output",
@@ -100,36 +97,29 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
 @harmless
 def main(given: Sequence[str] | None = None) -> int:
     """Runs the command line and returns 0 on success, 2 on bad input, 130 when interrupted."""
-    arguments = _parse(given)
-    try:
-        summary = preprocess_files(
-            expand_inputs(arguments.inputs),
-            arguments.output,
-            TokenizerSettings(
-                folder=arguments.tokenizer,
-                train_vocab_size=arguments.train_tokenizer,
-                train_megabytes=arguments.train_megabytes,
-                eod_token=arguments.eod_token,
-                parse_special_tokens=arguments.parse_special_tokens,
-                bos=arguments.bos,
-            ),
-            inputs=reading_settings(
-                arguments, json_key=arguments.json_key, column=arguments.column
-            ),
-            workers=arguments.workers,
-            overwrite=arguments.overwrite,
-        )
-    except (ValueError, OSError) as error:
-        print(f"preprocess_data: {told(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("preprocess_data: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return exit_status(_run, _parse(given), interrupted="interrupted; nothing was written")
+
+
+def _run(options: argparse.Namespace) -> None:
+    summary = preprocess_files(
+        expand_inputs(options.inputs),
+        options.output,
+        TokenizerSettings(
+            folder=options.tokenizer,
+            train_vocab_size=options.train_tokenizer,
+            train_megabytes=options.train_megabytes,
+            eod_token=options.eod_token,
+            parse_special_tokens=options.parse_special_tokens,
+            bos=options.bos,
+        ),
+        inputs=reading_settings(options, json_key=options.json_key, column=options.column),
+        workers=options.workers,
+        overwrite=options.overwrite,
+    )
     for remark in summary.remarks:
-        print(f"preprocess_data: {remark}", file=sys.stderr)
+        say(remark)
     print(
         f"{summary.prefix}: {summary.tokens} tokens in {summary.documents} documents"
         f" ({summary.skipped_empty} empty ones skipped), vocabulary {summary.vocab_size},"
         f" {summary.beginning}"
     )
-    return 0

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mone_megatron.command_line import told
+from mone_megatron.command_line import Parser, exit_status
 from mone_megatron.display import harmless
 from mone_megatron.lab.scaling_law.bootstrap import DEFAULT_RESAMPLES
 from mone_megatron.lab.scaling_law.fit import ALL_STARTS, DEFAULT_DELTA
@@ -44,7 +43,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -230,23 +229,22 @@ def _add_runs(group: argparse._ArgumentGroup) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        _check(options)
-        check_output(Path(options.output), JSON_FILE)
-        with owned_folder("--output", Path(options.output)):
-            table = _read(options)
-            if options.only_keep_ratio is not None:
-                table = keep_only_ratio(table, options.only_keep_ratio)
-            study = run_study(table, _study_options(options))
-            print(text_report(study))
-            paths = write_study(study, options.output)
-    except (ValueError, OSError) as error:
-        print(f"scaling_law: {told(error)}", file=sys.stderr)
-        return 2
+    return exit_status(_run, options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    _check(options)
+    check_output(Path(options.output), JSON_FILE)
+    with owned_folder("--output", Path(options.output)):
+        table = _read(options)
+        if options.only_keep_ratio is not None:
+            table = keep_only_ratio(table, options.only_keep_ratio)
+        study = run_study(table, _study_options(options))
+        print(text_report(study))
+        paths = write_study(study, options.output)
     print()
     for path in paths:
         print(f"wrote {path}")
-    return 0
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.command_line import exit_status, say
+from mone_megatron.command_line import Parser, exit_status, say
 from mone_megatron.display import harmless
 
 _DESCRIPTION = """\
@@ -29,7 +29,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -85,4 +85,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     place = given.index("--") if "--" in given else len(given)
     options = _parser().parse_args(given[:place])
-    return exit_status("serve", lambda options: _serve(options, given[place + 1 :]), options)
+    return exit_status(lambda options: _serve(options, given[place + 1 :]), options)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mone_megatron.command_line import check_at_least_1, exit_status, once, say
+from mone_megatron.command_line import Parser, check_at_least_1, exit_status, once, say
 from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
 from mone_megatron.display import harmless
 from mone_megatron.evaluation.command_line import add_placement, labels_of
@@ -49,7 +49,7 @@ examples:
 
 def _parser() -> argparse.ArgumentParser:
     scores = "\n".join(f"  {name:16} {meaning}" for name, meaning in SCORES.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=_DESCRIPTION,
         epilog=_EPILOG.format(scores=scores),
         allow_abbrev=False,
@@ -280,4 +280,4 @@ def _owning(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
-    return exit_status("sparsify_hf", _owning, options)
+    return exit_status(_owning, options)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.command_line import say, told
+from mone_megatron.command_line import Parser, exit_status, print_error, say
 from mone_megatron.display import harmless
-from mone_megatron.helpers import HelperError
 from mone_megatron.ownership import owned_folder
 
 _DESCRIPTION = """\
@@ -30,7 +28,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -107,12 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status; user errors are one line each."""
     options = _parser().parse_args(arguments)
     try:
-        _run(options)
-    except (ValueError, OSError) as error:
-        for line in told(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    except (RuntimeError, HelperError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return exit_status(_run, options)
+    except RuntimeError as error:
+        print_error(str(error))
         return 1
-    return 0

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from mone_megatron import pretrain
+from mone_megatron.command_line import INTERRUPTED_EXIT_CODE, USAGE_EXIT_CODE, print_error, told
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose, typed_values
 from mone_megatron.config.validate import validate
 from mone_megatron.counting import counted
 
 _PROCESSES = "--processes"
-_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 written=typed_values(rest),
             )
     except ConfigError as error:
-        for line in error.problems:
-            print(f"error: {line}", file=sys.stderr)
-        return pretrain.USAGE_EXIT_CODE
+        print_error(told(error))
+        return USAGE_EXIT_CODE
     return _launch(processes, rest)
 
 
@@ -79,7 +78,7 @@ def _launch(processes: int, arguments: Sequence[str]) -> int:
     try:
         torchrun([*command, *arguments])
     except SignalException:
-        return _INTERRUPTED
+        return INTERRUPTED_EXIT_CODE
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         # Ended by a signal, a process has a negative code: 128 + number is how shells say it.

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mone_megatron.command_line import USAGE_EXIT_CODE, print_error
 from mone_megatron.testing.launch import REPOSITORY
 
 PACKAGE = "mone_megatron"
@@ -117,8 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         changed = changed_files(REPOSITORY, base)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print_error(str(error))
+        return USAGE_EXIT_CODE
     print("\n".join(belonging_tests(REPOSITORY, changed)))
     return 0
 

@@ -263,7 +263,7 @@ def test_results_that_cannot_be_spelled_are_escaped(monkeypatch: pytest.MonkeyPa
 
     @harmless
     def tool() -> int:
-        return exit_status("tool", lambda options: print("1 ± 2", "\udce9"), argparse.Namespace())
+        return exit_status(lambda options: print("1 ± 2", "\udce9"), argparse.Namespace())
 
     status = tool()
     assert (status, out.getvalue()) == (0, b"1 \\xb1 2 \\udce9\n")
@@ -282,7 +282,7 @@ def test_the_tool_tells_of_what_it_left_out(
     path, message, _ = bad_file(tmp_path, "surrogate.jsonl")
     for workers in (1, 2):
         assert run_tool(tmp_path, tokenizer_dir, path, "--workers", workers) == 2
-        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("preprocess_")]
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
         assert message in line
     assert run_tool(tmp_path, tokenizer_dir, path, "--on-error", "skip") == 0
     shown = capsys.readouterr()

@@ -340,5 +340,5 @@ def test_command_line(tmp_path: Path) -> None:
         command, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT, check=False
     )
     assert again.returncode == 2
-    assert again.stderr.startswith("preprocess_data: ")
+    assert again.stderr.startswith("error: ")
     assert len(again.stderr.splitlines()) == 1

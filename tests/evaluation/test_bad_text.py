@@ -58,7 +58,7 @@ def test_a_bad_record_is_named(
 ) -> None:
     path, message = bad
     assert load_tool(tool)(arguments_of(tool, models[0], path, tmp_path / "out")) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith(f"{tool}: ")]
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert message in line
     assert "--on-error skip" in line
 
@@ -120,7 +120,7 @@ def test_prompts_are_named_by_line(
     prompts.write_bytes(b"\xef\xbb\xbfone\r\n \n\xff\n")
     given = [str(models[0]), "--max-new-tokens", "1"]
     assert load_tool("generate")([*given, "--prompts", str(prompts)]) == 2
-    assert f"generate: --prompts: {prompts}:3: not UTF-8" in capsys.readouterr().err
+    assert f"error: --prompts: {prompts}:3: not UTF-8" in capsys.readouterr().err
     # A line ends where a line of every other file ends.
     prompts.write_bytes("\ufeffone\r\n \ntwo\u2028three\x0cfour".encode())
     assert load_tool("generate")([*given, "--prompts", str(prompts)]) == 0
@@ -130,4 +130,4 @@ def test_prompts_are_named_by_line(
     assert "--- 3" not in shown
     argument = os.fsdecode(b"caf\xe9")
     assert load_tool("generate")([*given, "--prompt", argument]) == 2
-    assert "generate: --prompt: is not UTF-8" in capsys.readouterr().err
+    assert "error: --prompt: is not UTF-8" in capsys.readouterr().err

@@ -137,7 +137,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(
     assert main([places.get(argument, argument) for argument in arguments]) == 2
     told = capsys.readouterr().err
     assert message in told
-    assert told.startswith("eval_hf: ")
+    assert told.startswith("error: ")
     assert told.count("\n") == 1
 
 
@@ -145,5 +145,5 @@ def test_ctrl_c_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def stopped(options: Namespace) -> None:
         raise KeyboardInterrupt
 
-    assert exit_status("tool", stopped, Namespace()) == 130
-    assert capsys.readouterr().err == "tool: interrupted\n"
+    assert exit_status(stopped, Namespace()) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"

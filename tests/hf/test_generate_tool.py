@@ -88,7 +88,7 @@ def test_bad_input_gets_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert generate(*(folder if text == "FOLDER" else text for text in arguments)) == 2
-    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("generate: ")]
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
 

@@ -77,7 +77,7 @@ def test_dependencies_but_those_that_are_there() -> None:
 def test_a_package_that_is_no_dependency_is_named() -> None:
     done = _dependencies(str(REPOSITORY / "pyproject.toml"), "--without", "torhc")
     assert done.returncode == 2
-    assert done.stderr.startswith("dependencies: --without: torhc not in")
+    assert done.stderr.startswith("error: --without: torhc not in")
 
 
 # Of nvcr.io/nvidia/pytorch:26.05-py3, as those report who use it.

@@ -149,8 +149,8 @@ def test_what_cannot_be_is_one_line_that_names_it(
 ) -> None:
     assert main(["experiment=tiny_mone", *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith(f"plan: {told}") for line in lines), lines
-    assert all(line.startswith("plan: ") and "; use" in line for line in lines if "--gpu:" in line)
+    assert any(line.startswith(f"error: {told}") for line in lines), lines
+    assert all(line.startswith("error: ") and "; use" in line for line in lines if "--gpu:" in line)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_flag_that_cannot_be_read_is_one_line(
     with pytest.raises(SystemExit, match="2"):
         main(["experiment=tiny_mone", *arguments])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"plan: {told}")
+    assert line.startswith(f"error: {told}")
 
 
 def test_the_job_that_is_submitted(
@@ -315,7 +315,7 @@ def test_near_misses_are_refused_with_the_nearest(
     arguments = ["experiment=mixtral_8x7b_mone", "mone.keep_ratio=0.3", "--match", "activated"]
     assert main([*arguments, "--dimension", "experts_per_token"]) == 2
     told = capsys.readouterr().err
-    assert "plan: --match activated: no model.experts_per_token of the mone side" in told
+    assert "error: --match activated: no model.experts_per_token of the mone side" in told
     assert "the nearest is model.experts_per_token=4 (mone)" in told
     assert main([*arguments, "--dimension", "experts_per_token", "--tolerance", "0.1"]) == 0
     assert "apart" in capsys.readouterr().out

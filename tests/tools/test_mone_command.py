@@ -62,7 +62,7 @@ def test_every_command_is_there_and_every_tool_is_one(name: str) -> None:
 
 def test_a_misspelt_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["exprot"]) == 2
-    assert capsys.readouterr().err == "mone: exprot: no such command; did you mean export?\n"
+    assert capsys.readouterr().err == "error: exprot: no such command; did you mean export?\n"
 
 
 def test_it_hands_on_arguments_name_and_status() -> None:

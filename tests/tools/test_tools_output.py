@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from mone_megatron.command_line import print_error
+from mone_megatron.commands import mone
 from mone_megatron.ownership import owned_folder, owned_path
 from mone_megatron.testing.launch import REPOSITORY
 from mone_megatron.testing.tools import load_tool
@@ -130,3 +133,44 @@ def test_a_full_disk_under_what_is_shown(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(sys, "stdout", full)
         assert load_tool("plan")(["experiment=tiny_moe", "--json", str(result)]) == 0
     assert json.loads(result.read_text())
+
+
+def _mone(name: str, arguments: list[str]) -> int:
+    return mone.main([name, *arguments])
+
+
+COMMAND_LINES: dict[str, Callable[[list[str]], int]] = {
+    **{f"mone {name}": partial(_mone, name) for name in mone.COMMANDS},
+    **{path.stem: load_tool(path.stem) for path in sorted(REPOSITORY.glob("tools/*.py"))},
+}
+
+
+@pytest.mark.parametrize("wrong", ["--no-such-option", "--no-such-option=3"])
+@pytest.mark.parametrize("name", COMMAND_LINES)
+def test_an_option_that_is_none_is_one_line(
+    name: str, wrong: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name])
+    try:
+        status: object = COMMAND_LINES[name]([wrong])
+    except SystemExit as ended:
+        status = ended.code
+    shown = capsys.readouterr()
+    (line,) = shown.err.splitlines()
+    assert (status, shown.out) == (2, "")
+    assert line.startswith("error: ")
+    assert "error: " not in line.removeprefix("error: ")
+
+
+def test_an_option_is_named_with_where_its_help_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load_tool("bench")(["train", "--steps", "many"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --steps: invalid int value: 'many'; see ")
+    assert line.endswith(" train --help")
+
+
+def test_every_line_of_an_error_says_that_it_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error("one\ntwo")
+    print_error("")
+    assert capsys.readouterr().err == "error: one\nerror: two\nerror: \n"

@@ -75,7 +75,7 @@ def test_bad_files_are_one_line(
     path.write_text(content)
     assert tool.main(["--print", "--file", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("wandb_dashboard: ")
+    assert line.startswith("error: ")
     assert said in line
 
 

@@ -14,7 +14,6 @@ another warp. A search turns, a row has ties, and an expert has rows as often as
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mone_megatron.command_line import Parser
 from mone_megatron.kernels import (
     fused_decode,
     triton_decode,
@@ -440,7 +440,7 @@ def training(neurons: int, dtype: str, *, architecture: int) -> list[Resources]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser = Parser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--neurons", type=int, nargs="+", default=[256, 1024, 4096, 8192])
     parser.add_argument("--dtype", nargs="+", choices=tuple(_DTYPES), default=["bf16"])
     parser.add_argument("--architecture", type=int, default=90, help="90 is H100 (default)")

@@ -8,13 +8,14 @@ Shape suffixes: T rows, F neurons.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from mone_megatron.command_line import Parser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +131,7 @@ def compare(case: Case, *, rows: int, device: str) -> str | None:
 
 def main() -> int:
     """Prints the result of each case; returns 1 when one differs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--largest", type=int, default=2048, help="neurons (default 2048)")

@@ -6,7 +6,6 @@ JSON as its last line.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import runpy
@@ -18,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mone_megatron.command_line import Parser
 from mone_megatron.planning.hardware import GPUS
 
 _QUIET = ("logging.wandb.mode=disabled", "train.eval_interval=0")
@@ -116,7 +116,7 @@ CHECKS = {"agree": agree, "resume": resume, "speed": speed, "waits": waits}
 
 def main() -> int:
     """Prints what was found; returns 1 when it is not what it has to be."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=CHECKS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -149,6 +149,6 @@ def test_no_threads_below_0() -> None:
 def test_a_layout_that_cannot_be_is_one_line() -> None:
     done = _bench("cost", "--processes", "3")
     assert done.returncode == 2
-    assert done.stderr.startswith("bench: ")
+    assert done.stderr.startswith("error: ")
     assert "parallel.expert" in done.stderr
     assert "Traceback" not in done.stderr

@@ -79,8 +79,8 @@ def test_bad_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["--output", str(tmp_path / "a"), "--only", "kernel"]) == 2
     assert main(["--output", str(tmp_path / "a"), "--minutes", "0"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("gpu_check: --only: kernel: no such check; use some of machine, ")
-    assert second == "gpu_check: --minutes: 0 is too little; use 8"
+    assert first.startswith("error: --only: kernel: no such check; use some of machine, ")
+    assert second == "error: --minutes: 0 is too little; use 8"
 
 
 @pytest.mark.parametrize("gpu", [True, False])

@@ -264,6 +264,6 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(
         assert main([*arguments, "--output", str(tmp_path / "out")]) == 2, message
         printed = capsys.readouterr().err
         assert message in printed, (message, printed)
-        said = [line for line in printed.splitlines() if line.startswith("analyze_run: ")]
+        said = [line for line in printed.splitlines() if line.startswith("error: ")]
         assert len(said) == 1, printed
     assert not (tmp_path / "out").exists()

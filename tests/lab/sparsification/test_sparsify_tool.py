@@ -214,7 +214,7 @@ def test_broken_weights_are_told_and_may_be_put_right(
         arguments = [*base[:-1], str(tmp_path / f"cut{len(stream)}"), *stream]
         assert main(arguments) == 2
         told = capsys.readouterr().err.splitlines()[-1]
-        assert told.startswith("sparsify_hf: ")
+        assert told.startswith("error: ")
         assert "truncated or damaged" in told
     weights.write_bytes(whole)
     assert main(arguments) == 0
@@ -320,7 +320,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(
     assert main(given) == 2
     told = capsys.readouterr().err
     assert message in told
-    assert told.startswith("sparsify_hf: ")
+    assert told.startswith("error: ")
     assert told.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -352,5 +352,5 @@ def test_a_streamed_model_writes_no_text(
         "--output", str(tmp_path / "out"), "--tasks", str(tmp_path / "write.yaml"),
     ]  # fmt: skip
     assert main(arguments) == 2
-    assert "sparsify_hf: --stream: write has the model write text" in capsys.readouterr().err
+    assert "error: --stream: write has the model write text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
