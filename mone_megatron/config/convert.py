@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ def keys(cls: type, prefix: str = "") -> Iterator[str]:
 
     The keys within an open section (:func:`open_sections`) are not the schema's, and left out.
     """
-    for name, kind in get_type_hints(cls).items():
+    for name, kind in _types(cls).items():
         if _is_section(kind):
             yield from keys(kind, f"{prefix}{name}.")
         elif not _is_open(kind):
@@ -37,7 +38,7 @@ def keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 def sections(cls: type, prefix: str = "") -> Iterator[str]:
     """Yields every dotted key of ``cls`` that holds other keys, such as ``model.router``."""
-    for name, kind in get_type_hints(cls).items():
+    for name, kind in _types(cls).items():
         if _is_section(kind):
             yield f"{prefix}{name}"
             yield from sections(kind, f"{prefix}{name}.")
@@ -127,7 +128,7 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 def open_sections(cls: type, prefix: str = "") -> Iterator[str]:
     """Yields every dotted key of ``cls`` whose own keys are not fixed: ``mone.rule_options``."""
-    for name, kind in get_type_hints(cls).items():
+    for name, kind in _types(cls).items():
         if _is_section(kind):
             yield from open_sections(kind, f"{prefix}{name}.")
         elif _is_open(kind):
@@ -138,6 +139,17 @@ def is_known(key: str, known: Sequence[str], cls: type) -> bool:
     """Returns whether ``key`` is among ``known``, or within an open section of ``cls``."""
     section, _, name = key.rpartition(".")
     return key in known or (bool(name) and section in open_sections(cls))
+
+
+# Evaluating annotations takes longer than all else that is done with them, for every override.
+@functools.cache
+def _types(cls: type) -> Mapping[str, Any]:
+    return get_type_hints(cls)
+
+
+@functools.cache
+def _annotated_types(cls: type) -> Mapping[str, Any]:
+    return get_type_hints(cls, include_extras=True)
 
 
 def _is_section(kind: type) -> bool:
@@ -201,7 +213,9 @@ def _build(
             f"{where}: expected a section with keys, got {given.shown}; write {where}.KEY"
         )
         return cls()
-    types = get_type_hints(cls, include_extras=True)
+    # Any class can be hashed, which mypy doubts of classes whose objects cannot.
+    plain: type = cls
+    types = _annotated_types(plain)
     values: dict[str, Any] = {}
     for name, value in data.items():
         key = f"{prefix}{name}"

@@ -70,22 +70,26 @@ def stdlib_files(root: Path, max_megabytes: float) -> list[Path]:
         root: the standard library's folder.
         max_megabytes: takes files, in order, while they fit in this many MB; 0 for all.
     """
-    files: list[Path] = []
-    for folder, subfolders, names in os.walk(root):
+    names: list[str] = []
+    # Texts, not paths: the library has hundreds of files, and every start of a run lists them.
+    for folder, subfolders, inside in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
-        files.extend(
-            (Path(folder) / name).relative_to(root) for name in names if name.endswith(".py")
+        prefix = os.path.relpath(folder, root)
+        names.extend(
+            os.path.normpath(os.path.join(prefix, name)).replace(os.sep, "/")
+            for name in inside
+            if name.endswith(".py")
         )
-    files.sort(key=lambda path: path.as_posix())
-    random.Random(_SHUFFLE_SEED).shuffle(files)
+    names.sort()
+    random.Random(_SHUFFLE_SEED).shuffle(names)
     room = max_megabytes * 1e6
     taken: list[Path] = []
-    for path in files:
-        size = (root / path).stat().st_size
+    for name in names:
+        size = os.stat(os.path.join(root, name)).st_size
         if size == 0 or (max_megabytes and size > room):
             continue
         room -= size
-        taken.append(path)
+        taken.append(Path(name))
     return taken
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -299,10 +300,15 @@ class Checkpointer:
             facts[ORIGIN] = self._origin
         self._on_rank_0(lambda: self._commit(partial, facts, files))
 
+    @cached_property
+    def _config_yaml(self) -> str:
+        """Returns the run's configuration as text, which is the same in every checkpoint."""
+        return to_yaml(self.config)
+
     def _commit(self, partial: Path, facts: dict[str, Any], files: dict[str, FileDigest]) -> None:
         """Adds what people and other programs read, and the metadata's digests; on rank 0."""
         try:
-            (partial / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            (partial / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
             if self.tokenizer_dir is not None:
                 copy_tokenizer(self.tokenizer_dir, partial / "tokenizer")
             for path in partial.rglob("*"):
