@@ -15,8 +15,10 @@ ARGS       ?=
 LATER      := 0.19.2
 NEXT       := .cache/megatron-core-$(LATER)
 NEXT_PARTS := tests/model tests/mone tests/parallel tests/checkpoint/test_safe_unpickle.py
-ON_NEXT     = PYTHONPATH=$(CURDIR)/$(NEXT):$(CURDIR) OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Hundreds of processes import the package: bytecode is written even where an environment says no.
+TESTED     := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
+BY_TWO     := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+ON_NEXT     = PYTHONPATH=$(CURDIR)/$(NEXT):$(CURDIR) $(TESTED) $(BY_TWO)
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
@@ -63,8 +65,7 @@ test: $(VENV)/installed-dev $(NEXT)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	MEGATRON_NEXT=$(NEXT) OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	MEGATRON_NEXT=$(NEXT) $(TESTED) $(BY_TWO)
 	$(ON_NEXT) $(NEXT_PARTS)
 
 # Before a commit: tests of what was changed since BASE that begin within a minute; make test runs all.
@@ -74,9 +75,8 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	@$(BIN)/mypy & types=$$!; \
-	tests=$$(OMP_NUM_THREADS=1 $(BIN)/python -m mone_megatron.testing.changed_tests $(BASE)) || exit 2; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --within 50 -n 2 --dist loadfile --no-loadscope-reorder \
-		--maxfail 10 $$tests; failed=$$?; wait $$types && [ $$failed -eq 0 ]
+	tests=$$($(BIN)/python -m mone_megatron.testing.changed_tests $(BASE)) || exit 2; \
+	$(TESTED) $(BY_TWO) --within 50 --maxfail 10 $$tests; failed=$$?; wait $$types && [ $$failed -eq 0 ]
 
 # The whole suite on it (make test runs the parts that touch megatron-core most).
 test-megatron-next: $(VENV)/installed-dev $(NEXT)/installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -93,7 +94,8 @@ def _begin_within(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a test that has not begun in time."""
+    """Skips a test that has not begun in time, and undoes what a run in this process chose."""
+    torch.set_num_threads(1)
     if time.monotonic() > item.config.stash.get(_DEADLINE, math.inf):
         pytest.skip("not begun within the time of --within; make test runs it")
 
@@ -110,6 +112,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (places.get(item.path, len(places)), -counts[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    """Keeps what was imported and collected from being looked through for garbage again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

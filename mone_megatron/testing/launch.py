@@ -81,7 +81,7 @@ def run_layouts(
     timeout: float = 600,
     variables: Mapping[str, str] | None = None,
 ) -> None:
-    """Trains each job's configuration on ``processes`` ranks, writing into ``folder/NAME``.
+    """Trains each job's configuration on ``processes`` ranks of one thread, into ``folder/NAME``.
 
     Args:
         jobs: name -> Hydra overrides.
@@ -97,7 +97,8 @@ def run_layouts(
     folder.mkdir(parents=True, exist_ok=True)
     job_file = folder / f"jobs-{processes}.json"
     listed = [
-        {"overrides": [*overrides, f"run.dir={folder / name}"], "port": port}
+        # One thread: two wait for each other where two processes of pytest have a core each.
+        {"overrides": ["device.threads=1", *overrides, f"run.dir={folder / name}"], "port": port}
         for (name, overrides), port in zip(jobs.items(), free_ports(len(jobs)), strict=True)
     ]
     job_file.write_text(json.dumps(listed), encoding="utf-8")

@@ -23,7 +23,12 @@ from mone_megatron.testing.launch import REPOSITORY, free_ports, rank_variables
 from mone_megatron.testing.warm_start import WarmProcess
 
 PRETRAIN = ("-m", "mone_megatron.pretrain")
-QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
+QUIET = (
+    "logging.wandb.mode=disabled",
+    "logging.report=false",
+    "logging.progress=none",
+    "device.threads=1",
+)
 # tiny_mone made smaller still, for runs of many steps; TP, PP, EP and ETP of 2 and EP of 4 fit.
 SMALL = (
     "experiment=tiny_mone",

@@ -12,7 +12,10 @@ from mone_megatron.testing.launch import REPOSITORY, run_layouts
 from mone_megatron.testing.tools import load_tool
 from mone_megatron.testing.warm_start import run_python
 
-_QUICK = ["device=cpu", "logging.report=false", "logging.wandb.mode=disabled", "train.steps=3"]
+_QUICK = [
+    "device=cpu", "device.threads=1", "logging.report=false",
+    "logging.wandb.mode=disabled", "train.steps=3",
+]  # fmt: skip
 
 
 def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,10 @@ from hub_stand_in import READ_TOKEN, TOKEN, Hub, Repository, hub_stand_in
 from mone_megatron.hf.hub import HubRepository, find_repository, upload
 from mone_megatron.testing.launch import REPOSITORY, run_layouts
 
-_QUICK = ["device=cpu", "logging.report=false", "logging.wandb.mode=disabled", "train.steps=2"]
+_QUICK = [
+    "device=cpu", "device.threads=1", "logging.report=false",
+    "logging.wandb.mode=disabled", "train.steps=2",
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -18,7 +18,12 @@ from mone_megatron.testing.launch import REPOSITORY
 from mone_megatron.testing.warm_start import run_python
 
 ABLATIONS = sorted((CONF_DIR / "ablation").glob("*.yaml"))
-QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
+QUIET = (
+    "logging.wandb.mode=disabled",
+    "logging.report=false",
+    "logging.progress=none",
+    "device.threads=1",
+)
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

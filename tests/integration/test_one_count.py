@@ -30,7 +30,7 @@ def test_all_count_the_same(tmp_path: Path, tied: str) -> None:
     trained = run(
         *("-m", "mone_megatron.pretrain", *overrides, "train.steps=1", "checkpoint.interval=1"),
         *("data.max_megabytes=0.3", f"run.dir={folder}", f"data.cache_dir={tmp_path / 'cache'}"),
-        *("logging.wandb.mode=disabled", "device=cpu"),
+        *("logging.wandb.mode=disabled", "device=cpu", "device.threads=1"),
     )
     recorded = json.loads((folder / "run.json").read_text())["parameters"]
     total = recorded["total"]

@@ -23,7 +23,12 @@ from mone_megatron.testing.processes import Processes
 from mone_megatron.testing.trainer import build_trainer
 from mone_megatron.testing.warm_start import run_python
 
-QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
+QUIET = (
+    "logging.wandb.mode=disabled",
+    "logging.report=false",
+    "logging.progress=none",
+    "device.threads=1",
+)
 RUN = ("experiment=tiny_mone", *QUIET, "train.steps=12", "checkpoint.interval=3")
 KEEP_ALL = "checkpoint.keep_last=10"
 MAINS = REPOSITORY / "tests" / "faults" / "many_mains.py"

@@ -105,7 +105,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, str]) -> Pa
             run = (*run, "parallel.distributed_optimizer=false")
         one[f"{name}-one"] = run
         saved = folder / f"{name}-one" / "checkpoints" / "step_00000002"
-        one[f"{name}-resumed"] = (*run, f"checkpoint.resume={saved}")
+        one[f"{name}-resumed"] = (*run, f"checkpoint.resume={saved}", "checkpoint.interval=0")
+        # What else is of a run is saved by one process in the middle, by two at the end.
+        run = (*run, "checkpoint.interval=4")
         if not pools(override):
             two[f"{name}-ep2"] = (*run, "parallel.expert=2")
         if sharded(override):

@@ -13,7 +13,10 @@ from mone_megatron.config.load import compose
 from mone_megatron.config.validate import validate
 from mone_megatron.testing.launch import run_layouts
 
-TINY = ["experiment=tiny_mone", "device=cpu", "logging.wandb.mode=disabled", "logging.report=false"]
+TINY = [
+    "experiment=tiny_mone", "device=cpu", "device.threads=1",
+    "logging.wandb.mode=disabled", "logging.report=false",
+]  # fmt: skip
 
 
 def test_two_steps_are_traced_on_rank_0(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from mone_megatron.testing.launch import REPOSITORY
 from mone_megatron.testing.warm_start import run_python
 from mone_megatron.train.hooks.tensorboard import TensorBoardHook
 
-RUN = ("experiment=tiny_mone", "device=cpu", "logging.tensorboard=true")
+RUN = ("experiment=tiny_mone", "device=cpu", "device.threads=1", "logging.tensorboard=true")
 
 
 def shown(folder: Path) -> dict[str, dict[int, float]]:

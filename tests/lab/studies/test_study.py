@@ -30,7 +30,7 @@ TINY = {
     "reference": "MoE",
     "overrides": [
         "train.steps=4", "train.eval_interval=2", "train.eval_steps=1", "optim.warmup_steps=0",
-        "logging=quiet",
+        "logging=quiet", "device.threads=1",
     ],
     "variants": {"MoE": ["mone.enabled=false"], "MoNE 1/4": []},
 }  # fmt: skip
