@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.launch import REPOSITORY, import_path
 
 
 def copy_repository(folder: Path) -> dict[str, str]:
@@ -28,6 +28,6 @@ def copy_repository(folder: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": import_path(folder),
         "OMP_NUM_THREADS": "1",
     }

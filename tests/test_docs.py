@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from mone_megatron.kernels.reference import topk_mask
+from mone_megatron.testing.launch import import_path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
@@ -28,7 +29,7 @@ def _build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
+        env=os.environ | {"PYTHONPATH": import_path(REPOSITORY), "PYTHONWARNINGS": "ignore"},
     )
 
 

@@ -11,8 +11,7 @@ import megatron.core
 import pytest
 
 from mone_megatron.megatron_release import megatron_release, release_problem
-
-REPOSITORY = Path(__file__).parents[1]
+from mone_megatron.testing.launch import REPOSITORY, import_path
 
 
 def test_the_number_is_that_of_what_is_imported() -> None:
@@ -54,11 +53,10 @@ def _start(folder: Path, info: str) -> subprocess.CompletedProcess[str]:
     # That torch is imported would show.
     (folder / "torch").mkdir()
     (folder / "torch" / "__init__.py").write_text("raise SystemExit('torch was imported')")
-    path = os.pathsep.join([str(folder), str(REPOSITORY)])
     return subprocess.run(
         [sys.executable, "-m", "mone_megatron.pretrain", "experiment=tiny_mone"],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": import_path(folder, REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -20,6 +20,14 @@ _STATE = "checkpoints do not hold what it keeps"
 _MISSING = "the models of this project have no such part"
 _GRAPHS = "experts get other numbers of rows in each step, and this trainer makes no CUDA graph"
 _CPU = "it follows from device.kind"
+_SERVING = "it is for generating text, which this project does from exports"
+_STEP = "the training step of this project does not read it"
+_WEIGHTS = "this project draws the initial weights itself"
+_GROUPS = "this project makes no process groups for it"
+_FP16 = "it is for fp16, which this project does not train in"
+_OPTIMIZER = "the optimizers of optim.name do not read it"
+_FSDP = "it is for Megatron-FSDP, which cannot be used: checkpoints do not hold what that keeps"
+_NOWHERE = "megatron-core reads it nowhere"
 
 # Part -> field of megatron-core -> the key of ours that sets it, or why it cannot be set. Users may
 # not set these. megatron-core's refusals are told with these keys
@@ -96,13 +104,6 @@ SET_HERE: Mapping[str, Mapping[str, str]] = {
         "calculate_per_token_loss": _OURS,
         "perform_initialization": _OURS,
         "variable_seq_lengths": _OURS,
-        "is_hybrid_model": _MISSING,
-        "mtp_use_repeated_layer": _MISSING,
-        "enable_cuda_graph": _GRAPHS,
-        "external_cuda_graph": _GRAPHS,
-        "cuda_graph_impl": _GRAPHS,
-        "fp8_param": _STATE,
-        "heterogeneous_block_specs": _MISSING,
         "normalization": _OURS,
         "add_bias_linear": _OURS,
         "gated_linear_unit": _OURS,
@@ -134,9 +135,6 @@ SET_HERE: Mapping[str, Mapping[str, str]] = {
         "params_dtype": "device.dtype",
         "use_distributed_optimizer": "parallel.distributed_optimizer",
         "decoupled_weight_decay": _OURS,
-        "use_precision_aware_optimizer": _STATE,
-        "optimizer_cpu_offload": _STATE,
-        "use_layer_wise_distributed_optimizer": _STATE,
         "loss_scale": _OURS,
     },
     "ddp": {
@@ -144,11 +142,133 @@ SET_HERE: Mapping[str, Mapping[str, str]] = {
         "overlap_param_gather": "parallel.overlap_param_gather",
         "use_distributed_optimizer": "parallel.distributed_optimizer",
         "grad_reduce_in_fp32": _OURS,
-        "use_megatron_fsdp": _STATE,
-        "use_custom_fsdp": _STATE,
         "check_for_nan_in_grad": "train.on_bad_loss",
     },
 }
+
+# Part -> field of megatron-core, or with an underscore at the end how fields begin -> why nothing
+# here reads it, or only half of what would have to. It would be taken without a word. Of either
+# release: a field that the installed one lacks is nobody's to set.
+NOT_READ: Mapping[str, Mapping[str, str]] = {
+    "transformer": {
+        "is_hybrid_model": _MISSING,
+        "mtp_use_repeated_layer": _MISSING,
+        "mtp_hybrid_override_pattern": _MISSING,
+        "mtp_standalone": _MISSING,
+        "heterogeneous_block_specs": _MISSING,
+        "hetereogenous_dist_checkpoint": _OURS,
+        "experimental_attention_variant": _MISSING,
+        "dsa_": _MISSING,
+        "linear_": _MISSING,
+        "mamba_": _MISSING,
+        "use_mamba_mem_eff_path": _MISSING,
+        "qk_l2_norm": _MISSING,
+        "moe_use_legacy_grouped_gemm": _MISSING,
+        "moe_extended_tp": _MISSING,
+        "enable_cuda_graph": _GRAPHS,
+        "external_cuda_graph": _GRAPHS,
+        "cuda_graph_": _GRAPHS,
+        "inference_": _SERVING,
+        "use_inference_optimized_layers": _SERVING,
+        "nccl_all_reduce_for_prefill": _SERVING,
+        "mlp_chunks_for_prefill": _SERVING,
+        "cache_mla_latents": _SERVING,
+        "moe_pad_experts_for_cuda_graph_inference": _SERVING,
+        "fp8_param": _STATE,
+        "fp4_param": _STATE,
+        # muP is learning rates by parameter, too, which megatron-core leaves to the trainer.
+        "use_mup": _WEIGHTS,
+        "mup_": _WEIGHTS,
+        "embedding_init_method_std": _WEIGHTS,
+        "init_model_with_meta_device": _WEIGHTS,
+        "tensor_parallel_num_weight_shards": _GROUPS,
+        "expert_tensor_parallel_num_weight_shards": _GROUPS,
+        "gtp_weight_remat_size": _GROUPS,
+        "expert_gtp_weight_remat_size": _GROUPS,
+        "hybrid_context_parallel": _GROUPS,
+        "max_seqlen_per_dp_cp_rank": _GROUPS,
+        # Schedules that ask the step for more than a microbatch's loss.
+        "overlap_moe_expert_parallel_comm": _STEP,
+        "delay_wgrad_compute": _STEP,
+        "overlap_dispatch_backward_with_experts_wgrad": _STEP,
+        "ep_overlap_early_attn_memory_release": _STEP,
+        "high_priority_a2a_comm_stream": _STEP,
+        "num_microbatches_with_partial_activation_checkpoints": _STEP,
+        "moe_layer_recompute": "train.recompute",
+        "cross_entropy_loss_fusion": _OURS,
+        "cross_entropy_fusion_impl": _OURS,
+        "transformer_impl": _OURS,
+        "use_grouped_gemm_for_shared_expert": _OURS,
+        "use_grouped_gemm_for_dense_mlp": _OURS,
+        "mla_down_proj_fusion": _OURS,
+        # Another order of a shared expert's weights than exports and checkpoints have.
+        "moe_shared_expert_glu_interleave_size": _OURS,
+        "apply_residual_connection_post_layernorm": _NOWHERE,
+        "moe_token_dropping": _NOWHERE,
+        "moe_per_layer_logging": _NOWHERE,
+    },
+    "optimizer": {
+        "use_precision_aware_optimizer": _STATE,
+        "store_param_remainders": _STATE,
+        "optimizer_cpu_offload": _STATE,
+        "optimizer_offload_fraction": _STATE,
+        "use_torch_optimizer_for_cpu_offload": _STATE,
+        "overlap_cpu_optimizer_d2h_h2d": _STATE,
+        "pin_cpu_": _STATE,
+        "reuse_grad_buf_for_mxfp8_param_ag": _STATE,
+        "use_layer_wise_distributed_optimizer": _STATE,
+        "optimizer_cuda_graph": _GRAPHS,
+        "initial_loss_scale": _FP16,
+        "min_loss_scale": _FP16,
+        "loss_scale_window": _FP16,
+        "hysteresis": _FP16,
+        "overlap_param_gather": "parallel.overlap_param_gather",
+        "overlap_param_gather_with_optimizer_step": _STEP,
+        "grad_norm_skip_threshold": _STEP,
+        "log_num_zeros_in_grad": _STEP,
+        "sgd_": _OPTIMIZER,
+        "muon_": _OPTIMIZER,
+        "lion_": _OPTIMIZER,
+        "soap_": _OPTIMIZER,
+        "adaptive_muon_": _OPTIMIZER,
+    },
+    "ddp": {
+        "use_megatron_fsdp": _STATE,
+        "use_custom_fsdp": _STATE,
+        "fsdp_": _FSDP,
+        "megatron_fsdp_": _FSDP,
+        "data_parallel_sharding_strategy": _FSDP,
+        "outer_dp_sharding_strategy": _FSDP,
+        "keep_fp8_transpose_cache": _FSDP,
+        "preserve_fp32_weights": _FSDP,
+        "suggested_communication_unit_size": _FSDP,
+        "fp8_param_gather": _STATE,
+        "fp4_param_gather": _STATE,
+        "reuse_grad_buf_for_mxfp8_param_ag": _STATE,
+        "num_distributed_optimizer_instances": _GROUPS,
+        "delay_wgrad_compute": _STEP,
+        "check_for_large_grads": "train.on_bad_loss",
+    },
+}
+
+
+def why_not_settable(part: str, name: str) -> str | None:
+    """Returns the key of ours that sets a field of megatron-core, or why it cannot be set.
+
+    Args:
+        part: "transformer", "optimizer" or "ddp".
+        name: the field.
+
+    Returns:
+        None for a field that ``megatron`` may set.
+    """
+    if name in SET_HERE[part]:
+        return SET_HERE[part][name]
+    unread = NOT_READ[part]
+    if name in unread:
+        return unread[name]
+    begins = (start for start in unread if start.endswith("_") and name.startswith(start))
+    return next((unread[start] for start in begins), None)
 
 
 @dataclass(frozen=True)
@@ -187,5 +307,6 @@ def with_given(part: str, ours: Mapping[str, Any], given: Mapping[str, Scalar]) 
     """
     unnamed = ours.keys() - SET_HERE[part].keys()
     assert not unnamed, f"SET_HERE[{part!r}] lacks {sorted(unnamed)}"
-    assert not SET_HERE[part].keys() & given.keys(), "the configuration was not checked"
+    refused = [name for name in given if why_not_settable(part, name) is not None]
+    assert not refused, f"the configuration was not checked: {refused}"
     return {**ours, **given}

@@ -36,6 +36,13 @@ ROUTED_EXPERTS: dict[str, Any] = GATED_MLP | {
     "moe_latent_size": None,
     "moe_router_padding_for_fp8": False,
     "moe_router_padding_for_quantization": False,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_single_grouped_weight": False,
+    "moe_single_grouped_bias": False,
+    "moe_expert_rank_capacity_factor": None,
+    "moe_paged_stash": False,
+    "use_fused_weighted_squared_relu": False,
+    "use_transformer_engine_op_fuser": False,
 }
 SHARED_EXPERT: dict[str, Any] = GATED_MLP | {"moe_shared_expert_overlap": False}
 CORE_ATTENTION: dict[str, Any] = _COMMON | {
@@ -46,11 +53,13 @@ CORE_ATTENTION: dict[str, Any] = _COMMON | {
     "fp8_multi_head_attention": False,
     "use_kitchen_attention": False,
     "flash_decode": False,
+    "flash_attention_version": None,
 }
 NORM: dict[str, Any] = {
     "normalization": "RMSNorm",
     "layernorm_zero_centered_gamma": False,
     "batch_invariant_mode": False,
+    "fused_residual_rmsnorm": False,
 }
 
 

@@ -17,6 +17,16 @@ from mone_megatron.testing.warm_start import WarmProcess, Worker, imports_as_usu
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def import_path(*folders: Path) -> str:
+    """Returns the ``PYTHONPATH`` that has folders before those of this process.
+
+    A test that named its folders alone would let the processes it starts import another release of
+    megatron-core than it does itself.
+    """
+    inherited = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([*map(str, folders), *filter(None, [inherited])])
+
+
 # Below the range that the system gives to outgoing connections (32768 and up on Linux), gloo's
 # own among them.
 _PORTS = range(20000, 32000)

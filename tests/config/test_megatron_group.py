@@ -16,13 +16,15 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose
-from mone_megatron.config.megatron import SET_HERE
+from mone_megatron.config.megatron import NOT_READ, SET_HERE, why_not_settable, with_given
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
 from mone_megatron.megatron_fields import CLASSES, MLA_CLASS, fields_of
+from mone_megatron.megatron_release import megatron_release
 from mone_megatron.model.transformer import transformer_config
 from mone_megatron.planning.unmodelled import unmodelled
 
+LATER = megatron_release() >= (0, 19, 0)
 UPSTREAM: dict[str, Any] = {
     "transformer": TransformerConfig,
     "optimizer": OptimizerConfig,
@@ -119,9 +121,71 @@ def test_fields_reach_megatron_core_and_the_identity_of_the_plan() -> None:
         ("megatron.transformer.moe_flex_dispatcher_backend=ring", "'ring' is not 'deepep' or"),
         ("megatron.ddp.bucket_size=large", "'large' is not int"),
         ("megatron.transformer.timers=1", "a configuration cannot say it: leave it out"),
+        # Nothing here reads them.
+        ("megatron.transformer.experimental_attention_variant=dsa", "have no such part"),
+        ("megatron.transformer.linear_conv_kernel_dim=4", "have no such part"),
+        ("megatron.transformer.linear_conf_kernel_dim=4", "TransformerConfig of megatron-core"),
+        ("megatron.transformer.cuda_graph_warmup_steps=4", "this trainer makes no CUDA graph"),
+        ("megatron.transformer.delay_wgrad_compute=true", "training step of this project does not"),
+        ("megatron.transformer.moe_layer_recompute=true", "train.recompute sets it; use that key"),
+        ("megatron.transformer.inference_rng_tracker=true", "it is for generating text"),
+        ("megatron.optimizer.muon_momentum=0.9", "the optimizers of optim.name do not read it"),
+        ("megatron.optimizer.hysteresis=4", "it is for fp16"),
+        ("megatron.ddp.fsdp_double_buffer=true", "it is for Megatron-FSDP, which cannot be used"),
+        ("megatron.ddp.num_distributed_optimizer_instances=2", "makes no process groups for it"),
     ],
 )
 def test_what_it_refuses(override: str, says: str) -> None:
+    assert_refused(override, says)
+
+
+@pytest.mark.skipif(not LATER, reason="fields of megatron-core 0.19")
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("megatron.transformer.use_mup=true", "this project draws the initial weights itself"),
+        ("megatron.transformer.mup_width_mult=2.0", "draws the initial weights itself"),
+        ("megatron.transformer.gtp_weight_remat_size=2", "makes no process groups for it"),
+        ("megatron.transformer.moe_mlp_glu_interleave_size=32", "is not computed by the experts"),
+        ("megatron.transformer.moe_paged_stash=true", "is not computed by the experts"),
+        ("megatron.transformer.flash_attention_version=3", "is not computed by the experts"),
+        ("megatron.transformer.flash_attention_version=5", "5 is not 2 or 3 or 4"),
+        ("megatron.transformer.mtp_detach_head=true", "did you mean mtp_detach_heads"),
+        ("megatron.transformer.moe_flex_dispatcher_num_sms=many", "'many' is not int"),
+        ("megatron.transformer.inference_cuda_graph_scope=layer", "it is for generating text"),
+        ("megatron.optimizer.grad_norm_skip_threshold=10.0", "step of this project does not read"),
+        ("megatron.optimizer.optimizer_cuda_graph=true", "this trainer makes no CUDA graph"),
+        ("megatron.optimizer.lion_beta1=0.9", "the optimizers of optim.name do not read it"),
+        ("megatron.ddp.megatron_fsdp_cuda_graph_mode=true", "it is for Megatron-FSDP"),
+        ("megatron.ddp.num_buckets=few", "'few' is not int"),
+    ],
+)
+def test_what_it_refuses_of_later_releases(override: str, says: str) -> None:
+    assert_refused(override, says)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "megatron.transformer.moe_router_force_load_balancing=true",
+        "megatron.transformer.moe_expert_capacity_factor=2",
+        "megatron.transformer.rotary_interleaved=true",
+        "megatron.optimizer.decoupled_lr=0.001",
+        "megatron.ddp.average_in_collective=true",
+    ] + [
+        "megatron.transformer.moe_router_force_biased=0.5",
+        "megatron.transformer.mtp_detach_heads=true",
+        "megatron.transformer.moe_flex_dispatcher_num_sms=8",
+        "megatron.transformer.mlp_chunks_for_training=1",
+        "megatron.ddp.num_buckets=4",
+    ] * LATER,
+)  # fmt: skip
+def test_what_it_takes(override: str) -> None:
+    assert problems_of(override) == ()
+    assert unmodelled(compose(["experiment=tiny_mone", override])) == [override.split("=")[0]]
+
+
+def assert_refused(override: str, says: str) -> None:
     (line,) = problems_of(override)
     assert line.startswith(override.split("=")[0] + ":")
     assert says in line
@@ -132,6 +196,49 @@ def test_every_field_that_is_set_here_is_one_of_some_release() -> None:
         there = set(fields_of(*(MLA_CLASS if part == "transformer" else CLASSES[part])))
         # `cuda_graph_scope` and the like come and go with releases.
         assert len(set(fields) - there) <= 3, sorted(set(fields) - there)
+
+
+# What only one of the releases has, of what nothing here reads.
+ONLY = {
+    "0.16": {"moe_use_legacy_grouped_gemm", "moe_extended_tp", "preserve_fp32_weights"},
+    "0.19": {
+        "mtp_use_repeated_layer", "mtp_hybrid_override_pattern", "use_mup", "mup_", "lion_",
+        "nccl_all_reduce_for_prefill", "moe_pad_experts_for_cuda_graph_inference", "soap_",
+        "tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards",
+        "gtp_weight_remat_size", "expert_gtp_weight_remat_size", "adaptive_muon_",
+        "overlap_dispatch_backward_with_experts_wgrad", "high_priority_a2a_comm_stream",
+        "use_grouped_gemm_for_shared_expert", "use_grouped_gemm_for_dense_mlp",
+        "mla_down_proj_fusion", "moe_shared_expert_glu_interleave_size", "optimizer_cuda_graph",
+        "use_layer_wise_distributed_optimizer", "grad_norm_skip_threshold", "fp4_param_gather",
+        "megatron_fsdp_",
+    },
+}  # fmt: skip
+
+
+def test_what_nothing_reads_is_a_field_of_the_release_that_is_named() -> None:
+    other = ONLY["0.16" if LATER else "0.19"]
+    for part, unread in NOT_READ.items():
+        there = set(fields_of(*(MLA_CLASS if part == "transformer" else CLASSES[part])))
+        for name in unread:
+            found = name in there or any(field.startswith(name) for field in there)
+            assert found is (name not in other), f"{part}.{name}"
+
+
+def _settable_default(field: dataclasses.Field[Any]) -> bool:
+    return isinstance(field.default, bool | int | float | str)
+
+
+@pytest.mark.parametrize("part", UPSTREAM)
+def test_what_nothing_reads_is_refused_even_at_its_default(part: str) -> None:
+    fields = [field for field in dataclasses.fields(UPSTREAM[part]) if _settable_default(field)]
+    refused = {field.name: field.default for field in fields if why_not_settable(part, field.name)}
+    given = [f"megatron.{part}.{name}={value}" for name, value in refused.items()]
+    told = {line.split(":")[0] for line in problems_of(*given)}
+    assert told == {f"megatron.{part}.{name}" for name in refused}
+    assert len(refused) > 15
+    # None of them reaches megatron-core, whatever another check is asked.
+    with pytest.raises(AssertionError, match="the configuration was not checked"):
+        with_given(part, {}, {next(iter(refused)): 1})
 
 
 def test_fields_are_known_without_importing_torch_or_megatron() -> None:

@@ -20,12 +20,13 @@ from mone_megatron.data.indexed import bin_path, idx_path, read_index
 from mone_megatron.data.preprocess import TokenizerSettings, preprocess_files
 from mone_megatron.data.sidecar import read_sidecar, tokenizer_path
 from mone_megatron.data.tokenizer import end_of_document, load_tokenizer, train_tokenizer
+from mone_megatron.testing.launch import import_path
 
 from .conftest import expected_documents, make_texts, write_jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # The tool finds the package of this checkout, installed or not.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": import_path(REPOSITORY)}
 
 
 def read_documents(prefix: Path) -> list[list[int]]:

@@ -18,7 +18,7 @@ from close_records import RECORDED_TOLERANCE, assert_close_until_a_flip
 from record_losses import RECORDED, SETTINGS, essence, prepare_corpus, read_records
 
 from mone_megatron.megatron_release import megatron_release
-from mone_megatron.testing.launch import REPOSITORY, run_layouts
+from mone_megatron.testing.launch import REPOSITORY, import_path, run_layouts
 from mone_megatron.testing.layouts import LAYOUTS
 
 NEXT = os.environ.get("MEGATRON_NEXT", "")
@@ -36,8 +36,7 @@ pytestmark = [
 
 def with_next() -> dict[str, str]:
     """The environment in which the later release is found first."""
-    paths = [str(Path(NEXT).resolve()), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return {"PYTHONPATH": import_path(Path(NEXT).resolve(), REPOSITORY)}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_registries import REGISTRIES
 
-from mone_megatron.testing.launch import REPOSITORY, run_layouts
+from mone_megatron.testing.launch import REPOSITORY, import_path, run_layouts
 
 GUIDE = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = {
@@ -53,7 +53,7 @@ def test_the_guide_has_an_example_of_each_kind() -> None:
 
 
 def test_its_commands_train(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(site)]))
+    monkeypatch.setenv("PYTHONPATH", import_path(REPOSITORY, site))
     jobs = {f"run{number}": (*line.split(), *QUICK) for number, line in enumerate(COMMANDS)}
     run_layouts(jobs, processes=1, folder=tmp_path)
     for name in jobs:
@@ -61,7 +61,7 @@ def test_its_commands_train(site: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_wrong_options_are_named(site: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(site)])}
+    environment = os.environ | {"PYTHONPATH": import_path(REPOSITORY, site)}
     for override, message in (
         ("mone.rule_options.rate=0", "mone.rule_options.rate: 0 is not above 0"),
         ("mone.rule_options.rate=fast", "mone.rule_options.rate: expected a number"),
@@ -80,7 +80,7 @@ def test_wrong_options_are_named(site: Path) -> None:
 # Trains every method of the registries once more: minutes.
 @pytest.mark.slow
 def test_the_suite_runs_over_them(site: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(site)])}
+    environment = os.environ | {"PYTHONPATH": import_path(REPOSITORY, site)}
     names = [
         "gate_product",
         "threshold_example",

@@ -16,6 +16,7 @@ from mone_megatron.report.compare import compare, compared_curves
 from mone_megatron.report.comparison_files import text_report, write_comparison
 from mone_megatron.report.plots import comparison_figure
 from mone_megatron.report.runs import load_run
+from mone_megatron.testing.launch import import_path
 
 RunBuilder = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,7 +283,7 @@ def test_many_runs_fit_the_picture(make_run: RunBuilder, tmp_path: Path) -> None
 def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / "compare_runs.py"), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": import_path(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -30,7 +30,7 @@ from mone_megatron.testing.commit_comparison.version import (
     find_revision,
     sources,
 )
-from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.launch import REPOSITORY, import_path
 from mone_megatron.testing.layouts import LAYOUTS, PARTS
 from mone_megatron.testing.tools import load_tool
 
@@ -231,7 +231,7 @@ def test_a_version_equals_itself_and_a_planted_constant_is_found(tmp_path: Path)
         command = [sys.executable, str(repository / "tools" / "compare_commits.py"), *arguments]
         return subprocess.run(
             [*command, "--only", "one_process", "--cache", str(tmp_path / "cache")],
-            env=os.environ | {"PYTHONPATH": str(repository)},
+            env=os.environ | {"PYTHONPATH": import_path(repository)},
             capture_output=True,
             text=True,
             check=False,

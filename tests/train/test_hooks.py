@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mone_megatron.methods.hook import Hook, Record, StepReport
 from mone_megatron.methods.hooks import HOOKS
-from mone_megatron.testing.launch import REPOSITORY, run_layouts
+from mone_megatron.testing.launch import REPOSITORY, import_path, run_layouts
 from mone_megatron.testing.processes import Processes, RankFailedError
 from mone_megatron.testing.trainer import build_trainer
 from mone_megatron.train.hooks.added import AddedHook
@@ -95,7 +95,7 @@ def runs(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     hooks = f"train.hooks=[{','.join([*HOOKS.names, 'summing'])}]"
     saved = f"checkpoint.resume={folder / 'one' / 'checkpoints' / 'step_00000002'}"
     before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(site)])
+    os.environ["PYTHONPATH"] = import_path(REPOSITORY, site)
     try:
         one = {"one": (*RUN, hooks), "plain": RUN, "resumed": (*RUN, hooks, saved)}
         run_layouts(one, processes=1, folder=folder)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 
 from mone_megatron.config.convert import Scalar
-from mone_megatron.config.megatron import SET_HERE
+from mone_megatron.config.megatron import SET_HERE, why_not_settable
 from mone_megatron.config.resources import Resources
 from mone_megatron.config.schema import Config
 from mone_megatron.megatron_fields import CLASSES, MLA_CLASS, Field, fields_of
@@ -21,10 +21,15 @@ from mone_megatron.mone.megatron_settings import (
 
 def check(config: Config, resources: Resources) -> Iterator[str]:
     """Yields fields that the installed megatron-core lacks, types wrongly, or that we set."""
+    told: list[str] = []
     for part, given in config.megatron.given().items():
         if given:
-            yield from _part(part, given, latent=config.model.attention == "mla")
-    yield from _not_computed(config, resources)
+            told += _part(part, given, latent=config.model.attention == "mla")
+    yield from told
+    wrong = {line.split(":")[0] for line in told}
+    for line in _not_computed(config, resources):
+        if line.split(":")[0] not in wrong:
+            yield line
     if config.model.num_experts == 0 and resources.have_transformer_engine():
         yield from _fp8_state(config.megatron.transformer)
 
@@ -48,7 +53,11 @@ def _not_computed(config: Config, resources: Resources) -> Iterator[str]:
     if resources.is_cpu(config.device) or not resources.have_transformer_engine():
         computed = computed | CORE_ATTENTION
     for name, value in config.megatron.transformer.items():
-        if name in computed and value != computed[name] and name not in SET_HERE["transformer"]:
+        if (
+            name in computed
+            and value != computed[name]
+            and why_not_settable("transformer", name) is None
+        ):
             only = "leave it out" if computed[name] is None else f"only {computed[name]} is"
             yield (
                 f"megatron.transformer.{name}: {value} is not computed by the experts, norms or "
@@ -67,10 +76,11 @@ def _part(part: str, given: Mapping[str, Scalar], *, latent: bool) -> Iterator[s
     where = f"{place[1]} of megatron-core {release}"
     for name, value in given.items():
         key = f"megatron.{part}.{name}"
-        if reason := SET_HERE[part].get(name):
+        known = name in fields or name in SET_HERE[part]
+        if known and (reason := why_not_settable(part, name)):
             yield f"{key}: {_set_here(reason)}"
         elif name not in fields:
-            free = [other for other in fields if other not in SET_HERE[part]]
+            free = [other for other in fields if why_not_settable(part, other) is None]
             near = difflib.get_close_matches(name, free, n=2, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else "see its source for the fields"
             yield f"{key}: {where} has no such field; {hint}"

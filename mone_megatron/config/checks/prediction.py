@@ -20,11 +20,6 @@ def check(config: Config, _: Resources) -> Iterator[str]:
             f"{config.model.full_attention_every}: releases of megatron-core number its layers "
             f"differently; use model.full_attention_every=0, {off}"
         )
-    if "use_mup" in config.megatron.transformer:
-        yield (
-            f"megatron.transformer.use_mup: it scales the output layer, which model.mtp.depth="
-            f"{depth} asks by itself; leave it out, {off}"
-        )
     if depth >= length > 0:
         yield (
             f"model.mtp.depth: {depth} tokens after the next one, and train.seq_length={length} "

@@ -14,6 +14,7 @@ from mone_megatron.config.load import compose
 from mone_megatron.config.validate import validate
 from mone_megatron.lab.gpu_check.checks import Check, all_checks, missing
 from mone_megatron.lab.gpu_check.runner import FAILED, LATE, LEFT, PASSED, Result, run_all
+from mone_megatron.testing.launch import REPOSITORY, import_path
 
 
 def _python(code: str) -> tuple[str, ...]:
@@ -63,7 +64,7 @@ def test_results_are_there_after_each_check(tmp_path: Path) -> None:
 def test_the_command_runs_what_can_be_run_and_says_what_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    monkeypatch.setenv("PYTHONPATH", import_path(REPOSITORY))
     folder = tmp_path / "out"
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -16,6 +16,7 @@ from scaling_tables import FLAME, build_table
 
 from mone_megatron.lab.scaling_law.law import Law
 from mone_megatron.lab.scaling_law.table import Table
+from mone_megatron.testing.launch import import_path
 from mone_megatron.testing.tools import Main, load_tool
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,7 +52,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
             *(sys.executable, str(TOOL), str(table), "--output", str(folder / "out"), *QUICK[:-1]),
             *("--methods", "parametric", "isoflop", "--budget", "1e21", "--predict", "1.7B,100B"),
         ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": import_path(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
