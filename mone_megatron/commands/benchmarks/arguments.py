@@ -1,0 +1,84 @@
+"""Adds options that several benchmarks have, and reads their values."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def positive(text: str) -> int:
+    """Reads a whole number from 1 on.
+
+    Raises:
+        ArgumentTypeError: for a smaller one.
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def not_negative(text: str) -> int:
+    """Reads a whole number from 0 on.
+
+    Raises:
+        ArgumentTypeError: for a smaller one.
+    """
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return number
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds Hydra overrides, after the options."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+
+
+def add_steps(parser: argparse.ArgumentParser) -> None:
+    """Adds what training steps on several ranks need: ``--processes`` and overrides."""
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        default=1,
+        help="gloo ranks on this machine (default 1); on GPUs those that torchrun started",
+    )
+    add_overrides(parser)
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """Adds the two experiments that are compared, ``--moe`` and ``--mone``."""
+    parser.add_argument("--moe", default="quickstart_moe", help="default quickstart_moe")
+    parser.add_argument("--mone", default="quickstart_mone", help="default quickstart_mone")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--device``."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Adds where single operations run, and in what: ``--device``, ``--dtype``, ``--threads``."""
+    add_device(parser)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
+    parser.add_argument(
+        "--threads", type=not_negative, default=1, help="of torch; 0 for one a core (default 1)"
+    )
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Adds the sizes of one MoE layer."""
+    parser.add_argument("--hidden", type=positive, default=1024, help="h (default 1024)")
+    parser.add_argument("--neurons", type=positive, default=512, help="f (default 512)")
+    parser.add_argument("--experts", type=positive, default=16, help="default 16")
+    parser.add_argument("--chosen", type=positive, default=4, help="of a token (default 4)")
+
+
+def dtype_of(options: argparse.Namespace) -> torch.dtype:
+    """Returns what ``--dtype`` names."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
