@@ -718,6 +718,18 @@ def test_what_is_no_tensor_lies_where_the_release_keeps_it(tmp_path: Path) -> No
     assert problem is None or "a newer megatron-core than the installed 0.16.1 wrote it" in problem
 
 
+def test_megatron_fsdp_has_one_form_of_its_own_for_an_optimizers_state() -> None:
+    """Why megatron.ddp.use_megatron_fsdp is refused (docs/parallelism.md, Not run here)."""
+    method = "DistributedOptimizer.sharded_state_dict"
+    source = ast.unparse(find_definition("optimizer.distrib_optimizer", method))
+    _, refusal = source.split("if self.ddp_config.use_megatron_fsdp and sharding_type != ", 1)
+    assert refusal.split()[:3] == [
+        "'fsdp_dtensor':",
+        "raise",
+        "NotImplementedError(f'sharding_type",
+    ]
+
+
 def _attention(kind: type, *, norm: type | ModuleSpec) -> nn.Module:
     """An attention layer whose configuration knows of no norms, with norms in its spec."""
     config = TransformerConfig(
