@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from mone_megatron.command_line import Parser, exit_status, print_error, say
@@ -15,7 +16,8 @@ Train every variant of a study with the same seeds, and compare the last validat
 seed: means, differences to the reference and 95% intervals (Student's t), as a table, a picture
 and JSON, and all together on a page, studies.html. A study is a file, or the name of one of ours:
 the paper's claims and other methods (--list). Runs that are there stay, those of another study with
-the same settings are linked, and a study that was stopped goes on where it was."""
+the same settings are linked, and a study that was stopped goes on where it was. --report reads
+what is trained so far, and says what is not, also while the study is being trained."""
 
 _EPILOG = """\
 exit status: 0 done, 1 a run failed, 2 for what cannot be done
@@ -45,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/studies"), help="default runs/studies"
     )
-    parser.add_argument("--report", action="store_true", help="only read runs that are there")
+    parser.add_argument(
+        "--report", action="store_true", help="read the runs that are there, and train none"
+    )
     return parser
 
 
@@ -78,20 +82,24 @@ def _run(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"--output: {options.output}: {error.strerror}; choose a folder that can be written"
             ) from error
-    from mone_megatron.lab.studies import outcome, outcome_files, page, runner
+    from mone_megatron.counting import counted
+    from mone_megatron.lab.studies import outcome, outcome_files, page, run_reports, runner
     from mone_megatron.whole_files import write_whole
 
     outcomes: list[outcome.Outcome] = []
     try:
         for study in studies:
             folder = options.output / study.name
-            with owned_folder("--output", folder):
+            # A report may be asked for while the study is being trained.
+            with nullcontext() if options.report else owned_folder("--output", folder):
                 if not options.report:
                     runner.train(study, folder, options.seeds, jobs=options.jobs, say=say)
                 found = outcome.read_outcome(study, folder, options.seeds)
                 print(outcome_files.markdown(found), end="\n\n")
                 for path in outcome_files.write(found, folder):
                     say(f"wrote {path}")
+                if made := run_reports.write_missing(runner.places(study, folder, options.seeds)):
+                    say(f"wrote {counted(made, 'report')} of runs, which the page leads to")
             outcomes.append(found)
     finally:
         # Also of what is done when a later one fails or is stopped.

@@ -138,10 +138,12 @@ def comparison_page(comparison: Comparison, curves: Sequence[ComparedCurve]) -> 
             [f"{f.label}: {f.run.summary.status} at step {f.run.last_step}" for f in unfinished],
         )
     page.heading("Runs", _DEFINITIONS)
-    page.table(_RUN_HEADER, [_run_cells(figure) for figure in comparison.figures])
+    page.table(_RUN_HEADER, [_run_cells(figure) for figure in comparison.figures], sortable=True)
     if comparison.groups:
         page.heading("Groups over seeds", _GROUP_DEFINITION)
-        page.table(_GROUP_HEADER, [_group_cells(group) for group in comparison.groups])
+        page.table(
+            _GROUP_HEADER, [_group_cells(group) for group in comparison.groups], sortable=True
+        )
     page.heading("Curves")
     _curve_cards(page, comparison, curves)
     page.heading("Configuration differences", "Keys that are not the same in all runs.")

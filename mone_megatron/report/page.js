@@ -346,6 +346,47 @@ for (const node of document.querySelectorAll('.chart')) {
 for (const node of document.querySelectorAll('.heatmap')) {
   new Heatmap(node, DATA.heatmaps[node.dataset.id]);
 }
+// What a cell is sorted by: its value, or the number that its text begins with, or the text, as
+// names in the first column always are.
+const UNITS = { K: 1e3, M: 1e6, B: 1e9, T: 1e12 };
+const sortKey = (cell) => {
+  if (cell.dataset.value !== undefined) return +cell.dataset.value;
+  const text = cell.textContent.trim();
+  if (cell.cellIndex === 0) return text;
+  const found = /^[-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?/i.exec(text);
+  return found ? +found[0].replaceAll(',', '') * (UNITS[text[found[0].length]] || 1) : text;
+};
+const compareKeys = (a, b) => {
+  // Numbers before texts, and what is not a number or empty at the end, whichever way it is sorted.
+  const rank = (v) => typeof v === 'number' ? (isNaN(v) ? 2 : 0) : v === '' || v === '-' ? 2 : 1;
+  if (rank(a) !== rank(b)) return [rank(a) - rank(b), true];
+  if (rank(a) === 2) return [0, true];
+  return [typeof a === 'number' ? a - b : 
+    a.localeCompare(b, 'en', { numeric: true }), false];
+};
+const makeSortable = (table) => {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    const text = head.textContent;
+    head.textContent = '';
+    const button = el(head, 'button', '', text);
+    button.type = 'button';
+    button.title = 'sort by this column';
+    button.addEventListener('click', () => {
+      const way = head.getAttribute('aria-sort') === 'ascending' ? -1 : 1;
+      for (const other of heads) other.removeAttribute('aria-sort');
+      head.setAttribute('aria-sort', way > 0 ? 'ascending' : 'descending');
+      const body = table.tBodies[0];
+      const rows = [...body.rows].map((row) => [sortKey(row.cells[column]), row]);
+      rows.sort(([a], [b]) => {
+        const [order, fixed] = compareKeys(a, b);
+        return fixed ? order : way * order;
+      });
+      for (const [, row] of rows) body.appendChild(row);
+    });
+  });
+};
+for (const table of document.querySelectorAll('table.sortable')) makeSortable(table);
 // For a page's own views (Page.extend).
-window.monePage = { DATA, fmt, el, MAP, shade, placeTip };
+window.monePage = { DATA, fmt, el, svg, ticks, color, MAP, shade, placeTip };
 })();

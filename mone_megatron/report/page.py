@@ -127,6 +127,33 @@ class Curve:
         }
 
 
+@dataclass(frozen=True)
+class Cell:
+    """Describes a cell of a table that is more than its text.
+
+    Attributes:
+        text: what is shown.
+        link: the address that it leads to; "" for none.
+        value: what it is sorted by; None takes the text.
+        title: what a reader who points at it is told; "" for nothing.
+    """
+
+    text: str
+    link: str = ""
+    value: float | None = None
+    title: str = ""
+
+
+def _cell(cell: str | Cell, kind: str) -> str:
+    """Returns a cell of a table as markup."""
+    one = Cell(cell) if isinstance(cell, str) else cell
+    value = "" if one.value is None else f' data-value="{one.value!r}"'
+    title = f' title="{escape(one.title)}"' if one.title else ""
+    text = escape(one.text)
+    inner = f'<a href="{escape(one.link)}">{text}</a>' if one.link else text
+    return f"<td{kind}{value}{title}>{inner}</td>"
+
+
 @dataclass
 class Page:
     """Collects the parts of a page in order; `render` gives the file's text."""
@@ -179,16 +206,35 @@ class Page:
         self.raw(f'<div class="tiles">{cells}</div>')
 
     def table(
-        self, header: Sequence[str], rows: Sequence[Sequence[str]], wrap: bool = False
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str | Cell]],
+        wrap: bool = False,
+        sortable: bool = False,
+        identity: str = "",
     ) -> None:
-        """Appends a table whose first column is text; `wrap` makes all cells text that wraps."""
+        """Appends a table whose first column is text.
+
+        Args:
+            header: names the columns.
+            rows: a text or a :class:`Cell` a column.
+            wrap: makes all cells text that wraps.
+            sortable: lets a click on a name of the header sort by that column, and one more the
+                other way round: by the number that a cell begins with, else by its text.
+            identity: of the element, for the page's own script; "" for none.
+        """
         kind = ' class="text wrap"' if wrap else ""
         head = "".join(f"<th{kind}>{escape(cell)}</th>" for cell in header)
         body = "".join(
-            "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in rows
+            "<tr>" + "".join(_cell(cell, kind) for cell in row) + "</tr>" for row in rows
         )
-        self.raw(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
+        attributes = (' class="sortable"' if sortable else "") + (
+            f' id="{escape(identity)}"' if identity else ""
+        )
+        self.raw(
+            f'<div class="scroll"><table{attributes}><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
+        )
 
     def details(self, summary: str, text: str) -> None:
         """Appends preformatted text that opens on a click."""

@@ -29,6 +29,7 @@ COLORS = (
 )  # fmt: skip
 _INK, _SOFT, _GRID = "#1b1f24", "#5c6673", "#e3e7ec"
 _LINE_STYLES = ("-", "--", ":", "-.")
+_MARKERS = ("D", "s", "^", "v")
 # Beyond this many curves a legend beside the plot would squeeze the plot itself.
 _MAX_LEGEND_ROWS = 24
 
@@ -41,6 +42,11 @@ def color_of(index: int) -> str:
 def line_style_of(index: int) -> str:
     """Returns the line style of the index-th run, which changes when the colours start over."""
     return _LINE_STYLES[index // len(COLORS) % len(_LINE_STYLES)]
+
+
+def marker_of(index: int) -> str:
+    """Returns the marker of the index-th run, which changes when the colours start over."""
+    return _MARKERS[index // len(COLORS) % len(_MARKERS)]
 
 
 def loss_figure(run: Run) -> Figure:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from mone_megatron.config.schema import Config
+from mone_megatron.counting import counted
 from mone_megatron.lab.studies.definition import EQUAL_WITHIN, Study
-from mone_megatron.lab.studies.runner import places
+from mone_megatron.lab.studies.runner import Place, places
 from mone_megatron.lab.studies.usage import usage_of
 from mone_megatron.planning.budget import Budget, budget_of
 from mone_megatron.planning.plan import vocabulary_of
@@ -22,6 +25,9 @@ from mone_megatron.report.stats import Interval, mean_interval
 METRIC = "val_loss"
 # Of two seeds the interval rests on one difference between them.
 _ENOUGH_SEEDS = 3
+# A step's seconds are taken at this share of a run's steps, from the fastest: other processes of a
+# shared machine make steps slower, never faster.
+_UNDISTURBED = 0.1
 
 
 @dataclass(frozen=True)
@@ -33,19 +39,29 @@ class Variant:
     # The last validation loss of each seed, in nats a token.
     losses: tuple[float, ...]
     mean: Interval
-    # Its losses less the reference's of the same seeds; None for the reference itself.
+    # The mean of its losses less the reference's of the same seeds; None for the reference itself
+    # and where no seed of both is trained.
     difference: Interval | None
     parameters: int
     # What a token cost at the end of training, mean over the seeds.
     budget: Budget
+    # Operations that a training step computed, whether the method needs them or not.
+    realised_flops: float
     # By what share its budget is off the reference's, where the study asks for equal ones.
     off_budget: float = 0.0
+    # Its losses less the reference's, by the seeds that both have.
+    differences: Mapping[int, float] = field(default_factory=dict)
+    # Of its fastest run, that of a step that little else on the machine disturbed.
+    step_seconds: float | None = None
+    is_reference: bool = False
 
     @property
     def verdict(self) -> str:
         """Returns the verdict in words, by whether the interval of the difference holds 0."""
-        if self.difference is None:
+        if self.is_reference:
             return "reference"
+        if self.difference is None:
+            return "no seed in common"
         if self.is_off_budget:
             return f"not compared: its budget is {self.off_budget:+.1%} off"
         if not math.isfinite(self.difference.mean):
@@ -96,11 +112,44 @@ class Outcome:
     tokens: int
     hardware: str
     variants: tuple[Variant, ...]
+    # The runs, by variant and seed, that were asked for and are not trained to their end.
+    missing: tuple[tuple[str, int], ...] = ()
 
     @property
     def size(self) -> str:
         """Returns how much was trained, in words."""
-        return f"{len(self.variants[0].seeds)} seeds, {self.tokens:,} tokens each"
+        fewest, most = (f(len(one.seeds) for one in self.variants) for f in (min, max))
+        seeds = counted(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
+        return f"{seeds}, {self.tokens:,} tokens each"
+
+    @property
+    def reference_variant(self) -> Variant:
+        """Returns the variant that the others are compared with."""
+        return next(one for one in self.variants if one.name == self.reference)
+
+    @property
+    def ranked(self) -> list[Variant]:
+        """Returns the variants from the lowest mean difference up, the reference among them at 0;
+        after them those whose difference is not finite, and those of another budget.
+        """
+
+        def key(one: Variant) -> tuple[int, float]:
+            mean = 0.0 if one.name == self.reference else math.nan
+            if one.difference is not None:
+                mean = one.difference.mean
+            known = math.isfinite(mean)
+            return 2 if one.is_off_budget else int(not known), mean if known else 0.0
+
+        return sorted(self.variants, key=key)
+
+    def step_ratio(self, variant: Variant) -> float | None:
+        """Returns the seconds of a training step over the reference's; None when not known."""
+        own, other = variant.step_seconds, self.reference_variant.step_seconds
+        return own / other if own and other else None
+
+    def flops_ratio(self, variant: Variant) -> float:
+        """Returns the operations that a training step computed over the reference's."""
+        return variant.realised_flops / self.reference_variant.realised_flops
 
     def to_json(self) -> dict[str, Any]:
         """Returns the outcome for files, with the verdicts."""
@@ -112,63 +161,91 @@ class Outcome:
 
 
 def read_outcome(study: Study, output: Path, seeds: Sequence[int]) -> Outcome:
-    """Reads a study's runs and returns what they say.
+    """Reads a study's runs and returns what those say that are trained to their end.
 
     Args:
         study: checked.
         output: its folder.
-        seeds: of each variant.
+        seeds: of each variant. A variant without any of them trained is left out, and named in
+            ``missing``.
 
     Raises:
-        ValueError: when a run is missing or has no validation loss, naming it.
+        ValueError: when no run of the reference, or of nothing else, is trained to its end, or one
+            has no validation loss, naming it.
     """
     runs = places(study, output, seeds)
-    if missing := [run for run in runs if not run.done]:
-        raise ValueError(
-            f"{missing[0].folder}: not trained to its end ({len(missing)} of {len(runs)} are "
-            "missing); run the study without --report"
-        )
-    loaded = {(run.variant, run.seed): load_run(run.folder) for run in runs}
+    done = {(run.variant, run.seed): run for run in runs if run.done}
+    _check_enough(study, runs)
+    loaded = {key: load_run(run.folder) for key, run in done.items()}
     losses = {key: _final_loss(run) for key, run in loaded.items()}
-    first = loaded[study.reference, seeds[0]]
-    budgets = {
-        name: _budget(study.configs[name], [loaded[name, seed] for seed in seeds])
+    of_variant = {
+        name: {seed: loaded[name, seed] for seed in seeds if (name, seed) in loaded}
         for name in study.variants
     }
+    of_variant = {name: found for name, found in of_variant.items() if found}
+    reference = of_variant[study.reference]
+    budgets = {
+        name: _budget(study.configs[name], list(found.values()))
+        for name, found in of_variant.items()
+    }
+    variants = []
+    for name, found in of_variant.items():
+        differences = {
+            seed: losses[name, seed] - losses[study.reference, seed]
+            for seed in found
+            if seed in reference and name != study.reference
+        }
+        summary = next(iter(found.values())).summary
+        variants.append(
+            Variant(
+                name=name,
+                seeds=tuple(found),
+                losses=tuple(losses[name, seed] for seed in found),
+                mean=mean_interval([losses[name, seed] for seed in found]),
+                difference=mean_interval(list(differences.values())) if differences else None,
+                parameters=summary.parameters["total"],
+                budget=budgets[name],
+                realised_flops=summary.flops_per_step["realised"],
+                off_budget=_off_budget(study, budgets[name], budgets[study.reference]),
+                differences=differences,
+                step_seconds=_step_seconds(list(found.values())),
+                is_reference=name == study.reference,
+            )
+        )
+    first = next(iter(reference.values()))
     return Outcome(
         name=study.name,
         question=study.question,
         reference=study.reference,
         tokens=first.summary.tokens or 0,
         hardware=first.summary.hardware or "unknown",
-        variants=tuple(
-            Variant(
-                name=name,
-                seeds=tuple(seeds),
-                losses=tuple(losses[name, seed] for seed in seeds),
-                mean=mean_interval([losses[name, seed] for seed in seeds]),
-                difference=_difference(study, name, seeds, losses),
-                parameters=loaded[name, seeds[0]].summary.parameters["total"],
-                budget=budgets[name],
-                off_budget=_off_budget(study, budgets[name], budgets[study.reference]),
-            )
-            for name in study.variants
-        ),
+        variants=tuple(variants),
+        missing=tuple((run.variant, run.seed) for run in runs if not run.done),
     )
+
+
+def _check_enough(study: Study, runs: Sequence[Place]) -> None:
+    """Refuses runs of which there is nothing to compare yet."""
+    missing = [run for run in runs if not run.done]
+    is_there = {run.variant for run in runs if run.done}
+    if study.reference not in is_there or len(is_there) < 2:
+        lacking = [run for run in missing if run.variant not in is_there]
+        needed = [run for run in lacking if run.variant == study.reference] or lacking
+        raise ValueError(
+            f"{needed[0].folder}: not trained to its end ({len(missing)} of {len(runs)} are "
+            "missing); run the study without --report"
+        )
+
+
+def _step_seconds(runs: Sequence[Run]) -> float | None:
+    found = [run.columns["step_seconds"].values for run in runs if run.has("step_seconds")]
+    return min((float(np.quantile(one, _UNDISTURBED)) for one in found), default=None)
 
 
 def _final_loss(run: Run) -> float:
     if METRIC not in run.columns:
         raise ValueError(f"{run.path}: has no {METRIC}; set train.eval_interval")
     return float(run.columns[METRIC].values[-1])
-
-
-def _difference(
-    study: Study, name: str, seeds: Sequence[int], losses: Mapping[tuple[str, int], float]
-) -> Interval | None:
-    if name == study.reference:
-        return None
-    return mean_interval([losses[name, seed] - losses[study.reference, seed] for seed in seeds])
 
 
 def _budget(config: Config, runs: Sequence[Run]) -> Budget:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mone_megatron.lab.studies.outcome import Outcome
-from mone_megatron.report.formatting import format_count, plus_minus
+from mone_megatron.lab.studies.outcome import Outcome, Variant
+from mone_megatron.lab.studies.words import conclusions
+from mone_megatron.report.formatting import ABSENT, format_count, plus_minus
 from mone_megatron.report.identified import NOT_IDENTIFIED, reasons
 from mone_megatron.report.plots import (
     color_of,
+    marker_of,
     new_figure,
     png_bytes,
     style_axes,
@@ -22,11 +25,15 @@ from mone_megatron.report.plots import (
 from mone_megatron.report.stats import Interval
 from mone_megatron.whole_files import write_json, write_whole
 
-# What a token costs: the field of its budget, the label of the axis, a title.
-_COSTS = (
-    ("activated", "parameters a token activates, gate counted", "Size"),
-    ("decode_bytes", "bytes read to decode a token, bf16, batch 1", "Decoding"),
-    ("step_flops", "operations that a training step needs", "Training"),
+# What a variant costs: a title, the label of the axis, the number.
+COSTS: tuple[tuple[str, str, Callable[[Variant], float]], ...] = (
+    ("Size", "parameters a token activates, gate counted", lambda one: one.budget.activated),
+    (
+        "Decoding",
+        "bytes read to decode a token, bf16, batch 1",
+        lambda one: one.budget.decode_bytes,
+    ),
+    ("Training", "operations that a training step computes", lambda one: one.realised_flops),
 )
 
 
@@ -35,8 +42,21 @@ def _pm(interval: Interval, spec: str) -> str:
 
 
 def table_rows(outcome: Outcome) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Returns the header and a row a variant: mean, difference to the reference, 95% intervals."""
-    header = ("", "parameters", "activated", "val_loss", f"less {outcome.reference}'s", "")
+    """Returns the header and a row a variant, lowest difference first: mean and difference to the
+    reference with 95% intervals, what decoding a token and a training step cost, seeds.
+    """
+    header = (
+        "",
+        "parameters",
+        "activated",
+        "val_loss",
+        f"less {outcome.reference}'s",
+        "",
+        "decode bytes",
+        "step FLOPs",
+        "step time",
+        "seeds",
+    )
     return header, [
         (
             variant.name,
@@ -45,13 +65,21 @@ def table_rows(outcome: Outcome) -> tuple[tuple[str, ...], list[tuple[str, ...]]
             _pm(variant.mean, ".4f"),
             _pm(variant.compared, "+.4f") if variant.compared else "",
             variant.verdict,
+            format_count(round(variant.budget.decode_bytes)),
+            f"{outcome.flops_ratio(variant):.2f}x",
+            _ratio(outcome.step_ratio(variant)),
+            str(len(variant.seeds)),
         )
-        for variant in outcome.variants
+        for variant in outcome.ranked
     ]
 
 
+def _ratio(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.2f}x"
+
+
 def markdown(outcome: Outcome) -> str:
-    """Returns the question and the table, as Markdown."""
+    """Returns the question, the table and what it tells in words, as Markdown."""
     header, rows = table_rows(outcome)
     # A bar would end the cell.
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
@@ -63,6 +91,7 @@ def markdown(outcome: Outcome) -> str:
             titles,
             "|---" * len(header) + "|",
             *lines,
+            *(line for sentence in conclusions(outcome) for line in ("", sentence)),
             *_unknown(outcome),
         ]
     )
@@ -76,17 +105,15 @@ def _unknown(outcome: Outcome) -> list[str]:
 
 def figure(outcome: Outcome) -> Figure:
     """Draws each seed's difference to the reference as a dot, the mean with its interval."""
-    drawn = [(variant, one) for variant in outcome.variants if (one := variant.compared)]
-    reference = next(v for v in outcome.variants if v.name == outcome.reference)
+    drawn = [(variant, one) for variant in outcome.ranked if (one := variant.compared)]
     chart = new_figure()
     chart.set_size_inches(12, 2.5 + 0.8 * len(drawn))
     axes = chart.subplots()
     for place, (variant, difference) in enumerate(drawn):
         color = color_of(outcome.variants.index(variant))
-        pairs = zip(variant.losses, reference.losses, strict=True)
         axes.plot(
-            [own - other for own, other in pairs],
-            [place] * len(variant.losses),
+            list(variant.differences.values()),
+            [place] * len(variant.differences),
             "o",
             color=color,
             alpha=0.35,
@@ -107,48 +134,75 @@ def figure(outcome: Outcome) -> Figure:
     title_axes(
         axes,
         textwrap.fill(outcome.question, 62),
-        f"{len(reference.seeds)} seeds (dots), mean and 95% interval; {outcome.tokens:,} tokens"
+        f"{outcome.size}: each seed (dots), mean and 95% interval"
         + (f"; {NOT_IDENTIFIED}" if any(variant.doubts for variant, _ in drawn) else ""),
     )
     return chart
 
 
+def paired_loss(outcome: Outcome, variant: Variant) -> tuple[Interval, list[float]]:
+    """Returns a variant's loss without what a seed does to all variants: the reference's mean plus
+    the difference with its interval, and the same of each seed.
+
+    The reference, and a variant without a seed in common with it, has its own mean and no interval.
+    """
+    base = outcome.reference_variant.mean.mean
+    if variant.difference is None:
+        return Interval(variant.mean.mean, math.nan, variant.mean.count), []
+    moved = replace(variant.difference, mean=base + variant.difference.mean)
+    return moved, [base + difference for difference in variant.differences.values()]
+
+
 def frontier(outcome: Outcome) -> Figure:
-    """Draws the loss of every variant over what a token costs.
+    """Draws the loss of every variant over what a token or a step costs.
 
     Each seed is a dot, the mean has its interval, and a line goes through the variants that no
     other beats in both.
     """
     chart = new_figure()
     chart.set_size_inches(15, 6.5)
-    places = chart.subplots(1, len(_COSTS), sharey=True)
-    for axes, (name, label, short) in zip(places, _COSTS, strict=True):
-        costs = [getattr(variant.budget, name) for variant in outcome.variants]
-        for place, (variant, cost) in enumerate(zip(outcome.variants, costs, strict=True)):
-            color = color_of(place)
-            axes.plot([cost] * len(variant.losses), variant.losses, "o", color=color, alpha=0.35)
+    places = chart.subplots(1, len(COSTS), sharey=True)
+    for axes, (title, label, cost_of) in zip(places, COSTS, strict=True):
+        points = []
+        for place, variant in enumerate(outcome.variants):
+            color, cost = color_of(place), cost_of(variant)
+            loss, seeds = paired_loss(outcome, variant)
+            points.append((cost, loss.mean))
+            axes.plot([cost] * len(seeds), seeds, "o", color=color, alpha=0.35)
             axes.errorbar(
                 cost,
-                variant.mean.mean,
-                yerr=variant.mean.half_width,
-                fmt="D",
+                loss.mean,
+                yerr=loss.half_width,
+                fmt=marker_of(place),
                 color=color,
                 capsize=5,
                 label=variant.name,
             )
-        best = _unbeaten([(c, v.mean.mean) for c, v in zip(costs, outcome.variants, strict=True)])
-        axes.step(*zip(*best, strict=True), where="post", color="#5c6673", linestyle="--", zorder=1)
+        axes.step(
+            *zip(*unbeaten(points), strict=True),
+            where="post",
+            color="#5c6673",
+            linestyle="--",
+            zorder=1,
+        )
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(lambda value, _: format_count(round(value)))
         axes.tick_params(axis="x", rotation=30)
         style_axes(axes)
-        axes.set_title(short, fontsize=13, loc="left")
-    places[0].set_ylabel("val_loss, nats a token; lower is better")
-    places[-1].legend(frameon=False, fontsize=11)
+        axes.set_title(title, fontsize=13, loc="left")
+    places[0].set_ylabel("val_loss, nats a token, seeds paired; lower is better")
+    # Beside the plots when it would cover the points.
+    beside = len(outcome.variants) > 6
+    places[-1].legend(
+        frameon=False,
+        fontsize=11,
+        loc="upper left" if beside else "best",
+        bbox_to_anchor=(1.0, 1.0) if beside else None,
+    )
     return chart
 
 
-def _unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Returns the points (cost, loss) with no other that is cheaper and better, cheapest first."""
     best: list[tuple[float, float]] = []
     for cost, loss in sorted(point for point in points if math.isfinite(point[1])):

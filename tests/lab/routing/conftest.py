@@ -1,13 +1,11 @@
-"""A small MoE with its tokenizer, and a browser."""
+"""A small MoE with its tokenizer."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chromium_browser import Browser, install, open_browser
 from hf_models import VOCABULARY, save_model
 
 from mone_megatron.data.tokenizer import save_tokenizer, train_tokenizer
@@ -32,12 +30,3 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def moe(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
     """OLMoE, which names no layer apart from others."""
     return save_model("olmoe", tmp_path_factory.mktemp("models") / "olmoe", tokenizer)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """Chromium without a window."""
-    if reason := install():
-        pytest.skip(reason)
-    with open_browser() as opened:
-        yield opened

@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mone_megatron.commands.plan import main as plan_main
+from mone_megatron.commands.study import main as study_main
+from mone_megatron.config.schema import Config
 from mone_megatron.lab.studies.definition import load_study, shipped_studies
-from mone_megatron.lab.studies.outcome import Outcome, Variant
+from mone_megatron.lab.studies.outcome import Outcome, Variant, read_outcome
 from mone_megatron.lab.studies.outcome_files import figure, frontier, markdown
 from mone_megatron.lab.studies.outcome_files import write as write_outcome
 from mone_megatron.lab.studies.page import studies_page
+from mone_megatron.ownership import owned_folder
 from mone_megatron.planning.budget import Budget
 from mone_megatron.planning.match import value_of
+from mone_megatron.report.compare import flatten
 from mone_megatron.report.stats import mean_interval
 from mone_megatron.testing.launch import REPOSITORY
 
@@ -45,6 +50,11 @@ def write(path: Path, **changes: object) -> Path:
     return path
 
 
+def flat(config: Config) -> dict[str, object]:
+    """The keys of a configuration, with dots in them, and their values."""
+    return dict(flatten(asdict(config)))
+
+
 def study(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "tools/study.py", *map(str, arguments)],
@@ -61,11 +71,12 @@ def test_every_study_is_valid(name: str) -> None:
     claim = load_study(name)
     assert set(claim.configs) == set(claim.variants)
     # Nothing but what a variant names differs.
-    reference = claim.configs[claim.reference]
+    reference = flat(claim.configs[claim.reference])
     for variant, config in claim.configs.items():
-        assert config.train == reference.train, variant
-        assert config.data == reference.data, variant
-        assert config.optim == reference.optim, variant
+        for key, value in flat(config).items():
+            if key.split(".")[0] in ("train", "data", "optim") and value != reference[key]:
+                named = (*claim.variants[variant], *claim.variants[claim.reference])
+                assert any(one.startswith(f"{key}=") for one in named), f"{variant}: {key}"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +117,9 @@ def test_variants_are_checked_before_any_is_trained(
         _ = load_study(write(tmp_path / "x.yaml", **changes)).configs
 
 
-def test_a_study_is_trained_gone_on_with_linked_and_reported(tmp_path: Path) -> None:
+def test_a_study_is_trained_gone_on_with_linked_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, output = write(tmp_path / "small.yaml"), tmp_path / "out"
     before = study(file, "--seeds", 1, 2, "--output", output, "--report")
     assert before.returncode == 2
@@ -116,6 +129,14 @@ def test_a_study_is_trained_gone_on_with_linked_and_reported(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     first = output / "small" / "MoE" / "seed_1" / "metrics.jsonl"
     written = first.stat().st_mtime_ns
+
+    # What is there is reported, also while more is being trained.
+    asked = [str(file), "--seeds", "1", "2", "--output", str(output), "--report"]
+    with owned_folder("--output", output / "small"):
+        assert study_main(asked) == 0
+    told = capsys.readouterr().out
+    assert "(`small`, 1 seed, " in told
+    assert "Not trained yet: MoE (seed 2), MoNE 1/4 (seed 2)." in told
 
     # One more seed; what is there stays.
     done = study(file, "--seeds", 1, 2, "--output", output)
@@ -138,6 +159,21 @@ def test_a_study_is_trained_gone_on_with_linked_and_reported(tmp_path: Path) -> 
     assert f"wrote {output / 'studies.html'}" in done.stderr
     assert page.count("data:image/png;base64,") == 2
     assert "| MoNE 1/4 |" in done.stdout
+    # It leads to a report of every run.
+    links = re.findall(r'href="([^"]+)"', page)
+    assert len(links) == 4
+    assert all((output / link).is_file() for link in links)
+
+    # A seed that the reference lacks is in the mean of the others, and in no difference.
+    summary = output / "small" / "MoE" / "seed_2" / "run.json"
+    kept = summary.read_text(encoding="utf-8")
+    summary.write_text(kept.replace('"completed"', '"running"'), encoding="utf-8")
+    part = read_outcome(load_study(file), output / "small", (1, 2))
+    mone = next(one for one in part.variants if one.name == "MoNE 1/4")
+    assert (mone.seeds, list(mone.differences)) == ((1, 2), [1])
+    assert part.missing == (("MoE", 2),)
+    assert part.size == f"1 to 2 seeds, {part.tokens:,} tokens each"
+    summary.write_text(kept, encoding="utf-8")
 
     # Another study with the same runs trains none of them.
     other = write(tmp_path / "other.yaml", reference="MoNE 1/4")
@@ -178,8 +214,11 @@ def variant(name: str, losses: tuple[float, ...], difference: tuple[float, ...] 
         losses=losses,
         mean=mean_interval(losses),
         difference=mean_interval(difference) if difference else None,
+        differences=dict(enumerate(difference or ())),
+        is_reference=difference is None,
         parameters=1000,
         budget=Budget(activated=500.0, decode_bytes=900.0, step_flops=3e6),
+        realised_flops=4e6,
     )
 
 
@@ -274,7 +313,7 @@ def test_table_and_picture() -> None:
     assert "| r | 1.00K | 500 | 2.1000 ± 1.2706 |  | reference |" in table
     assert "| -0.1500 ± " in table
     # A bar in a name would end its cell.
-    bars = replace(outcome, variants=(replace(outcome.variants[0], name="|a|"),))
+    bars = replace(outcome, reference="|a|", variants=(replace(outcome.variants[0], name="|a|"),))
     assert "| \\|a\\| | 1.00K |" in markdown(bars)
     page = studies_page([outcome, replace(outcome, name="y", question="A < B?")])
     assert page.count("Loss against r: v: lower") + page.count("Loss against r: v: no diff") == 2
