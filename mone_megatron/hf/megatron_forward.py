@@ -76,8 +76,11 @@ class MegatronForward:
 
 
 def _alone(config: Config) -> Config:
-    """Returns the configuration of the same model in one process in fp32."""
-    device = DeviceConfig(kind="cpu", dtype="fp32")
+    """Returns the configuration of the same model in one process in fp32.
+
+    It computes with the threads that torch has, which ``OMP_NUM_THREADS`` chooses.
+    """
+    device = DeviceConfig(kind="cpu", dtype="fp32", threads=torch.get_num_threads())
     return replace(config, parallel=ParallelConfig(), device=device)
 
 

@@ -32,6 +32,7 @@ def _command(folder: Path, *overrides: str) -> list[str]:
         "-m",
         "mone_megatron.pretrain",
         "device=cpu",
+        "device.threads=1",
         f"run.dir={folder}",
         *overrides,
     ]
