@@ -4,23 +4,29 @@
 
 prints test files, those that belong most closely first. What was changed is told by git: commits
 since BASE (main), what is not committed, and files that are new. A test file belongs to a change
-of itself or of a helper beside it, to one of a module that it imports, and to one of the part of
-the package that its folder is named for. With no change of code they are those of the core.
+of itself or of a helper beside it, to one of a module that it imports, of a command that it names,
+and of the part of the package that its folder is named for. Of what is no Python (docs/, conf/) it
+belongs to the files and the folders that it names. Where none belongs, they are those of the core.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mone_megatron.command_line import USAGE_EXIT_CODE, print_error
 from mone_megatron.testing.launch import REPOSITORY
 
 PACKAGE = "mone_megatron"
-# Folders of the tests that are run when nothing of the package was changed.
+# Where the command lines are: a test names one by its file's name alone.
+_COMMANDS = ("tools/", "launch/", f"{PACKAGE}/commands/")
+# The part of the package that reads a folder beside it, where they have different names.
+_READ_BY = {"conf": "config"}
+# Tests that are run when none belongs to what was changed.
 CORE = ("tests/config", "tests/methods/test_registries.py", "tests/kernels/test_topk_mask.py")
 
 
@@ -73,6 +79,11 @@ def _module(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
+def _names(text: str, names: Iterable[str]) -> bool:
+    """Returns whether a test's source names a file, folder or command, in quotes or in a path."""
+    return any(re.search(rf"""["'/ ]{re.escape(name)}(\.py|\.sh)?["'/ ]""", text) for name in names)
+
+
 def belonging_tests(repository: Path, changed: Sequence[str]) -> list[str]:
     """Returns the test files that belong to changed files, the closest first; paths as those.
 
@@ -85,10 +96,15 @@ def belonging_tests(repository: Path, changed: Sequence[str]) -> list[str]:
     imports = {
         path: imported_modules((repository / path).read_text(encoding="utf-8")) for path in tests
     }
-    code = [path for path in changed if path.startswith(f"{PACKAGE}/") and path.endswith(".py")]
-    modules = {_module(path) for path in code}
+    code = [path for path in changed if path.startswith(f"{PACKAGE}/")]
+    modules = {_module(path) for path in code if path.endswith(".py")}
+    parts = {Path(path).parts[1].removesuffix(".py") for path in code}
     helpers = [path for path in changed if path.startswith("tests/") and path not in tests]
-    commands = {Path(path).stem for path in changed if path.startswith(("tools/", "launch/"))}
+    others = [path for path in changed if not path.startswith((f"{PACKAGE}/", "tests/"))]
+    folders = {Path(path).parts[0] for path in others if len(Path(path).parts) > 1}
+    parts |= {_READ_BY.get(folder, folder) for folder in folders}
+    commands = {Path(path).stem for path in changed if path.startswith(_COMMANDS)}
+    files_named = {Path(path).name for path in others} - {f"{name}.py" for name in commands}
     closeness: dict[str, int] = {}
 
     def belongs(path: str, how_close: int) -> None:
@@ -98,14 +114,18 @@ def belonging_tests(repository: Path, changed: Sequence[str]) -> list[str]:
         text = (repository / path).read_text(encoding="utf-8")
         if path in changed:
             belongs(path, 0)
-        if imports[path] & modules or any(name in text for name in commands):
+        if imports[path] & modules or _names(text, commands) or _names(text, files_named):
             belongs(path, 1)
         for helper in helpers:
             beside = Path(helper).parent == Path(path).parent
             if beside and (Path(helper).stem in imports[path] or helper.endswith("conftest.py")):
                 belongs(path, 1)
-        part = Path(path).parts[1]
-        if any(module.split(".")[1:2] == [part] for module in modules):
+        # tests/NAME/ and tests/test_NAME.py.
+        part = Path(path).parts[1].removeprefix("test_").removesuffix(".py")
+        if part in parts:
+            belongs(path, 1 if path == f"tests/test_{part}.py" else 2)
+        # Nearly all tests of commands name tools/, whichever they are of.
+        if _names(text, folders - {"tools"}):
             belongs(path, 2)
     if not closeness:
         return [path for path in tests if path.startswith(CORE)]

@@ -14,7 +14,12 @@ from mone_megatron.testing.warm_start import run_python
 from mone_megatron.train.panel import Panel
 
 SCRIPT = Path(__file__).with_name("planted_runs.py")
-QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
+QUIET = (
+    "logging.wandb.mode=disabled",
+    "logging.report=false",
+    "logging.progress=none",
+    "device.threads=1",
+)
 TINY = (
     *("experiment=tiny_mone", *QUIET, "train.global_batch_size=4", "train.steps=4"),
     *("logging.layer_interval=1", "logging.alerts.patience=2"),

@@ -19,7 +19,12 @@ FILES = {
     "mone_megatron/train/loop.py": "",
     "mone_megatron/train/hooks/report.py": "",
     "mone_megatron/data/lines.py": "",
+    "mone_megatron/report/page.css": "",
+    "mone_megatron/display.py": "",
+    "mone_megatron/commands/plan.py": "",
     "tools/plan.py": "",
+    "conf/model/moe.yaml": "",
+    "docs/gpu.md": "",
     "tests/config/test_load.py": "import mone_megatron.config\n",
     "tests/train/helpers.py": "",
     "tests/train/test_loop.py": "from mone_megatron.train.loop import train\nimport helpers\n",
@@ -27,6 +32,12 @@ FILES = {
     "tests/report/test_page.py": "from mone_megatron.train.hooks import (\n    a, report,\n)\n",
     "tests/data/test_lines.py": "import mone_megatron.data.lines as lines\n",
     "tests/planning/test_tool.py": "TOOL = 'tools/plan.py'\n",
+    "tests/planning/test_plans.py": "plan = load_tool('plan')\n",
+    "tests/planning/test_words.py": "# Not how planning is planned.\n",
+    "tests/hf/test_pages.py": "PAGE = ROOT / 'docs' / 'gpu.md'\n",
+    "tests/hf/test_card.py": "PAGES = ROOT / 'docs'\n",
+    "tests/test_docs.py": "",
+    "tests/test_display.py": "",
 }
 
 
@@ -61,7 +72,19 @@ def repository(tmp_path: Path) -> Path:
         (["mone_megatron/data/lines.py"], ["tests/data/test_lines.py"]),
         (["tests/train/helpers.py"], ["tests/train/test_loop.py"]),
         (["tests/train/conftest.py"], ["tests/train/test_loop.py", "tests/train/test_step.py"]),
-        (["tools/plan.py"], ["tests/planning/test_tool.py"]),
+        (["tools/plan.py"], ["tests/planning/test_plans.py", "tests/planning/test_tool.py"]),
+        (
+            ["mone_megatron/commands/plan.py"],
+            ["tests/planning/test_plans.py", "tests/planning/test_tool.py"],
+        ),
+        # What is no Python: by its name, by the tests named for its folder, and by the folder's.
+        (
+            ["docs/gpu.md"],
+            ["tests/hf/test_pages.py", "tests/test_docs.py", "tests/hf/test_card.py"],
+        ),
+        (["mone_megatron/report/page.css"], ["tests/report/test_page.py"]),
+        (["conf/model/moe.yaml"], ["tests/config/test_load.py"]),
+        (["mone_megatron/display.py"], ["tests/test_display.py"]),
         (
             ["tests/train/test_step.py", "mone_megatron/data/lines.py"],
             ["tests/train/test_step.py", "tests/data/test_lines.py"],

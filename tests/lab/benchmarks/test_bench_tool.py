@@ -48,9 +48,9 @@ def test_the_grid_is_whole() -> None:
 
 
 def test_spine_and_cost_measure_real_steps(tmp_path: Path) -> None:
-    data = f"data.cache_dir={tmp_path / 'cache'}"
+    own = (f"data.cache_dir={tmp_path / 'cache'}", "device.threads=1")
     output = tmp_path / "spine.json"
-    done = _bench("spine", "--repeats", "1", "--steps", "1", "--output", str(output), data)
+    done = _bench("spine", "--repeats", "1", "--steps", "1", "--output", str(output), *own)
     assert done.returncode == 0, done.stderr
     spine = json.loads(output.read_text())
     assert spine["benchmark"] == "spine"
@@ -59,7 +59,7 @@ def test_spine_and_cost_measure_real_steps(tmp_path: Path) -> None:
 
     output = tmp_path / "cost.json"
     tiny = ("--moe", "tiny_moe", "--mone", "tiny_mone", "--repeats", "1", "--part-repeats", "2")
-    done = _bench("cost", *tiny, "--processes", "2", "--output", str(output), data)
+    done = _bench("cost", *tiny, "--processes", "2", "--output", str(output), *own)
     assert done.returncode == 0, done.stderr
     cost = json.loads(output.read_text())["result"]
     assert cost["step_ratio"]["median"] > 0
@@ -88,8 +88,8 @@ def test_a_layer_in_every_way(tmp_path: Path) -> None:
 
 def test_train_decode_and_generate_write_results(tmp_path: Path) -> None:
     sizes = ("--hidden", "128", "--neurons", "32", "--experts", "4", "--chosen", "2")
-    data = f"data.cache_dir={tmp_path / 'cache'}"
-    tiny = ("--moe", "tiny_moe", "--mone", "tiny_mone", "--repeats", "1", data)
+    own = (f"data.cache_dir={tmp_path / 'cache'}", "device.threads=1")
+    tiny = ("--moe", "tiny_moe", "--mone", "tiny_mone", "--repeats", "1", *own)
     written = {}
     for name, arguments in {
         "train": tiny,
