@@ -34,6 +34,9 @@ class TrainConfig(Group):
     eval_interval: Annotated[int, AtLeast(0)] = 0
     """Evaluate on the validation split every so many steps; 0 for never. The last step always
     evaluates when this is not 0."""
+    eval_at_start: bool = False
+    """Evaluate before the first step, too: recorded as step 0, and not again by a run that goes
+    on from a checkpoint."""
     eval_steps: Annotated[int, AtLeast(1)] = 4
     """Global batches per evaluation."""
     eval_tasks: tuple[str, ...] = ()
@@ -86,6 +89,12 @@ class TrainConfig(Group):
         for name, count in sorted(Counter(self.hooks).items()):
             if count > 1:
                 yield f"train.hooks: {name} is named {count} times; name it once"
+        if self.eval_at_start and self.eval_interval == 0:
+            yield (
+                "train.eval_at_start: true with train.eval_interval=0, which never evaluates; use "
+                f"train.eval_interval={self.steps} for the first and the last step alone, or "
+                "train.eval_at_start=false"
+            )
         if not self.eval_tasks and self.eval_tasks_interval:
             yield (
                 f"train.eval_tasks_interval: {self.eval_tasks_interval} with no train.eval_tasks; "

@@ -51,14 +51,26 @@ class StepReport:
 class Hook:
     """Does nothing; a hook overrides what it needs. Methods are called in this order:
 
-    ``on_start``; then for every step ``before_step``, ``reduce``, ``record``, ``on_step`` and
-    ``after_step``; and ``on_end``. A step that makes the run go back to a checkpoint
-    (``train.on_bad_loss=rollback``) calls ``on_fault`` and ``on_rollback`` instead of the last
-    three.
+    ``on_start``; ``record_start`` and ``on_start_record`` when there is something to record before
+    the first step (``train.eval_at_start``); then for every step ``before_step``, ``reduce``,
+    ``record``, ``on_step`` and ``after_step``; and ``on_end``. A step that makes the run go back to
+    a checkpoint (``train.on_bad_loss=rollback``) calls ``on_fault`` and ``on_rollback`` instead of
+    the last three.
     """
 
     def on_start(self) -> None:
         """Is called before the first step."""
+
+    def record_start(self) -> Record:
+        """Returns what is recorded of the model before its first step, as step 0.
+
+        Only a run that begins with step 1 and that ``train.eval_at_start`` asks for it calls this,
+        on every rank.
+        """
+        return {}
+
+    def on_start_record(self, record: Record) -> None:
+        """Is called with the record of step 0, which has no loss, speed or learning rate."""
 
     def before_step(self, step: int) -> None:
         """Is called before a step (from 1) is computed."""

@@ -51,6 +51,7 @@ NO_WEIGHT = (
     # Between steps, or only now and then.
     "train.seed",
     "train.steps",
+    "train.eval_at_start",
     "train.eval_interval",
     "train.eval_steps",
     "train.eval_tasks",

@@ -245,6 +245,8 @@ def load_run(path: str | Path) -> Run:
     summary = _read_summary(directory / SUMMARY_FILE)
     records, broken = _read_records(directory / METRICS_FILE)
     columns = _columns(records)
+    if records[-1]["step"] == 0:
+        raise ValueError(_no_step(directory / METRICS_FILE))
     if "loss" not in columns:
         raise ValueError(
             f"{directory / METRICS_FILE} has no 'loss' in any record: "
@@ -345,8 +347,12 @@ def _read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
             records.pop()
         records.append(record)
     if not records:
-        raise ValueError(f"{path} holds no step: the run ended before its first one, run it again")
+        raise ValueError(_no_step(path))
     return records, broken
+
+
+def _no_step(path: Path) -> str:
+    return f"{path} holds no step: the run ended before its first one, run it again"
 
 
 def _parse_line(line: str) -> tuple[dict[str, Any] | None, int]:

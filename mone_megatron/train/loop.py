@@ -49,6 +49,8 @@ def train(session: Session) -> Outcome:
     position, code = session.start, None
     batches = session.batches_from(position.step)
     faults = LossFaults(session.config.train)
+    if session.config.train.eval_at_start and position.step == 0:
+        _record_start(session)
     while position.step < last and code is None:
         step = position.step + 1
         started = time.perf_counter()
@@ -79,6 +81,15 @@ def train(session: Session) -> Outcome:
         code = exit_code(result.sums[_STOP])
         _record(session, result, position, seconds, stops=code is not None)
     return Outcome(position, code, None if code is None else session.stop.reason or "another rank")
+
+
+def _record_start(session: Session) -> None:
+    """Has the hooks look at the model before its first step, and tells them what they found."""
+    record: Record = {"step": 0, "tokens": 0}
+    for hook in session.hooks:
+        record |= hook.record_start()
+    for hook in session.hooks:
+        hook.on_start_record(record)
 
 
 def _reduce(session: Session) -> dict[tuple[int, str], Tensor]:

@@ -102,7 +102,7 @@ def run_id(folder: Path) -> str:
 def keep_metrics_up_to(path: Path, step: int) -> float:
     """Drops the records after ``step`` of metrics.jsonl, and returns the kept steps' seconds."""
     seconds: list[float] = []
-    keep_records_up_to(path, step, lambda record: seconds.append(record["step_seconds"]))
+    keep_records_up_to(path, step, lambda record: seconds.append(record.get("step_seconds", 0.0)))
     return sum(seconds)
 
 

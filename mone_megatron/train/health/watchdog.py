@@ -401,7 +401,11 @@ class WatchdogHook(Hook):
         self.watchdog = watchdog
 
     def on_start(self) -> None:
-        """Takes note that the first step begins."""
+        """Takes note that the first step begins, or what is measured before it."""
+        self.watchdog.beat("in the first step")
+
+    def on_start_record(self, record: Record) -> None:
+        """Takes note that what comes before the first step is done."""
         self.watchdog.beat("in the first step")
 
     def on_step(self, record: Record) -> None:

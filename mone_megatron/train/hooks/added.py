@@ -37,6 +37,20 @@ class AddedHook(Hook):
         """Passes on."""
         self.hook.on_start()
 
+    def record_start(self) -> Record:
+        """Returns what the hook records of the beginning.
+
+        Raises:
+            ValueError: it is no number.
+        """
+        record = self.hook.record_start()
+        self._check_numbers(record)
+        return record
+
+    def on_start_record(self, record: Record) -> None:
+        """Passes on a copy."""
+        self.hook.on_start_record(dict(record))
+
     def before_step(self, step: int) -> None:
         """Passes on."""
         self.hook.before_step(step)
@@ -70,17 +84,21 @@ class AddedHook(Hook):
             ValueError: it is no number, or its name is taken.
         """
         record = self.hook.record(report)
-        for name, value in record.items():
+        for name in record:
             if name in report.record:
                 raise ValueError(
                     f"train.hooks: {self.name} records {name!r}, which is there; rename it"
                 )
+        self._check_numbers(record)
+        return record
+
+    def _check_numbers(self, record: Record) -> None:
+        for name, value in record.items():
             if not isinstance(value, int | float):
                 raise ValueError(
                     f"train.hooks: {self.name} records {name!r} as {type(value).__name__}; give a "
                     "number, as float(value)"
                 )
-        return record
 
     def on_step(self, record: Record) -> None:
         """Passes on a copy, since other hooks are given the record, too."""

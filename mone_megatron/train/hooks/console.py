@@ -106,20 +106,36 @@ class ConsoleHook(Hook):
                 bar_format=f"{{desc}} {{n}}/{{total}} {{bar:{_BAR}}} {{remaining}} left{{postfix}}",
             )
 
+    def on_start_record(self, record: Record) -> None:
+        """Shows the record of step 0; how long it took says nothing about steps."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(describe(record, self._room(0)))
+        elif self.style == "lines":
+            self._print(0, record)
+
     def on_step(self, record: Record) -> None:
         """Moves the bar or prints a line."""
         step = int(record["step"])
         if self.bar is not None:
             self._move_bar(step, record)
         elif self.style == "lines" and (step % self.interval == 0 or step == self.steps):
-            width = len(str(self.steps))
-            parts = [f"step {step:>{width}}/{self.steps}", describe(record)]
-            if (left := self._seconds_left(step)) is not None:
-                parts.append(f"{format_duration(left)} left")
-            print(" | ".join(parts), file=self.stream, flush=True)
+            self._print(step, record)
         if self.first is None:
             # It takes longer than the others: what comes after it is what the rest will take.
             self.first = step, time.perf_counter()
+
+    def _print(self, step: int, record: Record) -> None:
+        width = len(str(self.steps))
+        parts = [f"step {step:>{width}}/{self.steps}", describe(record)]
+        if (left := self._seconds_left(step)) is not None:
+            parts.append(f"{format_duration(left)} left")
+        print(" | ".join(parts), file=self.stream, flush=True)
+
+    def _room(self, step: int) -> int | None:
+        """Returns the columns that the bar leaves for a record; None where that is not known."""
+        columns = _columns(self.stream)
+        taken = len(f"{self.name}:  {step}/{self.steps}  0:00:00 left, ") + _BAR
+        return None if columns is None else columns - taken
 
     def _seconds_left(self, step: int) -> float | None:
         """Returns how long the steps after this one will take; None where that is not known."""
@@ -133,11 +149,7 @@ class ConsoleHook(Hook):
             # A resumed run does not begin with step 1, and the first one tells no speed.
             self.bar.initial = self.bar.n = self.bar.last_print_n = step
             self.bar.start_t = self.bar.last_print_t = time.time()
-        columns = _columns(self.stream)
-        taken = len(f"{self.name}:  {step}/{self.steps}  0:00:00 left, ") + _BAR
-        self.bar.set_postfix_str(
-            describe(record, None if columns is None else columns - taken), refresh=False
-        )
+        self.bar.set_postfix_str(describe(record, self._room(step)), refresh=False)
         if self.first is None:
             self.bar.refresh()
         else:

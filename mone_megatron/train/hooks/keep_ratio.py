@@ -29,6 +29,14 @@ class KeepRatioHook(Hook):
             if isinstance(module, NeuronSelector)
         ]
 
+    def on_start(self) -> None:
+        """Sets the ratio of the beginning, for what looks at the model before the first step."""
+        self.before_step(0)
+
+    def record_start(self) -> Record:
+        """Returns the ratio of the beginning, where there is a schedule."""
+        return self._ratio(0)
+
     def before_step(self, step: int) -> None:
         """Sets the ratio of a step."""
         if self.scheduled:
@@ -37,4 +45,7 @@ class KeepRatioHook(Hook):
 
     def record(self, report: StepReport) -> Record:
         """Returns the ratio, where there is a schedule."""
-        return {"mone/keep_ratio": self.mone.keep_ratio_at(report.step)} if self.scheduled else {}
+        return self._ratio(report.step)
+
+    def _ratio(self, step: int) -> Record:
+        return {"mone/keep_ratio": self.mone.keep_ratio_at(step)} if self.scheduled else {}

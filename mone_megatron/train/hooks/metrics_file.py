@@ -20,6 +20,10 @@ class MetricsFileHook(Hook):
         """Opens the file; a resumed run goes on with it."""
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
 
+    def on_start_record(self, record: Record) -> None:
+        """Writes the record of step 0."""
+        self.on_step(record)
+
     def on_step(self, record: Record) -> None:
         """Appends the record."""
         with naming(self.path):

@@ -33,6 +33,12 @@ class ShowingHook(Hook):
         with self._harmless():
             self._hook.on_start()
 
+    def on_start_record(self, record: Record) -> None:
+        """Passes on."""
+        with self._harmless():
+            if not self._ended:
+                self._hook.on_start_record(record)
+
     def on_step(self, record: Record) -> None:
         """Passes on."""
         with self._harmless():

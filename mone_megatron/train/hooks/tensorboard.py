@@ -33,14 +33,21 @@ class TensorBoardHook(Hook):
 
         self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1)
 
+    def on_start_record(self, record: Record) -> None:
+        """Writes the record of step 0."""
+        self._write(record)
+
     def on_step(self, record: Record) -> None:
         """Writes the record at the intervals at which W&B gets it, too."""
         step = int(record["step"])
         due = step % self.config.logging.interval == 0 or step == self.config.train.steps
         if due or "panel_seconds" in record:
-            for name, value in record.items():
-                if name != "step":
-                    self.writer.add_scalar(name, value, step)
+            self._write(record)
+
+    def _write(self, record: Record) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, int(record["step"]))
 
     def on_rollback(self, step: int) -> None:
         """Begins a file in which the steps after ``step`` come anew."""

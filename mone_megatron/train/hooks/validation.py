@@ -1,4 +1,4 @@
-"""The loss on the validation split: ``train.eval_interval``."""
+"""The loss on the validation split: ``train.eval_interval`` and ``train.eval_at_start``."""
 
 from __future__ import annotations
 
@@ -27,8 +27,15 @@ class ValidationHook(Hook):
         self.stepper = stepper
         self.batches = batches
 
+    def record_start(self) -> Record:
+        """Returns ``val_loss`` of the model as the run finds it."""
+        return self._evaluate()
+
     def record(self, report: StepReport) -> Record:
         """Returns ``val_loss`` on the steps that evaluate."""
         if not is_due(report.step, self.train.eval_interval, self.train.steps):
             return {}
+        return self._evaluate()
+
+    def _evaluate(self) -> Record:
         return {"val_loss": self.stepper.evaluate(self.batches(), self.train.eval_steps)}

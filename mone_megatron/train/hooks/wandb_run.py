@@ -57,6 +57,10 @@ class WandbHook(Hook):
         except HelperError as error:
             self._warn(str(error))
 
+    def on_start_record(self, record: Record) -> None:
+        """Sends the record of step 0, in the background."""
+        self.queue.put(dict(record))
+
     def on_step(self, record: Record) -> None:
         """Sends the record, in the background."""
         step = int(record["step"])
