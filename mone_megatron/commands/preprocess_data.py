@@ -1,11 +1,16 @@
-"""Turns text into the .bin/.idx files that data.source=indexed reads.
+r"""Turns text into the .bin/.idx files that data.source=indexed reads.
 
 The input is any number of files or quoted globs: JSON lines (.jsonl, .ndjson), plain text (.txt,
-.md, .py; one document a file, or see --document-separator), both also as .gz or .zst, and Parquet.
+.md, .py; one document a file, or see --document-separator), both also as .gz or .zst, Parquet and
+Arrow; and folders: what save_to_disk of Hugging Face's datasets wrote, or a folder of Parquet.
 An input that is bad is named by its file and line, row or row group.
 
   python tools/preprocess_data.py 'books/*.jsonl' --output corpora/books --tokenizer my-tokenizer
   python tools/preprocess_data.py wiki.txt --output corpora/wiki --train-tokenizer 32000
+  python tools/preprocess_data.py web.jsonl 'code/*.jsonl' --json-key 'code/*.jsonl=content' \
+      --output corpora/mixed --tokenizer my-tokenizer
+  python tools/preprocess_data.py datasets/fineweb --split train --output corpora/fineweb \
+      --tokenizer my-tokenizer
 
 Train on the result with data.source=indexed data.paths=[corpora/books].
 """
@@ -20,12 +25,15 @@ from mone_megatron.command_line import Parser, exit_status, say
 from mone_megatron.data.documents import expand_inputs
 from mone_megatron.data.preprocess import TokenizerSettings, preprocess_files
 from mone_megatron.data.reading_options import add_reading, reading_settings
+from mone_megatron.data.text_keys import DEFAULT_KEY, TextKeys, parse_keys
 from mone_megatron.display import harmless
 
 
 def _parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="FILE", help="input files or quoted globs")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="FILE", help="files, quoted globs, folders of datasets"
+    )
     parser.add_argument(
         "--output",
         required=True,
@@ -73,15 +81,21 @@ def _parse(given: Sequence[str] | None) -> argparse.Namespace:
     add_reading(parser)
     parser.add_argument(
         "--json-key",
-        default="text",
-        metavar="KEY",
-        help="key of the text in JSON lines (%(default)s)",
+        action="append",
+        default=[],
+        metavar="[PATTERN=]KEY",
+        help="key of the text in JSON lines (text); with a pattern, of the files that match it; "
+        "may be given several times, and the last that matches counts",
     )
     parser.add_argument(
         "--column",
-        default="text",
-        metavar="NAME",
-        help="column of the text in Parquet (%(default)s)",
+        action="append",
+        default=[],
+        metavar="[PATTERN=]NAME",
+        help="column of the text in Parquet and Arrow (text), likewise",
+    )
+    parser.add_argument(
+        "--split", metavar="NAME", help="of folders of datasets: train, validation, ..."
     )
     parser.add_argument(
         "--workers",
@@ -100,9 +114,13 @@ def main(given: Sequence[str] | None = None) -> int:
     return exit_status(_run, _parse(given), interrupted="interrupted; nothing was written")
 
 
+def _keys(option: str, given: Sequence[str]) -> str | TextKeys:
+    return parse_keys(option, given) if given else DEFAULT_KEY
+
+
 def _run(options: argparse.Namespace) -> None:
     summary = preprocess_files(
-        expand_inputs(options.inputs),
+        expand_inputs(options.inputs, options.split),
         options.output,
         TokenizerSettings(
             folder=options.tokenizer,
@@ -112,9 +130,14 @@ def _run(options: argparse.Namespace) -> None:
             parse_special_tokens=options.parse_special_tokens,
             bos=options.bos,
         ),
-        inputs=reading_settings(options, json_key=options.json_key, column=options.column),
+        inputs=reading_settings(
+            options,
+            json_key=_keys("--json-key", options.json_key),
+            column=_keys("--column", options.column),
+        ),
         workers=options.workers,
         overwrite=options.overwrite,
+        read_as={"split": options.split},
     )
     for remark in summary.remarks:
         say(remark)

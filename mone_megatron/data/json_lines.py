@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mone_megatron.data.compression import DAMAGES, compression_of
-from mone_megatron.data.lines import check_characters, decode, numbered_lines
+from mone_megatron.data.encodings import Encoding
+from mone_megatron.data.lines import NotUTF8Error, check_characters, decode, numbered_lines
 from mone_megatron.data.records import BadRecord, Document
 
 # The pairs of a JSON object in order, as they stand.
@@ -16,14 +17,20 @@ _Pairs = tuple[tuple[str, Any], ...]
 
 
 def read_json_lines(
-    path: Path, raw: BinaryIO, stream: BinaryIO, key: str, domain: str | None
+    path: Path,
+    raw: BinaryIO,
+    stream: BinaryIO,
+    encoding: Encoding,
+    key: str,
+    domain: str | None,
 ) -> Iterator[Document | BadRecord]:
     """Yields the document of each line; lines of white space are left out.
 
     Args:
         path: the file's name, for messages.
         raw: the open file, for progress.
-        stream: ``raw``, or what decompresses it.
+        stream: ``raw``, or what decompresses it and makes it UTF-8.
+        encoding: of the file, for messages.
         key: holds the text; null is a document without text.
         domain: another key to read; None for none.
 
@@ -32,13 +39,16 @@ def read_json_lines(
     """
     position = number = 0
     try:
-        for number, line in numbered_lines(stream):
+        for number, offset, line in numbered_lines(stream):
             if not line.strip():
                 continue
             try:
                 pairs = _parse(line)
                 text = _string(pairs, key)
                 group = None if domain is None else _string(pairs, domain)
+            except NotUTF8Error as error:
+                yield BadRecord(f"{path}:{number}: {encoding.wrong(error, offset)}")
+                continue
             except ValueError as error:
                 yield BadRecord(f"{path}:{number}: {error}")
                 continue

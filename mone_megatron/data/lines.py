@@ -16,11 +16,19 @@ _OTHER_MARKS = {
 
 
 class NotUTF8Error(ValueError):
-    """Says that bytes are not UTF-8; ``position`` is that of the first wrong one."""
+    """Says that bytes are not UTF-8.
 
-    def __init__(self, reason: str, position: int) -> None:
+    Attributes:
+        reason: why not.
+        position: that of the first wrong byte.
+        looks_like: the encoding whose mark they begin with; None for none.
+    """
+
+    def __init__(self, reason: str, position: int, looks_like: str | None = None) -> None:
         super().__init__(f"not UTF-8 ({reason})")
+        self.reason = reason
         self.position = position
+        self.looks_like = looks_like
 
 
 def decode(content: bytes) -> str:
@@ -33,12 +41,10 @@ def decode(content: bytes) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = content[error.start]
-        reason = f"{error.reason}: byte 0x{byte:02x}"
         for mark, name in _OTHER_MARKS.items():
             if content.startswith(mark):
-                reason = f"it begins as {name} does; convert it with iconv"
-                break
-        raise NotUTF8Error(reason, error.start) from None
+                raise NotUTF8Error(f"it begins as {name} does", error.start, name) from None
+        raise NotUTF8Error(f"{error.reason}: byte 0x{byte:02x}", error.start) from None
 
 
 def check_characters(text: str) -> None:
@@ -54,16 +60,20 @@ def check_characters(text: str) -> None:
         raise ValueError(f"holds half of a surrogate pair (\\u{half:04x})") from None
 
 
-def numbered_lines(stream: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    r"""Yields each line of a binary stream with its number from 1, without its end.
+def numbered_lines(stream: Iterable[bytes]) -> Iterator[tuple[int, int, bytes]]:
+    r"""Yields each line of a binary stream: its number from 1, its offset, and it without its end.
 
     A line ends with ``\n`` or ``\r\n`` and nothing else. A byte order mark at the beginning of the
     stream is left out.
     """
+    offset = 0
     for number, line in enumerate(stream, start=1):
-        if number == 1:
+        after = offset + len(line)
+        if number == 1 and line.startswith(BYTE_ORDER_MARK):
             line = line.removeprefix(BYTE_ORDER_MARK)
-        yield number, line.removesuffix(b"\n").removesuffix(b"\r")
+            offset += len(BYTE_ORDER_MARK)
+        yield number, offset, line.removesuffix(b"\n").removesuffix(b"\r")
+        offset = after
 
 
 def has_text(text: str) -> bool:
@@ -80,11 +90,12 @@ def read_lines(path: Path) -> list[str]:
     """
     lines = []
     with path.open("rb") as stream:
-        for number, content in numbered_lines(stream):
+        for number, _, content in numbered_lines(stream):
             try:
                 line = decode(content)
             except NotUTF8Error as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+                fix = "; convert it with iconv" if error.looks_like else ""
+                raise ValueError(f"{path}:{number}: {error}{fix}") from None
             if has_text(line):
                 lines.append(line)
     return lines

@@ -10,9 +10,10 @@ import functools
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +106,7 @@ def preprocess_files(
     inputs: InputSettings | None = None,
     workers: int = 1,
     overwrite: bool = False,
+    read_as: Mapping[str, Any] | None = None,
 ) -> CorpusSummary:
     """Tokenizes files into the corpus ``prefix``; the order of documents is that of the files.
 
@@ -116,6 +118,7 @@ def preprocess_files(
         inputs: where the text is inside the files.
         workers: how many processes tokenize; the output does not depend on it.
         overwrite: whether an existing corpus is replaced.
+        read_as: what else the corpus is to say of how it was read, such as the split.
 
     Raises:
         ValueError: bad input (file and line named), an empty corpus, or an existing one.
@@ -123,6 +126,7 @@ def preprocess_files(
     inputs = inputs or InputSettings()
     for path in files:
         file_format(path, inputs)
+    inputs.check_keys(files)
     total = sum(path.stat().st_size for path in files)
     remarks: list[str] = []
 
@@ -141,6 +145,7 @@ def preprocess_files(
             total_bytes=total,
             workers=workers,
             overwrite=overwrite,
+            reading={**inputs.as_facts(), "files": len(files), **(read_as or {})},
         )
     return replace(summary, remarks=tuple(remarks))
 
@@ -153,6 +158,7 @@ def write_corpus(
     total_bytes: int,
     workers: int = 1,
     overwrite: bool = False,
+    reading: Mapping[str, Any] | None = None,
 ) -> CorpusSummary:
     """Tokenizes documents into the corpus ``prefix``; see :func:`preprocess_files`.
 
@@ -163,6 +169,7 @@ def write_corpus(
         total_bytes: sum of the documents' ``bytes_read``, for progress.
         workers: how many processes tokenize.
         overwrite: whether an existing corpus is replaced.
+        reading: how the documents were read, for the corpus to say; None for nothing.
     """
     if workers < 1:
         raise ValueError("--workers must be at least 1")
@@ -177,7 +184,9 @@ def write_corpus(
         # Renames are atomic only within a file system, so the work is done in the target folder.
         work = Path(tempfile.mkdtemp(dir=prefix.parent, prefix=f".{prefix.name}.building-"))
         try:
-            return _build(documents, prefix, work / prefix.name, tokenizer, total_bytes, workers)
+            return _build(
+                documents, prefix, work / prefix.name, tokenizer, total_bytes, workers, reading
+            )
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -189,6 +198,7 @@ def _build(
     settings: TokenizerSettings,
     total_bytes: int,
     workers: int,
+    reading: Mapping[str, Any] | None,
 ) -> CorpusSummary:
     """Builds the corpus at the prefix ``draft`` and moves it to ``prefix``."""
     folder = sidecars.tokenizer_path(draft)
@@ -228,6 +238,7 @@ def _build(
         tokenizer=sidecars.tokenizer_path(prefix).name,
         tokenizer_sha256=loaded.sha256,
         framing=framing.as_facts(),
+        reading=None if reading is None else dict(reading),
     )
     sidecars.sidecar_path(draft).write_text(sidecars.dump_sidecar(sidecar), encoding="utf-8")
     _publish(draft, prefix)

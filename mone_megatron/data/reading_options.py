@@ -9,14 +9,22 @@ from mone_megatron.data.escapes import unescape
 
 if TYPE_CHECKING:
     from mone_megatron.data.documents import InputSettings
+    from mone_megatron.data.text_keys import TextKeys
 
 
 def add_reading(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     """Adds those that all of them share; each names the text's key and column in its own way."""
     group.add_argument(
         "--format",
-        choices=("jsonl", "text", "parquet"),
+        choices=("jsonl", "text", "parquet", "arrow"),
         help="the format of every file of text (default: by extension)",
+    )
+    group.add_argument(
+        "--encoding",
+        default="utf-8",
+        metavar="NAME",
+        help="of JSON lines and plain text, as Python names it: cp1252, utf-16, gb18030 "
+        "(%(default)s)",
     )
     group.add_argument(
         "--document-separator",
@@ -46,6 +54,7 @@ def check_reading_used(options: argparse.Namespace, *, reads_files: bool) -> Non
         return
     given = {
         "--format": options.format is not None,
+        "--encoding": options.encoding != "utf-8",
         "--document-separator": options.document_separator is not None,
         "--on-error": options.on_error != "stop",
     }
@@ -55,18 +64,23 @@ def check_reading_used(options: argparse.Namespace, *, reads_files: bool) -> Non
 
 
 def reading_settings(
-    options: argparse.Namespace, *, json_key: str, column: str, domain: str | None = None
+    options: argparse.Namespace,
+    *,
+    json_key: str | TextKeys,
+    column: str | TextKeys,
+    domain: str | None = None,
 ) -> InputSettings:
     """Returns the settings that the options of :func:`add_reading` ask for.
 
     Args:
         options: the parsed command line.
         json_key: the key of the text in JSON lines.
-        column: the column of the text in Parquet.
+        column: the column of the text in Parquet and Arrow.
         domain: key or column of each record's domain; None for none.
 
     Raises:
-        ValueError: the separator is empty, or holds an escape that is none.
+        ValueError: the separator is empty, or holds an escape that is none; or the encoding is
+            none.
     """
     # pyarrow, which readers need, takes a moment.
     from mone_megatron.data.documents import InputSettings
@@ -80,6 +94,7 @@ def reading_settings(
     return InputSettings(
         json_key=json_key,
         column=column,
+        encoding=options.encoding,
         document_separator=separator,
         format=options.format,
         on_error=options.on_error,

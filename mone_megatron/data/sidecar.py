@@ -34,6 +34,9 @@ class Sidecar:
     # How documents became tokens, as `framing.Framing.as_facts` gives it; None in a sidecar that
     # was written before this was kept.
     framing: dict[str, Any] | None = None
+    # How the documents were read out of their files, as `documents.InputSettings.as_facts` gives
+    # it; None where it was not kept.
+    reading: dict[str, Any] | None = None
 
 
 def sidecar_path(prefix: Path) -> Path:
@@ -67,7 +70,7 @@ def read_sidecar(prefix: Path) -> Sidecar | None:
         raise ValueError(f"{path} is damaged ({error})") from error
     for name, value in asdict(sidecar).items():
         expected = Sidecar.__annotations__[name]
-        if name == "framing":
+        if name in ("framing", "reading"):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{path} is damaged ({name} is no object)")
         elif type(value).__name__ != expected:
