@@ -28,11 +28,15 @@ from mone_megatron.checkpoint import (
     NoUsableCheckpointError,
     open_checkpoint,
 )
+from mone_megatron.megatron_release import megatron_release
+from mone_megatron.parallel.megatron_compat.checkpoint_forms import COMMON
 from mone_megatron.testing.launch import run_layouts
 
 Count = Callable[[int, str], AbstractContextManager[Tally]]
 
 LAST = 12
+# A file without tensors. megatron-core 0.19 keeps what is no tensor in the shards, too.
+NO_TENSORS = COMMON if megatron_release() < (0, 17, 0) else ".metadata"
 RUN = (
     *SMALL,
     "model.hidden_dropout=0.1",
@@ -99,7 +103,7 @@ def test_trackers_of_a_store(whole: Path, tally: Count, tmp_path: Path) -> None:
             folder = tmp_path / name
             shutil.copytree(whole / "checkpoints", folder)
             damage(folder / "latest.json")
-            (folder / f"step_{LAST:08d}" / "common.pt").write_bytes(b"")
+            (folder / f"step_{LAST:08d}" / NO_TENSORS).write_bytes(b"")
             said = []
             found = CheckpointStore(folder, log=said.append).newest_verified()
             t.check(found is not None and found.step == LAST - 3, f"{name}: {found and found.step}")
@@ -195,13 +199,9 @@ STRUCTURAL: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "a rank's file removed": (SECOND, lambda c, o: (c / SECOND).unlink()),
     ".metadata removed": (".metadata", lambda c, o: (c / ".metadata").unlink()),
     "the last byte cut off": (FIRST, lambda c, o: cut(c / FIRST)),
-    "emptied": ("common.pt", lambda c, o: (c / "common.pt").write_bytes(b"")),
+    "emptied": (NO_TENSORS, lambda c, o: (c / NO_TENSORS).write_bytes(b"")),
     "a block of zeros": (FIRST, lambda c, o: zero_block(c / FIRST)),
     "a file of another step": (SECOND, lambda c, o: shutil.copy(o / SECOND, c / SECOND)),
-    "common.pt of another step": (
-        "common.pt",
-        lambda c, o: shutil.copy(o / "common.pt", c / "common.pt"),
-    ),
     "two ranks' files swapped": (FIRST, lambda c, o: swap(c / FIRST, c / SECOND)),
     "a file more": ("__2_0.distcp", lambda c, o: shutil.copy(c / FIRST, c / "__2_0.distcp")),
     "a link instead of a file": (FIRST, lambda c, o: link(c / FIRST, o / FIRST)),
@@ -211,6 +211,11 @@ STRUCTURAL: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
         lambda c, o: shutil.copy(o / "manifest.json", c / "manifest.json"),
     ),
 }
+if NO_TENSORS == COMMON:
+    STRUCTURAL["common.pt of another step"] = (
+        COMMON,
+        lambda c, o: shutil.copy(o / COMMON, c / COMMON),
+    )
 
 
 def test_flipped_bits_and_structural_damage(
@@ -218,7 +223,7 @@ def test_flipped_bits_and_structural_damage(
 ) -> None:
     folder = tmp_path / f"step_{LAST:08d}"
     shutil.copytree(step_folder(whole, LAST), folder)
-    assert {FIRST, SECOND, ".metadata", "common.pt"} <= {path.name for path in folder.iterdir()}
+    assert {FIRST, SECOND, ".metadata", NO_TENSORS} <= {path.name for path in folder.iterdir()}
     with tally(4, "one bit flipped: refused, the file named") as t:
         flips(t, folder, 200 if full else 40)
     open_checkpoint(folder)
@@ -243,7 +248,7 @@ NEWEST: dict[str, tuple[str, Callable[[Path], object]]] = {
     "weights flipped": (FIRST, lambda c: flip_in_the_middle(c / FIRST)),
     "metadata flipped": (".metadata", lambda c: flip_in_the_middle(c / ".metadata")),
     "cut": (SECOND, lambda c: cut(c / SECOND)),
-    "emptied": ("common.pt", lambda c: (c / "common.pt").write_bytes(b"")),
+    "emptied": (NO_TENSORS, lambda c: (c / NO_TENSORS).write_bytes(b"")),
     "rank missing": (SECOND, lambda c: (c / SECOND).unlink()),
     "manifest missing": ("manifest.json", lambda c: (c / "manifest.json").unlink()),
     "manifest flipped": ("manifest.json", lambda c: flip_in_the_middle(c / "manifest.json")),

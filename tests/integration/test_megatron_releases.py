@@ -100,7 +100,11 @@ def test_a_run_goes_on_with_the_later_release_to_the_last_bit(trained: Trained) 
         for name, part in parts.items()
     }
     run_layouts(jobs, processes=1, folder=trained.folder, variables=with_next())
-    for name in parts:
+    # Experts on two ranks, and an optimizer whose moments are spread over them, too.
+    resume = f"checkpoint.resume={trained.checkpoint('old-ep2', HALF)}"
+    spread = {"resumed-ep2": trained.job(*LAYOUTS[2]["ep2"], resume)}
+    run_layouts(spread, processes=2, folder=trained.folder, variables=with_next())
+    for name in (*parts, "ep2"):
         resumed, whole = (read_records(trained.folder / f"{run}-{name}") for run in RESUMED)
         assert essence(resumed) == essence(whole)[HALF:]
         assert [record.get("mtp/loss") for record in resumed] == [
