@@ -14,6 +14,8 @@ from mone_megatron.testing.changed_tests import (
     imported_modules,
     main,
 )
+from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.warm_start import run_python
 
 FILES = {
     "mone_megatron/train/loop.py": "",
@@ -150,3 +152,17 @@ def test_what_git_refuses_is_one_line(
 def test_imports_are_found_in_every_form() -> None:
     source = "import a.b\nfrom c import d as e, f\nfrom g.h import (\n    i,  # why\n    j,\n)\n"
     assert {"a.b", "c.d", "c.f", "g.h.j", "g.h"} <= imported_modules(source)
+
+
+def test_the_longest_files_are_left_out_unless_there_are_no_others() -> None:
+    """As ``make check`` calls pytest; it fails where pytest finds no test at all."""
+
+    def collected(*files: str) -> set[str]:
+        arguments = ["-m", "pytest", "--within", "50", "--collect-only", "-p", "no:cacheprovider"]
+        done = run_python([*arguments, *files], folder=REPOSITORY, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {line.partition(":")[0] for line in done.stdout.splitlines() if "::" in line}
+
+    long, short = "tests/faults/test_kills.py", "tests/test_counting.py"
+    assert collected(long, short) == {short}
+    assert collected(long) == {long}
