@@ -82,6 +82,7 @@ SET_HERE: Mapping[str, Mapping[str, str]] = {
         "moe_router_dtype": "model.router.dtype",
         "moe_router_num_groups": "model.router.num_groups",
         "moe_router_group_topk": "model.router.group_topk",
+        "moe_router_topk_limited_devices": "model.router.group_topk",
         "moe_router_topk_scaling_factor": "model.router.scaling_factor",
         "moe_token_dispatcher_type": "parallel.dispatcher",
         "tensor_model_parallel_size": "parallel.tensor",

@@ -127,6 +127,7 @@ def test_fields_reach_megatron_core_and_the_identity_of_the_plan() -> None:
         ("megatron.transformer.linear_conf_kernel_dim=4", "TransformerConfig of megatron-core"),
         ("megatron.transformer.cuda_graph_warmup_steps=4", "this trainer makes no CUDA graph"),
         ("megatron.transformer.delay_wgrad_compute=true", "training step of this project does not"),
+        ("megatron.transformer.moe_router_topk_limited_devices=2", "model.router.group_topk sets"),
         ("megatron.transformer.moe_layer_recompute=true", "train.recompute sets it; use that key"),
         ("megatron.transformer.inference_rng_tracker=true", "it is for generating text"),
         ("megatron.optimizer.muon_momentum=0.9", "the optimizers of optim.name do not read it"),
