@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,17 @@ from mone_megatron.display import harmless
 from mone_megatron.evaluation.command_line import add_placement, labels_of
 from mone_megatron.lab.sparsification.plans import (
     DEFAULT_SHARES,
+    LAYER,
+    LEAST_CALIBRATION_TOKENS,
+    RANDOM,
+    RANK,
+    REMOVALS,
+    RULES,
     SCORES,
     TARGETS,
+    THRESHOLD,
+    THRESHOLD_OF,
+    check_named,
     check_scores,
     check_shares,
     check_tops,
@@ -37,6 +47,12 @@ _EPILOG = """\
 scores:
 {scores}
 
+rules:
+{rules}
+
+removals:
+{removals}
+
 exit status: 0 measured, 2 for what cannot be measured
 
 examples:
@@ -48,10 +64,13 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    scores = "\n".join(f"  {name:16} {meaning}" for name, meaning in SCORES.items())
+    scores, rules, removals = (
+        "\n".join(f"  {name:16} {meaning}" for name, meaning in known.items())
+        for known in (SCORES, RULES, REMOVALS)
+    )
     parser = Parser(
         description=_DESCRIPTION,
-        epilog=_EPILOG.format(scores=scores),
+        epilog=_EPILOG.format(scores=scores, rules=rules, removals=removals),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -68,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--shares", nargs="+", type=float, default=list(DEFAULT_SHARES), metavar="SHARE",
         help="of neurons to prune, in [0, 1)",
+    )  # fmt: skip
+    prune.add_argument(
+        "--rule", nargs="+", default=[RANK], metavar="RULE",
+        help=f"how scores decide; {THRESHOLD} needs --calibration ({RANK})",
+    )  # fmt: skip
+    prune.add_argument(
+        "--threshold-of", metavar="WHAT",
+        help=f"what has a threshold of its own, of {', '.join(THRESHOLD_OF)} ({LAYER})",
     )  # fmt: skip
     where = prune.add_mutually_exclusive_group()
     where.add_argument(
@@ -116,10 +143,29 @@ def _parser() -> argparse.ArgumentParser:
         "--budget-shares", nargs="+", type=float, metavar="SHARE",
         help="to measure each layer's sensitivity at (those of --shares)",
     )  # fmt: skip
-    budget.add_argument(
-        "--calibration", metavar="CORPUS", help="to choose the shares on (that of --perplexity)"
-    )
-    budget.add_argument("--calibration-tokens", type=int, help="of it (--max-tokens)")
+
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--calibration", metavar="CORPUS",
+        help="to set thresholds on, and to choose shares on (of these that of --perplexity)",
+    )  # fmt: skip
+    calibration.add_argument("--calibration-tokens", type=int, help="of it (--max-tokens)")
+
+    removal = parser.add_argument_group("removal")
+    removal.add_argument(
+        "--remove", nargs="+", default=[], metavar="WAY",
+        help="experts or neurons that go at the same --shares, to compare; see below",
+    )  # fmt: skip
+
+    tails = parser.add_argument_group("truncated tails")
+    tails.add_argument(
+        "--cett", nargs="+", type=float, default=[], metavar="ERROR",
+        help="cumulative errors of tail truncation, in (0, 1), to truncate every layer at",
+    )  # fmt: skip
+    tails.add_argument(
+        "--ppl-rise", nargs="+", type=float, default=[], metavar="PERCENT",
+        help="find the CETT at which the perplexity of the calibration text rises so much",
+    )  # fmt: skip
 
     compute = parser.add_argument_group("computation")
     compute.add_argument(
@@ -155,11 +201,71 @@ def _check(options: argparse.Namespace) -> None:
     if options.stream and options.trust_remote_code:
         raise ValueError("--stream: runs no code of a model's own; leave --trust-remote-code out")
     _check_budget(options)
+    _check_rules(options)
+    _check_tails(options)
+    _check_calibration(options)
+
+
+def _check_rules(options: argparse.Namespace) -> None:
+    options.rule = check_named(options.rule, RULES, "--rule")
+    if THRESHOLD not in options.rule:
+        if options.threshold_of is not None:
+            raise ValueError(
+                f"--threshold-of: of use with --rule {THRESHOLD} only; add it, or leave this out"
+            )
+    elif RANDOM in options.scores:
+        raise ValueError(
+            f"--rule {THRESHOLD}: no text says anything about {RANDOM} scores; leave {RANDOM} out "
+            "of --scores"
+        )
+    (options.threshold_of,) = check_named(
+        [options.threshold_of or LAYER], THRESHOLD_OF, "--threshold-of"
+    )
+
+
+def _check_tails(options: argparse.Namespace) -> None:
+    options.remove = check_named(options.remove, REMOVALS, "--remove")
+    for cett in options.cett:
+        if not 0 < cett < 1:
+            raise ValueError(f"--cett: {cett:g} is not in (0, 1), a relative error")
+    for rise in options.ppl_rise:
+        if not 0 < rise < math.inf:
+            raise ValueError(f"--ppl-rise: {rise:g} is not above 0, a rise in percent")
+    options.cett, options.ppl_rise = (
+        tuple(sorted(set(values))) for values in (options.cett, options.ppl_rise)
+    )
+
+
+def _calibrated(options: argparse.Namespace) -> str | None:
+    """Returns the option that needs a text of its own to calibrate on; None if none does."""
+    if THRESHOLD in options.rule:
+        return f"--rule {THRESHOLD}"
+    if options.cett:
+        return "--cett"
+    if options.ppl_rise:
+        return "--ppl-rise"
+    return "--remove" if options.remove else None
+
+
+def _check_calibration(options: argparse.Namespace) -> None:
+    asking = _calibrated(options)
+    if asking is not None:
+        if options.calibration is None:
+            raise ValueError(f"{asking}: give --calibration CORPUS, a text to calibrate on")
+        return
+    if options.loss_budget is not None:
+        return
+    for name in ("calibration", "calibration_tokens"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: nothing is calibrated; add --loss-budget, --rule "
+                f"{THRESHOLD}, --remove, --cett or --ppl-rise, or leave it out"
+            )
 
 
 def _check_budget(options: argparse.Namespace) -> None:
     if options.loss_budget is None:
-        for name in ("budget_score", "budget_shares", "calibration", "calibration_tokens"):
+        for name in ("budget_score", "budget_shares"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')}: of use with --loss-budget only")
         return
@@ -241,6 +347,12 @@ def _run(options: argparse.Namespace) -> None:
         stream=options.stream,
         stream_bytes=int(options.stream_memory * 1e9),
         trust_remote_code=trusted,
+        rules=options.rule,
+        threshold_of=options.threshold_of,
+        cetts=options.cett,
+        rises=options.ppl_rise,
+        removals=options.remove,
+        least_calibration=LEAST_CALIBRATION_TOKENS if _calibrated(options) else 0,
     )
     studies = [
         measured_study.look_into(measured_study.Subject(label, facts, *texts(facts), tasks), how)

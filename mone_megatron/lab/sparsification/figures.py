@@ -15,7 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, MaxNLocator, PercentFormatter
 
 from mone_megatron.evaluation.estimates import Difference
-from mone_megatron.lab.sparsification.findings import BudgetResult, Point, Study
+from mone_megatron.lab.sparsification.findings import (
+    BudgetResult,
+    Granularity,
+    Point,
+    Study,
+    granularity,
+)
+from mone_megatron.lab.sparsification.plans import RANK
 from mone_megatron.lab.sparsification.statistics import LayerStatistics
 from mone_megatron.report.formatting import plus_minus
 from mone_megatron.report.plots import (
@@ -45,13 +52,15 @@ def figures(studies: Sequence[Study]) -> Iterator[tuple[str, Figure]]:
         yield "thresholds.png", threshold_figure(studies)
     for name, study in zip(file_names([study.label for study in studies]), studies, strict=True):
         yield f"rise_{name}.png", rise_figure(study)
-        if len(_scores(study)) > 1:
+        if len(_lines(study)) > 1:
             yield f"scores_{name}.png", scores_figure(study)
         if study.statistics:
             yield f"activations_{name}.png", activation_figure(study)
             yield f"mass_{name}.png", mass_figure(study)
         if study.budget is not None:
             yield f"budget_{name}.png", budget_figure(study, study.budget)
+        if study.removals:
+            yield f"granularity_{name}.png", granularity_figure(study)
 
 
 def file_names(labels: Sequence[str]) -> list[str]:
@@ -64,11 +73,11 @@ def file_names(labels: Sequence[str]) -> list[str]:
 
 def loss_figure(studies: Sequence[Study]) -> Figure:
     """Draws every model's loss over the share pruned by the first score: the paper's figure."""
-    curves = [(study.label, _curve(study, _scores(study)[0])) for study in studies]
+    curves = [(study.label, _curve(study, _lines(study)[0])) for study in studies]
     figure = _losses(curves, [_loss(point) for _, curve in curves for point in curve])
     title_axes(
         figure.axes[0],
-        f"loss over the share of neurons pruned by {_scores(studies[0])[0]}",
+        f"loss over the share of neurons pruned by {_name(_lines(studies[0])[0])}",
         "no weight is changed; bands: 2 standard errors of the difference to the model as it is",
     )
     return figure
@@ -76,7 +85,7 @@ def loss_figure(studies: Sequence[Study]) -> Figure:
 
 def scores_figure(study: Study) -> Figure:
     """Draws the loss of one model over the share pruned by each score."""
-    curves = [(score, _curve(study, score)) for score in _scores(study)]
+    curves = [(_name(line), _curve(study, line)) for line in _lines(study)]
     figure = _losses(curves, [_loss(point) for point in curves[0][1]])
     title_axes(
         figure.axes[0],
@@ -90,13 +99,13 @@ def rise_figure(study: Study) -> Figure:
     """Draws how much the loss of a model rises, on a logarithmic scale, where it rises at all."""
     figure = new_figure()
     axes = figure.subplots()
-    for index, score in enumerate(_scores(study)):
-        curve = _curve(study, score)
+    for index, line in enumerate(_lines(study)):
+        curve = _curve(study, line)
         rises = np.array([_rise(point).value for point in curve])
         # A gap, not a line to somewhere below.
         seen = np.where(rises > _LOWEST_RISE, rises, np.nan)
-        axes.plot([point.share for point in curve], seen, color=color_of(index), label=score,
-                  **_LINE)  # fmt: skip
+        axes.plot([_share(point) for point in curve], seen, color=color_of(index),
+                  label=_name(line), **_LINE)  # fmt: skip
     _finish(axes, _SHARE_LABEL, percent_x=True)
     axes.set_xlim(0, 1)
     axes.set_yscale("log")
@@ -119,11 +128,11 @@ def relative_figure(studies: Sequence[Study]) -> Figure:
     figure = new_figure()
     axes = figure.subplots()
     for index, study in enumerate(studies):
-        curve = _curve(study, _scores(study)[0])
+        curve = _curve(study, _lines(study)[0])
         parts = [_relative(point, study.dense) for point in curve]
         shown = [part for part in parts if part is not None]
         if shown:
-            axes.plot([point.share for point in curve], shown, color=color_of(index),
+            axes.plot([_share(point) for point in curve], shown, color=color_of(index),
                       label=study.label, **_LINE)  # fmt: skip
     axes.axhline(0.95, color="#5c6673", linewidth=1, linestyle=":")
     _finish(axes, _SHARE_LABEL, percent_x=True)
@@ -133,8 +142,42 @@ def relative_figure(studies: Sequence[Study]) -> Figure:
     axes.legend(frameon=False, fontsize=12, loc="lower left")
     title_axes(
         axes,
-        f"task scores over the share of neurons pruned by {_scores(studies[0])[0]}",
+        f"task scores over the share of neurons pruned by {_name(_lines(studies[0])[0])}",
         "mean over tasks and metrics that are better when higher; dotted: 95%",
+    )
+    return figure
+
+
+def granularity_figure(study: Study) -> Figure:
+    """Draws the rise of the loss over the share that goes, and over what a token still needs."""
+    figure = new_figure()
+    panels = figure.subplots(1, 2, sharey=True)
+    by_name: dict[str, list[Granularity]] = {}
+    for row in granularity(study):
+        by_name.setdefault(row.name, []).append(row)
+    for index, (name, rows) in enumerate(by_name.items()):
+        rises = np.array([row.change.value for row in rows])
+        # A gap, not a line to somewhere below.
+        seen = np.where(rises > _LOWEST_RISE, rises, np.nan)
+        for axes, places in zip(
+            panels,
+            ([row.share for row in rows], [row.activated for row in rows]),
+            strict=True,
+        ):
+            axes.plot(places, seen, color=color_of(index), linestyle=line_style_of(index),
+                      label=name, **_LINE)  # fmt: skip
+    names = ("share that is to go", "experts' parameters that a token needs")
+    for axes, name in zip(panels, names, strict=True):
+        _finish(axes, name, percent_x=True)
+        axes.set_xlim(0, 1.02)
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=_LOWEST_RISE)
+    panels[0].set_ylabel("rise of the loss (nats per token)")
+    panels[1].legend(frameon=False, fontsize=11, loc="upper left", bbox_to_anchor=(1, 1))
+    title_axes(
+        panels[0],
+        f"experts and neurons that {study.label} can do without",
+        f"rises below {_LOWEST_RISE:g} and falls are not shown",
     )
     return figure
 
@@ -144,7 +187,7 @@ def _losses(curves: Sequence[tuple[str, list[Point]]], framed: Sequence[float]) 
     figure = new_figure()
     axes = figure.subplots()
     for index, (label, curve) in enumerate(curves):
-        shares, color = [point.share for point in curve], color_of(index)
+        shares, color = [_share(point) for point in curve], color_of(index)
         losses = np.array([_loss(point) for point in curve])
         spread = 2 * np.array([_rise(point).stderr for point in curve])
         axes.plot(shares, losses, color=color, label=label, **_LINE)
@@ -256,13 +299,28 @@ def budget_figure(study: Study, budget: BudgetResult) -> Figure:
     return figure
 
 
-def _scores(study: Study) -> list[str]:
-    return list(dict.fromkeys(point.score for point in study.points))
+# What a curve is of: the rule and the score.
+_Line = tuple[str, str]
 
 
-def _curve(study: Study, score: str) -> list[Point]:
-    """Returns the unpruned model and the points of one score."""
-    return [study.dense, *(p for p in study.points if p.score == score and p.share)]
+def _lines(study: Study) -> list[_Line]:
+    return list(dict.fromkeys((point.rule, point.score) for point in study.points))
+
+
+def _name(line: _Line) -> str:
+    rule, score = line
+    return score if rule == RANK else f"{score}, {rule}"
+
+
+def _share(point: Point) -> float:
+    """Returns where a point stands: thresholds prune what they prune, whatever was wanted."""
+    return point.share if point.rule == RANK else point.pruned
+
+
+def _curve(study: Study, line: _Line) -> list[Point]:
+    """Returns the unpruned model and the points of one rule and score."""
+    points = [p for p in study.points if (p.rule, p.score) == line and p.share]
+    return [study.dense, *points]
 
 
 def _loss_index(point: Point) -> int:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from mone_megatron.evaluation.estimates import Difference
 from mone_megatron.evaluation.harness import Score
 from mone_megatron.lab.sparsification.budget import Probe
+from mone_megatron.lab.sparsification.plans import NAEE_SKIP, RANK
 from mone_megatron.lab.sparsification.statistics import LayerStatistics
+from mone_megatron.lab.sparsification.use import Use
 from mone_megatron.report.identified import Doubt
 
 
@@ -35,12 +37,14 @@ class Kind:
         neurons: of one expert or MLP.
         own_kept: how many of them the model itself keeps.
         uses: experts of a token.
+        experts: how many there are; 1 for an MLP.
     """
 
     target: str
     neurons: int
     own_kept: int
     uses: int
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,12 @@ class Point:
         score: what ranks the neurons.
         share: asked for.
         pruned: share of the neurons of a token that is gone: a whole number of each expert's, and
-            those that the model itself leaves out.
+            those that the model itself leaves out. Of thresholds as measured.
         scores: what was measured.
         changes: of each of ``scores``, its difference to the model as it is.
+        rule: how the score decides.
+        activated: share of its experts' parameters that a token needs, with the projections that
+            the score reads of every neuron.
     """
 
     score: str
@@ -79,6 +86,8 @@ class Point:
     pruned: float
     scores: tuple[Score, ...]
     changes: tuple[Difference, ...]
+    rule: str = RANK
+    activated: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,55 @@ class BudgetResult:
 
 
 @dataclass(frozen=True)
+class Truncation:
+    """Holds what truncation at a CETT does.
+
+    Attributes:
+        asked: the CETT that was asked for, or None.
+        rise: the rise of the perplexity that was asked for, in percent, or None.
+        cett: the one of the thresholds.
+        calibrated: rise of the perplexity on the calibration text, in percent.
+        measured: rise of the perplexity on the text of the study, in percent.
+        change: rise of the loss there.
+        use: what is computed there; its activation ratio is 1 - ``use.pruned``.
+        thresholds: of each place of each layer.
+    """
+
+    asked: float | None
+    rise: float | None
+    cett: float
+    calibrated: float
+    measured: float
+    change: Difference
+    use: Use
+    thresholds: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Holds what removing experts or neurons does.
+
+    Attributes:
+        way: name of how they are chosen.
+        share: asked for.
+        held: share of the experts' parameters that are left to hold.
+        use: what a token computes.
+        scores: what was measured.
+        change: of the loss.
+        experts: those that are gone, as (layer, expert); none where neurons are gone or experts are
+            skipped.
+    """
+
+    way: str
+    share: float
+    held: float
+    use: Use
+    scores: tuple[Score, ...]
+    change: Difference
+    experts: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Study:
     """Holds what was found of one model."""
 
@@ -148,3 +206,59 @@ class Study:
     budget: BudgetResult | None
     # How texts begin for it, in words.
     beginning: str = ""
+    truncations: tuple[Truncation, ...] = ()
+    removals: tuple[Removal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Holds one way to do with less beside others.
+
+    Attributes:
+        name: of the way, or of the score and rule that prune the neurons of a token.
+        share: asked for.
+        held: share of the experts' parameters that are left to hold.
+        activated: share of its experts' parameters that a token needs.
+        pruned: share of its experts' neurons that it does not use.
+        change: rise of the loss.
+        per_token: whether it is chosen for each token.
+    """
+
+    name: str
+    share: float
+    held: float
+    activated: float
+    pruned: float
+    change: Difference
+    per_token: bool
+
+
+def granularity(study: Study) -> list[Granularity]:
+    """Returns what was removed of a model, and what was pruned of each token, in one list."""
+    at = next(at for at, score in enumerate(study.dense.scores) if score.metric == "loss")
+    rows = [
+        Granularity(
+            one.way,
+            one.share,
+            one.held,
+            one.use.activated,
+            one.use.pruned,
+            one.change,
+            one.way == NAEE_SKIP,
+        )
+        for one in study.removals
+    ]
+    rows += [
+        Granularity(
+            f"{point.score}, per token" if point.rule == RANK else f"{point.score}, {point.rule}",
+            point.share,
+            1.0,
+            point.activated,
+            point.pruned,
+            point.changes[at],
+            True,
+        )
+        for point in study.points
+        if point.share
+    ]
+    return rows

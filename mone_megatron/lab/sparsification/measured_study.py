@@ -19,6 +19,7 @@ from mone_megatron.evaluation.models import ModelFacts, load
 from mone_megatron.evaluation.tasks import LoadedTasks
 from mone_megatron.lab.sparsification.asking import Questions, refuse_writing
 from mone_megatron.lab.sparsification.budget import Allotment, path, search
+from mone_megatron.lab.sparsification.calibration import Calibration, check_length
 from mone_megatron.lab.sparsification.engine import Engine, Text
 from mone_megatron.lab.sparsification.findings import (
     BudgetResult,
@@ -26,8 +27,11 @@ from mone_megatron.lab.sparsification.findings import (
     Kind,
     Layer,
     Point,
+    Removal,
     Study,
+    Truncation,
 )
+from mone_megatron.lab.sparsification.granularity import Remover, check_removals, removal_of
 from mone_megatron.lab.sparsification.identity import identity_of
 from mone_megatron.lab.sparsification.kept_results import (
     Results,
@@ -42,11 +46,24 @@ from mone_megatron.lab.sparsification.places import (
     decoder_layers,
     places_of,
 )
-from mone_megatron.lab.sparsification.plans import Plan, dense, kept_neurons, plan, uniform
+from mone_megatron.lab.sparsification.plans import (
+    LAYER,
+    RANK,
+    THRESHOLD,
+    Plan,
+    activated,
+    dense,
+    kept_neurons,
+    plan,
+    projections_before,
+    uniform,
+)
 from mone_megatron.lab.sparsification.progress import WorkProgress
 from mone_megatron.lab.sparsification.resident import ResidentEngine
 from mone_megatron.lab.sparsification.statistics import LayerStatistics
 from mone_megatron.lab.sparsification.streaming import StreamedEngine
+from mone_megatron.lab.sparsification.truncation import Truncator
+from mone_megatron.lab.sparsification.use import Use, tallies_json
 
 Say = Callable[[str], None]
 
@@ -71,6 +88,12 @@ class StudySettings:
         stream: hold one decoder layer at a time.
         stream_bytes: size of the hidden states held between layers, about.
         trust_remote_code: whether a model may bring code of its own.
+        rules: how scores decide.
+        threshold_of: whether a threshold is of a layer or of each expert.
+        least_calibration: tokens that the calibration text must have.
+        cetts: cumulative errors of tail truncation to truncate at.
+        rises: rises of the perplexity, in percent, to truncate up to.
+        removals: ways to remove experts or neurons, at the same shares.
     """
 
     scores: tuple[str, ...]
@@ -87,6 +110,12 @@ class StudySettings:
     stream: bool
     stream_bytes: int
     trust_remote_code: bool
+    rules: tuple[str, ...] = (RANK,)
+    threshold_of: str = LAYER
+    least_calibration: int = 0
+    cetts: tuple[float, ...] = ()
+    rises: tuple[float, ...] = ()
+    removals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +126,8 @@ class Subject:
         label: what to call it.
         facts: known of it before its weights are.
         text: text to measure on.
-        calibration: text to choose shares for layers on; the same object as ``text`` when it is.
+        calibration: text to choose shares for layers and thresholds on; the same object as
+            ``text`` when it is.
         tasks: None for none.
     """
 
@@ -132,11 +162,19 @@ class ModelStudy:
         targets: tuple[str, ...],
     ) -> None:
         self._subject, self._settings, self._targets = subject, settings, targets
-        self._layers = tuple(_layers(model, targets))
+        self._layers = tuple(layers_of(model, targets))
         self._count = len(self._layers)
         # Without |a| there are no statistics of it.
         self._observable = any(
             place.defines_activation
+            for layer in decoder_layers(model)
+            for place in places_of(layer, targets)
+        )
+        # Projections that the model's own selection reads of every neuron.
+        self._own_before = max(
+            projections_before(place.own.score)
+            if place.own is not None and place.own_kept < place.neurons
+            else 0
             for layer in decoder_layers(model)
             for place in places_of(layer, targets)
         )
@@ -170,14 +208,11 @@ class ModelStudy:
 
     def _study(self, engine: _Lazy, results: Results, say: Say) -> Study:
         settings, subject = self._settings, self._subject
-        plans = [dense(self._count)]
-        plans += [
-            uniform(score, share, self._count)
-            for score in settings.scores
-            for share in settings.shares
-        ]
+        lines = self._lines(engine, results)
+        nothing = dense(self._count)
+        plans = [nothing, *(line.plan for line in lines)]
         found = self._on_text(plans, subject.text, engine, results)
-        loss = found[plans[0]][0].estimate.value
+        loss = found[nothing][0].estimate.value
         if not math.isfinite(loss):
             raise ValueError(
                 f"{subject.label}: the loss with nothing pruned is {loss}: its weights are "
@@ -186,13 +221,11 @@ class ModelStudy:
         if subject.tasks is not None:
             by_task = self._on_tasks(plans, subject.tasks, engine, results)
             found = {each: (*by_task[each], *found[each]) for each in found}
-        base = found[plans[0]]
+        base = found[nothing]
         points = [
-            _point(score, share, self._pruned(uniform(score, share, self._count)),
-                   found[uniform(score, share, self._count)], base)
-            for score in settings.scores
-            for share in settings.shares
-        ]  # fmt: skip
+            self._point(line, self._use(line.plan, results), found[line.plan], base)
+            for line in lines
+        ]
         budget = None
         statistics = self._statistics(engine, results, say)
         if settings.budget is not None:
@@ -203,12 +236,65 @@ class ModelStudy:
             targets=self._targets,
             layers=self._layers,
             tokens=subject.text.tokens,
-            dense=_point(plans[0].score, 0.0, self._pruned(plans[0]), base, base),
+            dense=self._point(
+                _Line(nothing, nothing.score, 0.0), self._use(nothing, results), base, base
+            ),
             points=tuple(points),
             statistics=statistics,
             budget=budget,
             beginning=subject.facts.beginning,
+            truncations=self._truncations(engine, results),
+            removals=self._removals(engine, results, say),
         )
+
+    def _lines(self, engine: _Lazy, results: Results) -> list[_Line]:
+        """Returns the plans of the curves, in the order in which they are shown."""
+        settings = self._settings
+        lines: list[_Line] = []
+        for rule in settings.rules:
+            if rule == RANK:
+                lines += [
+                    _Line(uniform(score, share, self._count), score, share)
+                    for score in settings.scores
+                    for share in settings.shares
+                ]
+                continue
+            assert rule == THRESHOLD, rule
+            calibration = self._calibration(engine, results)
+            cut = calibration.threshold_plans(
+                settings.scores, settings.shares, settings.threshold_of
+            )
+            lines += [_Line(each, score, share, rule) for (score, share), each in cut.items()]
+        return lines
+
+    def _truncations(self, engine: _Lazy, results: Results) -> tuple[Truncation, ...]:
+        settings = self._settings
+        if not settings.cetts and not settings.rises:
+            return ()
+        truncator = Truncator(
+            self._calibration(engine, results),
+            self._subject.text,
+            lambda plans, text: self._on_text(plans, text, engine, results),
+            lambda each: self._use(each, results),
+        )
+        return truncator.truncations(settings.cetts, settings.rises)
+
+    def _removals(self, engine: _Lazy, results: Results, say: Say) -> tuple[Removal, ...]:
+        settings, text = self._settings, self._subject.text
+        if not settings.removals:
+            return ()
+        remover = Remover(self._calibration(engine, results), settings.seed, say)
+        plans = remover.plans(settings.removals, settings.shares)
+        nothing = dense(self._count)
+        found = self._on_text([nothing, *(each.plan for each in plans)], text, engine, results)
+        return tuple(
+            removal_of(each, self._use(each.plan, results), found[each.plan], found[nothing])
+            for each in plans
+        )
+
+    def _calibration(self, engine: _Lazy, results: Results) -> Calibration:
+        subject = self._subject
+        return Calibration(subject.label, subject.calibration, self._layers, engine, results)
 
     @contextmanager
     def _open(self, say: Say) -> Iterator[Engine]:
@@ -240,7 +326,7 @@ class ModelStudy:
         """Returns loss, perplexity and bits per byte under every plan, measured unless kept."""
 
         def key(each: Plan) -> dict[str, Any]:
-            return self._key(each) | {"text": text.fingerprint}
+            return self._text_key(each, text)
 
         todo = [each for each in dict.fromkeys(plans) if results.get(key(each)) is None]
         if todo:
@@ -249,9 +335,12 @@ class ModelStudy:
             if len(todo) == 1:
                 title = f"{self._subject.label}: loss under one pruning"
             with WorkProgress(title, ready.work(todo, text)) as progress:
-                for each, perplexity in ready.measure(todo, text, progress.add):
-                    scores = perplexity_scores(text.name, perplexity)
-                    results.add(key(each), {"scores": [score_to_json(one) for one in scores]})
+                for each, measured in ready.measure(todo, text, progress.add):
+                    scores = perplexity_scores(text.name, measured.perplexity)
+                    value: dict[str, Any] = {"scores": [score_to_json(one) for one in scores]}
+                    if each.made is not None:
+                        value["computed"] = tallies_json(measured.tallies)
+                    results.add(key(each), value)
         return {each: _scores(results, key(each)) for each in plans}
 
     def _on_tasks(
@@ -337,20 +426,40 @@ class ModelStudy:
         )
 
     def _key(self, each: Plan) -> dict[str, Any]:
-        return {
-            "model": self._subject.label,
-            "score": each.score,
-            "shares": list(each.shares),
-        }
+        return {"model": self._subject.label} | each.key()
 
-    def _pruned(self, each: Plan) -> float:
-        """Returns the share of a token's neurons that is gone, in whole neurons."""
-        gone = 0.0
+    def _text_key(self, each: Plan, text: Text) -> dict[str, Any]:
+        return self._key(each) | {"text": text.fingerprint}
+
+    def _use(self, each: Plan, results: Results) -> Use:
+        """Returns what a token computes under a plan: of ranks by arithmetic, else as measured."""
+        before = max(self._own_before, _before(each))
+        if each.made is not None:
+            key = self._text_key(each, self._subject.text)
+            return results.read(key, lambda kept: Use.of(kept["computed"], before))
+        weight = sum(layer.weight for layer in self._layers)
+        stays = 0.0
         for layer in self._layers:
             for kind in layer.kinds:
                 kept = kept_neurons(each.shares[layer.number], kind.neurons)
-                gone += (kind.neurons - min(kept, kind.own_kept)) * kind.uses
-        return gone / sum(layer.weight for layer in self._layers)
+                stays += min(kept, kind.own_kept) * kind.uses
+        return Use((weight - stays) / weight, activated(before, 1.0, stays / weight))
+
+    def _point(
+        self, line: _Line, use: Use, scores: tuple[Score, ...], base: tuple[Score, ...]
+    ) -> Point:
+        changes = _changes(scores, base)
+        return Point(line.score, line.share, use.pruned, scores, changes, line.rule, use.activated)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Holds a plan, and what is shown of it."""
+
+    plan: Plan
+    score: str
+    share: float
+    rule: str = RANK
 
 
 def look_into(subject: Subject, settings: StudySettings) -> ModelStudy:
@@ -365,6 +474,7 @@ def look_into(subject: Subject, settings: StudySettings) -> ModelStudy:
         raise ValueError(f"--stream: {where} is no folder; download the model first")
     if settings.stream and subject.tasks is not None:
         refuse_writing(subject.tasks)
+    check_length(subject.calibration, settings.least_calibration)
     model = model_without_weights(where, trust_remote_code=settings.trust_remote_code)
     if settings.all_neurons:
         compute_all_neurons(model)
@@ -373,12 +483,14 @@ def look_into(subject: Subject, settings: StudySettings) -> ModelStudy:
         places = [place for layer in decoder_layers(model) for place in places_of(layer, targets)]
         scores = {*settings.scores} | ({settings.budget.score} if settings.budget else set())
         check_definable(places, sorted(scores))
+        check_removals(settings.removals, "routed" in targets, type(model).__name__)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return ModelStudy(subject, settings, model, targets)
 
 
-def _layers(model: PreTrainedModel, targets: Sequence[str]) -> Iterator[Layer]:
+def layers_of(model: PreTrainedModel, targets: Sequence[str]) -> Iterator[Layer]:
+    """Yields what each decoder layer has of some kinds of places."""
     config = model.config.get_text_config()
     for number, layer in enumerate(decoder_layers(model)):
         yield Layer(
@@ -389,16 +501,11 @@ def _layers(model: PreTrainedModel, targets: Sequence[str]) -> Iterator[Layer]:
                     place.neurons,
                     place.own_kept,
                     int(config.num_experts_per_tok) if place.target == "routed" else 1,
+                    place.experts,
                 )
                 for place in places_of(layer, targets)
             ),
         )
-
-
-def _point(
-    score: str, share: float, gone: float, scores: tuple[Score, ...], base: tuple[Score, ...]
-) -> Point:
-    return Point(score, share, gone, scores, _changes(scores, base))
 
 
 def _changes(scores: Sequence[Score], base: Sequence[Score]) -> tuple[Difference, ...]:
@@ -406,6 +513,11 @@ def _changes(scores: Sequence[Score], base: Sequence[Score]) -> tuple[Difference
         difference(one.estimate, other.estimate, same_samples=one.samples == other.samples)
         for one, other in zip(scores, base, strict=True)
     )
+
+
+def _before(each: Plan) -> int:
+    """Returns how many projections a plan's score reads of every neuron."""
+    return projections_before(each.score) if each.made is not None or any(each.shares) else 0
 
 
 def _scores(results: Results, key: dict[str, Any]) -> tuple[Score, ...]:

@@ -11,15 +11,21 @@ expert, E experts, H hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from inspect import getattr_static
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
+from transformers.integrations.moe import (
+    _default_apply_gate,
+    _grouped_linear,
+    grouped_mm_experts_forward,
+)
 
 from mone_megatron.hf.experts_mone import (
     ExpertRows,
@@ -41,6 +47,10 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _LONE_EXPERT = re.compile(r"(^|\.)experts\.\d+")
 
 
+# Makes weights of the router's weights, [N, K].
+Weigh = Callable[[Tensor], Tensor]
+
+
 class Place(Protocol):
     """Describes neurons of one layer that can be pruned.
 
@@ -49,14 +59,18 @@ class Place(Protocol):
         neurons: F.
         own_kept: how many of them the model itself keeps for a token.
         defines_activation: whether |a| is known.
+        experts: how many there are; 1 for an MLP.
+        own: the model's own selection; None where it has none.
     """
 
     target: str
     neurons: int
+    experts: int
+    own: NeuronSettings | None
     own_kept: int
     defines_activation: bool
 
-    def attached(self, choose: Choose) -> Any:
+    def attached(self, choose: Choose) -> AbstractContextManager[None]:
         """Returns a context in which ``choose`` sees all rows and says which neurons they keep."""
 
 
@@ -85,11 +99,32 @@ class _Expert:
                 rows=self._rows,
             )
         activate = experts.act_fn if self._place.defines_activation else None
-        rows = Rows(gate_TF, up_TF, hidden_TF, activate, own_TF, self._column_norms)
+        rows = Rows(
+            gate_TF,
+            up_TF,
+            hidden_TF,
+            activate,
+            own_TF,
+            self._column_norms,
+            self._down,
+            self._rows,
+        )
         return _keep(hidden_TF, own_TF, self._choose(rows))
 
     def _column_norms(self) -> Tensor:
         return down_norms(self._place.module, self._rows.expert_T)
+
+    def _down(self, hidden_TF: Tensor) -> Tensor:
+        experts, expert_T = self._place.module, self._rows.expert_T
+        counts_E = torch.bincount(expert_T, minlength=len(experts.down_proj))
+        bias_TH = experts.down_proj_bias[expert_T] if experts.has_bias else None
+        return _grouped_linear(
+            hidden_TF,
+            experts.down_proj,
+            counts_E.cumsum(0).to(torch.int32),
+            bias=bias_TH,
+            is_transposed=experts.is_transposed,
+        )
 
 
 def _keep(hidden_TF: Tensor, *masks: Tensor | None) -> Tensor:
@@ -104,13 +139,18 @@ class ExpertsPlace:
 
     target = "routed"
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, block: nn.Module) -> None:
         """Checks that an experts module can be pruned.
+
+        Args:
+            module: the experts.
+            block: what holds them and their router.
 
         Raises:
             ValueError: it has no gate projection.
         """
         self.module = cast(Any, module)
+        self.block = block
         if not self.module.has_gate:
             raise ValueError(f"{type(module).__name__} has no gate projection to rank neurons by")
         self.neurons = int(self.module.down_proj.shape[1 if self.module.is_transposed else 2])
@@ -119,16 +159,20 @@ class ExpertsPlace:
         if is_selecting(self.module):
             self.own = settings_of(self.module)
         self.own_kept = self.own.kept(self.neurons) if self.own else self.neurons
+        self.experts = len(self.module.down_proj)
 
     @contextmanager
-    def attached(self, choose: Choose) -> Iterator[None]:
+    def attached(self, choose: Choose, weigh: Weigh | None = None) -> Iterator[None]:
         """Attaches ``choose`` as :class:`Place` says.
 
-        The experts are computed by grouped matrix products.
+        The experts are computed by grouped matrix products, with the weights that ``weigh`` makes
+        of the router's.
         """
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             note_selected(self.module)
+            if weigh is not None:
+                top_k_weights = weigh(top_k_weights)
             rows = ExpertRows.of(top_k_index, top_k_weights, by_expert=True)
             expert = cast(nn.Module, _Expert(self, rows, choose))
             return grouped_mm_experts_forward(expert, hidden_states, top_k_index, top_k_weights)
@@ -140,11 +184,62 @@ class ExpertsPlace:
         finally:
             del self.module.__dict__["forward"]
 
+    @contextmanager
+    def without(self, gone: Collection[int]) -> Iterator[None]:
+        """Makes the router choose among the other experts while the context lasts.
+
+        Raises:
+            ValueError: the layer has no router of linear logits.
+        """
+        router = self._router()
+        before = router.__dict__.get("forward")
+        forward = router.forward
+
+        def masked(*arguments: Any, **named: Any) -> Any:
+            with _WithoutLogits(gone, self.experts):
+                return forward(*arguments, **named)
+
+        router.__dict__["forward"] = masked
+        try:
+            yield
+        finally:
+            if before is None:
+                del router.__dict__["forward"]
+            else:
+                router.__dict__["forward"] = before
+
+    def _router(self) -> nn.Module:
+        for module in self.block.children():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) == self.experts:
+                return module
+        raise ValueError(
+            f"{type(self.block).__name__} has no router with a row of weights for each expert, so "
+            "none can be taken out of it"
+        )
+
+
+class _WithoutLogits(TorchFunctionMode):
+    """Makes linear functions that have an output for each expert give -inf for some of them."""
+
+    def __init__(self, gone: Collection[int], experts: int) -> None:
+        super().__init__()
+        self._gone, self._experts = sorted(gone), experts
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is F.linear and output.shape[-1] == self._experts:
+            output[..., self._gone] = -torch.inf
+        return output
+
 
 class MLPPlace:
     """Is the place of a dense MLP or a shared expert, with hooks on its three projections."""
 
     defines_activation = True
+    experts = 1
 
     def __init__(self, module: nn.Module, target: str) -> None:
         self.module = cast(Any, module)
@@ -188,7 +283,16 @@ class MLPPlace:
             if not checked:
                 self._check(given, _keep(hidden_TF, own_TF))
                 checked = True
-            rows = Rows(gate_TF, up_TF, hidden_TF, activate, own_TF, self._column_norms)
+            rows = Rows(
+                gate_TF,
+                up_TF,
+                hidden_TF,
+                activate,
+                own_TF,
+                self._column_norms,
+                # Not called as a module: its hook is this function.
+                self.module.down_proj.forward,
+            )
             return (_keep(given, _as(given, choose(rows))),)
 
         handles = [
@@ -269,7 +373,7 @@ def _in_layer(layer: nn.Module) -> Iterator[Place]:
     experts = experts_modules(cast(PreTrainedModel, layer))
     for name, module in modules.items():
         if module in experts:
-            yield ExpertsPlace(module)
+            yield ExpertsPlace(module, modules[name.rpartition(".")[0]])
         elif _is_gated_mlp(module):
             if _LONE_EXPERT.search(name):
                 raise ValueError(

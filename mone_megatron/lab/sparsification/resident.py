@@ -11,10 +11,19 @@ from mone_megatron.evaluation.evaluate import harness_model
 from mone_megatron.evaluation.harness import Score, run_tasks
 from mone_megatron.evaluation.perplexity import Perplexity, measure_perplexity
 from mone_megatron.lab.sparsification.asking import Questions
-from mone_megatron.lab.sparsification.engine import Progress, Text, pruned
+from mone_megatron.lab.sparsification.engine import (
+    Measured,
+    Progress,
+    Text,
+    Watchers,
+    observers_of,
+    pruned,
+    watching,
+)
 from mone_megatron.lab.sparsification.places import Place, decoder_layers, places_of
 from mone_megatron.lab.sparsification.plans import Plan
-from mone_megatron.lab.sparsification.statistics import LayerStatistics, Observer
+from mone_megatron.lab.sparsification.ranking import Tally
+from mone_megatron.lab.sparsification.statistics import LayerStatistics
 
 
 class ResidentEngine:
@@ -38,13 +47,13 @@ class ResidentEngine:
         self._seed = seed
 
     @contextmanager
-    def pruning(self, plan: Plan) -> Iterator[None]:
-        """Makes the model follow a plan while the context lasts."""
+    def pruning(self, plan: Plan) -> Iterator[list[list[Tally]]]:
+        """Makes the model follow a plan while the context lasts; see :func:`.engine.pruned`."""
         with ExitStack() as stack:
-            for number, places in enumerate(self.layers):
-                choice = plan.at(number)
-                stack.enter_context(pruned(places, choice, layer=number, seed=self._seed))
-            yield
+            yield [
+                stack.enter_context(pruned(places, plan.at(number), layer=number, seed=self._seed))
+                for number, places in enumerate(self.layers)
+            ]
 
     def work(self, plans: Sequence[Plan], text: Text) -> int:
         """Returns how many tokens go through the model."""
@@ -52,12 +61,12 @@ class ResidentEngine:
 
     def measure(
         self, plans: Sequence[Plan], text: Text, progress: Progress
-    ) -> Iterator[tuple[Plan, Perplexity]]:
-        """Yields each plan with the text's perplexity under it; see :class:`.engine.Engine`."""
+    ) -> Iterator[tuple[Plan, Measured]]:
+        """Yields each plan with what it did to the text; see :class:`.engine.Engine`."""
         for plan in plans:
-            with self.pruning(plan):
+            with self.pruning(plan) as tallies:
                 found = self._perplexity(text, progress)
-            yield plan, found
+            yield plan, Measured(found, tuple(map(tuple, tallies)))
 
     def ask(
         self, plans: Sequence[Plan], questions: Questions, progress: Progress
@@ -74,17 +83,16 @@ class ResidentEngine:
         self, text: Text, tops: Sequence[float], progress: Progress
     ) -> list[LayerStatistics]:
         """Returns the activations' statistics, unpruned; see :class:`.engine.Engine`."""
-        observers: list[Observer] = []
+        observers = observers_of(self.layers, self.model.device)
+        self.watch(observers, text, progress)
+        return [observer.statistics(tops, text.tokens) for observer in observers.values()]
+
+    def watch(self, watchers: Watchers, text: Text, progress: Progress) -> None:
+        """Shows the unpruned model's rows to ``watchers``; see :class:`.engine.Engine`."""
         with ExitStack() as stack:
-            for number, places in enumerate(self.layers):
-                for place in places:
-                    if place.defines_activation:
-                        observers.append(
-                            Observer(number, place.target, place.neurons, self.model.device)
-                        )
-                        stack.enter_context(place.attached(observers[-1]))
-            found = self._perplexity(text, progress)
-        return [observer.statistics(tops, found.tokens) for observer in observers]
+            for (number, index), watcher in watchers.items():
+                stack.enter_context(watching(self.layers[number][index], watcher))
+            self._perplexity(text, progress)
 
     def _perplexity(self, text: Text, progress: Progress) -> Perplexity:
         return measure_perplexity(

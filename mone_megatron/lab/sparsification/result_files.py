@@ -11,7 +11,8 @@ from typing import Any
 
 from mone_megatron.evaluation.estimates import Difference
 from mone_megatron.lab.sparsification.figures import figures
-from mone_megatron.lab.sparsification.findings import BudgetResult, Point, Study
+from mone_megatron.lab.sparsification.findings import BudgetResult, Point, Study, granularity
+from mone_megatron.lab.sparsification.plans import OTHER_EXPERTS, RANK, SUPER_EXPERTS
 from mone_megatron.report.formatting import format_number, plus_minus, text_table
 from mone_megatron.report.identified import NOT_IDENTIFIED, reasons
 from mone_megatron.report.plots import png_bytes
@@ -22,10 +23,13 @@ _FORMAT = 1
 _PACKAGES = ("torch", "transformers", "lm_eval")
 _CURVE_HEADER = (
     "model", "score", "share", "pruned", "task", "metric", "value", "stderr", "samples",
-    "difference", "difference_stderr", "paired",
+    "difference", "difference_stderr", "paired", "rule", "activated",
 )  # fmt: skip
 _THRESHOLD_HEADER = (
     "model", "layer", "target", "neurons", "top", "pooled", "per_token", "not_identified",
+)  # fmt: skip
+_REMOVAL_HEADER = (
+    "model", "removed", "share", "held", "activated", "pruned", "loss_rise", "stderr", "paired",
 )  # fmt: skip
 _BUDGET_HEADER = ("model", "layer", "share")
 
@@ -43,6 +47,9 @@ def write(folder: Path, studies: Sequence[Study], settings: Mapping[str, Any]) -
         written.append(
             write_whole(folder / "budget.csv", _csv(_BUDGET_HEADER, _budget_rows(studies)))
         )
+    if any(study.removals for study in studies):
+        rows = _removal_rows(studies)
+        written.append(write_whole(folder / "granularity.csv", _csv(_REMOVAL_HEADER, rows)))
     written += [write_whole(folder / name, png_bytes(one)) for name, one in figures(studies)]
     return written
 
@@ -56,10 +63,15 @@ def report(studies: Sequence[Study]) -> str:
             parts.append(_threshold_table(study))
         if study.budget is not None:
             parts.append(_budget_lines(study.label, study.budget))
+        if study.removals:
+            parts.append(_removal_table(study))
+        if study.truncations:
+            parts.append(_truncation_table(study))
     parts.append(
         "value ± standard error; in brackets the difference to the model as it is, paired on the "
         "same windows or questions, ± its standard error. pruned: of all neurons of a token, with "
-        "those that the model itself leaves out."
+        "those that the model itself leaves out, of thresholds as it came on this text. activated: "
+        "of its experts' parameters, with the projections that the score reads of every neuron."
     )
     return "\n\n".join(parts)
 
@@ -70,10 +82,13 @@ def _curve_table(study: Study) -> str:
         for at, score in enumerate(study.dense.scores)
         if score.metric != "bits_per_byte"
     ]
-    header = ["score", "share", "pruned", *(name for _, name in named)]
+    ruled = any(point.rule != RANK for point in study.points)
+    header = ["score", *(["rule"] if ruled else []), "share", "pruned", "activated"]
+    header += [name for _, name in named]
     rows = []
     for point in (study.dense, *(point for point in study.points if point.share)):
-        row = [point.score, f"{point.share:g}", f"{point.pruned:.3f}"]
+        row = [point.score, *([point.rule] if ruled else []), f"{point.share:g}"]
+        row += [f"{point.pruned:.3f}", f"{point.activated:.3f}"]
         for at, name in named:
             estimate, change = point.scores[at].estimate, point.changes[at]
             text = plus_minus(_number(estimate.value), estimate.stderr, _spec(estimate.stderr))
@@ -85,7 +100,8 @@ def _curve_table(study: Study) -> str:
     title = f"{study.label}: {', '.join(study.targets)} neurons, {study.tokens:,} tokens"
     if study.beginning:
         title += f"; {study.beginning}"
-    return f"{title}\n{text_table(header, rows, left=(0,), ruled=False)}"
+    left = (0, 1) if ruled else (0,)
+    return f"{title}\n{text_table(header, rows, left=left, ruled=False)}"
 
 
 def _threshold_table(study: Study) -> str:
@@ -110,6 +126,50 @@ def _threshold_table(study: Study) -> str:
         if one.doubts
     ]
     return "\n".join([title, text_table(header, rows, left=(0,), ruled=False), *unknown])
+
+
+def _removal_table(study: Study) -> str:
+    rows = [
+        [
+            row.name,
+            f"{row.share:.3g}",
+            f"{row.held:.3f}",
+            f"{row.activated:.3f}",
+            _signed(row.change),
+        ]
+        for row in granularity(study)
+    ]
+    title = (
+        f"{study.label}: what goes for good, and what of a token: share asked for, parameters of "
+        "the experts that are held and that a token needs, rise of the loss"
+    )
+    header = ["removed", "share", "held", "activated", "loss"]
+    lines = [title, text_table(header, rows, left=(0,), ruled=False)]
+    for removal in study.removals:
+        if removal.way in (SUPER_EXPERTS, OTHER_EXPERTS):
+            named = " ".join(f"{layer}:{expert}" for layer, expert in removal.experts)
+            lines.append(f"{removal.way} (layer:expert): {named or 'none'}")
+    return "\n".join(lines)
+
+
+def _truncation_table(study: Study) -> str:
+    header = ["asked", "CETT", "activation ratio", "activated", "perplexity", "calibration"]
+    rows = [
+        [
+            f"CETT {one.asked:g}" if one.asked is not None else f"PPL-{one.rise:g}%",
+            f"{one.cett:.4g}",
+            f"{1 - one.use.pruned:.4f}",
+            f"{one.use.activated:.4f}",
+            f"{one.measured:+.3f}%",
+            f"{one.calibrated:+.3f}%",
+        ]
+        for one in study.truncations
+    ]
+    title = (
+        f"{study.label}: tails truncated by the norm of what a neuron adds to its layer; "
+        "rises of the perplexity on this text and on the calibration text"
+    )
+    return f"{title}\n{text_table(header, rows, left=(0,), ruled=False)}"
 
 
 def _budget_lines(label: str, budget: BudgetResult) -> str:
@@ -140,7 +200,7 @@ def _curve_rows(studies: Sequence[Study]) -> Iterator[tuple[Any, ...]]:
                 yield (
                     study.label, point.score, point.share, point.pruned, score.task, score.metric,
                     estimate.value, estimate.stderr, estimate.count,
-                    change.value, change.stderr, change.paired,
+                    change.value, change.stderr, change.paired, point.rule, point.activated,
                 )  # fmt: skip
 
 
@@ -152,6 +212,16 @@ def _threshold_rows(studies: Sequence[Study]) -> Iterator[tuple[Any, ...]]:
                     study.label, entry.layer, entry.target, entry.neurons,
                     one.top, one.pooled, one.per_token, reasons(one.doubts),
                 )  # fmt: skip
+
+
+def _removal_rows(studies: Sequence[Study]) -> Iterator[tuple[Any, ...]]:
+    for study in studies:
+        for row in granularity(study) if study.removals else ():
+            change = row.change
+            yield (
+                study.label, row.name, row.share, row.held, row.activated, row.pruned,
+                change.value, change.stderr, change.paired,
+            )  # fmt: skip
 
 
 def _budget_rows(studies: Sequence[Study]) -> Iterator[tuple[Any, ...]]:
@@ -195,14 +265,43 @@ def _study(study: Study) -> dict[str, Any]:
         "points": [_point(point) for point in study.points],
         "statistics": [entry.to_json() for entry in study.statistics],
         "budget": None if study.budget is None else budget_json(study.budget),
+        "removals": [
+            {
+                "way": one.way,
+                "share": one.share,
+                "held": one.held,
+                "activated": one.use.activated,
+                "pruned": one.use.pruned,
+                "loss": one.scores[0].estimate.value,
+                "loss_rise": _change(one.change),
+                "experts": [list(each) for each in one.experts],
+            }
+            for one in study.removals
+        ],
+        "truncations": [
+            {
+                "asked": one.asked,
+                "ppl_rise": one.rise,
+                "cett": one.cett,
+                "activation_ratio": 1 - one.use.pruned,
+                "activated": one.use.activated,
+                "perplexity_rise": one.measured,
+                "perplexity_rise_on_calibration": one.calibrated,
+                "loss_rise": _change(one.change),
+                "thresholds": [list(layer) for layer in one.thresholds],
+            }
+            for one in study.truncations
+        ],
     }
 
 
 def _point(point: Point) -> dict[str, Any]:
     return {
         "score": point.score,
+        "rule": point.rule,
         "share": point.share,
         "pruned": point.pruned,
+        "activated": point.activated,
         "scores": [
             {
                 "task": score.task,

@@ -7,7 +7,7 @@ that begin alike share them: of those that prune one layer each, everything befo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -30,14 +30,23 @@ from mone_megatron.lab.sparsification.asking import (
     answer,
     batch_requests,
 )
-from mone_megatron.lab.sparsification.engine import Progress, Text, pruned
+from mone_megatron.lab.sparsification.engine import (
+    Measured,
+    Progress,
+    Text,
+    Watchers,
+    observers_of,
+    pruned,
+    watching,
+)
 from mone_megatron.lab.sparsification.layered import LayeredModel
 from mone_megatron.lab.sparsification.places import Place, places_of
-from mone_megatron.lab.sparsification.plans import Choice, Plan, dense
-from mone_megatron.lab.sparsification.statistics import LayerStatistics, Observer
+from mone_megatron.lab.sparsification.plans import LayerChoice, Plan, dense
+from mone_megatron.lab.sparsification.ranking import Tally
+from mone_megatron.lab.sparsification.statistics import LayerStatistics
 
 # What was pruned in the layers so far.
-_Prefix = tuple[Choice | None, ...]
+_Prefix = tuple[LayerChoice | None, ...]
 # Hidden states of all batches.
 _States = list[Tensor]
 # Windows of a batch, and tokens of each.
@@ -130,32 +139,32 @@ class StreamedEngine:
 
     def measure(
         self, plans: Sequence[Plan], text: Text, progress: Progress
-    ) -> Iterator[tuple[Plan, Perplexity]]:
-        """Yields each plan with the text's perplexity under it; see :class:`.engine.Engine`.
+    ) -> Iterator[tuple[Plan, Measured]]:
+        """Yields each plan with what it did to the text; see :class:`.engine.Engine`.
 
         Plans are known in groups, when their pass has ended.
         """
         tokens = _tokens(text)
         for group in self._groups(plans, text.tokens):
-            states = self._pass(group, tokens, progress=progress)
+            tallies: dict[_Prefix, tuple[Tally, ...]] = {}
+            states = self._pass(group, tokens, progress=progress, tallies=tallies)
             for plan in group:
-                final = states[plan_prefix(plan, len(self.layers))]
-                yield plan, self._perplexity(final, text)
+                ways = [plan_prefix(plan, number + 1) for number in range(len(self.layers))]
+                perplexity = self._perplexity(states[ways[-1]], text)
+                yield plan, Measured(perplexity, tuple(tallies[way] for way in ways))
 
     def observe(
         self, text: Text, tops: Sequence[float], progress: Progress
     ) -> list[LayerStatistics]:
         """Returns the activations' statistics, unpruned; see :class:`.engine.Engine`."""
-        observers = {
-            (number, index): Observer(number, place.target, place.neurons, self._layered.device)
-            for number, places in enumerate(self.layers)
-            for index, place in enumerate(places)
-            if place.defines_activation
-        }
+        observers = observers_of(self.layers, self._layered.device)
+        self.watch(observers, text, progress)
+        return [observer.statistics(tops, text.tokens) for observer in observers.values()]
+
+    def watch(self, watchers: Watchers, text: Text, progress: Progress) -> None:
+        """Shows the unpruned model's rows to ``watchers``; see :class:`.engine.Engine`."""
         nothing = dense(len(self.layers))
-        self._pass([nothing], _tokens(text), progress=progress, observers=observers)
-        tokens = text.tokens
-        return [observer.statistics(tops, tokens) for observer in observers.values()]
+        self._pass([nothing], _tokens(text), progress=progress, watchers=watchers)
 
     def ask(
         self, plans: Sequence[Plan], questions: Questions, progress: Progress
@@ -215,7 +224,8 @@ class StreamedEngine:
         *,
         progress: Progress = lambda done: None,
         finished: Callable[[], None] = lambda: None,
-        observers: Mapping[tuple[int, int], Observer] = MappingProxyType({}),
+        watchers: Watchers = MappingProxyType({}),
+        tallies: dict[_Prefix, tuple[Tally, ...]] | None = None,
     ) -> dict[_Prefix, _States]:
         """Returns the last layer's output under each plan, by its whole prefix.
 
@@ -224,7 +234,8 @@ class StreamedEngine:
             tokens: batches of them, int64 ``[B, S]``.
             progress: told of tokens through a layer.
             finished: called after each layer.
-            observers: by layer and index of the place.
+            watchers: by layer and index of the place.
+            tallies: is given what was computed in the last layer of each prefix.
         """
         inputs = self._inputs(tokens)
         states: dict[_Prefix, _States] = {(): inputs.states}
@@ -238,11 +249,15 @@ class StreamedEngine:
                     needed = any(way[:-1] == later[:-1] for later in ways[position + 1 :])
                     before = states[way[:-1]] if needed else states.pop(way[:-1])
                     with ExitStack() as stack:
-                        stack.enter_context(pruned(places, way[-1], layer=number, seed=self._seed))
+                        found = stack.enter_context(
+                            pruned(places, way[-1], layer=number, seed=self._seed)
+                        )
                         for index, place in enumerate(places):
-                            if (number, index) in observers:
-                                stack.enter_context(place.attached(observers[number, index]))
+                            if (number, index) in watchers:
+                                stack.enter_context(watching(place, watchers[number, index]))
                         after[way] = self._through(layer, number, before, inputs, progress)
+                    if tallies is not None:
+                        tallies[way] = tuple(found)
                 states = after
             finished()
         return states

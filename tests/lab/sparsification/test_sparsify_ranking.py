@@ -41,6 +41,8 @@ def test_scores_by_hand() -> None:
         "abs_product": [2.193176, 0.238406, 1.244919],
         "wina": [2.193176, 2.384058, 2.489837],
         "wina_activation": [0.731059, 2.384058, 0.622459],
+        # Of one MLP: no router weighs it.
+        "contribution": [2.193176, 2.384058, 2.489837],
         "bottom_k": [-abs(value) for value in a],
     }
     rows = rows_of(gate, up, norms)

@@ -38,7 +38,9 @@ def measured(engine: ResidentEngine | StreamedEngine, plans: list[Plan]) -> dict
         nonlocal work
         work += done
 
-    found = {each: result.loss.value for each, result in engine.measure(plans, TEXT, progress)}
+    found = {
+        each: result.perplexity.loss.value for each, result in engine.measure(plans, TEXT, progress)
+    }
     assert work == engine.work(plans, TEXT)
     return found
 

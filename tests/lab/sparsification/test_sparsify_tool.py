@@ -197,6 +197,83 @@ def test_what_was_measured_is_taken_up_again(
     assert "of other models or text: targets was ['dense']" in capsys.readouterr().err
 
 
+def test_thresholds_are_set_on_one_text_and_measured_on_another(
+    main: Main,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    quick_figures: None,
+) -> None:
+    calibration = ["--calibration", str(place / "other.txt")]
+    base = [str(place / "qwen3_moe"), "--perplexity", str(place / "text.txt"), "--seq-length", "64"]
+    base += ["--shares", "0.5", "0.75"]
+    both = [*base, "--rule", "threshold", "rank", *calibration, "--output", str(tmp_path / "out")]
+    assert main(both) == 0
+    first = capsys.readouterr()
+    (study,) = json.loads((tmp_path / "out" / "summary.json").read_text())["models"]
+    points = {(point["rule"], point["share"]): point for point in study["points"]}
+    assert set(points) == {(rule, share) for rule in ("threshold", "rank") for share in (0.5, 0.75)}
+    for (rule, share), point in points.items():
+        # Ranks prune what they are told; of thresholds it is what came on this text.
+        assert (point["pruned"] == share) == (rule == "rank")
+        assert point["pruned"] == pytest.approx(share, abs=0.15)
+        assert point["activated"] == pytest.approx((1 + 2 * (1 - point["pruned"])) / 3)
+    lines = (tmp_path / "out" / "results.jsonl").read_text()
+    # Nothing is left to do; a text or kind of threshold that is another one is measured anew.
+    assert main(both) == 0
+    again = capsys.readouterr()
+    assert "reading" not in again.err
+    assert again.out == first.out
+    assert (tmp_path / "out" / "results.jsonl").read_text() == lines
+    assert main([*both, "--threshold-of", "expert"]) == 0
+    assert "loss under 2 prunings" in capsys.readouterr().err
+    assert main([*both, "--calibration-tokens", "200"]) == 0
+    assert "loss under 2 prunings" in capsys.readouterr().err
+    # A layer at a time it is the same.
+    assert main([*both[:-1], str(tmp_path / "streamed"), "--stream"]) == 0
+    assert capsys.readouterr().out.replace("streamed", "out") == first.out
+
+
+def test_removal_and_truncation_stand_beside_what_is_pruned(
+    main: Main,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    quick_figures: None,
+) -> None:
+    base = ["--perplexity", str(place / "text.txt"), "--seq-length", "64", "--shares", "0.5"]
+    base += ["--calibration", str(place / "other.txt"), "--cett", "0.2", "--ppl-rise", "1"]
+    ways = ["neurons", "reap", "naee", "naee_skip", "super_experts"]
+    arguments = [str(place / "qwen3_moe"), *base, "--remove", *ways]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    first = capsys.readouterr().out
+    (study,) = json.loads((tmp_path / "out" / "summary.json").read_text())["models"]
+    removals = {one["way"]: one for one in study["removals"]}
+    assert set(removals) == {*ways, "other_experts"}
+    held = {way: one["held"] for way, one in removals.items()}
+    assert held["neurons"] == held["reap"] == held["naee"] == 0.5
+    assert held["naee_skip"] == 1
+    assert removals["neurons"]["activated"] == 0.5
+    assert removals["reap"]["activated"] == removals["naee"]["activated"] == 1
+    assert removals["naee_skip"]["activated"] == pytest.approx(0.5)
+    assert len(removals["super_experts"]["experts"]) == len(removals["other_experts"]["experts"])
+    fixed, found = study["truncations"]
+    assert (fixed["asked"], found["ppl_rise"]) == (0.2, 1)
+    assert 0 < fixed["activation_ratio"] < 1
+    assert found["perplexity_rise_on_calibration"] <= 1
+    with (tmp_path / "out" / "granularity.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["removed"] for row in rows] == [*removals, "abs_activation, per token"]
+    assert (tmp_path / "out" / "granularity_qwen3_moe.png").exists()
+    lines = (tmp_path / "out" / "results.jsonl").read_text()
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == first
+    assert (tmp_path / "out" / "results.jsonl").read_text() == lines
+    # A layer at a time it is the same.
+    assert main([*arguments, "--output", str(tmp_path / "streamed"), "--stream"]) == 0
+    assert capsys.readouterr().out.replace("streamed", "out") == first
+
+
 def test_broken_weights_are_told_and_may_be_put_right(
     main: Main,
     place: Path,
@@ -274,6 +351,31 @@ def test_a_checkpoint_of_ours_streams(
             ["MOE", "TEXT", "OUT", "--stream", "--trust-remote-code"],
             "leave --trust-remote-code out",
         ),
+        (["MOE", "TEXT", "OUT", "--rule", "best"], "--rule: 'best' is unknown; use some of rank, "),
+        (["MOE", "TEXT", "OUT", "--rule", "threshold"], "--rule threshold: give --calibration"),
+        (["MOE", "TEXT", "OUT", "--threshold-of", "expert"], "of use with --rule threshold only"),
+        (
+            ["MOE", "TEXT", "OUT", "CALIBRATED", "--rule", "threshold", "--threshold-of", "row"],
+            "--threshold-of: 'row' is unknown; use some of layer, expert",
+        ),
+        (
+            ["MOE", "TEXT", "OUT", "CALIBRATED", "--rule", "threshold", "--scores", "random"],
+            "leave random out of --scores",
+        ),
+        (["MOE", "TEXT", "OUT", "CALIBRATED"], "--calibration: nothing is calibrated; add"),
+        (["MOE", "TEXT", "OUT", "--remove", "reap"], "--remove: give --calibration CORPUS"),
+        (["MOE", "TEXT", "OUT", "CALIBRATED", "--remove", "most"], "--remove: 'most' is unknown"),
+        (
+            ["DENSE", "TEXT", "OUT", "CALIBRATED", "--remove", "neurons", "reap"],
+            "--remove: reap removes routed experts, and of LlamaForCausalLM none are pruned; use",
+        ),
+        (["MOE", "TEXT", "OUT", "--cett", "0.2"], "--cett: give --calibration CORPUS"),
+        (["MOE", "TEXT", "OUT", "CALIBRATED", "--cett", "1"], "--cett: 1 is not in (0, 1)"),
+        (["MOE", "TEXT", "OUT", "CALIBRATED", "--ppl-rise", "0"], "--ppl-rise: 0 is not above 0"),
+        (
+            ["MOE", "TEXT", "OUT", "--calibration", "SHORT", "--rule", "threshold"],
+            "and at least 128 are needed; give a longer text",
+        ),
         (["MOE", "EMPTY", "OUT"], "empty"),
         (["MOE", "BLANK", "OUT"], "holds no text"),
         (["MOE", "TEXT", "FULL"], "holds files and no results.jsonl"),
@@ -294,6 +396,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("a few words")
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
@@ -305,6 +408,8 @@ def test_what_cannot_be_measured_is_told_in_one_line(
         "BLANK": ["--perplexity", str(tmp_path / "blank.jsonl")],
         "OUT": ["--output", str(tmp_path / "out")],
         "FULL": ["--output", str(tmp_path / "full")],
+        "CALIBRATED": ["--calibration", str(place / "other.txt")],
+        "SHORT": [str(tmp_path / "short.txt")],
     }
     for name, sizes in {
         "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4},
