@@ -127,6 +127,8 @@ class MoNELayer(MoELayer):
         segments = self._segments(groups, len(rows_TH))
         if self.experts.neuron_gate.pools:
             segments = replace(segments, token_T=self.row_counts.tokens_of_rows(len(rows_TH)))
+        if self.experts.neuron_gate.usage.collecting:
+            segments = replace(segments, order=self.row_counts.order_of_rows(len(rows_TH)))
         output_TH, bias = self.experts(rows_TH, groups, row_probs_T, segments)
         return self.token_dispatcher.combine_preprocess(output_TH), bias
 

@@ -41,7 +41,7 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         """Takes what megatron-core's dispatchers take, but which experts are here: all are."""
         super().__init__(config, pg_collection)
         self._order: _Order | None = None
-        self._shape = torch.Size()
+        self.hidden_shape = torch.Size()
 
     @property
     def token_of_row_T(self) -> Tensor:
@@ -62,7 +62,7 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         Returns:
             The tokens as ``[N, H]``, and ``probs``.
         """
-        self._shape = hidden_states.shape
+        self.hidden_shape = hidden_states.shape
         self._order = _Order(routing_map)
         return hidden_states.view(-1, hidden_states.shape[-1]), probs
 
@@ -92,7 +92,7 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         order, self._order = self._order, None
         assert order is not None, "asked once after each dispatch"
         tokens_NH: Tensor = _Sums.apply(hidden_states, order)
-        return tokens_NH.view(self._shape)
+        return tokens_NH.view(self.hidden_shape)
 
 
 class _Order:

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mone_megatron.kernels import ops
+from mone_megatron.mone.chunk_unions import TokenOrder
 from mone_megatron.mone.megatron_settings import GATED_MLP, SHARED_EXPERT, refuse_unread
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 
@@ -46,7 +47,13 @@ def _forward(mlp: MLP, gate: NeuronGate, hidden_states: Tensor) -> tuple[Tensor,
         output: Tensor = mlp.linear_fc2(hidden_TF.view(*gate_up.shape[:-1], -1))[0]
         return output
 
-    segments = Segments(index_T, 1, _context_group(), in_order=True)
+    context_group, order = _context_group(), None
+    if gate.usage.collecting and context_group is None:
+        # Every row is a token, in the order of megatron-core.
+        tokens = len(index_T)
+        token_T = torch.arange(tokens, device=index_T.device)
+        order = TokenOrder(token_T, tokens, gate_up.shape[1])
+    segments = Segments(index_T, 1, context_group, in_order=True, order=order)
     return gate(gate_TF, up_TF, None, segments, project_down, partial(down_norm, mlp)), None
 
 

@@ -38,6 +38,7 @@ from mone_megatron.mone.balance import (
     neuron_weights,
     sum_over_ranks,
 )
+from mone_megatron.mone.chunk_unions import ChunkUnions, TokenOrder
 from mone_megatron.mone.layer_numbers import count_layers
 from mone_megatron.mone.metrics import Usage
 from mone_megatron.mone.selection import NeuronSelection, NeuronSelector
@@ -68,7 +69,8 @@ class Segments:
     got from microbatch m. ``shared_group``: ranks with other tokens of the same segments.
     ``in_order``: whether ``index_T`` never decreases. ``weight``: how many microbatches each
     segment stands for: losses add up over microbatches. ``token_T``: int64, equal for rows of one
-    token; None where each row is a token, or nobody asks (:attr:`NeuronGate.pools`).
+    token; None where each row is a token, or nobody asks (:attr:`NeuronGate.pools`). ``order``:
+    where the rows' tokens stand in their sequences; None where that is not known, or nobody asks.
     """
 
     index_T: Tensor
@@ -77,6 +79,7 @@ class Segments:
     in_order: bool = False
     weight: int = 1
     token_T: Tensor | None = None
+    order: TokenOrder | None = None
 
 
 def _scaled(hidden_TF: Tensor, scale_T: Tensor) -> Tensor:
@@ -128,6 +131,7 @@ class NeuronGate(MegatronModule):
             neuron_group=self.neuron_group,
             replica_group=replica_group if dist.get_world_size(replica_group) > 1 else None,
         )
+        self.unions = ChunkUnions()
         self.activate: Activate = config.activation_func
         self.activate_up = up_function(self.activate)
         self.balance = settings.balance if settings else NeuronBalance()
@@ -327,6 +331,9 @@ class NeuronGate(MegatronModule):
             assert isinstance(keep, Tensor)
             with self.usage.timed():
                 self._count(gate_TF, keep, kept_SF, segment_ST, segments.num_microbatches)
+                if segments.order is not None and self.neuron_group is None:
+                    expert_T = segments.index_T % self.num_local_experts
+                    self.unions.add(keep, expert_T, segments.order, self.num_experts)
         return self._attach_balance(hidden_TF, weight_sum_SF, kept_SF, segments)
 
     def _glu(

@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from torch import Tensor
 
+from mone_megatron.mone.chunk_unions import TokenOrder
 from mone_megatron.mone.local_dispatch import LocalTokenDispatcher
 
 
@@ -80,6 +81,30 @@ class RowCounts:
         # count them.
         absent_L = ~map_NA.T.flatten()
         return absent_L.to(torch.uint8).argsort(stable=True)[:rows] % len(map_NA)
+
+    def order_of_rows(self, rows: int) -> TokenOrder | None:
+        """Returns where the tokens of this rank's rows stand; None where that is not known here.
+
+        It is known where one rank has all experts of a layer and no token lacks a row or has an
+        empty one.
+
+        Args:
+            rows: T, how many rows there are.
+        """
+        dispatcher = self.dispatcher
+        known = (LocalTokenDispatcher, MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher)
+        config = dispatcher.config
+        if (
+            not isinstance(dispatcher, known)
+            or dispatcher.ep_size > 1
+            or dispatcher.tp_size > 1
+            or config.context_parallel_size > 1
+            or config.moe_expert_capacity_factor is not None
+            or config.moe_router_padding_for_quantization
+        ):
+            return None
+        shape = dispatcher.hidden_shape
+        return TokenOrder(self.tokens_of_rows(rows), shape[:-1].numel(), shape[1])
 
     def _preprocess(self, routing_map_NA: Tensor) -> Tensor:
         """Counts as the dispatcher does, and keeps the numbers before they go to the host."""

@@ -51,6 +51,9 @@ _NEURON_GRIDS = (
     ("mone/load_balance", "Balance of the load alone", "whatever the weights; 1 is perfectly even"),
     ("mone/kept_activation", "Mean |a| of kept neurons", "the scale of raw balance weights"),
     ("mone/load_overlap", "Load in common with the panel step before", "1 is no change"),
+    ("mone/chunk_union_1", "Neurons that a token keeps", "of those of all experts of the layer"),
+    ("mone/chunk_union_8", "Neurons that any of 8 adjacent tokens keeps", "of all of the layer"),
+    ("mone/chunk_union_32", "Neurons that any of 32 adjacent tokens keeps", "of all of the layer"),
     ("mone/load_entropy_min", "Neuron load entropy of the worst expert", "1 is perfectly even"),
     ("mone/dead_neuron_share_max", "Dead neurons of the worst expert", "share of its neurons"),
 )
@@ -60,6 +63,9 @@ _FROM_ZERO = (
     "mone/dead_neuron_share",
     "mone/dead_neuron_share_max",
     "mone/kept_activation",
+    "mone/chunk_union_1",
+    "mone/chunk_union_8",
+    "mone/chunk_union_32",
 )
 # Of each expert at the last panel step: (name in panel.jsonl, title, note).
 _LAST_GRIDS = (

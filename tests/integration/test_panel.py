@@ -196,7 +196,25 @@ def test_every_layout_sees_the_same(runs: Path, layouts: Path, name: str) -> Non
                     close = pytest.approx(row, rel=0.05, abs=least, nan_ok=True)
                     assert again.experts[key] == close, (use.mlp, use.layer, key)
     metrics = [_lines(run / "metrics.jsonl")[3] for run in (runs / "everywhere", layouts / name)]
-    assert metrics[0].keys() == metrics[1].keys()
+    # Which neurons chunks of tokens keep is known where a rank has all of a layer's.
+    whole, other = ({key for key in one if "chunk_union" not in key} for one in metrics)
+    assert whole == other
+    unions = [{key for key in one if "chunk_union" in key} for one in metrics]
+    assert "mone/chunk_union_32/layer_2" in unions[0]
+    assert "mone/dense/chunk_union_8/layer_1" in unions[0]
+    assert unions[1] <= unions[0]
+    if name in ("pp2", "dp2"):
+        assert unions[1] == unions[0]
+    if name in ("ep2", "tp2_ep2"):
+        assert "mone/chunk_union_32/layer_2" not in unions[1]
+    for key in unions[1]:
+        assert metrics[1][key] == pytest.approx(metrics[0][key], rel=0.02), key
+    # Of one token it is what it keeps: of the layer's experts, those that it goes to.
+    tokens = {(use.mlp, use.layer): use.experts["tokens"] for use in expected[3].layers}
+    chosen = sum(tokens["routed", 2]) / tokens["dense", 1][0]
+    assert metrics[0]["mone/chunk_union_1/layer_2"] == pytest.approx(
+        metrics[0]["mone/density/layer_2"] * chosen / len(tokens["routed", 2])
+    )
     assert "mone/shared/load_overlap/layer_4" in metrics[0]
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from mone_megatron.lab.routing.bits import Bits, count, unpack
+from mone_megatron.mone.chunk_unions import CHUNK_LENGTHS
 from mone_megatron.report.stats import FloatArray
 
 Counts = npt.NDArray[np.int64]
@@ -106,8 +107,6 @@ def kept_overlap(
     )
 
 
-# Lengths of chunks: each is twice the one before.
-CHUNK_LENGTHS = (1, 2, 4, 8, 16, 32)
 # Bytes of the table of which tokens keep which neurons that is looked at at once.
 _TABLE_BYTES = 1 << 26
 

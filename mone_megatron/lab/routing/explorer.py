@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mone_megatron.lab.routing.counting import CHUNK_LENGTHS, conditional, divide
+from mone_megatron.lab.routing.counting import conditional, divide
 from mone_megatron.lab.routing.statistics import LayerStatistics, TraceStatistics
 from mone_megatron.lab.routing.statistics_files import Analysis
 from mone_megatron.lab.routing.summary import LayerSummary, union_shares
+from mone_megatron.mone.chunk_unions import CHUNK_LENGTHS
 from mone_megatron.report.formatting import format_count
 from mone_megatron.report.page import Curve, Page, asset
 from mone_megatron.report.runs import Series

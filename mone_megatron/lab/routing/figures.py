@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from mone_megatron.lab.routing.counting import CHUNK_LENGTHS, conditional, divide
+from mone_megatron.lab.routing.counting import conditional, divide
 from mone_megatron.lab.routing.statistics import LayerStatistics
 from mone_megatron.lab.routing.statistics_files import Analysis
 from mone_megatron.lab.routing.summary import LayerSummary, union_shares
+from mone_megatron.mone.chunk_unions import CHUNK_LENGTHS
 from mone_megatron.report.plots import color_of, png_bytes, style_axes
 from mone_megatron.report.stats import FloatArray
 from mone_megatron.whole_files import write_whole

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mone_megatron.lab.routing.counting import CHUNK_LENGTHS, conditional, divide
+from mone_megatron.lab.routing.counting import conditional, divide
 from mone_megatron.lab.routing.statistics import (
     LayerStatistics,
     Limits,
@@ -31,6 +31,7 @@ from mone_megatron.lab.routing.summary import (
     union_shares,
 )
 from mone_megatron.lab.routing.trace import TraceHeader
+from mone_megatron.mone.chunk_unions import CHUNK_LENGTHS
 from mone_megatron.report.files import check_output
 from mone_megatron.report.formatting import text_table
 from mone_megatron.whole_files import write_json

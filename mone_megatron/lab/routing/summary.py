@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mone_megatron.lab.routing.counting import (
-    CHUNK_LENGTHS,
     KeptOverlap,
     divide,
     entropy_share,
@@ -20,6 +19,7 @@ from mone_megatron.lab.routing.statistics import (
     LayerStatistics,
     Vocabulary,
 )
+from mone_megatron.mone.chunk_unions import CHUNK_LENGTHS
 from mone_megatron.report.stats import FloatArray
 
 

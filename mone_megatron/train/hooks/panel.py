@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mone_megatron.config.schema import Config
 from mone_megatron.methods.hook import Hook, Record, StepReport
+from mone_megatron.mone.chunk_unions import CHUNK_LENGTHS, summarise_unions
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.metrics import (
     DEAD_SHARE,
@@ -131,6 +132,7 @@ class PanelHook(Hook):
         """Counts during the next forward passes, or not."""
         for _, gate in self.gates:
             gate.usage.reset()
+            gate.unions.reset()
             gate.usage.collecting = wanted
 
     def read(self, step: int, record: Mapping[str, float]) -> PanelReading:
@@ -143,11 +145,12 @@ class PanelHook(Hook):
         metrics: dict[str, float] = {}
         uses: list[LayerUse] = []
         for mlp in self.mlps:
-            usages = {}
+            usages, unions = {}, {}
             for gate_mlp, gate in self.gates:
                 if gate_mlp == mlp:
                     assert gate.layer_number is not None
                     usages[gate.layer_number - 1] = gate.usage
+                    unions[gate.layer_number - 1] = gate.unions
             tables, present = summarise(
                 usages,
                 rows=self.num_layers,
@@ -157,6 +160,9 @@ class PanelHook(Hook):
             )
             layers = [index + 1 for index in present.nonzero().flatten().tolist()]
             metrics |= _by_layer(mlp, tables, layers, self.selecting[mlp])
+            if self.selecting[mlp]:
+                shares = summarise_unions(unions, rows=self.num_layers, device=self.device)
+                metrics |= _unions_by_layer(mlp, shares, layers)
             uses += [_layer_use(mlp, layer, tables[layer - 1], record) for layer in layers]
         return PanelReading(metrics, Panel(step, tuple(uses)))
 
@@ -188,3 +194,17 @@ def _by_layer(
             metrics[f"{key}/layer_{layer}"] = value
             collected.setdefault(key, []).append(value)
     return metrics | {key: sum(values) / len(values) for key, values in collected.items()}
+
+
+def _unions_by_layer(mlp: Mlp, shares: Tensor, layers: Sequence[int]) -> dict[str, float]:
+    """Returns the share of a layer's neurons that chunks keep, and its means over layers."""
+    metrics: dict[str, float] = {}
+    part = "mone/" if mlp == "routed" else f"mone/{mlp}/"
+    for place, length in enumerate(CHUNK_LENGTHS):
+        known = {layer: shares[layer - 1, place].item() for layer in layers}
+        known = {layer: share for layer, share in known.items() if not math.isnan(share)}
+        key = f"{part}chunk_union_{length}"
+        metrics |= {f"{key}/layer_{layer}": share for layer, share in known.items()}
+        if known:
+            metrics[key] = sum(known.values()) / len(known)
+    return metrics

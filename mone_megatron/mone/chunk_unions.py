@@ -1,0 +1,121 @@
+"""Counts the neurons that any of some adjacent tokens keeps: what a step of so many has to read.
+
+Of one token it is what a token computes; of several it says what batched decoding, or checking
+tokens that were guessed ahead, can still leave out.
+
+Shape suffixes: T rows (a token once for each of its experts), F neurons of one expert, L lengths of
+chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Tokens of a chunk: each length is twice the one before.
+CHUNK_LENGTHS = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """Says where the tokens of rows stand in their sequences.
+
+    Attributes:
+        token_T: int64, the token of each row; token ``s * sequences + b`` is the s-th of sequence
+            b, as megatron-core lays out ``[s, b, h]``.
+        tokens: how many there are, of all sequences.
+        sequences: how many stand side by side.
+    """
+
+    token_T: Tensor
+    tokens: int
+    sequences: int
+
+
+class ChunkUnions:
+    """Adds up the kept neurons of chunks, of all experts of one layer together.
+
+    Attributes:
+        kept_L: fp64, kept neurons, summed over chunks; None while nothing was counted.
+        chunks_L: how many chunks there were: sequences are cut from their beginning, and what is
+            left at their end is in none.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Counts anew."""
+        self.kept_L: Tensor | None = None
+        self.chunks_L = [0] * len(CHUNK_LENGTHS)
+        self.neurons = 0
+
+    @torch.no_grad()
+    def add(self, mask_TF: Tensor, expert_T: Tensor, order: TokenOrder, num_experts: int) -> None:
+        """Counts one forward pass.
+
+        Args:
+            mask_TF: bool, True at kept neurons.
+            expert_T: int64, the expert of each row.
+            order: where the rows' tokens stand.
+            num_experts: experts of the layer, all of which are here.
+        """
+        length = order.tokens // order.sequences
+        self.neurons = num_experts * mask_TF.shape[-1]
+        place_T, sequence_T = (
+            torch.div(order.token_T, order.sequences, rounding_mode="floor"),
+            order.token_T % order.sequences,
+        )
+        # A group is an expert and a sequence; within it are places, and then chunks.
+        group_T, kept_TF = expert_T * order.sequences + sequence_T, mask_TF
+        found = []
+        for index, chunk in enumerate(CHUNK_LENGTHS):
+            chunks = length // chunk
+            if chunk > 1:
+                place_T = torch.div(place_T, 2, rounding_mode="floor")
+                whole_T = place_T < chunks
+                key_T = (group_T * max(chunks, 1) + place_T)[whole_T]
+                keys, row_T = torch.unique(key_T, return_inverse=True)
+                # At most two rows of one chunk's halves.
+                both = torch.zeros(
+                    len(keys), kept_TF.shape[-1], dtype=torch.uint8, device=kept_TF.device
+                )
+                both.index_add_(0, row_T, kept_TF[whole_T].to(torch.uint8))
+                kept_TF = both > 0
+                group_T = torch.div(keys, max(chunks, 1), rounding_mode="floor")
+                place_T = keys % max(chunks, 1)
+            found.append(kept_TF.sum(dtype=torch.float64))
+            self.chunks_L[index] += chunks * order.sequences
+        kept_L = torch.stack(found)
+        self.kept_L = kept_L if self.kept_L is None else self.kept_L + kept_L
+
+
+def summarise_unions(
+    counts: Mapping[int, ChunkUnions], *, rows: int, device: torch.device
+) -> Tensor:
+    """Returns the share of a layer's neurons that chunks keep. Collective; equal on every rank.
+
+    Args:
+        counts: this rank's, each at its row. Every rank holds all neurons of a layer and counts
+            tokens of its own, or counts nothing.
+        rows: how many layers there are, over all ranks.
+        device: the device on which the counts are added up.
+
+    Returns:
+        ``[rows, L]`` fp64 on the CPU; NaN where no chunk was counted.
+    """
+    width = len(CHUNK_LENGTHS)
+    sums = torch.zeros(rows, 2 * width, dtype=torch.float64, device=device)
+    for row, one in counts.items():
+        if one.kept_L is not None:
+            sums[row, :width] = one.kept_L.to(device)
+            sums[row, width:] = torch.tensor(
+                [count * one.neurons for count in one.chunks_L], dtype=torch.float64, device=device
+            )
+    dist.all_reduce(sums)
+    kept, possible = sums.cpu().split(width, dim=-1)
+    return torch.where(possible > 0, kept / possible, torch.nan)
