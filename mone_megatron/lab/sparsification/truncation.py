@@ -38,8 +38,13 @@ from mone_megatron.lab.sparsification.ranking import Choose, Rows, score_rows
 from mone_megatron.lab.sparsification.thresholds import ScoreCounts
 from mone_megatron.lab.sparsification.use import Use
 
-# Shares of a layer's contributions that thresholds are tried at, beside those that are zero.
-GRID = (*(step / 40 for step in range(1, 40)), 0.99)
+# Shares of a layer's contributions that thresholds are tried at, beside those that are zero: where
+# few are left, each step takes a seventh of them.
+GRID = (
+    *(step / 20 for step in range(1, 10)),
+    *(step / 40 for step in range(20, 37)),
+    *(1 - 0.1 * 0.85**step for step in range(1, 15)),
+)
 # The bisection ends when it knows the CETT so well.
 _TOLERANCE = 0.001
 
