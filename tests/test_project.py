@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from mone_megatron.testing.launch import import_path
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Tests of processes that find another path on purpose: vLLM's, none of ours, all of sys.path.
+OTHER_PATHS = ("serving", "test_warm_start.py", "test_megatron_compat.py")
 TEXT = {".py", ".md", ".yaml", ".toml", ".sh", ".sbatch", ".cfg", ""}
 
 
@@ -41,6 +48,26 @@ def test_no_machine_path_or_registry_in_the_repository() -> None:
         if pattern.search(line)
     ]
     assert not found, "\n".join(found)
+
+
+def test_processes_that_tests_start_import_what_the_tests_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the suite on another megatron-core would start processes with the installed one."""
+    pattern = re.compile(r'"PYTHON' + r'PATH"(: |, )')
+    found = [
+        f"{path.relative_to(REPOSITORY)}: {line.strip()}; use import_path"
+        for path in (REPOSITORY / "tests").rglob("*.py")
+        if not {path.name, path.parent.name} & set(OTHER_PATHS)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if pattern.search(line) and "import_path(" not in line and ".get(" not in line
+    ]
+    assert not found, "\n".join(found)
+    name = "PYTHON" + "PATH"
+    monkeypatch.setenv(name, os.pathsep.join(["one", "two"]))
+    assert import_path(tmp_path).split(os.pathsep) == [str(tmp_path), "one", "two"]
+    monkeypatch.delenv(name)
+    assert import_path(tmp_path) == str(tmp_path)
 
 
 def test_every_shipped_dependency_is_pinned() -> None:
