@@ -25,6 +25,8 @@ from mone_megatron.report.plots import (
 from mone_megatron.report.stats import Interval
 from mone_megatron.whole_files import write_json, write_whole
 
+# Costs that differ by no more are drawn as one: equal budgets are, off by up to 1% either way.
+_ALIKE_WITHIN = 0.02
 # What a variant costs: a title, the label of the axis, the number.
 COSTS: tuple[tuple[str, str, Callable[[Variant], float]], ...] = (
     ("Size", "parameters a token activates, gate counted", lambda one: one.budget.activated),
@@ -157,20 +159,24 @@ def frontier(outcome: Outcome) -> Figure:
     """Draws the loss of every variant over what a token or a step costs.
 
     Each seed is a dot, the mean has its interval, and a line goes through the variants that no
-    other beats in both.
+    other beats in both. Where all cost the same they stand side by side.
     """
     chart = new_figure()
     chart.set_size_inches(15, 6.5)
+    ranked = outcome.ranked
     places = chart.subplots(1, len(COSTS), sharey=True)
     for axes, (title, label, cost_of) in zip(places, COSTS, strict=True):
+        costs = [cost_of(variant) for variant in ranked]
+        alike = alike_in(costs)
         points = []
-        for place, variant in enumerate(outcome.variants):
-            color, cost = color_of(place), cost_of(variant)
+        for rank, (variant, cost) in enumerate(zip(ranked, costs, strict=True)):
+            place = outcome.variants.index(variant)
+            color, x = color_of(place), rank if alike else cost
             loss, seeds = paired_loss(outcome, variant)
             points.append((cost, loss.mean))
-            axes.plot([cost] * len(seeds), seeds, "o", color=color, alpha=0.35)
+            axes.plot([x] * len(seeds), seeds, "o", color=color, alpha=0.35)
             axes.errorbar(
-                cost,
+                x,
                 loss.mean,
                 yerr=loss.half_width,
                 fmt=marker_of(place),
@@ -178,17 +184,23 @@ def frontier(outcome: Outcome) -> Figure:
                 capsize=5,
                 label=variant.name,
             )
-        axes.step(
-            *zip(*unbeaten(points), strict=True),
-            where="post",
-            color="#5c6673",
-            linestyle="--",
-            zorder=1,
-        )
-        axes.set_xlabel(label)
-        axes.xaxis.set_major_formatter(lambda value, _: format_count(round(value)))
-        axes.tick_params(axis="x", rotation=30)
         style_axes(axes)
+        axes.margins(x=0.08)
+        if alike:
+            typical = format_count(cost_of(outcome.reference_variant))
+            label = f"{label}: {typical}, all within {_ALIKE_WITHIN:.0%}"
+            axes.set_xticks([])
+        else:
+            axes.step(
+                *zip(*unbeaten(points), strict=True),
+                where="post",
+                color="#5c6673",
+                linestyle="--",
+                zorder=1,
+            )
+            axes.xaxis.set_major_formatter(lambda value, _: format_count(round(value)))
+            axes.tick_params(axis="x", rotation=30)
+        axes.set_xlabel(textwrap.fill(label, 36))
         axes.set_title(title, fontsize=13, loc="left")
     places[0].set_ylabel("val_loss, nats a token, seeds paired; lower is better")
     # Beside the plots when it would cover the points.
@@ -200,6 +212,11 @@ def frontier(outcome: Outcome) -> Figure:
         bbox_to_anchor=(1.0, 1.0) if beside else None,
     )
     return chart
+
+
+def alike_in(costs: Sequence[float]) -> bool:
+    """Returns whether costs differ too little for places along an axis to say anything."""
+    return max(costs) - min(costs) <= _ALIKE_WITHIN * max(costs)
 
 
 def unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

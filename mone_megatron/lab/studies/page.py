@@ -11,6 +11,7 @@ from mone_megatron.lab.studies.definition import EQUAL_WITHIN, folder_of
 from mone_megatron.lab.studies.outcome import Outcome, Variant
 from mone_megatron.lab.studies.outcome_files import (
     COSTS,
+    alike_in,
     figure,
     frontier,
     paired_loss,
@@ -156,6 +157,7 @@ def _drawn(outcome: Outcome) -> dict[str, Any]:
             {
                 "title": title,
                 "label": label,
+                "alike": alike_in([cost_of(variant) for variant in ranked]),
                 "unbeaten": [
                     place
                     for place in unbeaten([(cost_of(v), losses[v.name][0].mean) for v in ranked])

@@ -35,12 +35,10 @@ class View {
       `is better. Grey: within ${interest} nats.`);
     this.forest = el(forest, 'div', 'plot');
     const costs = el(this.drawn, 'div', 'costs');
-    this.costs = study.costs.map((cost, k) => {
+    this.costs = study.costs.map((cost) => {
       const card = el(costs, 'div', 'card');
       el(card, 'h3', '', 'Loss: ' + cost.title.toLowerCase());
-      const all = study.variants.map((v) => v.costs[k]);
-      cost.equal = Math.max(...all) - Math.min(...all) < .01 * Math.max(...all);
-      el(card, 'p', 'note', cost.label + (cost.equal ? '; equal within 1%: side by side'
+      el(card, 'p', 'note', cost.label + (cost.alike ? '; all within 2%: side by side'
         : '; dashed: no other beats these in both'));
       return el(card, 'div', 'plot');
     });
@@ -162,7 +160,7 @@ class View {
     const plot = this.costs[k], width = plot.clientWidth, height = 300;
     const { variants } = this.study;
     const box = { left: 52, right: width - 16, top: 8, bottom: height - 30 };
-    const places = variants.map((v, which) => cost.equal ? which : v.costs[k]);
+    const places = variants.map((v, which) => cost.alike ? which : v.costs[k]);
     const [x0, x1] = reach(places, .08);
     const [y0, y1] = reach(variants.flatMap((v) => [...v.pairedSeeds,
       ...(v.paired ? [v.paired.low, v.paired.high, v.paired.mean] : [])]), .04);
@@ -174,7 +172,7 @@ class View {
         stroke: 'var(--grid)' });
       svg(area, 'text', { x: box.left - 8, y: Y(v) + 4, 'text-anchor': 'end' }, fmt(v));
     }
-    if (cost.equal) {
+    if (cost.alike) {
       svg(area, 'text', { x: (box.left + box.right) / 2, y: box.bottom + 18,
         'text-anchor': 'middle' }, fmt(variants.find((v) => v.isReference).costs[k]));
     } else for (const v of ticks(x0, x1, width / 90, false)) {
@@ -182,7 +180,7 @@ class View {
         stroke: 'var(--line)' });
       svg(area, 'text', { x: X(v), y: box.bottom + 18, 'text-anchor': 'middle' }, fmt(v));
     }
-    const best = cost.equal ? [] : cost.unbeaten.map(([x, y]) => [X(x), Y(y)]);
+    const best = cost.alike ? [] : cost.unbeaten.map(([x, y]) => [X(x), Y(y)]);
     if (best.length) {
       svg(area, 'path', { d: `M${best[0][0]} ${best[0][1]}` + best.slice(1)
         .map(([x, y]) => `H${x}V${y}`).join('') + `H${box.right}`, fill: 'none',

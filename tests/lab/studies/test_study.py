@@ -250,7 +250,7 @@ def test_a_variant_of_another_budget_is_shown_and_not_compared() -> None:
     assert labels == ["near"]
     # All of them have a place over what they cost.
     shown = frontier(outcome).axes[-1].get_legend_handles_labels()[1]
-    assert shown == ["r", "off", "near"]
+    assert shown == ["near", "r", "off"]
 
 
 def test_budgets_that_no_method_fixes_are_those_of_the_last_steps(
