@@ -66,10 +66,17 @@ class LoggingConfig(Group):
     """`auto` draws a bar on a terminal and prints lines elsewhere."""
     report: bool = True
     """Write loss.png and report.html at the end."""
+    report_seconds: Annotated[float, AtLeast(0)] = 30.0
+    """Write report.html of the running run so often, in a process of its own that takes a hundredth
+    of the time at most; an open page reads itself again. 0 for at the end alone."""
     tensorboard: bool = False
     """Write event files for TensorBoard under run.dir/tensorboard."""
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def unread(self) -> Collection[str]:
+        """Returns how often the report is written where there is none."""
+        return () if self.report else {"report_seconds"}
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this group alone."""

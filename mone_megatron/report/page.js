@@ -340,9 +340,8 @@ class Heatmap {
   }
 }
 
-for (const node of document.querySelectorAll('.chart')) {
-  new LineChart(node, DATA.charts[node.dataset.id]);
-}
+const charts = [...document.querySelectorAll('.chart')]
+  .map((node) => new LineChart(node, DATA.charts[node.dataset.id]));
 for (const node of document.querySelectorAll('.heatmap')) {
   new Heatmap(node, DATA.heatmaps[node.dataset.id]);
 }
@@ -387,6 +386,45 @@ const makeSortable = (table) => {
   });
 };
 for (const table of document.querySelectorAll('table.sortable')) makeSortable(table);
+// The page of a run that is going reads itself again, and stays where its reader is. What it keeps
+// meanwhile is the tab's own.
+const live = document.getElementById('live');
+if (live) {
+  const kept = 'mone live ' + location.pathname;
+  const details = [...document.querySelectorAll('details')];
+  try {
+    const before = JSON.parse(sessionStorage.getItem(kept));
+    sessionStorage.removeItem(kept);
+    if (before) {
+      history.scrollRestoration = 'manual';
+      details.forEach((node, index) => { node.open = Boolean(before.open[index]); });
+      scrollTo(0, before.y);
+    }
+  } catch { /* a browser that keeps nothing for files: the page begins at its top */ }
+  const written = Date.parse(live.dataset.written), every = 1000 * live.dataset.seconds;
+  const due = Date.now() + every;
+  live.querySelector('time').textContent = new Date(written).toLocaleString();
+  let held = false;
+  addEventListener('pointerdown', () => { held = true; });
+  addEventListener('pointerup', () => { held = false; });
+  const age = live.querySelector('.age');
+  const words = (s) => s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min`
+    : `${Math.round(s / 3600)} h`;
+  const look = () => {
+    const zoomed = charts.some((chart) => chart.zoom);
+    const old = Date.now() - written;
+    age.textContent = `, ${words(Math.max(0, old / 1000))} ago; ` + (
+      zoomed ? 'a newer one waits until no curve is zoomed.'
+        : old > 10 * every + 600000 ? 'nothing newer came: the run may have ended without a word.'
+          : 'this page reads itself again.');
+    if (Date.now() < due || document.hidden || held || zoomed) return;
+    const state = { y: scrollY, open: details.map((node) => node.open) };
+    try { sessionStorage.setItem(kept, JSON.stringify(state)); } catch { /* as above */ }
+    location.reload();
+  };
+  look();
+  setInterval(look, 1000);
+}
 // For a page's own views (Page.extend).
 window.monePage = { DATA, fmt, el, svg, ticks, color, MAP, shade, placeTip };
 })();

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib import resources
 from typing import Any, Literal
 
@@ -194,6 +195,21 @@ class Page:
         listing = f"<ul>{listing}</ul>" if listing else ""
         strong = f"<strong>{escape(text)}</strong>"
         self.raw(f'<div class="banner {kind}" role="status">{strong}{listing}</div>')
+
+    def live(self, text: str, written: datetime, seconds: float) -> None:
+        """Appends a line of a page that goes on: the page reads itself again where it stands.
+
+        Args:
+            text: how far it is.
+            written: when the page was made, with its time zone.
+            seconds: after which there may be a newer one.
+        """
+        at = f"{written:%Y-%m-%d %H:%M:%S %Z}"
+        self.raw(
+            f'<p class="live" id="live" role="status" data-seconds="{seconds:g}" '
+            f'data-written="{written.isoformat()}"><strong>{escape(text)}</strong> Written '
+            f'<time>{escape(at)}</time><span class="age"></span></p>'
+        )
 
     def tiles(self, tiles: Sequence[tuple[str, str, str]]) -> None:
         """Appends headline figures, each a tuple (label, value, detail)."""

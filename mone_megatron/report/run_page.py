@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from mone_megatron.report.formatting import (
 )
 from mone_megatron.report.page import Curve, Page
 from mone_megatron.report.panel_files import AlertSpan, read_alerts, read_last_panel
-from mone_megatron.report.plots import loss_figure, png_data_uri
 from mone_megatron.report.runs import METRICS_FILE, Run, Series, load_run
 from mone_megatron.whole_files import write_whole
 
@@ -91,22 +91,32 @@ _MARKED = {
 _ALERTS_IN_BANNER = 5
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, *, reload_seconds: float | None = None) -> Path:
     """Writes ``report.html`` into the run directory and returns its path.
+
+    Args:
+        run_dir: of the run.
+        reload_seconds: the run is going, and the page reads itself again after so long; None for
+            a page that stays.
 
     Raises:
         ValueError: the directory is not a readable run (:func:`load_run`).
     """
     run = load_run(run_dir)
-    return write_whole(run.path / REPORT_FILE, report_page(run))
+    return write_whole(run.path / REPORT_FILE, report_page(run, reload_seconds=reload_seconds))
 
 
-def report_page(run: Run) -> str:
-    """Returns the report as the text of an HTML file that needs no other file and no network."""
+def report_page(run: Run, *, reload_seconds: float | None = None) -> str:
+    """Returns the report as the text of an HTML file that needs no other file and no network.
+
+    Args:
+        run: as it was read.
+        reload_seconds: as of :func:`write_report`.
+    """
     page = Page(f"{run.name}: training report")
     alerts = read_alerts(run.path)
-    _head(page, run, alerts or [])
-    _loss(page, run)
+    _head(page, run, alerts or [], reload_seconds)
+    _loss(page, run, live=reload_seconds is not None)
     _tasks(page, run)
     _alerts(page, run, alerts)
     _balance(page, run, alerts or [])
@@ -129,7 +139,7 @@ def status_sentence(run: Run) -> str | None:
     }.get(run.summary.status, f"Status {run.summary.status!r} {place}.")
 
 
-def _head(page: Page, run: Run, alerts: Sequence[AlertSpan]) -> None:
+def _head(page: Page, run: Run, alerts: Sequence[AlertSpan], reload_seconds: float | None) -> None:
     summary = run.summary
     page.raw("<header>")
     page.heading_one(run.name)
@@ -143,7 +153,12 @@ def _head(page: Page, run: Run, alerts: Sequence[AlertSpan]) -> None:
     ]
     page.note(" · ".join(fact for fact in facts if fact))
     page.raw("</header>")
-    if sentence := status_sentence(run):
+    if reload_seconds is not None:
+        planned = run.setting("train.steps")
+        of_all = "" if planned is None else f" of {planned}"
+        now = datetime.now(timezone.utc)
+        page.live(f"The run is going, at step {run.last_step}{of_all}.", now, reload_seconds)
+    elif sentence := status_sentence(run):
         page.banner("bad" if summary.status == "failed" else "warn", sentence)
     loss = run.series("loss")
     diverged = loss.steps[~np.isfinite(loss.values)]
@@ -153,7 +168,8 @@ def _head(page: Page, run: Run, alerts: Sequence[AlertSpan]) -> None:
             f"The loss was not finite at {len(diverged)} of {len(loss)} steps, first at step "
             f"{diverged[0]}.",
         )
-    if run.broken_lines:
+    # The line that is being written is none that a killed process left.
+    if run.broken_lines and reload_seconds is None:
         page.banner(
             "warn",
             f"{METRICS_FILE} holds {run.broken_lines} half-written line(s), as a killed process "
@@ -203,7 +219,7 @@ def _head(page: Page, run: Run, alerts: Sequence[AlertSpan]) -> None:
     )
 
 
-def _loss(page: Page, run: Run) -> None:
+def _loss(page: Page, run: Run, *, live: bool) -> None:
     loss = run.series("loss")
     curves = [
         Curve(loss, "train", color=0, kind="faint"),
@@ -218,6 +234,11 @@ def _loss(page: Page, run: Run) -> None:
         height=380,
         wide=True,
     )
+    if live:
+        return
+    # matplotlib takes a second to import, which no training is to lose for each page of a run.
+    from mone_megatron.report.plots import loss_figure, png_data_uri
+
     page.raw(
         f'<noscript><img class="static" alt="loss" src="{png_data_uri(loss_figure(run))}">'
         "</noscript>"

@@ -51,7 +51,8 @@ def hooks_on_rank_0(
     hooks: list[Hook] = []
     # Hooks end in reverse, so the report comes last: it reads the others' files.
     if config.logging.report:
-        hooks.append(ShowingHook(ReportHook(folder), "report.html or loss.png", run_file.note))
+        report = ReportHook(folder, config.logging.report_seconds)
+        hooks.append(ShowingHook(report, "report.html or loss.png", run_file.note))
     tell = None
     if config.logging.wandb.mode != "disabled":
         hooks.append(wandb := WandbHook(config, folder, facts["id"]))

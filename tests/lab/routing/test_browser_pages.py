@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -159,4 +161,42 @@ def test_problems_are_seen(browser: Browser, tmp_path: Path) -> None:
     assert "one" in found
     assert "two" in found
     assert "asked for http://example.invalid/three.png" in found
+    tab.close()
+
+
+def _until(tab: Tab, condition: str) -> None:
+    """Until a condition holds, also when the page is read again while it is asked."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(AssertionError):
+            if tab.evaluate(condition):
+                return
+        time.sleep(0.05)
+    raise AssertionError(condition)
+
+
+def test_the_page_of_a_running_run_reads_itself_again(
+    browser: Browser, make_run: Callable[..., Path]
+) -> None:
+    run = make_run("run", steps=120, status="running")
+    newer = write_report(make_run("other", steps=130, status="running"), reload_seconds=3600)
+    tab = browser.open(write_report(run, reload_seconds=3600))
+    assert tab.text("#live").startswith("The run is going, at step 120 of 120. Written ")
+    assert tab.text("#live").endswith("ago; this page reads itself again.")
+    tab.evaluate("document.querySelector('details').open = true")
+    # Nothing is read again under a reader who looks closely.
+    chart = ".chart[data-id=chart3] svg"
+    tab.drag(chart, 0.3, 0.6)
+    place = tab.evaluate("scrollY")
+    assert place > 0
+    newer.replace(run / "report.html")
+    # An hour later.
+    tab.evaluate("Date.now = () => 3600000 + new Date().getTime()")
+    _until(tab, "document.querySelector('#live').textContent.includes('zoomed')")
+    assert "at step 120" in tab.text("#live")
+    tab.click(chart, 0.5, 0.5, times=2)
+    _until(tab, "document.querySelector('#live').textContent.includes('at step 130')")
+    assert tab.evaluate("scrollY") == place
+    assert tab.evaluate("document.querySelector('details').open") is True
+    assert tab.problems() == []
     tab.close()
