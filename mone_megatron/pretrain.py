@@ -34,6 +34,7 @@ from mone_megatron.data.prepare import check_cache, prepare_data
 from mone_megatron.display import harmless_output
 from mone_megatron.dry_run import dry_run
 from mone_megatron.helpers import HelperError
+from mone_megatron.large_imports import first_import_of
 from mone_megatron.local_sweep import LocalSweep
 from mone_megatron.megatron_release import check_megatron_release
 from mone_megatron.ownership import await_owner, owned_folder
@@ -89,17 +90,19 @@ def _pretrain(config: Config, written: Mapping[str, str] | None) -> int:
             f"{config.run.name}: configuration checked; loading torch and megatron-core", flush=True
         )
     with _own_run_directory(config, world):
-        import torch
+        with first_import_of("torch"):
+            import torch
 
-        from mone_megatron.parallel.device import open_device
+            from mone_megatron.parallel.device import open_device
 
         layout = check(num_devices=torch.cuda.device_count())
         if world.rank == 0:
             check_cache(config.data)
         data = prepare_data(config)
-        device = open_device(config.device, world)
-        # Only now: megatron-core binds names of torch.cuda at import.
-        from mone_megatron.train.run import run
+        with first_import_of("megatron.core"):
+            device = open_device(config.device, world)
+            # Only now: megatron-core binds names of torch.cuda at import.
+            from mone_megatron.train.run import run
 
         try:
             return run(

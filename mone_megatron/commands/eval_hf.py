@@ -10,6 +10,7 @@ from mone_megatron.command_line import Parser, check_at_least_1, exit_status, on
 from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
 from mone_megatron.display import harmless
 from mone_megatron.evaluation.command_line import add_placement, labels_of
+from mone_megatron.large_imports import first_import_of
 from mone_megatron.ownership import owned_file
 from mone_megatron.whole_files import write_whole
 
@@ -108,11 +109,12 @@ def _run(options: argparse.Namespace) -> None:
     require("hf", "transformers", "safetensors", "lm_eval")
     calm_bars()
     # Only now: these take seconds to import.
-    from mone_megatron.evaluation import evaluate, score_files
-    from mone_megatron.evaluation.corpora import open_corpus, reads_files
-    from mone_megatron.evaluation.models import choose_device, choose_dtype, look_at
-    from mone_megatron.evaluation.served import ServedModel
-    from mone_megatron.evaluation.tasks import expand, load_tasks
+    with first_import_of("torch"):
+        from mone_megatron.evaluation import evaluate, score_files
+        from mone_megatron.evaluation.corpora import open_corpus, reads_files
+        from mone_megatron.evaluation.models import choose_device, choose_dtype, look_at
+        from mone_megatron.evaluation.served import ServedModel
+        from mone_megatron.evaluation.tasks import expand, load_tasks
 
     device = choose_device(options.device)
     key = options.text_key

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mone_megatron.command_line import Parser, exit_status, say
 from mone_megatron.display import harmless
+from mone_megatron.large_imports import first_import_of
 from mone_megatron.ownership import owned_path
 
 _DESCRIPTION = """\
@@ -89,9 +90,10 @@ def _export(options: argparse.Namespace) -> None:
     require("hf", "transformers", "safetensors")
     calm_bars()
     # Only now: transformers takes seconds to import.
-    from mone_megatron.hf import checks, export, text_format
-    from mone_megatron.hf.source import Source, open_source
-    from mone_megatron.serving.misread import misreadings
+    with first_import_of("torch"):
+        from mone_megatron.hf import checks, export, text_format
+        from mone_megatron.hf.source import Source, open_source
+        from mone_megatron.serving.misread import misreadings
 
     repository = None
     if options.push_to_hub is not None:

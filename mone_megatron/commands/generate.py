@@ -16,6 +16,7 @@ from mone_megatron.data.lines import (
     read_lines,
 )
 from mone_megatron.display import harmless, is_read
+from mone_megatron.large_imports import first_import_of
 
 _DESCRIPTION = """\
 Prompt in, text streamed out. The model is a run (its newest checkpoint, converted in memory), a
@@ -111,10 +112,11 @@ def _generate(options: argparse.Namespace) -> None:
     require("hf", "transformers", "safetensors")
     calm_bars()
     # Only now: transformers takes seconds to import.
-    import torch
+    with first_import_of("torch"):
+        import torch
 
-    from mone_megatron.hf.generation import Sampling, choose_experts, generate
-    from mone_megatron.hf.loading import load_model
+        from mone_megatron.hf.generation import Sampling, choose_experts, generate
+        from mone_megatron.hf.loading import load_model
 
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,

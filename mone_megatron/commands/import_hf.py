@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mone_megatron.command_line import Parser, exit_status, say
 from mone_megatron.display import harmless
+from mone_megatron.large_imports import first_import_of
 from mone_megatron.ownership import owned_path
 
 if TYPE_CHECKING:
@@ -84,10 +85,11 @@ def _import(options: argparse.Namespace) -> None:
     require("hf", "transformers", "safetensors")
     calm_bars()
     # Only now: transformers takes seconds to import.
-    import torch
+    with first_import_of("torch"):
+        import torch
 
-    from mone_megatron.hf import importing, text_format
-    from mone_megatron.hf.weights import open_weights
+        from mone_megatron.hf import importing, text_format
+        from mone_megatron.hf.weights import open_weights
 
     dtype = {"saved": None, "fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     upcycling = None
