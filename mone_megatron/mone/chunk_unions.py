@@ -3,8 +3,8 @@
 Of one token it is what a token computes; of several it says what batched decoding, or checking
 tokens that were guessed ahead, can still leave out.
 
-Shape suffixes: T rows (a token once for each of its experts), F neurons of one expert, L lengths of
-chunks.
+Shape suffixes: T rows (a token once for each of its experts), F neurons of one expert, W words of
+eight of them, L lengths of chunks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 
 # Tokens of a chunk: each length is twice the one before.
 CHUNK_LENGTHS = (1, 2, 4, 8, 16, 32)
+# A word of eight bytes that are one.
+_ONES = 0x0101010101010101
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ class ChunkUnions:
             order.token_T % order.sequences,
         )
         # A group is an expert and a sequence; within it are places, and then chunks.
-        group_T, kept_TF = expert_T * order.sequences + sequence_T, mask_TF
+        group_T = expert_T * order.sequences + sequence_T
+        # Eight neurons a word, a byte each, so that there are fewer numbers to add.
+        padded = torch.nn.functional.pad(mask_TF.view(torch.uint8), (0, -mask_TF.shape[-1] % 8))
+        kept_TW = padded.contiguous().view(torch.int64)
         found = []
         for index, chunk in enumerate(CHUNK_LENGTHS):
             chunks = length // chunk
@@ -80,15 +85,15 @@ class ChunkUnions:
                 whole_T = place_T < chunks
                 key_T = (group_T * max(chunks, 1) + place_T)[whole_T]
                 keys, row_T = torch.unique(key_T, return_inverse=True)
-                # At most two rows of one chunk's halves.
-                both = torch.zeros(
-                    len(keys), kept_TF.shape[-1], dtype=torch.uint8, device=kept_TF.device
+                both = kept_TW.new_zeros(len(keys), kept_TW.shape[-1])
+                both.index_add_(
+                    0, row_T, kept_TW if len(row_T) == len(kept_TW) else kept_TW[whole_T]
                 )
-                both.index_add_(0, row_T, kept_TF[whole_T].to(torch.uint8))
-                kept_TF = both > 0
+                # Of a chunk's two halves, or one: bytes are 0, 1 or 2.
+                kept_TW = (both | both >> 1) & _ONES
                 group_T = torch.div(keys, max(chunks, 1), rounding_mode="floor")
                 place_T = keys % max(chunks, 1)
-            found.append(kept_TF.sum(dtype=torch.float64))
+            found.append(torch.count_nonzero(kept_TW.flatten().view(torch.uint8)).double())
             self.chunks_L[index] += chunks * order.sequences
         kept_L = torch.stack(found)
         self.kept_L = kept_L if self.kept_L is None else self.kept_L + kept_L
