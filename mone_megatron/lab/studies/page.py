@@ -42,7 +42,8 @@ _LIMITS = (
     "decode bytes: bf16 weights read for one token alone, counted, not timed.",
     "step FLOPs: operations that a training step computes, over the reference's. Masks are applied "
     "to dense products, so few neurons save nothing in training; what selecting costs beside the "
-    "products is not counted, and shows in the time.",
+    "products is not counted, and shows in the time. A router of no fixed number of experts counts "
+    "with its planned one.",
     "step time: seconds over the reference's, each of the least disturbed of its runs (their 10th "
     "percentile of steps). The machine was shared, so it tells factors, not percents.",
     "One size, one corpus, one schedule a study: other sizes may answer otherwise.",
