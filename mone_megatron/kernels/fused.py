@@ -94,7 +94,10 @@ def selecting_shape(neurons: int, dtype: torch.dtype, *, most: bool = False) -> 
         most: whether the kernel also packs and adds up, which takes more registers.
     """
     wide = dtype is torch.bfloat16 and neurons <= _MOST_BY_THIRTY_TWO and not most
-    return launch_shape(neurons, 32 if wide else 16)
+    shape = launch_shape(neurons, 32 if wide else 16)
+    # Assembly counts so many lanes of a thread at once, and finds no fewer.
+    assert shape.block // (32 * shape.warps) >= min(16, shape.block // 32), shape
+    return shape
 
 
 @cache

@@ -129,14 +129,16 @@ def choose_kernel(
         score_N = score_N.to(tl.float32)
     else:
         score_N = SCORE(gate_N, up_N, activation_N, NARROW)
-    flag_N = lanes_of(largest(score_N, inside_N, k, SIGNED, NARROW))
+    flag_N = lanes_of(largest(score_N, k, NEURONS, SIGNED, NARROW))
     # A NaN keeps nothing: then the first K stand for all of them, with NaN as their weights.
     found = tl.sum(flag_N, axis=0)
     kept_N = (flag_N != 0) | ((found == 0) & (lane_N < k))
     weight_N = tl.where(found == 0, float("nan"), weight_N * tl.load(scale + slot).to(tl.float32))
-    place_N = slot * k + tl.cumsum(kept_N.to(tl.int32), axis=0) - 1
-    tl.store(chosen + place_N, lane_N, mask=kept_N)
-    tl.store(weights + place_N, weight_N, mask=kept_N)
+    # 64 bits are for the slot alone: lanes add up in 32.
+    first = slot * k
+    place_N = tl.cumsum(kept_N.to(tl.int32), axis=0) - 1
+    tl.store(chosen + first + place_N, lane_N, mask=kept_N)
+    tl.store(weights + first + place_N, weight_N, mask=kept_N)
 
 
 @triton.jit

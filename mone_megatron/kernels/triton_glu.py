@@ -143,7 +143,7 @@ def forward_kernel(
                 score_N = widened(tl.load(score_at + lane_N, mask=inside_N, other=0.0))
             else:
                 score_N = SCORE(gate_N, up_N, weight_N, NARROW)
-            kept_P = largest(score_N, inside_N, k, SIGNED, NARROW)
+            kept_P = largest(score_N, k, NEURONS, SIGNED, NARROW)
         elif KEEP == "mask":
             kept_P = pairs_from(tl.load(mask + row * NEURONS + lane_N, mask=inside_N, other=0))
         else:

@@ -130,7 +130,19 @@ class Rows:
         new_T1 = known_E[self.expert_T].unsqueeze(-1) == 0
         broken_T1 = self.scores_TF.isnan().any(dim=-1, keepdim=True)
         mask_TF = (self.scores_TF > tau_T1) & ~broken_T1
-        return self.largest(self.budget.kept).where(new_T1, mask_TF) if new_T1.any() else mask_TF
+        return self.largest_of_new(new_T1, mask_TF)
+
+    def largest_of_new(self, new_T1: Tensor, mask_TF: Tensor) -> Tensor:
+        """Returns a mask with the K largest scores in the rows that are new, ``[T, F]``.
+
+        Args:
+            new_T1: True for rows of experts whose state says nothing yet.
+            mask_TF: the mask of the others.
+        """
+        # A GPU computes it for nothing, too: to ask whether there are such rows is to wait for it.
+        if new_T1.device.type == "cpu" and not new_T1.any():
+            return mask_TF
+        return self.largest(self.budget.kept).where(new_T1, mask_TF)
 
     def sum_by_expert(self, values_T: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns values of the rows added up by expert, fp32 ``[E]``, under the same names."""

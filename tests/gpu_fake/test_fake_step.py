@@ -99,6 +99,8 @@ def test_a_step_is_one_that_a_gpu_would_take(run: FakeRun) -> None:
     assert run.launches("forward_kernel") > 0
     # In training, evaluation, steps that count and after a resume: all was compiled before.
     assert run.written["compiled_later"] == []
-    assert run.written["compiled_before"] > 2
+    # Forward and back, and where neurons are chosen or counted more.
+    alone = "experiment=tiny_moe" in run.written["overrides"]
+    assert run.written["compiled_before"] > (1 if alone else 2)
     # One kernel for all of a parameter's update, without temporaries.
     assert [part["fused"] for part in run.written["optimizers"]] in ([True], [True, True])

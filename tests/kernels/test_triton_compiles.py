@@ -44,17 +44,16 @@ def test_all_kernels_compile_and_fit_in_registers() -> None:
 
 # Machine instructions a row for an H100, as counted when this was written, by kernel, dtype and f.
 COUNTED = {
-    ("forward, sums", "bf16", 128): 467,
-    ("forward, sums", "bf16", 704): 1841,
+    ("forward, sums", "bf16", 128): 366,
+    ("forward, sums", "bf16", 176): 587,
+    ("forward, sums", "bf16", 704): 1500,
     ("backward, sums", "bf16", 704): 2296,
-    ("mask", "bf16", 704): 1709,
+    ("mask", "bf16", 704): 794,
     ("forward, sums", "fp32", 1024): 4133,
 }
 TOLERATED = 1.05
 # Times the memory bound, by the model of lab/benchmarks/registers.py.
 MOST = 2.0
-# What a narrow row needs beside its neurons takes longer for these.
-MOST_OF_NARROW = {"forward, sums, abs_product": 2.1, "forward, sums, signed_gate": 2.3}
 
 
 def test_the_training_kernels_issue_no_more_instructions_than_they_did(tmp_path: Path) -> None:
@@ -81,8 +80,8 @@ def test_the_training_kernels_issue_no_more_instructions_than_they_did(tmp_path:
     slow = {
         (name, dtype, neurons): kernel["issue_ratio"]
         for (name, dtype, neurons), kernel in found.items()
-        if name.startswith("forward")
-        and kernel["issue_ratio"] > (MOST_OF_NARROW.get(name, MOST) if neurons == 128 else MOST)
+        if (name.startswith("forward") or (name, dtype) == ("mask", "bf16"))
+        and kernel["issue_ratio"] > MOST
     }
     assert not slow
     grown = {
@@ -164,6 +163,20 @@ def test_how_many_rows_are_usual_does() -> None:
     assert len(_variants_by_rows("bfloat16", 64, 16, expected=0)) > 2
 
 
+def test_what_was_compiled_keeps_what_the_reference_does() -> None:
+    """The PTX runs, for widths with lanes beyond the end, odd and unaligned ones."""
+    script = Path(__file__).with_name("run_compiled.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "33", "128", "176", "704"],
+        env=os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 100
+
+
 def test_the_training_kernels_compile_for_blackwell() -> None:
     done = subprocess.run(
         [
@@ -211,29 +224,25 @@ def test_a_division_without_its_test_is_the_same_in_bf16(numerator: str, off: in
 
 
 @pytest.mark.parametrize(("neurons", "scale"), [(704, 1.0), (1024, 0.3), (1024, 3.0), (2048, 1.0)])
-def test_searches_turn_and_rows_tie_no_more_often_than_the_counts_have_it(
+def test_rows_are_searched_everywhere_and_tie_no_more_often_than_the_counts_have_it(
     neurons: int, scale: float
 ) -> None:
     """Rows of Gaussian gates, a quarter kept; the search of triton_select on the host."""
-    from mone_megatron.lab.benchmarks.registers import EXPECTED_PASSES, EXPECTED_TIES
+    from mone_megatron.lab.benchmarks.registers import EXPECTED_TIES
 
     generator = torch.Generator().manual_seed(1)
     gates = (torch.randn(100, neurons, generator=generator) * scale).bfloat16()
     keys = torch.nn.functional.silu(gates).abs().view(torch.int16).int()
-    k, turns, ties = neurons // 4, 0, 0
+    k, ties = neurons // 4, 0
     for row in keys:
         kth = max(int(row.max()) - 1023, 0)
         reached = int((row >= kth).sum())
         assert reached >= k, "found only by the search everywhere"
-        step = 512
-        while step and reached != k:
-            counted = int((row >= kth + step).sum())
+        for bit in range(9, -1, -1):
+            counted = int((row >= kth + (1 << bit)).sum())
             if counted >= k:
-                kth, reached = kth + step, counted
-            step >>= 1
-            turns += 1
+                kth, reached = kth + (1 << bit), counted
         ties += reached > k
-    assert turns / 100 <= EXPECTED_PASSES["bf16"] + 0.5
     assert ties / 100 <= EXPECTED_TIES["bf16"] + 0.2
 
 

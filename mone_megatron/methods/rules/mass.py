@@ -50,10 +50,7 @@ def mass(rows: Rows) -> Tensor:
         return at_least(rows.scores_TF, rows.scores_TF.new_full((1, 1), fixed))
     p_T1 = rows.state["p"][rows.expert_T].unsqueeze(-1)
     new_T1 = rows.state["seen"][rows.expert_T].unsqueeze(-1) == 0
-    mask_TF = at_least(rows.scores_TF, p_T1)
-    if new_T1.any():
-        mask_TF = rows.largest(rows.budget.kept).where(new_T1, mask_TF)
-    return mask_TF
+    return rows.largest_of_new(new_T1, at_least(rows.scores_TF, p_T1))
 
 
 def at_least(scores_TF: Tensor, p_T1: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class Finding:
     @property
     def in_layer(self) -> bool:
         """Returns whether it is done in each layer, forward or backward."""
-        folders = ("mone_megatron/mone/", "mone_megatron/kernels/", "mone_megatron/model/")
+        ours = ("mone", "kernels", "model", "methods")
+        folders = [f"mone_megatron/{folder}/" for folder in ours]
         return self.place.startswith((*folders, "megatron/core/transformer/"))
 
 
