@@ -94,7 +94,7 @@ def all_checks(output: Path, *, gpu: bool) -> list[Check]:
         Check("waits", "how often the host waits for the GPU", training("waits", "waits"), 90,
               ("gpu",), "3 a step, and 3 a layer and microbatch (docs/gpu.md)"),
         Check("select", "the exact top-k mask beside torch's", select, 60, ("gpu", "triton"),
-              "2 to 3.5 times the memory bound, by instructions", select_file),
+              "1 to 1.5 times the memory bound, by instructions", select_file),
         Check("layer", "a layer of MoNE beside MoE", layer, 90, ("gpu",), "1.02 times as long",
               layer_file),
         Check("decode", "decoding beside all rows", decode, 60, ("gpu",),

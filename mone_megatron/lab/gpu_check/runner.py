@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mone_megatron.helpers import ending
 from mone_megatron.lab.gpu_check.checks import Check, missing
 
 # A check that has less than this is not begun.
@@ -40,6 +41,9 @@ class Result:
 def run_check(check: Check, limit: float) -> Result:
     """Runs one check for at most ``limit`` seconds; its process and all that it started end."""
     began = time.perf_counter()
+    if check.json_file is not None:
+        # What an earlier run left there is not what this one finds.
+        check.json_file.unlink(missing_ok=True)
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     process = subprocess.Popen(
         check.command,
@@ -60,8 +64,10 @@ def run_check(check: Check, limit: float) -> Result:
     result.seconds, result.output = round(time.perf_counter() - began, 1), output[-_TAIL:]
     result.found = _found(check, output)
     if status == FAILED:
-        lines = [line for line in output.splitlines() if line.strip()]
-        result.why = lines[-1][-300:] if lines else f"exit status {process.returncode}"
+        lines = [line[-300:] for line in output.splitlines() if line.strip()][-1:]
+        if process.returncode < 0 or not lines:
+            lines.insert(0, ending(process.returncode))
+        result.why = "; its last line: ".join(lines)
     elif status == LATE:
         result.why = f"stopped after {limit:.0f} seconds"
     return result
@@ -103,22 +109,34 @@ def run_all(
             result = run_check(check, min(check.seconds, remaining))
         results.append(result)
         say(f"{result.name}: {result.status}{f' ({result.why})' if result.why else ''}")
-        _write(results, output)
+        _write(results, output, [check.name for check in checks[len(results) :]])
     return results
 
 
-def _write(results: list[Result], output: Path) -> None:
+def _write(results: list[Result], output: Path, to_come: list[str]) -> None:
     facts = json.dumps([asdict(result) for result in results], indent=1) + "\n"
-    for name, text in {"gpu_check.json": facts, "gpu_check.md": page(results)}.items():
+    texts = {"gpu_check.json": facts, "gpu_check.md": page(results, to_come)}
+    for name, text in texts.items():
         # Whole at any time: whoever runs this may be stopped without a word.
         beside = output / f".{name}"
         beside.write_text(text, encoding="utf-8")
         beside.replace(output / name)
 
 
-def page(results: list[Result]) -> str:
-    """Returns the results for people, as Markdown: what was expected of an H100 beside it."""
-    lines = ["# GPU check", "", "Expectations are models of an H100, not measurements.", ""]
+def page(results: list[Result], to_come: list[str]) -> str:
+    """Returns the results for people, as Markdown: what was expected of an H100 beside it.
+
+    Args:
+        results: of the checks that are over.
+        to_come: the names of the others.
+    """
+    by_status = {
+        status: ", ".join(result.name for result in results if result.status == status)
+        for status in (PASSED, FAILED, LATE, LEFT)
+    } | {"not begun": ", ".join(to_come)}
+    lines = ["# GPU check", ""]
+    lines += [f"- {status}: {names}" for status, names in by_status.items() if names]
+    lines += ["", "Expectations are models of an H100, not measurements.", ""]
     lines += ["| check | asks | result | seconds | expected | found |", "|---|---|---|---|---|---|"]
     for result in results:
         status = f"{result.status}: {result.why}" if result.why else result.status

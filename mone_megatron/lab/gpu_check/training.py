@@ -12,6 +12,7 @@ import runpy
 import statistics
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -123,7 +124,10 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    found, good = CHECKS[options.what](options.folder, options.device, options.overrides)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    # A folder of an earlier check holds checkpoints, from which training would go on.
+    folder = Path(tempfile.mkdtemp(prefix="run_", dir=options.folder))
+    found, good = CHECKS[options.what](folder, options.device, options.overrides)
     print(json.dumps(found))
     return 0 if good else 1
 

@@ -27,7 +27,11 @@ def _run(checks: list[Check], folder: Path, *, minutes: float = 1.0) -> list[Res
 
 def test_a_failure_stops_nothing_and_a_limit_ends_a_check(tmp_path: Path) -> None:
     written = tmp_path / "own.json"
+    written.write_text('"of an earlier run"', encoding="utf-8")
+    killed = _python("import os; print('at work', flush=True); os.kill(os.getpid(), 11)")
     checks = [
+        Check("is killed", "", killed, 20, (), "", written),
+        Check("is killed at once", "", _python("import os; os.kill(os.getpid(), 11)"), 20),
         Check("fails", "", _python("raise SystemExit('no such kernel')"), 20),
         Check("hangs", "", _python("import time; print('begun', flush=True); time.sleep(99)"), 2),
         Check("needs", "", _python("print(1)"), 20, ("gpu",)),
@@ -35,7 +39,10 @@ def test_a_failure_stops_nothing_and_a_limit_ends_a_check(tmp_path: Path) -> Non
         Check("file", "", _python(f"open({str(written)!r}, 'w').write('[1]')"), 20, (), "",
               written),
     ]  # fmt: skip
-    results = _run(checks, tmp_path)
+    killed, at_once, *results = _run(checks, tmp_path)
+    assert (killed.status, killed.found) == (FAILED, None)
+    assert killed.why == "was killed by SIGSEGV; its last line: at work"
+    assert (at_once.status, at_once.why) == (FAILED, "was killed by SIGSEGV")
     assert [r.status for r in results] == [FAILED, LATE, LEFT, PASSED, PASSED]
     assert results[0].why == "no such kernel"
     assert results[1].why == "stopped after 2 seconds"
@@ -44,9 +51,11 @@ def test_a_failure_stops_nothing_and_a_limit_ends_a_check(tmp_path: Path) -> Non
     assert results[3].found == {"speed": 2.5}
     assert results[4].found == [1]
     kept = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))
-    assert [entry["status"] for entry in kept] == [r.status for r in results]
+    assert [entry["status"] for entry in kept][2:] == [r.status for r in results]
     page = (tmp_path / "gpu_check.md").read_text(encoding="utf-8")
     assert "| tells |  | passed |" in page
+    assert "- failed: is killed, is killed at once, fails\n- out of time: hangs\n" in page
+    assert "- left out: needs\n" in page
     assert "speed 2.5" in page
 
 
@@ -56,7 +65,11 @@ def test_what_has_no_time_is_left(tmp_path: Path) -> None:
 
 
 def test_results_are_there_after_each_check(tmp_path: Path) -> None:
-    look = f"import json; print(len(json.load(open({str(tmp_path / 'gpu_check.json')!r}))))"
+    look = (
+        f"import json; page = open({str(tmp_path / 'gpu_check.md')!r}).read();"
+        "assert '- not begun: second' in page;"
+        f"print(len(json.load(open({str(tmp_path / 'gpu_check.json')!r}))))"
+    )
     checks = [Check("first", "", _python("print(0)"), 20), Check("second", "", _python(look), 20)]
     assert _run(checks, tmp_path)[1].found == 1
 
