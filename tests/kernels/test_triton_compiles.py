@@ -69,7 +69,7 @@ def test_the_training_kernels_issue_no_more_instructions_than_they_did(tmp_path:
             env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=800,
         )
         assert done.returncode == 0, done.stderr
         for kernel in json.loads(path.read_text())["result"]:

@@ -20,6 +20,7 @@ from pathlib import Path
 RECORD = Path(__file__).with_suffix(".json")
 # The first that te_grouped.py is written for, and the newest when this was recorded.
 VERSIONS = ("2.11", "2.18")
+_MODULE = "te.pytorch."
 # By the name that megatron-core or we call it: file and name in Transformer Engine.
 _SOURCES = {
     "general_grouped_gemm": ("cpp_extensions/gemm.py", "general_grouped_gemm"),
@@ -113,14 +114,14 @@ def calls() -> Iterator[Call]:
     core = Path(spec.submodule_search_locations[0])
     for path in sorted(core.rglob("*.py")):
         source = path.read_text(encoding="utf-8")
-        if any(name in source for name in ("te.pytorch", "fused_", "apply_rotary_pos_emb")):
+        if any(name in source for name in (_MODULE, "fused_", "apply_rotary_pos_emb")):
             tree = ast.parse(source)
             bases = {
-                id(inner): ast.unparse(base).rpartition(".")[2]
+                id(inner): ast.unparse(base).removeprefix(_MODULE)
                 for node in ast.walk(tree)
                 if isinstance(node, ast.ClassDef)
                 for base in node.bases
-                if ast.unparse(base).startswith("te.pytorch.")
+                if ast.unparse(base).startswith(_MODULE)
                 for inner in ast.walk(node)
             }
             for node in ast.walk(tree):
@@ -129,8 +130,9 @@ def calls() -> Iterator[Call]:
                 function = ast.unparse(node.func)
                 if function == "super().__init__":
                     called = bases.get(id(node), "")
-                elif function.startswith("te.pytorch."):
-                    called = function.rpartition(".")[2]
+                elif function.startswith(_MODULE):
+                    # te.pytorch.ops holds others by the same names.
+                    called = function.removeprefix(_MODULE)
                 # megatron-core's own function has the name of Transformer Engine's elsewhere.
                 elif function != "apply_rotary_pos_emb" or path.name == "transformer_engine.py":
                     called = function
