@@ -71,6 +71,17 @@ def test_the_bar_of_a_resumed_run_begins_where_it_goes_on() -> None:
     assert 2 <= 60 * int(minutes) + int(seconds) <= 120
 
 
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_the_keep_ratio_is_shown_while_it_falls(columns: int) -> None:
+    stream = io.StringIO()
+    hook = ConsoleHook(replace(CONFIG, logging=replace(CONFIG.logging, progress="lines")), stream)
+    hook.on_start_record({"step": 0, "tokens": 0, "val_loss": 6.25, "mone/keep_ratio": 1.0})
+    assert stream.getvalue() == f"step   0/{STEPS} | val 6.2500 | keep 1.000\n"
+    line = describe(record(1) | {"mone/keep_ratio": 0.75}, columns - 36)
+    assert line.startswith("loss 5.1234 | keep 0.750")
+    assert ("tok/s" in line) == (columns > 60)
+
+
 def test_lines_tell_the_time_left_once_it_is_known() -> None:
     stream = io.StringIO()
     hook = ConsoleHook(replace(CONFIG, logging=replace(CONFIG.logging, progress="lines")), stream)

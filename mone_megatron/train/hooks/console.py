@@ -36,7 +36,8 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "tflops_realised": _flops,
 }
 # Where not everything has room: what has, the first of these first.
-_WANTED = ("loss", "val_loss", "tokens_per_second", "grad_norm", "lr", "mone/keep_ratio")
+# There is a keep ratio while it changes only, and then it says what the loss is of.
+_WANTED = ("loss", "val_loss", "mone/keep_ratio", "tokens_per_second", "grad_norm", "lr")
 
 
 def format_duration(seconds: float) -> str:
