@@ -43,8 +43,8 @@ class RouterDensityConfig(DensityConfig):
     """The controller of the share of experts that a token goes to."""
 
     step: Annotated[str, NameIn(DENSITY_STEPS)] = "alpha"
-    """How a step moves the coefficient of the router's own loss, of `kind: relu` and
-    `routing_free`; `off` leaves it at `start`."""
+    """How a step moves the coefficient of the router's own loss, in kinds that have
+    one, such as `relu`; `off` leaves it at `start`."""
 
 
 def steered_start(density: DensityConfig, own: float) -> float:

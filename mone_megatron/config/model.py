@@ -16,6 +16,7 @@ from mone_megatron.config.wording import is_multiple, near_divisors, near_multip
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.gate import GateSize
 from mone_megatron.methods.gates import GATES
+from mone_megatron.methods.router import RouterSettings, projection_rank
 from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 
 QKNormScope = Literal["head", "all_heads"]
@@ -117,6 +118,18 @@ class ModelConfig(Group):
         """Returns the size of a routed expert, with the rank that its gate is computed by."""
         rank = self.gate_rank or max(self.hidden_size // 4, 1)
         return GateSize(self.hidden_size, self.expert_ffn_hidden_size, rank)
+
+    @property
+    def router_settings(self) -> RouterSettings:
+        """Returns what a router reads: the sizes of a layer, and keys of ``model.router``."""
+        return RouterSettings(
+            experts=self.num_experts,
+            hidden=self.hidden_size,
+            experts_per_token=self.experts_per_token,
+            rank=projection_rank(self.router.rank, self.hidden_size),
+            top_p=self.router.top_p,
+            threshold=self.router.threshold,
+        )
 
     @property
     def dense_layers(self) -> int:

@@ -26,8 +26,8 @@ class RouterConfig(Group):
     top_p: Annotated[float, Within("(0, 1]", example=0.4)] = 0.4
     """The share of a token's weights that its experts hold, of `kind: top_p`."""
     rank: Annotated[int, AtLeast(0)] = 0
-    """The rank of an expert's projection, whose norm scores a token, of `kind: autonomy` and
-    `routing_free`; 0 takes a quarter of `model.hidden_size`."""
+    """The rank of a projection by which tokens are scored, in kinds that have one, such as
+    `autonomy`; 0 takes a quarter of `model.hidden_size`."""
     threshold: Annotated[float, Above(0)] = 0.05
     """The score from which on an expert takes a token, of `kind: routing_free`."""
     density: RouterDensityConfig = field(default_factory=RouterDensityConfig)

@@ -75,6 +75,7 @@ def features(model: ModelConfig, *, mone: bool) -> dict[str, Any]:
         # DeepSeek-V2 counts shared experts of the routed experts' width.
         "shared_multiple": shared == "plain"
         and model.shared_expert_ffn_hidden_size % max(model.expert_ffn_hidden_size, 1) == 0,
+        "router": router.kind if has_experts else "topk",
         "scores": router.score_function if has_experts else "softmax",
         "normalized": not router.pre_softmax,
         "expert_bias": has_experts and router.expert_bias,
@@ -97,6 +98,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "dense_layers": ("none",),
     "shared": ("none",),
     "shared_multiple": (True, False),
+    "router": ("topk",),
     "scores": ("softmax",),
     "normalized": (True,),
     "expert_bias": (False,),

@@ -11,6 +11,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV2Config, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from mone_megatron.methods.router import Router
+from mone_megatron.methods.routers import ROUTERS
+
 
 @strict
 class MoneConfig(Qwen3MoeConfig):
@@ -25,6 +28,8 @@ class MoneConfig(Qwen3MoeConfig):
     shared_expert_intermediate_size (`int`): width of the expert every token visits; 0 for none.
     shared_expert_gate (`bool`): a sigmoid gate on it.
     rectified_up (`bool`): up projections of MLPs and experts are max(u, 0) (dReLU).
+    router_kind (`str`): how experts are chosen: "topk", "relu", "top_p", "autonomy", ...
+    router_settings (`dict`): what a router of that kind reads beside.
     router_score_function (`str`): "softmax" or "sigmoid".
     router_bias (`bool`): a bias on the scores that choose experts (not on their weights).
     router_scaling_factor (`float`): multiplies the routing weights.
@@ -44,6 +49,8 @@ class MoneConfig(Qwen3MoeConfig):
     rectified_up: bool = False
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
+    router_kind: str = "topk"
+    router_settings: dict | None = None
     router_score_function: str = "softmax"
     router_bias: bool = False
     router_scaling_factor: float = 1.0
@@ -99,8 +106,9 @@ class MoneConfig(Qwen3MoeConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Derives the head sizes that transformers' attention classes read.
 
-        A model that selects neurons, or whose experts have another gate than "full", also gets the
-        experts implementation ``mone``, unless another one was asked for.
+        A model that selects neurons, whose experts have another gate than "full" or whose router
+        gives tokens different numbers of experts also gets the experts implementation ``mone``,
+        unless another one was asked for.
         """
         if self.attention_type == "mla":
             assert self.qk_nope_head_dim is not None
@@ -113,6 +121,17 @@ class MoneConfig(Qwen3MoeConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         # A model that selects does so whatever the library's default is; who asks for another
-        # implementation gets it. Only ours know other gates.
-        if (self.mone is not None or self.gate != "full") and self._experts_implementation is None:
+        # implementation gets it. Only ours know other gates, and leave out the experts that fill a
+        # token's places beyond those it chose.
+        ours = self.mone is not None or self.gate != "full" or not self.router.fixed_count
+        if ours and self._experts_implementation is None:
             self._experts_implementation = "mone"
+
+    @property
+    def router(self) -> Router:
+        """Returns the method of the router.
+
+        Raises:
+            ValueError: the name is unknown.
+        """
+        return ROUTERS[self.router_kind]

@@ -108,6 +108,10 @@ class ExpertRows:
         expert_T, order_T = torch.sort(expert_T)
         return cls(expert_T, order_T // index_NK.shape[-1], weight_T[order_T])
 
+    def at(self, index: Tensor) -> ExpertRows:
+        """Returns some of the rows, by their int64 places."""
+        return ExpertRows(self.expert_T[index], self.token_T[index], self.weight_T[index])
+
 
 @dataclass(frozen=True)
 class NeuronSettings:
@@ -402,6 +406,14 @@ def split_projections(experts: ExpertsModule, gate_up: Tensor) -> tuple[Tensor, 
     return gate_TF, up_TF.relu() if rectifies_up(experts) else up_TF
 
 
+def fills_places(experts: Any) -> bool:
+    """Returns whether experts of weight 0 fill the places of tokens that chose fewer than others.
+
+    Then the rows of these experts are not the token's.
+    """
+    return bool(getattr(experts, "any_count", False))
+
+
 def has_own_weights(experts: Any) -> bool:
     """Returns whether these are experts of our class with a gate that is not the usual one."""
     return bool(getattr(experts, "gate_weights", None))
@@ -558,8 +570,9 @@ def _through(forward: ExpertsForward, *, by_expert: bool) -> ExpertsForward:
         """
         note_selected(self)
         experts = cast(ExpertsModule, self)
-        if has_own_weights(experts):
-            return _own_weights_forward(experts, hidden_states, top_k_index, top_k_weights)
+        split = bool(experts._is_expert_parallel)
+        if has_own_weights(experts) or (fills_places(experts) and not split):
+            return _chosen_rows_forward(experts, hidden_states, top_k_index, top_k_weights)
         settings = settings_of(experts)
         if not torch.compiler.is_dynamo_compiling():
             # A model that selects is saved as one, which transformers leaves out; as mone, which
@@ -574,10 +587,12 @@ def _through(forward: ExpertsForward, *, by_expert: bool) -> ExpertsForward:
     return selecting_forward
 
 
-def _own_weights_forward(
+def _chosen_rows_forward(
     experts: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Computes experts of our class whose gate is not the usual one, by grouped products.
+    """Computes experts of our class by grouped products, of rows that their token chose.
+
+    It is for gates that are not the usual one, and for routers after which some rows are none.
 
     Raises:
         ValueError: a part of the experts is on other devices.
@@ -589,6 +604,9 @@ def _own_weights_forward(
         )
     _, order_R = torch.sort(top_k_index.reshape(-1))
     rows = ExpertRows.of(top_k_index, top_k_weights, by_expert=True)
+    if fills_places(experts):
+        chosen_R = rows.weight_T.nonzero().squeeze(-1)
+        order_R, rows = order_R[chosen_R], rows.at(chosen_R)
     expert_R = rows.expert_T
     counts_E = torch.histc(
         expert_R.float(), bins=experts.num_experts, min=0, max=experts.num_experts - 1
@@ -613,7 +631,8 @@ def _own_weights_forward(
     else:
         hidden_RF = experts.act_fn(gate_RF) * up_RF
     output_RH = product(hidden_RF, experts.down_proj) * rows.weight_T.unsqueeze(-1)
-    by_token_RH = torch.empty_like(output_RH).index_copy(0, order_R, output_RH)
+    places_RH = output_RH.new_zeros(top_k_index.numel(), output_RH.shape[-1])
+    by_token_RH = places_RH.index_copy(0, order_R, output_RH)
     output: Tensor = by_token_RH.unflatten(0, top_k_index.shape).sum(dim=1)
     return output.to(hidden_states.dtype)
 

@@ -5,7 +5,6 @@ The folder is written under a hidden name and renamed when it is whole.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mone_megatron.config.schema import MoNEConfig
+from mone_megatron.config.schema import ModelConfig, MoNEConfig
 from mone_megatron.hf.architectures import BY_TYPE, MONE, Architecture
 from mone_megatron.hf.card import model_card
 from mone_megatron.hf.dtypes import dtype_name, written_dtype
@@ -32,6 +31,7 @@ from mone_megatron.hf.settings import to_hf_config
 from mone_megatron.hf.source import Source
 from mone_megatron.hf.text_format import RECIPE_KEY, RECIPE_NAME, write_tokenizer
 from mone_megatron.methods.gates import GATES
+from mone_megatron.methods.registry import Registry
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
@@ -46,6 +46,7 @@ _CODE = {
     "parallel_mone.py": "mone_megatron/hf/parallel_mone.py",
     "neuron_selection.py": "mone_megatron/kernels/reference.py",
     "gate.py": "mone_megatron/methods/gate.py",
+    "router.py": "mone_megatron/methods/router.py",
     "rule.py": "mone_megatron/methods/rule.py",
     "score.py": "mone_megatron/methods/score.py",
 }
@@ -61,6 +62,7 @@ _REGISTRIES = {
     "neuron_scores.py": ("mone_megatron.methods.scores", "SCORES", "neuron_score"),
     "neuron_rules.py": ("mone_megatron.methods.rules", "RULES", "neuron_rule"),
     "expert_gates.py": ("mone_megatron.methods.gates", "GATES", "expert_gate"),
+    "expert_routers.py": ("mone_megatron.methods.routers", "ROUTERS", "expert_router"),
 }
 _REGISTRY = '''"""The one method of its kind that this model was trained with."""
 
@@ -93,23 +95,22 @@ class Exported:
     bytes: int
 
 
-def choose_architecture(source: Source, wanted: str) -> Architecture:
-    """Returns the architecture to export as.
-
-    Args:
-        source: the checkpoint.
-        wanted: ``auto``, or a model type.
+def refuse_unknown(source: Source) -> None:
+    """Refuses models that transformers, with our class for it, does not compute.
 
     Raises:
-        ValueError: a model type that is unknown or cannot hold the model, saying what it lacks;
-            a router or a rule that no model of transformers has.
+        ValueError: naming the key that makes it such a model.
     """
-    mone = source.mone.enabled
-    router = source.model.router.kind
-    if not ROUTERS[router].stock:
+    mone, router = source.mone.enabled, ROUTERS[source.model.router.kind]
+    if not router.causal and source.model.num_experts:
         raise ValueError(
-            f"model.router.kind: {router} is not megatron-core's own router, and transformers has "
-            "none like it; such models cannot be exported"
+            f"model.router.kind: {router.name} looks at other tokens outside training, too, and so "
+            "cannot generate; such models cannot be exported"
+        )
+    if not router.stock and router.reference is not None and source.model.num_experts:
+        raise ValueError(
+            f"model.router.kind: {router.name} is a class of megatron-core's, which transformers "
+            "cannot run; such models cannot be exported (functions of a router can)"
         )
     if source.model.experts != "grouped":
         raise ValueError(
@@ -138,6 +139,21 @@ def choose_architecture(source: Source, wanted: str) -> Architecture:
             f"{changing[0]}: it may change what the model computes, which an export would not say; "
             "such models cannot be exported"
         )
+
+
+def choose_architecture(source: Source, wanted: str) -> Architecture:
+    """Returns the architecture to export as.
+
+    Args:
+        source: the checkpoint.
+        wanted: ``auto``, or a model type.
+
+    Raises:
+        ValueError: a model type that is unknown or cannot hold the model, saying what it lacks;
+            or see :func:`refuse_unknown`.
+    """
+    refuse_unknown(source)
+    mone = source.mone.enabled
     if wanted == "auto":
         return source.architecture
     if wanted not in BY_TYPE:
@@ -167,7 +183,12 @@ def export_dtype(wanted: str) -> torch.dtype | None:
 def hf_config(
     source: Source, architecture: Architecture, dtype: torch.dtype | None
 ) -> PreTrainedConfig:
-    """Returns the exported model's configuration; ``dtype`` None puts in that of most weights."""
+    """Returns the exported model's configuration; ``dtype`` None puts in that of most weights.
+
+    Raises:
+        ValueError: see :func:`refuse_unknown`.
+    """
+    refuse_unknown(source)
     return to_hf_config(
         source.model,
         source.mone,
@@ -318,7 +339,7 @@ def export(
         config = hf_config(source, architecture, dtype)
         if architecture is MONE:
             config.auto_map = dict(AUTO_MAP)
-            write_code(partial, source.mone, source.model.gate)
+            write_code(partial, source.mone, source.model)
         config.save_pretrained(partial)
         _restore_config(source, architecture, partial / "config.json")
         _write_generation_config(source, partial)
@@ -406,35 +427,39 @@ def _umask() -> int:
     return mask
 
 
-def write_code(folder: Path, mone: MoNEConfig, gate: str = "full") -> None:
+def write_code(folder: Path, mone: MoNEConfig, model: ModelConfig) -> None:
     """Writes our model class as files that transformers loads with ``trust_remote_code=True``.
 
-    They are this package's own, and the score's, the rule's and the gate's, with their imports
-    turned into imports of the files beside them.
+    They are this package's own, and the files of the score, the rule, the gate and the router, with
+    their imports turned into imports of the files beside them.
 
     Raises:
-        ValueError: one of these three is of another package and needs more of this one than an
+        ValueError: one of these four is of another package and needs more of this one than an
             export holds.
     """
-    methods: dict[str, tuple[Callable[..., Any], str, str]] = {
-        "neuron_score": (SCORES[mone.score].function, "mone.score", mone.score),
-        "neuron_rule": (RULES[mone.rule].mask, "mone.rule", mone.rule),
-        "expert_gate": (GATES[gate].project, "model.gate", gate),
+    # A dense model has the usual router, whatever its settings say.
+    router = model.router.kind if model.num_experts else "topk"
+    chosen_of: dict[str, tuple[Registry[Any], str]] = {
+        "neuron_score": (SCORES, mone.score),
+        "neuron_rule": (RULES, mone.rule),
+        "expert_gate": (GATES, model.gate),
+        "expert_router": (ROUTERS, router),
     }
     for name, path in _CODE.items():
         text = _beside((_PACKAGE / path).read_text(encoding="utf-8"))
         assert "from mone_megatron" not in text, name
         (folder / name).write_text(text, encoding="utf-8")
-    for name, (_, registry, file) in _REGISTRIES.items():
-        function, key, chosen = methods[file]
-        text = _beside(Path(inspect.getfile(function)).read_text(encoding="utf-8"))
+    for name, (_, constant, file) in _REGISTRIES.items():
+        registry, chosen = chosen_of[file]
+        method, key = registry.file_of(chosen), registry.key
+        text = _beside(method.read_text(encoding="utf-8"))
         if re.search(r"^\s*(from|import) mone_megatron", text, re.MULTILINE):
             raise ValueError(
-                f"{key}: {chosen} cannot be exported: its file {inspect.getfile(function)} needs "
-                "more of mone_megatron than mone_megatron.methods.score, .rule and .gate"
+                f"{key}: {chosen} cannot be exported: its file {method} needs more of "
+                "mone_megatron than mone_megatron.methods.score, .rule, .gate and .router"
             )
         (folder / f"{file}.py").write_text(text, encoding="utf-8")
-        text = _REGISTRY.format(file=file, name=registry, key=key)
+        text = _REGISTRY.format(file=file, name=constant, key=key)
         (folder / name).write_text(text, encoding="utf-8")
 
 

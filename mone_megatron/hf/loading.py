@@ -123,9 +123,9 @@ def build_from_checkpoint(source: Source, dtype: torch.dtype | None = None) -> P
     """
     dtype = dtype or source.dtype
     architecture = source.architecture
+    config = hf_config(source, architecture, dtype)
     table = list(rules(source.model, source.vocab_size, architecture, FUSED, source.mone))
     check_complete(source, table)
-    config = hf_config(source, architecture, dtype)
     if architecture is MONE:
         model: PreTrainedModel = MoneForCausalLM._from_config(config, dtype=dtype)
     else:

@@ -19,6 +19,7 @@ from torch import Tensor
 from mone_megatron.config.schema import ModelConfig, MoNEConfig
 from mone_megatron.hf.architectures import Architecture, ExpertNames
 from mone_megatron.methods.gates import GATES
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import STATE_PREFIX, count_kept
 from mone_megatron.methods.rules import RULES
 
@@ -246,7 +247,8 @@ def _moe(
     hidden, count = model.hidden_size, model.num_experts
     block = f"{theirs}{experts.block}."
     if experts.kind != "copies":
-        yield _same(f"{ours}router.weight", f"{block}gate.weight", (count, hidden))
+        for name, weight in ROUTERS[model.router.kind].weights(model.router_settings).items():
+            yield _same(f"{ours}router.{name}", f"{block}gate.{name}", weight.shape)
     if model.router.expert_bias:
         name = "gate.e_score_correction_bias"
         yield _same(f"{ours}router.expert_bias", f"{block}{name}", (count,))

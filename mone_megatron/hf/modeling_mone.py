@@ -51,6 +51,7 @@ from mone_megatron.hf.guard_mone import guard, note_selected, refuse_replaced, w
 from mone_megatron.hf.parallel_mone import Neurons
 from mone_megatron.methods.gate import GateSize, GateWeight, Product, Products
 from mone_megatron.methods.gates import GATES
+from mone_megatron.methods.router import RouterSettings
 
 register_experts()
 
@@ -180,6 +181,9 @@ class MoneExperts(nn.Module):
         self.intermediate_dim = stock.intermediate_dim
         self.down_proj, self.act_fn = stock.down_proj, stock.act_fn
         self.gate_weights: Mapping[str, GateWeight] = {}
+        # Whether places of a token's experts may be filled with some that it did not choose, of
+        # weight 0 (:class:`MoneRouter`).
+        self.any_count = not config.router.fixed_count
         if config.gate == "full":
             self.gate_up_proj = stock.gate_up_proj
         else:
@@ -203,6 +207,9 @@ class MoneExperts(nn.Module):
 
     def gate_and_up(self, rows_TH: Tensor, product: Product) -> tuple[Tensor, Tensor]:
         """Returns gate and up projections ``[T, F]`` of rows ``[T, H]``."""
+        if not self.gate_weights:
+            gate_TF, up_TF = product(rows_TH, self.gate_up_proj).chunk(2, dim=-1)
+            return gate_TF, up_TF
         weights = {name: self.get_parameter(name) for name in self.gate_weights}
         return self.gate.project(rows_TH, weights, Products(product))
 
@@ -232,11 +239,26 @@ class MoneExperts(nn.Module):
 _OUR_EXPERTS = MoneExperts
 
 
-class MoneTopKRouter(Qwen3MoeTopKRouter):
-    """Routes as megatron-core does, computed in fp32."""
+class MoneRouter(Qwen3MoeTopKRouter):
+    """Routes as training does, computed in fp32."""
 
     def __init__(self, config: MoneConfig) -> None:
         super().__init__(config)
+        self.method = config.router
+        self.settings = RouterSettings(
+            experts=config.num_experts,
+            hidden=config.hidden_size,
+            experts_per_token=config.num_experts_per_tok,
+            **(config.router_settings or {}),
+        )
+        self.method_weights = dict(self.method.weights(self.settings))
+        for name, weight in self.method_weights.items():
+            place, _, own = name.rpartition(".")
+            if place and not hasattr(self, place):
+                self.add_module(place, nn.Module())
+            self.get_submodule(place).register_parameter(
+                own, nn.Parameter(torch.zeros(weight.shape))
+            )
         self.score_function = config.router_score_function
         if self.score_function not in ("softmax", "sigmoid"):
             raise ValueError(f"router_score_function: {self.score_function!r} is unknown")
@@ -260,9 +282,20 @@ class MoneTopKRouter(Qwen3MoeTopKRouter):
         return scores_NA.topk(self.top_k, dim=-1).indices
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns logits ``[N, A]``, and the chosen experts' weights and numbers ``[N, K]``."""
+        """Returns logits ``[N, A]``, and the chosen experts' weights and numbers ``[N, K]``.
+
+        Where tokens have different numbers of experts, K is the largest of these numbers, and other
+        experts with weight 0 fill the places of the other tokens.
+        """
         tokens_NH = hidden_states.reshape(-1, self.hidden_dim)
-        logits_NA = F.linear(tokens_NH.float(), self.weight.float())
+        held = {name: self.get_parameter(name) for name in self.method_weights}
+        logits_NA = self.method.logits(tokens_NH.float(), held, _linear, self.settings)
+        if self.method.assign is not None:
+            weights_NA = self.method.assign(logits_NA, self.settings)
+            most = int((weights_NA > 0).sum(dim=-1).max().clamp_min(1)) if len(weights_NA) else 1
+            weights_NK, index_NK = weights_NA.sort(dim=-1, descending=True, stable=True)
+            weights_NK, index_NK = weights_NK[:, :most], index_NK[:, :most]
+            return logits_NA, weights_NK.to(hidden_states.dtype), index_NK
         if self.score_function == "sigmoid":
             scores_NA = logits_NA.sigmoid()
             biased_NA = scores_NA
@@ -281,6 +314,11 @@ class MoneTopKRouter(Qwen3MoeTopKRouter):
             weights_NK = scores_NA.gather(-1, index_NK)
         weights_NK = weights_NK * self.scaling_factor
         return logits_NA, weights_NK.to(hidden_states.dtype), index_NK
+
+
+def _linear(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Returns tokens times a transposed matrix, in fp32."""
+    return F.linear(tokens, weight.float())
 
 
 class RectifiedMoneExperts(MoneExperts):
@@ -307,7 +345,7 @@ class MoneSparseMoeBlock(nn.Module):
         super().__init__()
         self.config = config
         self.experts = (RectifiedMoneExperts if config.rectified_up else MoneExperts)(config)
-        self.gate = MoneTopKRouter(config)
+        self.gate = MoneRouter(config)
         width = config.shared_expert_intermediate_size
         self.shared_expert = MoneMLP(config, width, "shared") if width else None
         self.shared_expert_gate = None
@@ -357,7 +395,7 @@ class MonePreTrainedModel(Qwen3MoePreTrainedModel):
     config_class = MoneConfig
     _no_split_modules = ["MoneDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
-        "router_logits": OutputRecorder(MoneTopKRouter, index=0),
+        "router_logits": OutputRecorder(MoneRouter, index=0),
         "hidden_states": MoneDecoderLayer,
         # Both kinds: neither is a subclass of the other.
         "attentions": [MoneAttention, MoneLatentAttention],
@@ -373,8 +411,14 @@ class MonePreTrainedModel(Qwen3MoePreTrainedModel):
                 if given is not None:
                     std = given.std if given.absolute else given.std * std
                 init.normal_(weight, std=std)
-        elif isinstance(module, MoneTopKRouter) and module.e_score_correction_bias is not None:
-            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, MoneRouter):
+            for name, described in module.method_weights.items():
+                if described.initial is not None:
+                    init.constant_(module.get_parameter(name), described.initial)
+                elif name != "weight":
+                    init.normal_(module.get_parameter(name), std=self.config.initializer_range)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
 
 
 class MoneModel(MonePreTrainedModel, Qwen3MoeModel):

@@ -26,6 +26,7 @@ from mone_megatron.hf.experts_mone import NeuronSettings
 from mone_megatron.hf.origin import Origin
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.gates import GATES
+from mone_megatron.methods.routers import ROUTERS
 
 # Also how transformers spells them.
 _SAME_ACTIVATION = {"swish": "silu"}
@@ -230,6 +231,7 @@ def _mone_settings(model: ModelConfig, mone: MoNEConfig) -> dict[str, Any]:
         "gate_rank": model.gate_size.rank if GATES[model.gate].ranked else 0,
         "shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size,
         "shared_expert_gate": model.shared_expert_gate,
+        **_router_settings(model),
         "router_score_function": router.score_function,
         "router_bias": router.expert_bias,
         "router_scaling_factor": router.scaling_factor or 1.0,
@@ -244,6 +246,15 @@ def _mone_settings(model: ModelConfig, mone: MoNEConfig) -> dict[str, Any]:
         )
         settings["mone"] = chosen.to_config()
     return settings
+
+
+def _router_settings(model: ModelConfig) -> dict[str, Any]:
+    """Returns the router's kind, and what it reads; nothing of megatron-core's own."""
+    router = ROUTERS[model.router.kind]
+    if router.stock or not model.num_experts:
+        return {}
+    read = {name: getattr(model.router_settings, name) for name in router.settings}
+    return {"router_kind": router.name, "router_settings": read or None}
 
 
 def from_hf_config(config: PreTrainedConfig, where: str) -> ImportedSettings:
@@ -334,6 +345,8 @@ def _unsupported(architecture: Architecture, values: dict[str, Any]) -> Iterator
 
 def _weight_is_always_1(kind: str, values: dict[str, Any]) -> bool:
     """Returns whether the one expert of a token has the weight 1, whatever its score."""
+    if ROUTERS[values.get("router_kind", "topk")].own_weights:
+        return False
     softmax = values.get("router_score_function", "softmax") == "softmax"
     normalized = kind == "mixtral" or values.get("norm_topk_prob", False)
     return softmax and normalized and values.get("num_experts_per_tok") == 1
@@ -412,10 +425,17 @@ def _router(kind: str, values: dict[str, Any]) -> RouterConfig:
     always_normalized = kind == "mixtral"
     scaling = values.get("routed_scaling_factor", values.get("router_scaling_factor", 1.0))
     grouped = values.get("topk_method", "greedy") != "greedy" or kind == "mone"
+    method = ROUTERS[values.get("router_kind", "topk")]
+    balance: dict[str, Any] = {"balance_coeff": (values.get("router_aux_loss_coef", 0.01),)}
+    if method.loss is not None:
+        # It brings its own.
+        balance = {"balance": ("none",), "balance_coeff": (0.0,)}
     return RouterConfig(
+        kind=method.name,
+        **values.get("router_settings") or {},
+        **balance,
         score_function=values.get("router_score_function", "softmax"),
         pre_softmax=not (always_normalized or values.get("norm_topk_prob", False)),
-        balance_coeff=(values.get("router_aux_loss_coef", 0.01),),
         expert_bias=values.get("router_bias", False),
         scaling_factor=0.0 if scaling == 1.0 else scaling,
         num_groups=(values.get("n_group") or 0) if grouped else 0,

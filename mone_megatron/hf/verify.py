@@ -34,6 +34,7 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     down_norms,
     experts_modules,
+    fills_places,
     has_own_weights,
     split_projections,
     state_of,
@@ -223,8 +224,9 @@ def hf_logits_and_choices(
         experts = cast(ExpertsModule, module)
         hidden_NH, index_NK, weights_NK = inputs[:3]
         chosen_NA = torch.zeros(len(hidden_NH), experts.num_experts, dtype=torch.bool)
-        choices = LayerChoices(chosen_NA.scatter(-1, index_NK, True))
         weight_NA = weights_NK.new_zeros(chosen_NA.shape).scatter(-1, index_NK, weights_NK)
+        chosen_NA = chosen_NA.scatter(-1, index_NK, True)
+        choices = LayerChoices(weight_NA > 0 if fills_places(experts) else chosen_NA)
         found.append(choices)
         settings = getattr(experts.config, "mone", None)
         if not settings or "routed" not in settings["apply_to"]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 # Installed packages name their methods under this group of entry points.
@@ -42,17 +44,34 @@ class Registry(Generic[M]):
         self.package = package
 
     @cached_property
-    def _methods(self) -> dict[str, M]:
-        found: dict[str, M] = {}
-        origins: dict[str, str] = {}
+    def _found(self) -> dict[str, tuple[M, str]]:
+        """Returns each method, and the module that defines it or the entry point that names it."""
+        found: dict[str, tuple[M, str]] = {}
         for origin, method in (*self._own(), *self._installed()):
             if method.name in found:
                 raise ValueError(
-                    f"{self.key}: {method.name!r} is defined twice, by {origins[method.name]} and "
+                    f"{self.key}: {method.name!r} is defined twice, by {found[method.name][1]} and "
                     f"by {origin}; rename one of them"
                 )
-            found[method.name], origins[method.name] = method, origin
+            found[method.name] = method, origin
         return dict(sorted(found.items()))
+
+    @cached_property
+    def _methods(self) -> dict[str, M]:
+        return {name: method for name, (method, _) in self._found.items()}
+
+    def file_of(self, name: str) -> Path:
+        """Returns the file of a method.
+
+        Raises:
+            ValueError: no method has the name.
+        """
+        assert self[name] is not None
+        # "package.module", or "package.module:METHOD of a distribution".
+        module = re.split("[: ]", self._found[name][1])[0]
+        file = importlib.import_module(module).__file__
+        assert file is not None, f"{module} has no file"
+        return Path(file)
 
     def _own(self) -> Iterator[tuple[str, M]]:
         """Yields the methods of the folder, each with the module that defines it."""

@@ -1,26 +1,64 @@
-"""Defines what a router is: the module that sends each token to some of the experts.
+"""Defines what a router is: the functions that send each token to some of the experts.
 
-It imports no torch, so that names can be checked without.
+This file is copied into exported models. It imports no torch, so that names can be checked without.
 
 Shape suffixes: N tokens of this rank, A all experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
+from math import prod
 from typing import TYPE_CHECKING
-
-from mone_megatron.methods.registry import imported
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Gives tokens times a transposed matrix, ``[..., O]`` of ``[..., I]`` and ``[O, I]``, in the
+# precision of the routing computation.
+Linear = Callable[["Tensor", "Tensor"], "Tensor"]
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """Holds what a router may read: the sizes of its layer, and the keys of ``model.router``.
+
+    Attributes:
+        experts: A, all experts of the layer.
+        hidden: h, the values of a token.
+        experts_per_token: k, ``model.experts_per_token``.
+        rank: of an expert's projection, above 0; read by routers that name it in ``settings``.
+        top_p: ``model.router.top_p``, likewise.
+        threshold: ``model.router.threshold``, likewise.
+    """
+
+    experts: int
+    hidden: int
+    experts_per_token: int
+    rank: int = 1
+    top_p: float = 0.4
+    threshold: float = 0.05
 
 
 def projection_rank(rank: int, hidden_size: int) -> int:
     """Returns the rank of an expert's projection: ``model.router.rank``, or a quarter of h."""
     return rank or max(1, hidden_size // 4)
+
+
+@dataclass(frozen=True)
+class RouterWeight:
+    """Describes one weight of a router, which every rank has whole.
+
+    Attributes:
+        shape: of it. A matrix is multiplied with values of as many as it has columns.
+        initial: what all of it begins with; None for normal values of ``model.init_std``.
+    """
+
+    shape: tuple[int, ...]
+    initial: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,62 +80,123 @@ class RoutedWeights:
     experts_per_token: int
 
 
+def one_row_each(settings: RouterSettings) -> Mapping[str, RouterWeight]:
+    """Returns the usual weight: a row for each expert."""
+    return {"weight": RouterWeight((settings.experts, settings.hidden))}
+
+
+def products(
+    tokens: Tensor, weights: Mapping[str, Tensor], linear: Linear, settings: RouterSettings
+) -> Tensor:
+    """Returns the usual logits ``[..., A]``: a token's product with the row of each expert."""
+    return linear(tokens, weights["weight"])
+
+
+def projections(settings: RouterSettings) -> Mapping[str, RouterWeight]:
+    """Returns a projection for each expert: ``rank`` rows, one expert's behind another's."""
+    return {"weight": RouterWeight((settings.experts * settings.rank, settings.hidden))}
+
+
+def norms(
+    tokens: Tensor, weights: Mapping[str, Tensor], linear: Linear, settings: RouterSettings
+) -> Tensor:
+    """Returns the norm of each expert's projection of each token, ``[..., A]``."""
+    from torch.linalg import vector_norm
+
+    projected = linear(tokens, weights["weight"])
+    norm: Tensor = vector_norm(projected.unflatten(-1, (settings.experts, -1)), dim=-1)
+    return norm
+
+
+def balanced_l1(routed: RoutedWeights) -> Tensor:
+    """Returns this rank's part of sum over experts of A f P, an fp32 scalar.
+
+    P is the mean weight of an expert, f its share of tokens as a part of k. It is Switch
+    Transformer's loss of weights that need not sum to 1, so that it shrinks them, too.
+    """
+    weights_NA = routed.weights_NA.float()
+    share_A = routed.tokens_A.float() / (routed.tokens * routed.experts_per_token)
+    mean_A = weights_NA.sum(dim=0) / routed.tokens
+    return weights_NA.shape[-1] * (share_A * mean_A).sum()
+
+
+def _none(settings: RouterSettings) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Router:
     """Describes one router; ``model.router.kind`` names it.
+
+    Training, planner and exports all read it here.
 
     Attributes:
         name: the router's name in the configuration.
         formula: what it computes, for tables.
         source: the paper or place that it comes from.
-        reference: ``module:Class`` of a subclass of megatron-core's ``TopKRouter``, which is built
-            with ``config`` and ``pg_collection`` and returns probabilities and a routing map, each
-            ``[tokens, experts]``. Its weight keeps the name of megatron-core's, and has a row of
-            the hidden size for each expert, or several (``low_rank``).
+        weights: its weights by name. The first is called ``weight``; a name with a dot is that of
+            a weight in a module of its own.
+        logits: the logits ``[..., A]`` of tokens ``[..., h]`` and these weights.
+        assign: of logits ``[N, A]``, the weight of each expert for each token, in the logits'
+            dtype, and 0 where the expert is not chosen; weights are never negative. None for what
+            megatron-core makes of logits: the k largest, by score function, groups and bias.
         fixed_count: whether each token goes to exactly ``model.experts_per_token`` experts. A
             dispatcher that counts on it (flex) is refused otherwise.
-        causal: whether a token's experts depend on no other token.
+        causal: whether a token's experts depend on no other token. No export can hold a router of
+            which they do.
         reads_batch: whether a token's experts depend on the other tokens of its microbatch. A
             layout that splits them over ranks is refused then.
-        settings: the keys of ``model.router`` that its class reads, as attributes of these names.
-        own_weights: whether it weighs and chooses experts by itself, so that the score function,
-            the groups, the scaling and the expert bias of megatron-core's router are not read.
-        low_rank: whether the weight has :func:`projection_rank` rows for each expert.
-        scalars: how many numbers an expert has beside.
+        settings: the keys of ``model.router`` that it reads, fields of :class:`RouterSettings`.
+        latent: how many values of a token stand between it and its logits, which the backward pass
+            keeps.
         loss: this rank's part of a loss on the weights, an fp32 scalar without the coefficient,
             which ``model.router.density`` steers. Such a router brings its own balance, and
             ``model.router.balance`` is refused. None for none.
-        stock: whether it is megatron-core's own, which exports can hold.
+        reference: ``module:Class`` of a subclass of megatron-core's ``TopKRouter`` for a router
+            that is more than these functions; it is built with ``config`` and ``pg_collection``.
+            No export holds such a router. None takes the class that computes the functions.
+        stock: whether it is megatron-core's own.
     """
 
     name: str
     formula: str
     source: str
-    reference: str
+    weights: Callable[[RouterSettings], Mapping[str, RouterWeight]] = one_row_each
+    logits: Callable[[Tensor, Mapping[str, Tensor], Linear, RouterSettings], Tensor] = products
+    assign: Callable[[Tensor, RouterSettings], Tensor] | None = None
     fixed_count: bool = True
     causal: bool = True
     reads_batch: bool = False
     settings: tuple[str, ...] = ()
-    own_weights: bool = False
-    low_rank: bool = False
-    scalars: int = 0
+    latent: Callable[[RouterSettings], int] = _none
     loss: Callable[[RoutedWeights], Tensor] | None = None
+    reference: str | None = None
     stock: bool = False
 
-    def weights(self, experts: int, hidden_size: int, rank: int) -> int:
-        """Returns how many weights the matrix of one layer has.
+    @property
+    def own_weights(self) -> bool:
+        """Returns whether it weighs and chooses experts by itself.
 
-        Args:
-            experts: of the layer.
-            hidden_size: h.
-            rank: ``model.router.rank``.
+        The score function, the groups, the scaling and the expert bias of megatron-core's router
+        are not read then.
         """
-        rows = projection_rank(rank, hidden_size) if self.low_rank else 1
-        return experts * rows * hidden_size
+        return self.assign is not None
+
+    def parameters(self, settings: RouterSettings) -> int:
+        """Returns the number of weights of one layer."""
+        return sum(prod(weight.shape) for weight in self.weights(settings).values())
+
+    def products(self, settings: RouterSettings) -> int:
+        """Returns how many multiplications one token needs: the values of its matrices."""
+        shapes = [weight.shape for weight in self.weights(settings).values()]
+        return sum(prod(shape) for shape in shapes if len(shape) > 1)
 
     @cached_property
     def module(self) -> type:
-        """Returns the class itself; importing megatron-core is left until it is asked for."""
-        found = imported(self.reference)
-        assert isinstance(found, type), f"{self.reference} is no class"
+        """Returns the class in training; importing megatron-core is left until it is asked for."""
+        ours = "MethodRouter" if self.assign is None else "AssigningRouter"
+        ours = ours if self.loss is None else "SteeredRouter"
+        place, _, name = (self.reference or f"mone_megatron.mone.routers:{ours}").partition(":")
+        found = getattr(import_module(place), name)
+        assert isinstance(found, type), f"{place}:{name} is no class"
         return found

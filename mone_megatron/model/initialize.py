@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.product_key import ProductKeyExperts
+from mone_megatron.mone.routers import MethodRouter
 from mone_megatron.parallel.megatron_compat.checkpoint_forms import stored_name
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -92,7 +93,7 @@ def initialize_weights(model: GPTModel, *, seed: int, std: float, vocab_size: in
 
     Norm weights are 1, biases and the rows that pad the vocabulary 0, all else normal with ``std``,
     or ``std / sqrt(2 * num_layers)`` for projections into the residual stream. Gates of experts
-    that are not the usual one, and product keys, say what theirs begin with.
+    that are not the usual one, routers and product keys say what theirs begin with.
 
     Args:
         model: a GPTModel, not yet wrapped.
@@ -113,9 +114,18 @@ def initialize_weights(model: GPTModel, *, seed: int, std: float, vocab_size: in
         for prefix, module in model.named_modules()
         if isinstance(module, ProductKeyExperts)
     }
+    initial = {
+        f"{prefix}.{name}": weight.initial
+        for prefix, module in model.named_modules()
+        if isinstance(module, MethodRouter)
+        for name, weight in module.method_weights.items()
+        if weight.initial is not None
+    }
     for local_name, parameter in model.named_parameters():
         name = global_name(model, local_name)
-        if "norm" in name.rsplit(".", 2)[-2]:
+        if local_name in initial:
+            parameter.fill_(initial[local_name])
+        elif "norm" in name.rsplit(".", 2)[-2]:
             parameter.fill_(1.0)
         elif name.endswith("bias"):
             parameter.zero_()

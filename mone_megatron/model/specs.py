@@ -148,11 +148,11 @@ def sparsity_settings(config: Config) -> Sparsity | None:
 
 
 def _router(model: ModelConfig) -> type:
-    """Returns the router's class, with the keys of ``model.router`` that it reads."""
+    """Returns the router's class, which knows its method and its settings."""
     router = ROUTERS[model.router.kind]
-    if not router.settings:
+    if router.stock:
         return router.module
-    values = {name: getattr(model.router, name) for name in router.settings}
+    values = {"kind": router.name, "settings": model.router_settings}
     return type(router.module.__name__, (router.module,), values)
 
 

@@ -1,7 +1,7 @@
-"""Gives megatron-core's router other assignments of tokens to experts (:mod:`.methods.routers`).
+"""Computes the routers of the registry with megatron-core's (:mod:`.methods.routers`).
 
-Logits, the z-loss, the balance losses and their logging are megatron-core's. The dispatchers take
-any number of experts a token, but for flex, which ``config.validate`` refuses.
+The z-loss, the balance losses and their logging are megatron-core's. The dispatchers take any
+number of experts a token, but for flex, which ``config.validate`` refuses.
 
 Shape suffixes: N tokens of this rank, A all experts.
 """
@@ -14,30 +14,76 @@ import torch
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     get_tokens_per_expert_and_token_count,
+    router_gating_linear,
     save_to_aux_losses_tracker,
 )
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from mone_megatron.methods.router import RoutedWeights, projection_rank
+from mone_megatron.methods.router import RoutedWeights, Router, RouterSettings, RouterWeight
 from mone_megatron.methods.routers import ROUTERS
-from mone_megatron.methods.routers.expert_choice import expert_choice
-from mone_megatron.methods.routers.relu import relu
-from mone_megatron.methods.routers.routing_free import routing_free
-from mone_megatron.methods.routers.top_p import top_p
 from mone_megatron.mone.density import COEFFICIENT_START, DensityMeter
 from mone_megatron.mone.layer_numbers import count_layers
 
 # The name of steered routers' loss in megatron-core's tracker of auxiliary losses.
 ROUTER_SPARSITY_LOSS = "router_sparsity_loss"
+_PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 
 
-class AssigningRouter(TopKRouter):
+class MethodRouter(TopKRouter):
+    """Is megatron-core's router with the weights and the logits of a method."""
+
+    # Set where the layers are described (:mod:`mone_megatron.model.specs`).
+    kind: str
+    settings: RouterSettings
+
+    @property
+    def method(self) -> Router:
+        """Returns the method, which ``model.router.kind`` names."""
+        return ROUTERS[self.kind]
+
+    @property
+    def method_weights(self) -> dict[str, RouterWeight]:
+        """Returns what the method says of each weight, by its name here."""
+        return dict(self.method.weights(self.settings))
+
+    def reset_parameters(self) -> None:
+        """Makes the weights; what they begin with is :mod:`mone_megatron.model.initialize`'s."""
+        wanted = self.method_weights
+        first = torch.empty(wanted.pop("weight").shape, dtype=torch.float32)
+        self.weight = nn.Parameter(first)
+        super().reset_parameters()
+        for name, weight in wanted.items():
+            parameter = nn.Parameter(
+                torch.full(weight.shape, weight.initial or 0.0, dtype=self.config.params_dtype)
+            )
+            parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+            place, _, own = name.rpartition(".")
+            if place and not hasattr(self, place):
+                self.add_module(place, nn.Module())
+            self.get_submodule(place).register_parameter(own, parameter)
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Returns the method's logits, ``[..., A]``."""
+        held = {name: self.get_parameter(name) for name in self.method_weights}
+        return self.method.logits(input, held, self._linear, self.settings)
+
+    def _linear(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Returns tokens times a transposed matrix, in the precision of the router."""
+        if weight is self.weight:
+            return super().gating(tokens)
+        precision = _PRECISIONS.get(self.config.moe_router_dtype or "", tokens.dtype)
+        return cast(Tensor, router_gating_linear(tokens, weight, None, precision))
+
+
+class AssigningRouter(MethodRouter):
     """Is a router whose assignment is a function of the logits."""
 
     def assign(self, logits_NA: Tensor) -> Tensor:
         """Returns the weight of each expert for each token, ``[N, A]``; 0 is not chosen."""
-        raise NotImplementedError
+        assign = self.method.assign
+        assert assign is not None, "such a router assigns"
+        return assign(logits_NA, self.settings)
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Returns the weights and which experts are chosen, each ``[N, A]``."""
@@ -53,30 +99,9 @@ class AssigningRouter(TopKRouter):
         return probs_NA, chosen_NA
 
 
-class ExpertChoiceRouter(AssigningRouter):
-    """Lets each expert choose among the tokens of this rank's microbatch."""
-
-    def assign(self, logits_NA: Tensor) -> Tensor:
-        """Returns the weights of :func:`expert_choice`."""
-        return expert_choice(logits_NA, self.topk)
-
-
-class TopPRouter(AssigningRouter):
-    """Takes the fewest experts that hold a share of a token's weights."""
-
-    # Set where the layers are described (:mod:`mone_megatron.model.specs`).
-    top_p: float
-
-    def assign(self, logits_NA: Tensor) -> Tensor:
-        """Returns the weights of :func:`top_p`."""
-        return top_p(logits_NA, self.top_p)
-
-
 class SteeredRouter(AssigningRouter):
     """Leaves it open how many experts a token has, and has a loss with a steered coefficient."""
 
-    # The name in the registry, whose entry has the loss.
-    kind: str
     # Steered by `model.router.density` (:mod:`mone_megatron.train.hooks.density`).
     coefficient = COEFFICIENT_START
     # The layer's number where megatron-core's is not (multi-token prediction, in some releases).
@@ -96,76 +121,10 @@ class SteeredRouter(AssigningRouter):
         tokens_A, _, tokens = get_tokens_per_expert_and_token_count(
             chosen_NA, self.tp_cp_group, self.topk
         )
-        function = ROUTERS[self.kind].loss
+        function = self.method.loss
         assert function is not None, "a steered router has a loss"
         loss = function(RoutedWeights(weights_NA, tokens_A, tokens, self.topk))
         number = self.layer_number if self.told_number is None else self.told_number
         save_to_aux_losses_tracker(ROUTER_SPARSITY_LOSS, loss, number, count_layers(self.config))
         attached = MoEAuxLossAutoScaler.apply(weights_NA, loss * self.coefficient)
         return cast(Tensor, attached), chosen_NA
-
-
-class ReLURouter(SteeredRouter):
-    """Takes the experts with a logit above 0."""
-
-    kind = "relu"
-
-    def assign(self, logits_NA: Tensor) -> Tensor:
-        """Returns the weights of :func:`relu`."""
-        return relu(logits_NA)
-
-
-class ProjectedRouter(TopKRouter):
-    """Has a projection of low rank for each expert, whose norm is its logit."""
-
-    # Set where the layers are described; 0 takes a quarter of the hidden size.
-    rank: int
-
-    def reset_parameters(self) -> None:
-        """Gives the weight ``rank`` rows for each expert, one expert's behind another's."""
-        rows = self.num_experts * projection_rank(self.rank, self.config.hidden_size)
-        self.weight = nn.Parameter(torch.empty(rows, self.config.hidden_size))
-        super().reset_parameters()
-
-    def gating(self, input: Tensor) -> Tensor:
-        """Returns the norm of each expert's projection of each token, ``[..., A]``."""
-        projected = super().gating(input)
-        return torch.linalg.vector_norm(projected.unflatten(-1, (self.num_experts, -1)), dim=-1)
-
-
-class AutonomyRouter(ProjectedRouter):
-    """Is megatron-core's router by norms instead of logits."""
-
-
-class ScoreScale(nn.Module):
-    """Holds the factor of each expert's norm. Its weights begin as those of a norm do, at 1."""
-
-    def __init__(self, experts: int, dtype: torch.dtype) -> None:
-        """Allocates a factor for each expert."""
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(experts, dtype=dtype))
-
-
-class RoutingFreeRouter(SteeredRouter, ProjectedRouter):
-    """Takes the experts whose own score reaches a threshold."""
-
-    kind = "routing_free"
-    threshold: float
-
-    def reset_parameters(self) -> None:
-        """Draws the projections, and begins with norms as they are."""
-        super().reset_parameters()
-        dtype = self.config.params_dtype
-        self.score_norm = ScoreScale(self.num_experts, dtype)
-        self.score_bias = nn.Parameter(torch.zeros(self.num_experts, dtype=dtype))
-        for parameter in (self.score_norm.weight, self.score_bias):
-            parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
-
-    def gating(self, input: Tensor) -> Tensor:
-        """Returns the scores, ``[..., A]``."""
-        norms = super().gating(input)
-        return norms * self.score_norm.weight.to(norms.dtype) - self.score_bias.to(norms.dtype)
-
-    def assign(self, logits_NA: Tensor) -> Tensor:
-        """Returns the weights of :func:`routing_free`."""
-        return routing_free(logits_NA, self.threshold)

@@ -20,7 +20,6 @@ from typing import Literal
 from mone_megatron.config.schema import Config, MoNEConfig
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.gates import GATES
-from mone_megatron.methods.router import projection_rank
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import count_kept
 from mone_megatron.methods.rules import RULES
@@ -382,9 +381,7 @@ def _router(config: Config) -> int:
     experts, chosen = model.num_experts, model.experts_per_token
     wide = 8 if router.dtype == "fp64" else 4
     size = 8 * chosen  # indices
-    if ROUTERS[router.kind].low_rank:
-        # What the norms are of.
-        size += wide * experts * projection_rank(router.rank, model.hidden_size)
+    size += wide * ROUTERS[router.kind].latent(model.router_settings)
     size += wide * (experts if router.pre_softmax or router.score_function == "sigmoid" else chosen)
     if router.z_loss_coeff:
         size += wide * (experts + 1)

@@ -42,7 +42,7 @@ def forward_flops_per_token(
 ) -> Flops:
     """Returns the operations of one token's forward pass in sequences of ``seq_length`` tokens."""
     hidden = model.hidden_size
-    router = ROUTERS[model.router.kind].weights(model.num_experts, hidden, model.router.rank)
+    router = ROUTERS[model.router.kind].products(model.router_settings)
     gates = router + (hidden if model.shared_expert_gate else 0)
     output = 2 * hidden * model.padded_vocab_size(vocab_size)
     later = prediction_layers(model)

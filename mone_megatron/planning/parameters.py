@@ -131,9 +131,7 @@ def count_parameters(
     attention = sum(matrix.parameters for matrix in attention_of.projections(model))
     attention += attention_of.sinks(model)
     norms = 2 * hidden + sum(norm.width for norm in attention_of.norms(model))
-    kind = ROUTERS[model.router.kind]
-    router = kind.weights(model.num_experts, hidden, model.router.rank)
-    router += kind.scalars * model.num_experts
+    router = ROUTERS[model.router.kind].parameters(model.router_settings)
     shared_gate = hidden if model.shared_expert_gate else 0
 
     mlps = gated_mlps(model, mone)

@@ -136,10 +136,8 @@ def _layer(config: Config, layer: int) -> list[LocalParameter]:
         width = model.dense_ffn_hidden_size // tensor
         sizes |= {"linear_fc1": 2 * width * hidden, "linear_fc2": width * hidden}
         return [LocalParameter(f"{layer}.{name}", size) for name, size in sizes.items()]
-    router = ROUTERS[model.router.kind]
-    sizes["router"] = router.weights(model.num_experts, hidden, model.router.rank)
-    if router.scalars:
-        sizes |= {f"router.{part}": model.num_experts for part in range(router.scalars)}
+    router = ROUTERS[model.router.kind].weights(model.router_settings)
+    sizes |= {f"router.{name}": math.prod(weight.shape) for name, weight in router.items()}
     found = [LocalParameter(f"{layer}.{name}", size) for name, size in sizes.items()]
     expert = not experts_are_dense_like(config.parallel)
     weights = local_experts(config) * expert_width(config) * hidden

@@ -58,6 +58,8 @@ EXPORTS: dict[str, dict[str, Any]] = {
         }
         for rule, options in (("blocks", {"size": 4}), ("statistical", {}))
     },
+    # Tokens of different numbers of experts.
+    "relu router": {"router_kind": "relu"},
     "batched": {},
     # Neurons that the ranks cannot share evenly, and of which one has fewer than K.
     "batched, uneven": {"moe_intermediate_size": 15, "mone": {"keep_ratio": 0.55}},

@@ -13,7 +13,7 @@ from mone_models import VARIANTS, build
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from mone_megatron.config.schema import MoNEConfig
+from mone_megatron.config.schema import ModelConfig, MoNEConfig
 from mone_megatron.hf import MoneForCausalLM
 from mone_megatron.hf.experts_mone import NeuronSettings
 from mone_megatron.hf.export import AUTO_MAP, write_code
@@ -159,7 +159,9 @@ def test_it_loads_alone_with_the_code_beside_it(tmp_path: Path) -> None:
     model.config.auto_map = dict(AUTO_MAP)
     model.save_pretrained(folder)
     settings = NeuronSettings.from_config(model.config.mone)
-    write_code(folder, MoNEConfig(keep_ratio=settings.keep_ratio, score=settings.score))
+    write_code(
+        folder, MoNEConfig(keep_ratio=settings.keep_ratio, score=settings.score), ModelConfig()
+    )
     torch.save(tokens(1, 6), tmp_path / "tokens.pt")
     arguments = [str(folder), str(tmp_path / "tokens.pt"), str(tmp_path / "out.pt")]
     environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}

@@ -48,8 +48,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_guide_has_an_example_of_each_kind() -> None:
     assert len(COMMANDS) == len(REGISTRIES) == 11
-    # The router and the optimizer have their classes beside them.
-    assert len(FILES) == len(COMMANDS) + 2
+    # The optimizer has its class beside it.
+    assert len(FILES) == len(COMMANDS) + 1
 
 
 def test_its_commands_train(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,8 +160,11 @@ def test_its_export_is_the_same_model(runs: Path, method: str, tmp_path: Path) -
     if key == "mone.rule" and not RULES[name].causal:
         with pytest.raises(ValueError, match=f"mone.rule: {name} looks at other tokens"):
             exported()
-    elif key == "model.router.kind" and not ROUTERS[name].stock:
-        with pytest.raises(ValueError, match=f"model.router.kind: {name} is not megatron-core"):
+    elif key == "model.router.kind" and not ROUTERS[name].causal:
+        with pytest.raises(ValueError, match=f"model.router.kind: {name} looks at other tokens"):
+            exported()
+    elif key == "model.router.kind" and ROUTERS[name].reference is not None:
+        with pytest.raises(ValueError, match=f"model.router.kind: {name} is a class of megatron"):
             exported()
     elif key == "model.activation" and hidden_act(name) not in ACT2FN:
         with pytest.raises(ValueError, match=f"model.activation: transformers has no {name}"):

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,23 +21,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from test_each_rule import problems
 from torch import Tensor
 
-from mone_megatron.methods.router import RoutedWeights
+from mone_megatron.hf.configuration_mone import MoneConfig
+from mone_megatron.hf.modeling_mone import MoneRouter
+from mone_megatron.methods.router import RoutedWeights, Router, RouterSettings
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.routers.expert_choice import expert_choice
 from mone_megatron.methods.routers.relu import relu
-from mone_megatron.methods.routers.routing_free import routing_free
+from mone_megatron.methods.routers.sigmoid_topk import largest_sigmoids
 from mone_megatron.methods.routers.top_p import top_p
-from mone_megatron.mone.routers import AutonomyRouter, ReLURouter, RoutingFreeRouter
 from mone_megatron.testing.launch import run_layouts
 
 TOKENS, EXPERTS = 24, 8
 UNBALANCED = ("model.router.balance=[none]", "model.router.balance_coeff=[0.0]")
-ASSIGN = {
-    "expert_choice": lambda logits: expert_choice(logits, 2),
-    "relu": relu,
-    "routing_free": lambda logits: routing_free(logits, 0.5),
-    "top_p": lambda logits: top_p(logits, 0.5),
-}
+# A layer's, of the functions; routers take k = 2 experts.
+SETTINGS = RouterSettings(EXPERTS, 16, 2, rank=3, top_p=0.5, threshold=0.5)
+ASSIGNING = [router for router in ROUTERS if router.assign is not None]
 
 
 def logits(*, ties: bool = False) -> Tensor:
@@ -70,13 +69,34 @@ def test_top_p_takes_the_fewest_experts_that_hold_the_share(p: float, ties: bool
         assert weights[token].nonzero().flatten().tolist() == sorted(taken)
 
 
-@pytest.mark.parametrize("kind", [router.name for router in ROUTERS if router.name in ASSIGN])
-def test_a_causal_router_looks_at_no_later_token(kind: str) -> None:
+@pytest.mark.parametrize("router", ASSIGNING, ids=lambda router: router.name)
+def test_a_causal_router_looks_at_no_later_token(router: Router) -> None:
+    assert router.assign is not None
     changed = logits()
     changed[TOKENS // 2 :] *= 3
-    before = ASSIGN[kind](logits())[: TOKENS // 2]
-    after = ASSIGN[kind](changed)[: TOKENS // 2]
-    assert torch.equal(before, after) == ROUTERS[kind].causal
+    before = router.assign(logits(), SETTINGS)[: TOKENS // 2]
+    after = router.assign(changed, SETTINGS)[: TOKENS // 2]
+    assert torch.equal(before, after) == router.causal
+
+
+@pytest.mark.parametrize("router", ASSIGNING, ids=lambda router: router.name)
+def test_a_router_assigns_as_it_says(router: Router) -> None:
+    assert router.assign is not None
+    for given in (logits(), logits(ties=True), logits().bfloat16()):
+        weights = router.assign(given, SETTINGS)
+        assert weights.dtype == given.dtype
+        assert (weights >= 0).all()
+        counts = (weights > 0).sum(dim=-1)
+        assert bool((counts == 2).all()) == router.fixed_count
+
+
+def test_sigmoids_are_of_the_largest_logits() -> None:
+    weights = largest_sigmoids(logits(ties=True), 3)
+    for token, row in enumerate(logits(ties=True).tolist()):
+        best = sorted(range(EXPERTS), key=lambda expert: (-row[expert], expert))[:3]
+        assert weights[token].nonzero().flatten().tolist() == sorted(best)
+        for expert in best:
+            assert weights[token, expert].item() == pytest.approx(1 / (1 + math.exp(-row[expert])))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +138,7 @@ def test_what_a_router_cannot_do_is_refused_by_its_key(overrides: list[str], mes
 HIDDEN, FEW, RANK = 6, 4, 3
 
 
-def built(kind: type[TopKRouter], **settings: object) -> TopKRouter:
+def built(kind: str, **settings: Any) -> TopKRouter:
     alone = dist.new_group([0])
     config = TransformerConfig(
         num_layers=1, hidden_size=HIDDEN, num_attention_heads=1, num_moe_experts=FEW,
@@ -126,7 +146,8 @@ def built(kind: type[TopKRouter], **settings: object) -> TopKRouter:
         moe_router_dtype="fp32", add_bias_linear=False, cuda_graph_scope=[],
     )  # fmt: skip
     groups = SimpleNamespace(tp=alone, cp=alone, tp_cp=alone, tp_dp_cp=alone)
-    cls = type(kind.__name__, (kind,), settings)
+    known = {"kind": kind, "settings": RouterSettings(FEW, HIDDEN, 2, **settings)}
+    cls = type(kind, (ROUTERS[kind].module,), known)
     router: TopKRouter = cls(config, pg_collection=groups)
     router.layer_number = 1
     return router
@@ -148,6 +169,75 @@ def fill(router: TopKRouter) -> None:
     router.weight.data.copy_(torch.tensor(rows))
 
 
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    "router",
+    [router for router in ROUTERS if router.reference is None or router.stock],
+    ids=lambda router: router.name,
+)
+def test_exports_route_as_training_does(router: Router) -> None:
+    """And the planner counts the weights that are there."""
+    trained = built(router.name, rank=RANK, threshold=0.1)
+    draw = torch.Generator().manual_seed(4)
+    for parameter in trained.parameters():
+        parameter.data.copy_(torch.rand(parameter.shape, generator=draw) + 0.1)
+        parameter.data.mul_(1 - 2 * (torch.rand(parameter.shape, generator=draw) < 0.3))
+    settings = RouterSettings(FEW, HIDDEN, 2, rank=RANK, threshold=0.1)
+    described = router.weights(settings)
+    assert {name: tuple(held.shape) for name, held in trained.named_parameters()} == {
+        name: weight.shape for name, weight in described.items()
+    }
+    assert router.parameters(settings) == sum(held.numel() for held in trained.parameters())
+    read = {name: getattr(settings, name) for name in router.settings}
+    exported = MoneRouter(
+        MoneConfig(
+            hidden_size=HIDDEN, num_attention_heads=1, num_key_value_heads=1, num_experts=FEW,
+            num_experts_per_tok=2, norm_topk_prob=True, router_kind=router.name,
+            router_settings=read or None,
+        )
+    )  # fmt: skip
+    exported.load_state_dict(trained.state_dict())
+    probs, chosen = trained(tokens())
+    _, weights_NK, index_NK = exported(tokens().squeeze(1))
+    assert torch.equal(weights_NK.new_zeros(5, FEW).scatter(-1, index_NK, weights_NK) > 0, chosen)
+    torch.testing.assert_close(
+        weights_NK.new_zeros(5, FEW).scatter(-1, index_NK, weights_NK), probs.float()
+    )
+
+
+@pytest.mark.usefixtures("one_process")
+def test_cosine_is_the_angle_in_a_small_space() -> None:
+    router = built("cosine", rank=RANK)
+    for number, parameter in enumerate((router.weight, router.projection)):
+        parameter.data.copy_(
+            torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        )
+    router.temperature.data.fill_(0.7)
+    found = router.gating(tokens()).squeeze(1)
+    for token, x in enumerate(tokens().squeeze(1) @ router.projection.detach().T):
+        for expert, direction in enumerate(router.weight.detach()):
+            cosine = (
+                float(x @ direction) / math.hypot(*x.tolist()) / math.hypot(*direction.tolist())
+            )
+            assert found[token, expert].item() == pytest.approx(cosine / 0.7, rel=1e-5)
+    # Neither length matters.
+    router.weight.data.mul_(3)
+    torch.testing.assert_close(router.gating(2 * tokens()).squeeze(1), found)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_relu_norm_is_torchs_norm_of_the_rectified_logits() -> None:
+    router = built("relu_norm")
+    router.weight.data.copy_(torch.randn(FEW, HIDDEN, generator=torch.Generator().manual_seed(0)))
+    norm = torch.nn.RMSNorm(FEW, eps=1e-6)
+    norm.weight.data.copy_(torch.tensor([0.5, 1.0, 1.5, 2.0]))
+    router.score_norm.weight.data.copy_(norm.weight.data)
+    probs, chosen = router(tokens())
+    expected = norm((tokens().squeeze(1) @ router.weight.T).relu())
+    torch.testing.assert_close(probs, expected)
+    assert torch.equal(chosen, expected > 0)
+
+
 # What the authors' own MLP and losses (github.com/liuyilun2000/RoutingFreeMoE) give for these
 # inputs with a rank of 3, a threshold of 0.25, scales 0.8 + 0.3 e and biases 0.1 e.
 SCORES = [
@@ -162,7 +252,7 @@ BY_EXPERT, BY_TOKEN = 0.7455846071243286, 0.5346776247024536
 
 @pytest.mark.usefixtures("one_process")
 def test_routing_free_is_what_its_authors_compute() -> None:
-    router = built(RoutingFreeRouter, rank=RANK, threshold=0.25)
+    router = built("routing_free", rank=RANK, threshold=0.25)
     fill(router)
     router.score_norm.weight.data.copy_(0.8 + 0.3 * torch.arange(4))
     router.score_bias.data.copy_(0.1 * torch.arange(4))
@@ -177,7 +267,7 @@ def test_routing_free_is_what_its_authors_compute() -> None:
 
 @pytest.mark.usefixtures("one_process")
 def test_autonomy_ranks_by_the_norms_of_projections() -> None:
-    router = built(AutonomyRouter, rank=RANK)
+    router = built("autonomy", rank=RANK)
     fill(router)
     probs, chosen = router(tokens())
     x, projections = tokens().squeeze(1), router.weight.detach().view(FEW, RANK, HIDDEN)
@@ -210,7 +300,7 @@ def test_relu_and_its_loss_are_those_of_remoe() -> None:
 
 @pytest.mark.usefixtures("one_process")
 def test_the_loss_of_a_steered_router_pulls_with_its_coefficient() -> None:
-    router = built(ReLURouter)
+    router = built("relu")
     router.weight.data.copy_(torch.randn(FEW, HIDDEN, generator=torch.Generator().manual_seed(0)))
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
 

@@ -14,7 +14,7 @@ import torch
 from hf_models import VOCABULARY
 from mone_models import build
 
-from mone_megatron.config.schema import MoNEConfig
+from mone_megatron.config.schema import ModelConfig, MoNEConfig
 from mone_megatron.hf.export import AUTO_MAP, write_code
 
 TOKENS = torch.randint(1, VOCABULARY, (24,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -26,7 +26,7 @@ def exported(folder: Path, auto_map: dict[str, str], **changes: Any) -> torch.Te
     """Writes a random model as an export is written, and returns what it answers in fact."""
     model = build("plain", **changes)
     model.save_pretrained(folder)
-    write_code(folder, MoNEConfig(enabled=True, keep_ratio=0.25))
+    write_code(folder, MoNEConfig(enabled=True, keep_ratio=0.25), ModelConfig())
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": auto_map}
     path.write_text(json.dumps(config), encoding="utf-8")

@@ -29,6 +29,7 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     down_norms,
     experts_modules,
+    fills_places,
     has_own_gate,
     selects,
     settings_of,
@@ -127,6 +128,11 @@ class _Layer:
     def __init__(self, number: int, experts: nn.Module, otherwise: NeuronSettings) -> None:
         self.number = number
         self.experts = cast(ExpertsModule, experts)
+        if fills_places(experts):
+            raise ValueError(
+                f"{type(experts).__name__}: its router gives tokens different numbers of experts "
+                "(model.router.kind), which a trace of as many for each token cannot hold"
+            )
         self.selects = selects(self.experts)
         self.settings = settings_of(self.experts) if self.selects else otherwise
         self.routing: Routing | None = None

@@ -217,6 +217,7 @@ def _reader_of(weights: HFWeights) -> _Read:
 
 def _reader_of_ours(source: Source, dtype: torch.dtype) -> tuple[PreTrainedConfig, _Read]:
     architecture = source.architecture
+    config = hf_config(source, architecture, dtype)
     table = list(rules(source.model, source.vocab_size, architecture, FUSED, source.mone))
     check_complete(source, table)
 
@@ -224,4 +225,4 @@ def _reader_of_ours(source: Source, dtype: torch.dtype) -> tuple[PreTrainedConfi
         part = [rule for rule in table if _layer_of(rule.theirs[0][0]) == number]
         return dict(hf_tensors(source, part, dtype))
 
-    return hf_config(source, architecture, dtype), read
+    return config, read

@@ -32,6 +32,7 @@ from mone_megatron.hf.experts_mone import (
     NeuronSettings,
     down_norms,
     experts_modules,
+    fills_places,
     is_selecting,
     settings_of,
     split_projections,
@@ -153,6 +154,11 @@ class ExpertsPlace:
         self.block = block
         if not self.module.has_gate:
             raise ValueError(f"{type(module).__name__} has no gate projection to rank neurons by")
+        if fills_places(module):
+            raise ValueError(
+                f"{type(module).__name__}: its router gives tokens different numbers of experts "
+                "(model.router.kind), which is not written for pruning"
+            )
         self.neurons = int(self.module.down_proj.shape[1 if self.module.is_transposed else 2])
         self.defines_activation = getattr_static(type(module), "_apply_gate") is _default_apply_gate
         self.own: NeuronSettings | None = None

@@ -4,13 +4,14 @@ Each expert has a projection A of low rank; its norm takes the place of a router
 else is megatron-core's router: top-k, the softmax over the chosen ones, balance losses.
 """
 
-from mone_megatron.methods.router import Router
+from mone_megatron.methods.router import Router, norms, projections
 
 METHOD = Router(
     name="autonomy",
     formula="the k experts with the largest |x A| of their low-rank projections A",
     source="Autonomy-of-Experts, arXiv 2501.13074",
-    reference="mone_megatron.mone.routers:AutonomyRouter",
+    weights=projections,
+    logits=norms,
+    latent=lambda settings: settings.experts * settings.rank,
     settings=("rank",),
-    low_rank=True,
 )

@@ -35,9 +35,8 @@ METHOD = Router(
     name="expert_choice",
     formula="for each expert, the N k / A tokens with the largest weights",
     source="arXiv 2202.09368",
-    reference="mone_megatron.mone.routers:ExpertChoiceRouter",
+    assign=lambda logits_NA, settings: expert_choice(logits_NA, settings.experts_per_token),
     fixed_count=False,
-    own_weights=True,
     causal=False,
     reads_batch=True,
 )

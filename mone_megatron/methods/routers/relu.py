@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mone_megatron.methods.router import RoutedWeights, Router
+from mone_megatron.methods.router import Router, balanced_l1
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,24 +20,11 @@ def relu(logits_NA: Tensor) -> Tensor:
     return logits_NA.relu()
 
 
-def balanced_l1(routed: RoutedWeights) -> Tensor:
-    """Returns this rank's part of sum over experts of A f P, an fp32 scalar.
-
-    P is the mean weight of an expert, f its share of tokens as a part of k. It is Switch
-    Transformer's loss of weights that need not sum to 1, so that it shrinks them, too.
-    """
-    weights_NA = routed.weights_NA.float()
-    share_A = routed.tokens_A.float() / (routed.tokens * routed.experts_per_token)
-    mean_A = weights_NA.sum(dim=0) / routed.tokens
-    return weights_NA.shape[-1] * (share_A * mean_A).sum()
-
-
 METHOD = Router(
     name="relu",
     formula="the experts with a logit above 0, weighed by it",
     source="ReMoE, arXiv 2412.14711",
-    reference="mone_megatron.mone.routers:ReLURouter",
+    assign=lambda logits_NA, settings: relu(logits_NA),
     fixed_count=False,
-    own_weights=True,
     loss=balanced_l1,
 )

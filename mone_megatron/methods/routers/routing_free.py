@@ -7,12 +7,38 @@ one each, press on the scores with the coefficient that ``model.router.density``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mone_megatron.methods.router import RoutedWeights, Router
+from mone_megatron.methods.router import (
+    Linear,
+    RoutedWeights,
+    Router,
+    RouterSettings,
+    RouterWeight,
+    norms,
+    projections,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def weights(settings: RouterSettings) -> Mapping[str, RouterWeight]:
+    """Returns the projections, and two numbers of an expert: scores begin as norms are."""
+    return {
+        **projections(settings),
+        "score_norm.weight": RouterWeight((settings.experts,), initial=1.0),
+        "score_bias": RouterWeight((settings.experts,), initial=0.0),
+    }
+
+
+def scores(
+    tokens: Tensor, held: Mapping[str, Tensor], linear: Linear, settings: RouterSettings
+) -> Tensor:
+    """Returns scale times norm less bias, ``[..., A]``."""
+    norm = norms(tokens, held, linear, settings)
+    return norm * held["score_norm.weight"].to(norm.dtype) - held["score_bias"].to(norm.dtype)
 
 
 def routing_free(scores_NA: Tensor, threshold: float) -> Tensor:
@@ -38,11 +64,11 @@ METHOD = Router(
     name="routing_free",
     formula="the experts whose own score scale |x A| - bias reaches a threshold, weighed by it",
     source="Routing-Free MoE, arXiv 2604.00801",
-    reference="mone_megatron.mone.routers:RoutingFreeRouter",
+    weights=weights,
+    logits=scores,
+    assign=lambda logits_NA, settings: routing_free(logits_NA, settings.threshold),
     fixed_count=False,
-    own_weights=True,
     settings=("rank", "threshold"),
-    low_rank=True,
-    scalars=2,
+    latent=lambda settings: settings.experts * settings.rank,
     loss=both_views,
 )

@@ -32,8 +32,7 @@ METHOD = Router(
     name="top_p",
     formula="the fewest experts that hold a share p of the token's weights",
     source="arXiv 2403.07652",
-    reference="mone_megatron.mone.routers:TopPRouter",
+    assign=lambda logits_NA, settings: top_p(logits_NA, settings.top_p),
     fixed_count=False,
-    own_weights=True,
     settings=("top_p",),
 )

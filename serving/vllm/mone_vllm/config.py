@@ -21,6 +21,7 @@ class MoneConfig(Qwen3MoeConfig):
     rectified_up: bool = False
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
+    router_kind: str = "topk"
     router_score_function: str = "softmax"
     router_bias: bool = False
     router_scaling_factor: float = 1.0

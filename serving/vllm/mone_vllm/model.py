@@ -42,6 +42,9 @@ def refuse(config: Any, vllm_config: VllmConfig, *, graphs: bool) -> None:
             config, "gate", "full"
         )
         != "full",
+        f"router_kind={config.router_kind}: tokens are sent by megatron-core's own router alone": (
+            config.router_kind != "topk"
+        ),
         "rectified_up: dReLU is not written for vLLM": config.rectified_up,
         "quantization: quantised experts compute all neurons": vllm_config.quant_config is not None,
         "LoRA: adapters of experts compute all neurons": vllm_config.lora_config is not None,
