@@ -13,7 +13,7 @@ import torch
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose
 from mone_megatron.config.validate import validate
-from mone_megatron.methods.density_step import DensityReading
+from mone_megatron.methods.density_step import DensityReading, DensityStep
 from mone_megatron.methods.density_steps import DENSITY_STEPS
 from mone_megatron.mone.density import DensityController, DensityMeter, from_digits, to_digits
 from mone_megatron.testing.launch import run_layouts
@@ -55,6 +55,16 @@ def test_factors_are_those_of_the_papers() -> None:
     assert factor("squared", 0.05, 2.0) == pytest.approx(1 / (1 + 2 * 0.2**2))
     assert factor("squared", 0.25, 2.0) == 1.0
     assert DENSITY_STEPS["off"].factor is None
+
+
+@pytest.mark.parametrize(
+    "step", [step for step in DENSITY_STEPS if step.factor], ids=lambda step: step.name
+)
+def test_every_step_pulls_towards_the_target(step: DensityStep) -> None:
+    assert step.factor is not None
+    above, below = (step.factor(DensityReading(density, 0.25, 0.5)) for density in (0.5, 0.125))
+    assert below < 1 < above
+    assert step.factor(DensityReading(1.0, 0.25, 0.5)) >= above
 
 
 def test_a_quantity_stays_within_its_bounds() -> None:
