@@ -4,14 +4,14 @@ Forward and input gradients are those of ``torch.nn.functional.grouped_mm``, bit
 its bookkeeping. The gradient of the weights can go straight to where gradients are added up
 (megatron-core's ``main_grad``): each expert's product is added while it is in the cache, and
 experts without rows are passed over, where autograd makes, fills and adds a gradient of all
-experts in every microbatch.
+experts in every microbatch. Views of all experts are made in one call.
 
 Shape suffixes: T rows, E experts, I values of a row, O values of its product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,15 +34,6 @@ def grouped_product(
     return product_TO
 
 
-def _groups(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yields each expert that has rows, and where they are."""
-    first = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(first, first + count)
-            first += count
-
-
 def _matrices(tensor: Tensor, inputs: int, outputs_first: bool) -> Tensor:
     """Returns the experts' matrices ``[E, I, O]``, as a view."""
     if outputs_first:
@@ -61,8 +52,7 @@ class _GroupedProduct(torch.autograd.Function):
     ) -> Tensor:
         matrix_EIO = _matrices(weight, rows_TI.shape[1], outputs_first)
         product_TO = rows_TI.new_empty(len(rows_TI), matrix_EIO.shape[2])
-        for expert, rows in _groups(counts):
-            torch.mm(rows_TI[rows], matrix_EIO[expert], out=product_TO[rows])
+        _multiply(rows_TI, matrix_EIO, counts, product_TO)
         ctx.save_for_backward(rows_TI, weight)
         ctx.counts = counts  # type: ignore[attr-defined]
         ctx.outputs_first = outputs_first  # type: ignore[attr-defined]
@@ -78,61 +68,45 @@ class _GroupedProduct(torch.autograd.Function):
         inputs = rows_TI.shape[1]
         grad_rows_TI = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            matrix_EIO = _matrices(weight, inputs, outputs_first)
+            matrix_EOI = _matrices(weight, inputs, outputs_first).transpose(1, 2)
             grad_rows_TI = torch.empty_like(rows_TI)
-            for expert, rows in _groups(counts):
-                torch.mm(grad_TO[rows], matrix_EIO[expert].T, out=grad_rows_TI[rows])
+            _multiply(grad_TO, matrix_EOI, counts, grad_rows_TI)
         grad_weight = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            # A gradient has the order of the weight's values.
+            from_T, into_T = (grad_TO, rows_TI) if outputs_first else (rows_TI, grad_TO)
+            sizes = len(counts), from_T.shape[1], into_T.shape[1]
             if getattr(weight, "adds_to_main_grad", False):
-                _add_products(weight, rows_TI, grad_TO, counts, outputs_first)
+                _add_products(from_T, into_T, counts, weight.main_grad.view(sizes))
+                # megatron-core's hook adds what autograd has made, unless this says that it is
+                # there.
+                weight.grad_added_to_main_grad = True
             else:
-                grad_weight = _products(weight, rows_TI, grad_TO, counts, outputs_first)
+                grad_weight = torch.empty_like(weight)
+                _write_products(from_T, into_T, counts, grad_weight.view(sizes))
         return grad_rows_TI, grad_weight, None, None
 
 
-def _product(
-    rows_TI: Tensor, grad_TO: Tensor, rows: slice, outputs_first: bool, out: Tensor
-) -> Tensor:
-    """Writes the gradient of one expert's matrix into ``out``, in the order of its values."""
-    if outputs_first:
-        return torch.mm(grad_TO[rows].T, rows_TI[rows], out=out)
-    return torch.mm(rows_TI[rows].T, grad_TO[rows], out=out)
+def _multiply(rows_TI: Tensor, matrix_EIO: Tensor, counts: Sequence[int], out_TO: Tensor) -> None:
+    """Writes each expert's rows times its matrix."""
+    parts = rows_TI.split_with_sizes(counts), matrix_EIO.unbind(), out_TO.split_with_sizes(counts)
+    for count, rows, matrix, out in zip(counts, *parts, strict=True):
+        if count:
+            torch.mm(rows, matrix, out=out)
 
 
-def _products(
-    weight: Tensor,
-    rows_TI: Tensor,
-    grad_TO: Tensor,
-    counts: Sequence[int],
-    outputs_first: bool,
-) -> Tensor:
-    grad_weight = torch.empty_like(weight)
-    by_expert = grad_weight.view(len(counts), *_order(rows_TI, grad_TO, outputs_first))
-    for expert, rows in _groups(counts):
-        _product(rows_TI, grad_TO, rows, outputs_first, by_expert[expert])
-    for expert, count in enumerate(counts):
-        if not count:
-            by_expert[expert].zero_()
-    return grad_weight
+def _add_products(from_T: Tensor, into_T: Tensor, counts: Sequence[int], total_E: Tensor) -> None:
+    """Adds each expert's gradient to its total; those of experts without rows stay as they are."""
+    scratch = total_E.new_empty(total_E.shape[1:])
+    parts = from_T.split_with_sizes(counts), into_T.split_with_sizes(counts), total_E.unbind()
+    for count, rows, others, total in zip(counts, *parts, strict=True):
+        if count:
+            total.add_(torch.mm(rows.t(), others, out=scratch))
 
 
-def _add_products(
-    weight: Tensor,
-    rows_TI: Tensor,
-    grad_TO: Tensor,
-    counts: Sequence[int],
-    outputs_first: bool,
-) -> None:
-    sizes = _order(rows_TI, grad_TO, outputs_first)
-    total = weight.main_grad.view(len(counts), *sizes)  # type: ignore[attr-defined]
-    scratch = rows_TI.new_empty(sizes)
-    for expert, rows in _groups(counts):
-        total[expert].add_(_product(rows_TI, grad_TO, rows, outputs_first, scratch))
-    # megatron-core's hook adds what autograd has made, unless this says that it is there.
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-
-
-def _order(rows_TI: Tensor, grad_TO: Tensor, outputs_first: bool) -> tuple[int, int]:
-    inputs, outputs = rows_TI.shape[1], grad_TO.shape[1]
-    return (outputs, inputs) if outputs_first else (inputs, outputs)
+def _write_products(from_T: Tensor, into_T: Tensor, counts: Sequence[int], total_E: Tensor) -> None:
+    """Writes each expert's gradient: zeros for experts without rows."""
+    parts = from_T.split_with_sizes(counts), into_T.split_with_sizes(counts), total_E.unbind()
+    for rows, others, total in zip(*parts, strict=True):
+        # The product of no rows is written, too.
+        torch.mm(rows.t(), others, out=total)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 
 from mone_megatron.parallel.gloo import share_gloo_devices
+from mone_megatron.parallel.groups_of_one import leave_out_collectives_of_one
 from mone_megatron.parallel.megatron_compat.context_parts import cut_angles_on_cpu
 from mone_megatron.parallel.megatron_compat.cuda_constants import rewrite_all_constants
 from mone_megatron.parallel.megatron_compat.cuda_names import is_redirected, redirect_cuda_names
 from mone_megatron.parallel.megatron_compat.gradient_norm import measure_gradients_on_cpu
 from mone_megatron.parallel.megatron_compat.importing import import_megatron
+from mone_megatron.parallel.megatron_compat.master_weights import copy_no_parameter_onto_itself
 from mone_megatron.parallel.megatron_compat.random_state import track_cpu_generator
 from mone_megatron.parallel.megatron_compat.rotary_embedding import rotate_without_copies
 from mone_megatron.parallel.megatron_compat.token_exchange import exchange_over_gloo
@@ -28,10 +30,12 @@ def install_cpu_backend() -> None:
         raise RuntimeError("install_cpu_backend() must be called before megatron.core is imported")
     redirect_cuda_names()
     share_gloo_devices()
+    leave_out_collectives_of_one()
     import_megatron(compile_fused=False)
     track_cpu_generator()
     exchange_over_gloo()
     measure_gradients_on_cpu()
+    copy_no_parameter_onto_itself()
     rotate_without_copies()
     cut_angles_on_cpu()
     rewrite_all_constants()
