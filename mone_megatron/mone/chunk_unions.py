@@ -72,29 +72,43 @@ class ChunkUnions:
             torch.div(order.token_T, order.sequences, rounding_mode="floor"),
             order.token_T % order.sequences,
         )
-        # A group is an expert and a sequence; within it are places, and then chunks.
+        # A group is an expert and a sequence; within it are places, and then chunks. One group more
+        # is nobody's. All shapes are known to the host, which need not wait for a GPU.
+        groups = num_experts * order.sequences
         group_T = expert_T * order.sequences + sequence_T
         # Eight neurons a word, a byte each, so that there are fewer numbers to add.
         padded = torch.nn.functional.pad(mask_TF.view(torch.uint8), (0, -mask_TF.shape[-1] % 8))
         kept_TW = padded.contiguous().view(torch.int64)
         found = []
+        chunks_before = length
         for index, chunk in enumerate(CHUNK_LENGTHS):
             chunks = length // chunk
+            self.chunks_L[index] += chunks * order.sequences
+            if chunks == 0:
+                found.append(torch.zeros((), dtype=torch.float64, device=mask_TF.device))
+                continue
             if chunk > 1:
                 place_T = torch.div(place_T, 2, rounding_mode="floor")
-                whole_T = place_T < chunks
-                key_T = (group_T * max(chunks, 1) + place_T)[whole_T]
-                keys, row_T = torch.unique(key_T, return_inverse=True)
-                both = kept_TW.new_zeros(len(keys), kept_TW.shape[-1])
-                both.index_add_(
-                    0, row_T, kept_TW if len(row_T) == len(kept_TW) else kept_TW[whole_T]
-                )
+                nobodys = groups * chunks
+                key_T = group_T * chunks + place_T
+                if chunks_before > 2 * chunks:
+                    left_over_T = place_T >= chunks
+                    key_T = key_T.masked_fill(left_over_T, nobodys)
+                    kept_TW = kept_TW.masked_fill(left_over_T.unsqueeze(-1), 0)
+                sorted_T, order_T = key_T.sort()
+                begins_T = torch.ones_like(sorted_T)
+                begins_T[1:] = sorted_T[1:] != sorted_T[:-1]
+                number_T = begins_T.cumsum(0) - 1
+                most = min(len(key_T), nobodys + 1)
+                both = kept_TW.new_zeros(most, kept_TW.shape[-1])
+                both.index_add_(0, number_T, kept_TW[order_T])
                 # Of a chunk's two halves, or one: bytes are 0, 1 or 2.
                 kept_TW = (both | both >> 1) & _ONES
-                group_T = torch.div(keys, max(chunks, 1), rounding_mode="floor")
-                place_T = keys % max(chunks, 1)
+                keys = key_T.new_full((most,), nobodys).scatter_(0, number_T, sorted_T)
+                group_T = torch.div(keys, chunks, rounding_mode="floor")
+                place_T = keys % chunks
+            chunks_before = chunks
             found.append(torch.count_nonzero(kept_TW.flatten().view(torch.uint8)).double())
-            self.chunks_L[index] += chunks * order.sequences
         kept_L = torch.stack(found)
         self.kept_L = kept_L if self.kept_L is None else self.kept_L + kept_L
 
