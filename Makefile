@@ -51,8 +51,8 @@ claims: $(VENV)/installed
 
 # Every method at one budget, then the forms of routers, densities and balance losses
 # (docs/results.md): hours on two cores, gone on with when it is started again.
-NEURONS ?= neurons density routers balance_coefficients neurons_eighth neurons_half neurons_small \
-	neurons_large learning_rates
+NEURONS ?= neurons density routers balance_coefficients neurons_balanced neurons_eighth neurons_half \
+	neurons_small neurons_large learning_rates
 neurons: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py $(NEURONS) --jobs 2 $(ARGS)
 

@@ -26,6 +26,7 @@ examples:
   python tools/study.py --list
   python tools/study.py half_activated --jobs 2
   python tools/study.py scores --seeds 1 2 3 --set train.steps=100 --output runs/short
+  python tools/study.py neurons --variants pooled mass --seeds 6 7 8
   python tools/study.py half_activated --report"""
 
 
@@ -39,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="the studies there are, and exit")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default 1 2 3 4 5"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="only these and the reference (default all)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
     parser.add_argument(
@@ -73,6 +77,8 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError(f"--set: {options.set} is not a list of key=value")
     studies = [load_study(where) for where in options.study]
     studies = [replace(each, overrides=(*each.overrides, *options.set)) for each in studies]
+    if options.variants:
+        studies = [each.only(options.variants) for each in studies]
     for study in studies:
         _ = study.configs  # all of them are checked before the first is trained
     if not options.report:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -107,6 +107,28 @@ class Study:
                     f"{self.name}: {variant}: {value:,} is not the {wanted:,} ({count}) of "
                     f"{self.reference}; tools/plan.py --match finds what is"
                 )
+
+    def only(self, names: Sequence[str]) -> Study:
+        """Returns the study of the reference and of these variants.
+
+        Raises:
+            ValueError: for a name that is no variant's, and for no other than the reference's.
+        """
+        for name in names:
+            if name not in self.variants:
+                # Names may have commas.
+                known = "; ".join(self.variants)
+                raise ValueError(f"--variants: {name!r} is none of {self.name}'s: {known}")
+        chosen = {
+            name: changes
+            for name, changes in self.variants.items()
+            if name in names or name == self.reference
+        }
+        if len(chosen) < 2:
+            raise ValueError(
+                f"--variants: {self.reference} is what {self.name} compares with; name another, too"
+            )
+        return replace(self, variants=chosen)
 
     def _is_set(self, config: Config) -> bool:
         """Returns whether the count is known before training; what else must be equal is judged by

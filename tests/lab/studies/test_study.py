@@ -117,6 +117,15 @@ def test_variants_are_checked_before_any_is_trained(
         _ = load_study(write(tmp_path / "x.yaml", **changes)).configs
 
 
+def test_some_variants_of_a_study() -> None:
+    study = load_study("neurons")
+    assert list(study.only(["mass", "1 of 4"]).variants) == ["top-k", "1 of 4", "mass"]
+    with pytest.raises(ValueError, match="'pool' is none of neurons's: top-k; "):
+        study.only(["pool"])
+    with pytest.raises(ValueError, match="top-k is what neurons compares with; name another"):
+        study.only(["top-k"])
+
+
 def test_a_study_is_trained_gone_on_with_linked_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
