@@ -92,6 +92,6 @@ def test_bad_input_gets_one_line(
     assert load_tool(name)([known.get(argument, argument) for argument in arguments]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
-    assert errors[0].startswith(f"{name}: ")
+    assert errors[0].startswith("error: ")
     assert message in errors[0]
     assert not (tmp_path / "x").exists()

@@ -79,6 +79,8 @@ def test_every_key_is_modelled_or_named(read: set[tuple[type, str]]) -> None:
 def test_what_is_said_to_weigh_nothing_is_not_read(read: set[tuple[type, str]]) -> None:
     # Read to say how long the run is, or by kernels of the CPU alone.
     also = {"run.name", "train.steps", "mone.balance.weights", "data.paths", "data.source"}
+    # Handed to a router with the sizes of its weights, which it tells.
+    also |= {"model.router.top_p", "model.router.threshold"}
     both = [
         key
         for key, cls, name in keys(Config)

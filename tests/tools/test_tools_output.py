@@ -23,7 +23,7 @@ FOLDERS = {
     "compare_runs": ("none", "--output", "OUT"),
     "scaling_law": ("none.csv", "--output", "OUT"),
     "sparsify_hf": ("none", "--perplexity", "none", "--output", "OUT"),
-    "study": ("OUT.yaml", "--report", "--output", "."),
+    "study": ("OUT.yaml", "--output", "."),
 }
 NAMES = {
     "bench": ("select", "--output", "OUT"),
@@ -98,7 +98,7 @@ def test_an_output_that_cannot_be(
     (tmp_path / "out.yaml").write_text(STUDY)
     arguments = {**FOLDERS, **NAMES}[tool]
     if tool == "study":
-        arguments = ("out.yaml", "--report", "--output", "OUT")
+        arguments = ("out.yaml", "--output", "OUT")
     told = _refused(tool, arguments, tmp_path / "file" / "out", capsys)
     assert "--output: " in told or "--json: " in told
     assert str(tmp_path / "file") in told
@@ -166,7 +166,7 @@ def test_an_option_is_named_with_where_its_help_is(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit, match="2"):
         load_tool("bench")(["train", "--steps", "many"])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --steps: invalid int value: 'many'; see ")
+    assert line.startswith("error: --steps: 'many' is no whole number; see ")
     assert line.endswith(" train --help")
 
 

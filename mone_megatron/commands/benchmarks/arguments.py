@@ -13,23 +13,27 @@ def positive(text: str) -> int:
     """Reads a whole number from 1 on.
 
     Raises:
-        ArgumentTypeError: for a smaller one.
+        ArgumentTypeError: for what is none.
     """
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
+    return _at_least(1, text)
 
 
 def not_negative(text: str) -> int:
     """Reads a whole number from 0 on.
 
     Raises:
-        ArgumentTypeError: for a smaller one.
+        ArgumentTypeError: for what is none.
     """
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be {least} or more")
     return number
 
 

@@ -143,7 +143,7 @@ def test_select_on_a_gpu() -> None:
 def test_no_threads_below_0() -> None:
     done = _bench("layer", "--threads", "-3")
     assert done.returncode == 2
-    assert "argument --threads: must be 0 or more" in done.stderr
+    assert "--threads: must be 0 or more" in done.stderr
 
 
 def test_a_layout_that_cannot_be_is_one_line() -> None:
