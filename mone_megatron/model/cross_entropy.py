@@ -2,7 +2,7 @@
 
 Logits are the largest activation of a model with a large vocabulary. megatron-core's loss makes a
 copy of them in fp32, which lives until the backward pass. Here fp32 exists for a block of rows:
-one number a row is kept, and the backward pass writes the gradient where the logits are.
+one number a row is kept, and the gradient is written where the logits are.
 
 Shape suffixes: T tokens, V vocabulary entries of this rank, B the rows of a block.
 """
@@ -30,7 +30,8 @@ def vocab_parallel_cross_entropy(
     """Returns ``-log softmax(logits)[target]`` of each token, ``[T]`` in fp32.
 
     Equal to ``F.cross_entropy`` in fp32 up to rounding. The backward pass overwrites the logits
-    with their gradient, so it can run once.
+    with their gradient, so it can run once. Logits in fp32 of which a gradient is wanted are
+    overwritten at once, with their exponentials, which are then computed once instead of twice.
 
     Args:
         logits_TV: contiguous logits of any floating dtype.
@@ -67,37 +68,65 @@ class _CrossEntropy(torch.autograd.Function):
         column_T = (target_T - first).masked_fill_(~here_T, 0)
         log_sum_T = torch.full((rows,), -torch.inf, device=logits_TV.device)
         chosen_T = torch.zeros(rows, device=logits_TV.device)
+        # Exponentials are worth keeping where they lose nothing to rounding.
+        in_place = logits_TV.dtype is torch.float32 and ctx.needs_input_grad[0]  # type: ignore[attr-defined]
+        logits_TV = logits_TV.detach()
+        largest_T = None
         if valid > 0:
-            for block in _blocks(logits_TV):
-                torch.logsumexp(logits_TV[block, :valid].float(), dim=-1, out=log_sum_T[block])
             chosen_T = logits_TV.gather(-1, column_T.unsqueeze(-1)).squeeze(-1).float() * here_T
+            if in_place:
+                largest_T = _exponentials(logits_TV[:, :valid], log_sum_T)
+            else:
+                for block in _blocks(logits_TV):
+                    torch.logsumexp(logits_TV[block, :valid].float(), dim=-1, out=log_sum_T[block])
         if group is not None:
             # log of a sum of exponentials over ranks, by their largest.
-            largest_T = log_sum_T.clone()
-            dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
-            both_2T = torch.stack([(log_sum_T - largest_T).exp_(), chosen_T])
+            most_T = log_sum_T.clone()
+            dist.all_reduce(most_T, op=dist.ReduceOp.MAX, group=group)
+            both_2T = torch.stack([(log_sum_T - most_T).exp_(), chosen_T])
             dist.all_reduce(both_2T, group=group)
-            log_sum_T, chosen_T = largest_T + both_2T[0].log(), both_2T[1]
-        ctx.save_for_backward(logits_TV, log_sum_T, column_T, here_T)
+            log_sum_T, chosen_T = most_T + both_2T[0].log(), both_2T[1]
+        # The share of an entry is exp(logit - log_sum), or exp(logit - largest) times a number.
+        of_row_T = log_sum_T if largest_T is None else (largest_T - log_sum_T).exp_()
+        ctx.save_for_backward(logits_TV, of_row_T, column_T, here_T)
         ctx.valid = valid  # type: ignore[attr-defined]
+        ctx.in_place = largest_T is not None  # type: ignore[attr-defined]
         return log_sum_T - chosen_T
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad_T: Tensor
     ) -> tuple[Tensor, None, None, None, None]:
-        logits_TV, log_sum_T, column_T, here_T = ctx.saved_tensors  # type: ignore[attr-defined]
+        logits_TV, of_row_T, column_T, here_T = ctx.saved_tensors  # type: ignore[attr-defined]
         valid: int = ctx.valid  # type: ignore[attr-defined]
         logits_TV = logits_TV.detach()
-        for block in _blocks(logits_TV):
-            logits_BV = logits_TV[block, :valid]
-            # In place where the logits are fp32 already.
-            grad_BV = logits_BV.float().sub_(log_sum_T[block].unsqueeze(-1)).exp_()
-            if valid > 0:
+        column_T1 = column_T.unsqueeze(-1)
+        if ctx.in_place:  # type: ignore[attr-defined]
+            logits_TV[:, :valid].mul_((of_row_T * grad_T).unsqueeze(-1))
+            logits_TV.scatter_add_(-1, column_T1, (grad_T * here_T).neg_().unsqueeze(-1))
+        elif valid > 0:
+            for block in _blocks(logits_TV):
+                logits_BV = logits_TV[block, :valid]
+                grad_BV = logits_BV.float().sub_(of_row_T[block].unsqueeze(-1)).exp_()
                 less_B1 = here_T[block].unsqueeze(-1).float().neg_()
-                grad_BV.scatter_add_(-1, column_T[block].unsqueeze(-1), less_B1)
-            grad_BV.mul_(grad_T[block].unsqueeze(-1))
-            if grad_BV.data_ptr() != logits_BV.data_ptr():
-                logits_BV.copy_(grad_BV)
+                grad_BV.scatter_add_(-1, column_T1[block], less_B1)
+                logits_BV.copy_(grad_BV.mul_(grad_T[block].unsqueeze(-1)))
         logits_TV[:, valid:] = 0
         return logits_TV, None, None, None, None
+
+
+def _exponentials(logits_TV: Tensor, log_sum_T: Tensor) -> Tensor:
+    """Overwrites logits with ``exp(logit - largest of the row)``, and returns the largest, ``[T]``.
+
+    The log of each row's sum of exponentials is written into ``log_sum_T``.
+    """
+    largest_T = torch.empty_like(log_sum_T)
+    for block in _blocks(logits_TV):
+        logits_BV, largest_B = logits_TV[block], largest_T[block]
+        torch.amax(logits_BV, dim=-1, out=largest_B)
+        # As torch.logsumexp: an infinity less itself is no number.
+        largest_B.masked_fill_(largest_B.isinf(), 0.0)
+        logits_BV.sub_(largest_B.unsqueeze(-1)).exp_()
+        torch.sum(logits_BV, dim=-1, out=log_sum_T[block])
+    log_sum_T.log_().add_(largest_T)
+    return largest_T

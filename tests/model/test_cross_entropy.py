@@ -29,17 +29,20 @@ def by_torch(logits: Tensor, target: Tensor, grad: Tensor) -> tuple[Tensor, Tens
     return losses.detach().float(), torch.autograd.grad(losses, leaf, grad.double())[0].float()
 
 
-def ours(
-    logits: Tensor, target: Tensor, grad: Tensor, **where: object
-) -> tuple[Tensor, Tensor, Tensor]:
+def ours(logits: Tensor, target: Tensor, grad: Tensor, **where: object) -> tuple[Tensor, Tensor]:
     leaf = logits.clone().requires_grad_()
     # As from a matrix product: the loss may overwrite what it is given.
     given_logits = leaf * 1
     settings = {"first": 0, "valid": logits.shape[-1], "group": None} | where
     losses = vocab_parallel_cross_entropy(given_logits, target, **settings)  # type: ignore[arg-type]
-    kept = given_logits.detach().clone()
     gradient = torch.autograd.grad(losses, leaf, grad)[0]
-    return losses.detach(), gradient, kept
+    with torch.no_grad():
+        kept = logits.clone()
+        alone = vocab_parallel_cross_entropy(kept, target, **settings)  # type: ignore[arg-type]
+    # Without a gradient nothing is overwritten, and the loss is the same.
+    assert torch.equal(kept, logits)
+    assert torch.equal(alone, losses)
+    return losses.detach(), gradient
 
 
 @given(rows=st.integers(1, 20), entries=st.integers(1, 40), seed=st.integers(0, 999))
@@ -48,18 +51,16 @@ def test_it_is_torchs(rows: int, entries: int, seed: int) -> None:
     logits, target, grad = inputs(rows, entries, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cross_entropy, "_ON_CPU", 3 * entries)
-        losses, gradient, kept = ours(logits, target, grad)
+        losses, gradient = ours(logits, target, grad)
     expected = by_torch(logits, target, grad)
     torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradient, expected[1], rtol=1e-5, atol=1e-6)
-    # Nothing is overwritten before the backward pass.
-    assert torch.equal(kept, logits)
 
 
 def test_padding_has_no_influence_and_no_gradient() -> None:
     logits, target, grad = inputs(9, 20, 0)
     padded = torch.cat([logits, torch.full((9, 5), 50.0)], dim=-1)
-    losses, gradient, _ = ours(padded, target, grad, valid=20)
+    losses, gradient = ours(padded, target, grad, valid=20)
     expected = by_torch(logits, target, grad)
     torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradient[:, :20], expected[1], rtol=1e-5, atol=1e-6)
@@ -68,15 +69,29 @@ def test_padding_has_no_influence_and_no_gradient() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     logits, target, grad = inputs(9, 20, 0, scale=1e4)
-    losses, gradient, _ = ours(logits, target, grad)
+    losses, gradient = ours(logits, target, grad)
     expected = by_torch(logits, target, grad)
     torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=1e-2)
     torch.testing.assert_close(gradient, expected[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+def test_a_logit_that_is_no_number_shows_in_the_loss_as_it_does_in_torchs(odd: float) -> None:
+    logits, target, grad = inputs(4, 6, 0)
+    logits[1, target[1] - 1] = odd
+    logits[2] = odd
+    losses, _ = by_torch(logits, target, grad)
+    given_logits = logits.requires_grad_() * 1
+    found = vocab_parallel_cross_entropy(given_logits, target, first=0, valid=6, group=None)
+    assert torch.equal(found.isfinite(), losses.isfinite())
+    (gradient,) = torch.autograd.grad(found, given_logits, grad)
+    # What goes on training has gradients of finite losses only.
+    assert gradient[[0, 3]].isfinite().all()
+
+
 def test_bf16_logits_are_summed_in_fp32() -> None:
     logits, target, grad = inputs(40, 3000, 1)
-    losses, gradient, _ = ours(logits.bfloat16(), target, grad)
+    losses, gradient = ours(logits.bfloat16(), target, grad)
     assert losses.dtype is torch.float32
     expected = by_torch(logits.bfloat16(), target, grad)
     torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=1e-4)
@@ -104,7 +119,7 @@ def part_of_vocabulary(seed: int) -> tuple[Tensor, Tensor]:
     logits, target, grad = inputs(11, 40, seed)
     rank, columns = dist.get_rank(), 24
     padded = F.pad(logits, (0, 2 * columns - 40), value=50.0)
-    losses, gradient, _ = ours(
+    losses, gradient = ours(
         padded[:, rank * columns : (rank + 1) * columns].contiguous(),
         target,
         grad,
