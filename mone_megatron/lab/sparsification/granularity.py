@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import comb
 from typing import Any
 
@@ -129,10 +130,9 @@ class Remover:
         """Returns what is removed of every layer, as for JSON, for each share."""
         calibration = self.calibration
         if way in (NEURONS, REAP):
-            statistics = self._statistics(calibration.places())
             if way == NEURONS:
-                return [self._neurons(statistics, share) for share in shares]
-            saliency = {place: one.saliency_E for place, one in statistics.items()}
+                return [self._neurons(share) for share in shares]
+            saliency = {place: one.saliency_E for place, one in self.statistics.items()}
             return self._gone_of(shares, lambda place, count: least_experts(saliency[place], count))
         if way == NAEE:
             errors = {
@@ -168,22 +168,22 @@ class Remover:
             for share in shares
         ]
 
-    def _statistics(self, places: Any) -> dict[tuple[int, int], ExpertStatistics]:
-        kinds = {place: self.calibration.kind(*place) for place in places}
+    @cached_property
+    def statistics(self) -> dict[tuple[int, int], ExpertStatistics]:
+        """Returns what every place puts out, of one pass over the text for all ways that ask."""
+        kinds = {place: self.calibration.kind(*place) for place in self.calibration.places()}
         found = {
             place: ExpertStatistics(kind.experts, kind.neurons) for place, kind in kinds.items()
         }
         self.calibration.watch(found, "outputs of experts and neurons")
         return found
 
-    def _neurons(
-        self, statistics: dict[tuple[int, int], ExpertStatistics], share: float
-    ) -> list[list[str]]:
+    def _neurons(self, share: float) -> list[list[str]]:
         layers = []
         for layer in self.calibration.layers:
             kept = []
             for index in range(len(layer.kinds)):
-                seen = statistics[layer.number, index]
+                seen = self.statistics[layer.number, index]
                 if not bool(seen.tokens_E.all()):
                     lost = int((seen.tokens_E == 0).nonzero()[0])
                     raise ValueError(
@@ -251,8 +251,7 @@ class Remover:
         places = calibration.routed()
         key = calibration.key(removal=SUPER_EXPERTS)
         if calibration.results.get(key) is None:
-            statistics = self._statistics(places)
-            largest = [statistics[place].largest_E.tolist() for place in places]
+            largest = [self.statistics[place].largest_E.tolist() for place in places]
             calibration.results.add(key, {"largest": largest})
         largest = calibration.results.read(key, lambda kept: list(kept["largest"]))
         found = [(places[at][0], expert) for at, expert in super_experts(largest)]

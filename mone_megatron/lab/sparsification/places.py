@@ -88,17 +88,7 @@ class _Expert:
         experts = self._place.module
         gate_TF, up_TF = split_projections(experts, gate_up)
         hidden_TF: Tensor = experts._apply_gate(gate_up)
-        own = self._place.own
-        own_TF = None
-        if own is not None and self._place.own_kept < self._place.neurons:
-            own_TF = own.mask(
-                gate_TF,
-                up_TF,
-                experts.act_fn,
-                down_norm=self._column_norms,
-                state=state_of(experts, own),
-                rows=self._rows,
-            )
+        own_TF = _own_mask(self._place, gate_TF, up_TF, self._column_norms, self._rows)
         activate = experts.act_fn if self._place.defines_activation else None
         rows = Rows(
             gate_TF,
@@ -133,6 +123,26 @@ def _keep(hidden_TF: Tensor, *masks: Tensor | None) -> Tensor:
         if mask_TF is not None:
             hidden_TF = hidden_TF * mask_TF
     return hidden_TF
+
+
+def _own_mask(
+    place: ExpertsPlace | MLPPlace,
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    down_norm: Callable[[], Tensor],
+    rows: ExpertRows | None = None,
+) -> Tensor | None:
+    """Returns what the model itself keeps, bool ``[T, F]``; None where that is everything."""
+    if place.own is None or place.own_kept >= place.neurons:
+        return None
+    return place.own.mask(
+        gate_TF,
+        up_TF,
+        place.module.act_fn,
+        down_norm=down_norm,
+        state=state_of(place.module, place.own),
+        rows=rows,
+    )
 
 
 class ExpertsPlace:
@@ -276,15 +286,7 @@ class MLPPlace:
             if getattr(self.module, "rectified_up", False):
                 up_TF = up_TF.relu()
             hidden_TF = activate(gate_TF) * up_TF
-            own_TF = None
-            if self.own is not None and self.own_kept < self.neurons:
-                own_TF = self.own.mask(
-                    gate_TF,
-                    up_TF,
-                    activate,
-                    down_norm=self._column_norms,
-                    state=state_of(self.module, self.own),
-                )
+            own_TF = _own_mask(self, gate_TF, up_TF, self._column_norms)
             (given,) = inputs
             if not checked:
                 self._check(given, _keep(hidden_TF, own_TF))

@@ -15,6 +15,7 @@ from test_sparsify_truncation import layer_inputs
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mone_megatron.lab.sparsification.calibration import Calibration
 from mone_megatron.lab.sparsification.granularity import Remover
 from mone_megatron.lab.sparsification.places import ExpertsPlace
 from mone_megatron.lab.sparsification.plans import (
@@ -108,7 +109,7 @@ def test_a_router_that_chooses_by_more_than_logits_is_refused() -> None:
 def test_statistics_by_hand(tmp_path: Path) -> None:
     model = random_model("qwen3_moe")
     remover = Remover(calibration_of(model, TEXT, tmp_path), 0, print)
-    statistics = remover._statistics(remover.calibration.places())
+    statistics = remover.statistics
     for number in range(3):
         tokens = layer_inputs(model, TEXT, number)
         weights, chosen = routed(model, number, tokens)
@@ -197,11 +198,24 @@ def test_the_wanted_share_of_experts_is_skipped(tmp_path: Path) -> None:
     assert plan.held == 1
 
 
+def test_ways_that_need_the_same_statistics_share_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    watch = Calibration.watch
+    monkeypatch.setattr(
+        Calibration, "watch", lambda self, *what: (passes.append(what[1]), watch(self, *what))[1]
+    )
+    remover = Remover(calibration_of(random_model("qwen3_moe"), TEXT, tmp_path), 0, print)
+    assert len(remover.plans(["neurons", "reap", "super_experts"], [0.5])) == 4
+    assert passes == ["outputs of experts and neurons"]
+
+
 def test_neurons_that_are_gone_are_zeros_in_the_weights(tmp_path: Path) -> None:
     model, smaller = random_model("mixtral"), random_model("mixtral")
     remover = Remover(calibration_of(model, TEXT, tmp_path), 0, print)
     (plan,) = remover.plans(["neurons"], [0.75])
-    statistics = remover._statistics(remover.calibration.places())
+    statistics = remover.statistics
     assert plan.plan.made is not None
     with torch.no_grad():
         for number, layer in enumerate(smaller.model.layers):
