@@ -51,7 +51,7 @@ from mone_megatron.hf.guard_mone import guard, note_selected, refuse_replaced, w
 from mone_megatron.hf.parallel_mone import Neurons
 from mone_megatron.methods.gate import GateSize, GateWeight, Product, Products
 from mone_megatron.methods.gates import GATES
-from mone_megatron.methods.router import RouterSettings
+from mone_megatron.methods.router import RouterSettings, hold_weight
 
 register_experts()
 
@@ -253,12 +253,7 @@ class MoneRouter(Qwen3MoeTopKRouter):
         )
         self.method_weights = dict(self.method.weights(self.settings))
         for name, weight in self.method_weights.items():
-            place, _, own = name.rpartition(".")
-            if place and not hasattr(self, place):
-                self.add_module(place, nn.Module())
-            self.get_submodule(place).register_parameter(
-                own, nn.Parameter(torch.zeros(weight.shape))
-            )
+            hold_weight(self, name, nn.Parameter(torch.zeros(weight.shape)))
         self.score_function = config.router_score_function
         if self.score_function not in ("softmax", "sigmoid"):
             raise ValueError(f"router_score_function: {self.score_function!r} is unknown")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module, Parameter
 
 # Gives tokens times a transposed matrix, ``[..., O]`` of ``[..., I]`` and ``[O, I]``, in the
 # precision of the routing computation.
@@ -118,6 +119,16 @@ def balanced_l1(routed: RoutedWeights) -> Tensor:
     share_A = routed.tokens_A.float() / (routed.tokens * routed.experts_per_token)
     mean_A = weights_NA.sum(dim=0) / routed.tokens
     return weights_NA.shape[-1] * (share_A * mean_A).sum()
+
+
+def hold_weight(router: Module, name: str, weight: Parameter) -> None:
+    """Makes a weight a parameter of a router under its name; one with a dot gets a module."""
+    from torch.nn import Module
+
+    place, _, own = name.rpartition(".")
+    if place and not hasattr(router, place):
+        router.add_module(place, Module())
+    router.get_submodule(place).register_parameter(own, weight)
 
 
 def _none(settings: RouterSettings) -> int:

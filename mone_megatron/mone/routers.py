@@ -8,6 +8,8 @@ Shape suffixes: N tokens of this rank, A all experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -20,7 +22,13 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from mone_megatron.methods.router import RoutedWeights, Router, RouterSettings, RouterWeight
+from mone_megatron.methods.router import (
+    RoutedWeights,
+    Router,
+    RouterSettings,
+    RouterWeight,
+    hold_weight,
+)
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.mone.density import COEFFICIENT_START, DensityMeter
 from mone_megatron.mone.layer_numbers import count_layers
@@ -42,14 +50,14 @@ class MethodRouter(TopKRouter):
         """Returns the method, which ``model.router.kind`` names."""
         return ROUTERS[self.kind]
 
-    @property
-    def method_weights(self) -> dict[str, RouterWeight]:
+    @cached_property
+    def method_weights(self) -> Mapping[str, RouterWeight]:
         """Returns what the method says of each weight, by its name here."""
-        return dict(self.method.weights(self.settings))
+        return self.method.weights(self.settings)
 
     def reset_parameters(self) -> None:
         """Makes the weights; what they begin with is :mod:`mone_megatron.model.initialize`'s."""
-        wanted = self.method_weights
+        wanted = dict(self.method_weights)
         first = torch.empty(wanted.pop("weight").shape, dtype=torch.float32)
         self.weight = nn.Parameter(first)
         super().reset_parameters()
@@ -58,10 +66,7 @@ class MethodRouter(TopKRouter):
                 torch.full(weight.shape, weight.initial or 0.0, dtype=self.config.params_dtype)
             )
             parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
-            place, _, own = name.rpartition(".")
-            if place and not hasattr(self, place):
-                self.add_module(place, nn.Module())
-            self.get_submodule(place).register_parameter(own, parameter)
+            hold_weight(self, name, parameter)
 
     def gating(self, input: Tensor) -> Tensor:
         """Returns the method's logits, ``[..., A]``."""
