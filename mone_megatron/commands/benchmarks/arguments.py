@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from mone_megatron.config.schema import Config
+    from mone_megatron.lab.benchmarks.layer import LayerShape
+
 
 def positive(text: str) -> int:
     """Reads a whole number from 1 on.
@@ -79,6 +82,33 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--neurons", type=positive, default=512, help="f (default 512)")
     parser.add_argument("--experts", type=positive, default=16, help="default 16")
     parser.add_argument("--chosen", type=positive, default=4, help="of a token (default 4)")
+
+
+def prepared(options: argparse.Namespace, experiment: str, *first: str) -> Config:
+    """Returns an experiment's configuration with the options of :func:`add_steps`, checked.
+
+    Args:
+        options: the command line's.
+        experiment: an option of ``conf/experiment``.
+        first: overrides that those of the command line may change again.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
+    from mone_megatron.lab.benchmarks import ranks
+
+    return ranks.prepare(
+        [f"experiment={experiment}", *first, *options.overrides],
+        options.processes,
+        device=options.device,
+    )
+
+
+def shape_of(options: argparse.Namespace, tokens: int) -> LayerShape:
+    """Returns the sizes that :func:`add_sizes` names, for so many tokens."""
+    from mone_megatron.lab.benchmarks.layer import LayerShape
+
+    return LayerShape(options.hidden, options.neurons, options.experts, options.chosen, tokens)
 
 
 def dtype_of(options: argparse.Namespace) -> torch.dtype:

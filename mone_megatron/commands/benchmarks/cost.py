@@ -26,11 +26,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _measure(options: argparse.Namespace) -> Outcome:
     from mone_megatron.lab.benchmarks import ranks, result_files
 
-    expert = [f"parallel.expert={options.processes}", *options.overrides]
-    moe, mone = (
-        ranks.prepare([f"experiment={name}", *expert], options.processes, device=options.device)
-        for name in (options.moe, options.mone)
-    )
+    expert = f"parallel.expert={options.processes}"
+    moe, mone = (arguments.prepared(options, name, expert) for name in (options.moe, options.mone))
     result = ranks.run_cost(
         moe,
         mone,

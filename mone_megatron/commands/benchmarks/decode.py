@@ -23,10 +23,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _measure(options: argparse.Namespace) -> Outcome:
     from mone_megatron.extras import require
     from mone_megatron.lab.benchmarks import ranks, result_files, result_plots
-    from mone_megatron.lab.benchmarks.layer import LayerShape
 
     require("hf", "transformers")
-    shape = LayerShape(options.hidden, options.neurons, options.experts, options.chosen, 1)
+    shape = arguments.shape_of(options, tokens=1)
     device, hardware = ranks.use_device(options.device, options.threads)
     from mone_megatron.lab.benchmarks.decode import measure_decode
 

@@ -20,11 +20,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _measure(options: argparse.Namespace) -> Outcome:
     from mone_megatron.lab.benchmarks import ranks, result_files, result_plots
-    from mone_megatron.lab.benchmarks.layer import LayerShape, measure_layer
+    from mone_megatron.lab.benchmarks.layer import measure_layer
 
-    shape = LayerShape(
-        options.hidden, options.neurons, options.experts, options.chosen, options.tokens
-    )
+    shape = arguments.shape_of(options, options.tokens)
     device, hardware = ranks.use_device(options.device, options.threads)
     result = measure_layer(
         shape,

@@ -20,11 +20,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _measure(options: argparse.Namespace) -> Outcome:
     from mone_megatron.lab.benchmarks import ranks, result_files
 
-    config = ranks.prepare(
-        [f"experiment={options.experiment}", *options.overrides],
-        options.processes,
-        device=options.device,
-    )
+    config = arguments.prepared(options, options.experiment)
     result = ranks.run_save(config, options.processes, repeats=options.repeats)
     return Outcome(result.hardware, result_files.save_lines(result), result)
 

@@ -23,11 +23,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _measure(options: argparse.Namespace) -> Outcome:
     from mone_megatron.lab.benchmarks import ranks, result_files
 
-    config = ranks.prepare(
-        [f"experiment={options.experiment}", *options.overrides],
-        options.processes,
-        device=options.device,
-    )
+    config = arguments.prepared(options, options.experiment)
     result = ranks.run_spine(
         config, options.processes, repeats=options.repeats, steps=options.steps
     )

@@ -21,12 +21,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _measure(options: argparse.Namespace) -> Outcome:
     from mone_megatron.lab.benchmarks import ranks, result_files, result_plots
 
-    processes = options.processes
-    moe, mone = (
-        ranks.prepare([f"experiment={name}", *options.overrides], processes, device=options.device)
-        for name in (options.moe, options.mone)
+    moe, mone = (arguments.prepared(options, name) for name in (options.moe, options.mone))
+    result = ranks.run_train(
+        moe, mone, options.processes, repeats=options.repeats, steps=options.steps
     )
-    result = ranks.run_train(moe, mone, processes, repeats=options.repeats, steps=options.steps)
     ratios = {cost.name: cost.over_moe for cost in result.costs}
     return Outcome(
         result.hardware,
