@@ -54,7 +54,11 @@ def write_json(path: Path, value: Any, *, indent: int = 2) -> Path:
 
 
 def json_text(
-    value: Any, *, indent: int | None = 2, default: Callable[[Any], Any] | None = None
+    value: Any,
+    *,
+    indent: int | None = 2,
+    separators: tuple[str, str] | None = None,
+    default: Callable[[Any], Any] | None = None,
 ) -> str:
     """Returns ``value`` as strict JSON that ends with a newline.
 
@@ -64,10 +68,14 @@ def json_text(
     Args:
         value: mappings, lists, tuples, texts, numbers, truth values and None.
         indent: spaces a level; None for one line, as in a file of JSON lines.
+        separators: what stands between items, and between a key and its value; None for Python's.
         default: gives what stands for a value of another kind; without it such a value is a
             TypeError.
     """
-    return json.dumps(_finite(value), indent=indent, allow_nan=False, default=default) + "\n"
+    text = json.dumps(
+        _finite(value), indent=indent, separators=separators, allow_nan=False, default=default
+    )
+    return text + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from mone_megatron.counting import counted
 from mone_megatron.report.formatting import format_number
 from mone_megatron.report.runs import LayerGrid, Series
 from mone_megatron.report.stats import FloatArray
+from mone_megatron.whole_files import json_text
 
 # Points a curve and columns a heatmap keep in the page, so that a long run stays a small file.
 MAX_CURVE_POINTS = 1600
@@ -348,11 +348,11 @@ class Page:
     def render(self) -> str:
         """Returns the page as one HTML document."""
         extension, style, script = self._extension
-        data = json.dumps(
+        data = json_text(
             {"charts": self._charts, "heatmaps": self._heatmaps, "extension": extension},
-            allow_nan=False,
+            indent=None,
             separators=(",", ":"),
-        )
+        ).rstrip("\n")
         # Inside a script element only these could end it or open a comment.
         for character in "<>&":
             data = data.replace(character, f"\\u{ord(character):04x}")

@@ -174,13 +174,13 @@ def _drawn(outcome: Outcome) -> dict[str, Any]:
                 "color": outcome.variants.index(variant),
                 "isReference": variant.is_reference,
                 "seeds": list(variant.seeds),
-                "losses": [_finite(loss) for loss in variant.losses],
+                "losses": list(variant.losses),
                 "loss": _interval(variant.mean),
-                "differences": [_finite(variant.differences.get(s)) for s in variant.seeds],
+                "differences": [variant.differences.get(seed) for seed in variant.seeds],
                 "difference": _interval(variant.compared),
                 # Without what a seed does to all.
                 "paired": _interval(losses[variant.name][0]),
-                "pairedSeeds": [_finite(loss) for loss in losses[variant.name][1]],
+                "pairedSeeds": losses[variant.name][1],
                 "costs": [cost_of(variant) for _, _, cost_of in COSTS],
             }
             for variant in ranked
@@ -188,19 +188,11 @@ def _drawn(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _interval(interval: Interval | None) -> dict[str, float | None] | None:
-    """Returns mean and ends; None where there is no mean, ends of None where they are unknown."""
+    """Returns mean and ends, NaN where they are unknown; None where there is no mean."""
     if interval is None or not math.isfinite(interval.mean):
         return None
-    return {
-        "mean": interval.mean,
-        "low": _finite(interval.low),
-        "high": _finite(interval.high),
-    }
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
 def _answer(outcome: Outcome) -> str:
