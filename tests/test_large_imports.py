@@ -51,4 +51,5 @@ def test_a_package_that_is_there_and_a_user_who_collects_nothing_change_nothing(
         assert not gc.isenabled()
     finally:
         gc.enable()
-    assert gc.get_freeze_count() == frozen
+    # Frozen objects may die meanwhile; what would freeze anew adds the thousands of a process.
+    assert gc.get_freeze_count() <= frozen
