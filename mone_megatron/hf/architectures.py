@@ -61,6 +61,7 @@ def features(model: ModelConfig, *, mone: bool) -> dict[str, Any]:
     router = model.router
     return {
         "mone": mone,
+        "experts": model.experts,
         "gate": model.gate if has_experts else "full",
         "rectified_up": bool(ACTIVATIONS[model.activation].rectified_gate),
         "attention": model.attention,
@@ -87,6 +88,7 @@ def features(model: ModelConfig, *, mone: bool) -> dict[str, Any]:
 # A GQA decoder whose layers all have routed experts, weighted by a softmax over the chosen ones.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "mone": (False,),
+    "experts": ("grouped",),
     "gate": ("full",),
     "rectified_up": (False,),
     "attention": ("gqa",),

@@ -57,7 +57,13 @@ def model_card(
         "batch, sequence length": f"{config.train.global_batch_size}, {config.train.seq_length}",
         "seed": f"{config.train.seed}",
     }
-    if not model.num_experts:
+    if model.experts == "product_key":
+        keys = model.product_key
+        facts["experts, a token"] = (
+            f"{keys.keys**2:,} of one neuron, {keys.heads * keys.experts_per_head} in "
+            f"{keys.heads} heads"
+        )
+    elif not model.num_experts:
         del facts["experts, a token"]
     if mone.enabled:
         facts["neuron selection"] = (
@@ -66,7 +72,10 @@ def model_card(
     facts |= _metrics(source)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     what = "Mixture of Neuron Experts ([arXiv 2510.05781](https://arxiv.org/abs/2510.05781))"
-    kind = what if mone.enabled else "Mixture of Experts" if model.num_experts else "dense model"
+    kind = "Mixture of Experts" if model.num_experts else "dense model"
+    if model.experts == "product_key":
+        kind = "model of product-key experts ([arXiv 2407.04153](https://arxiv.org/abs/2407.04153))"
+    kind = what if mone.enabled else kind
     load = _LOAD_MONE if architecture is MONE else _LOAD_STOCK
     front = "\n".join(f"  - {tag}" for tag in tags)
     return f"""\

@@ -25,6 +25,8 @@ class MoneConfig(Qwen3MoeConfig):
     qkv_bias (`bool`): a bias on the query, key and value projections.
     gate (`str`): how routed experts compute gate projections: "full", "low_rank", "split".
     gate_rank (`int`): q of a gate that has one.
+    product_key (`dict`, *optional*): keys, key_dim, heads and experts_per_head of the experts of a
+        single neuron that take the place of every MLP; None for MLPs.
     shared_expert_intermediate_size (`int`): width of the expert every token visits; 0 for none.
     shared_expert_gate (`bool`): a sigmoid gate on it.
     rectified_up (`bool`): up projections of MLPs and experts are max(u, 0) (dReLU).
@@ -46,6 +48,7 @@ class MoneConfig(Qwen3MoeConfig):
     qkv_bias: bool = False
     gate: str = "full"
     gate_rank: int = 0
+    product_key: dict | None = None
     rectified_up: bool = False
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
@@ -91,15 +94,19 @@ class MoneConfig(Qwen3MoeConfig):
         if self.gate != "full":
             # Each device computes its experts whole.
             plan = {name: style for name, style in plan.items() if ".experts" not in name}
+        if self.product_key is not None:
+            # Each device has all its experts.
+            plan = {name: style for name, style in plan.items() if ".mlp." not in name}
         return plan | shared if self.shared_expert_intermediate_size else plan
 
     @property
     def base_model_ep_plan(self) -> Mapping[str, Any]:  # type: ignore[override]
         """Returns how transformers' expert parallelism splits modules, by pattern of their names.
 
-        Experts with another gate than "full" are not split.
+        Experts with another gate than "full", and those that product keys find, are not split.
         """
-        plan = Qwen3MoeConfig.base_model_ep_plan if self.gate == "full" else {}
+        split = self.gate == "full" and self.product_key is None
+        plan = Qwen3MoeConfig.base_model_ep_plan if split else {}
         assert plan is not None
         return plan
 
@@ -109,6 +116,9 @@ class MoneConfig(Qwen3MoeConfig):
         A model that selects neurons, whose experts have another gate than "full" or whose router
         gives tokens different numbers of experts also gets the experts implementation ``mone``,
         unless another one was asked for.
+
+        Raises:
+            ValueError: product keys stand beside what such a model does not have.
         """
         if self.attention_type == "mla":
             assert self.qk_nope_head_dim is not None
@@ -126,6 +136,26 @@ class MoneConfig(Qwen3MoeConfig):
         ours = self.mone is not None or self.gate != "full" or not self.router.fixed_count
         if ours and self._experts_implementation is None:
             self._experts_implementation = "mone"
+        if self.product_key is not None:
+            self._refuse_beside_product_key()
+
+    def _refuse_beside_product_key(self) -> None:
+        """Refuses what a model whose experts are single neurons does not have.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        others = {
+            "mone": self.mone,
+            "num_experts": self.num_experts,
+            "rectified_up": self.rectified_up,
+        }
+        for name, value in others.items():
+            if value:
+                raise ValueError(
+                    f"{name}: {value} beside product_key, whose experts are single neurons in the "
+                    "place of every MLP; leave one of the two out"
+                )
 
     @property
     def router(self) -> Router:

@@ -693,6 +693,9 @@ def enable_mone(
             f"mone.apply_to: {type(model).__name__} can select in routed experts only, not in "
             f"{others[0]} ones; use ['routed']"
         )
+    for target in others:
+        if not any(getattr(module, "mone_target", "") == target for module in model.modules()):
+            raise ValueError(f"mone.apply_to: {type(model).__name__} here has no {target} MLPs")
     for config in (model.config, *(cast(ExpertsModule, module).config for module in modules)):
         config.mone = settings.to_config()
         config.experts_implementation = MONE

@@ -45,6 +45,7 @@ _CODE = {
     "modeling_mone.py": "mone_megatron/hf/modeling_mone.py",
     "parallel_mone.py": "mone_megatron/hf/parallel_mone.py",
     "neuron_selection.py": "mone_megatron/kernels/reference.py",
+    "product_keys.py": "mone_megatron/kernels/product_keys.py",
     "gate.py": "mone_megatron/methods/gate.py",
     "router.py": "mone_megatron/methods/router.py",
     "rule.py": "mone_megatron/methods/rule.py",
@@ -111,11 +112,6 @@ def refuse_unknown(source: Source) -> None:
         raise ValueError(
             f"model.router.kind: {router.name} is a class of megatron-core's, which transformers "
             "cannot run; such models cannot be exported (functions of a router can)"
-        )
-    if source.model.experts != "grouped":
-        raise ValueError(
-            f"model.experts: transformers has no model with {source.model.experts} experts; such "
-            "models cannot be exported"
         )
     if mone and not RULES[source.mone.rule].causal:
         raise ValueError(

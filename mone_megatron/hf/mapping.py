@@ -11,13 +11,14 @@ of a group, D head size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from mone_megatron.config.schema import ModelConfig, MoNEConfig
 from mone_megatron.hf.architectures import Architecture, ExpertNames
+from mone_megatron.kernels.product_keys import ProductKeySizes
 from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import STATE_PREFIX, count_kept
@@ -83,15 +84,7 @@ def rules(
         architecture: theirs.
         experts: how their experts are stored, when not as the architecture's are.
         mone: the method's settings, whose rule may have a state; None for none.
-
-    Raises:
-        ValueError: no model of transformers has such layers.
     """
-    if model.experts != "grouped":
-        raise ValueError(
-            f"model.experts: transformers has no model with {model.experts} experts; such models "
-            "cannot be exported"
-        )
     embedding = "embedding.word_embeddings.weight"
     yield _vocabulary(model, vocab_size, embedding, "model.embed_tokens.weight")
     for layer in range(model.num_layers):
@@ -159,6 +152,11 @@ def _layer(
     yield _same(
         f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", (hidden,)
     )
+    if model.experts == "product_key":
+        sizes = ProductKeySizes(**asdict(model.product_key))
+        for name, shape in sizes.weights(hidden).items():
+            yield _same(f"{ours}mlp.{name}", f"{theirs}mlp.{name}", shape)
+        return
     if model.num_experts == 0 or layer < model.first_dense_layers:
         yield from _mlp(model, model.dense_ffn_hidden_size, f"{ours}mlp.", f"{theirs}mlp.")
         return

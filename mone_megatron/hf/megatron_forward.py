@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mone_megatron.config.schema import Config, DeviceConfig, ParallelConfig
 from mone_megatron.hf.source import Source
-from mone_megatron.hf.verify import LayerChoices
+from mone_megatron.hf.verify import LayerChoices, product_key_choices
 from mone_megatron.methods.rule import STATE_PREFIX
 from mone_megatron.parallel.device import open_device, open_process_group
 from mone_megatron.parallel.world import World
@@ -39,10 +39,11 @@ class MegatronForward:
         return logits.float()[..., : self._vocab_size]
 
     def logits_and_choices(self, tokens_BS: Tensor) -> tuple[Tensor, list[LayerChoices]]:
-        """Returns :meth:`logits`, and each MoE layer's choices of experts and neurons."""
+        """Returns :meth:`logits`, and each layer's choices, where it has experts."""
         from megatron.core.transformer.moe.router import TopKRouter
 
         from mone_megatron.mone.experts import GroupedExperts
+        from mone_megatron.mone.product_key import ProductKeyExperts
 
         sequences, length = tokens_BS.shape
         found: list[LayerChoices] = []
@@ -63,8 +64,13 @@ class MegatronForward:
                 for (expert, token), mask in zip(rows.tolist(), mask_TF, strict=True)
             }
 
+        def saw_product_keys(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            found.append(product_key_choices(module, inputs[0].transpose(0, 1).flatten(0, 1)))
+
         for module in self._model.modules():
-            if isinstance(module, TopKRouter):
+            if isinstance(module, ProductKeyExperts):
+                handles.append(module.register_forward_pre_hook(saw_product_keys))
+            elif isinstance(module, TopKRouter):
                 handles.append(module.register_forward_hook(saw_router))
             elif isinstance(module, GroupedExperts) and module.neuron_gate.selector is not None:
                 handles.append(module.neuron_gate.selector.register_forward_hook(saw_mask))

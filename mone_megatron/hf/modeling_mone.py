@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
     DeepseekV2Attention,
@@ -49,6 +50,7 @@ from mone_megatron.hf.experts_mone import (
 )
 from mone_megatron.hf.guard_mone import guard, note_selected, refuse_replaced, watch
 from mone_megatron.hf.parallel_mone import Neurons
+from mone_megatron.kernels.product_keys import ProductKeySizes, choose, product_key_experts
 from mone_megatron.methods.gate import GateSize, GateWeight, Product, Products
 from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.router import RouterSettings, hold_weight
@@ -362,8 +364,40 @@ class MoneSparseMoeBlock(nn.Module):
         return output_NH.view_as(hidden_states)
 
 
+class MoneProductKeyExperts(nn.Module):
+    """Computes experts of a single neuron that are found by product keys, in an MLP's place."""
+
+    def __init__(self, config: MoneConfig) -> None:
+        super().__init__()
+        assert config.product_key is not None
+        try:
+            self.sizes = ProductKeySizes(**config.product_key)
+        except TypeError as error:
+            raise ValueError(
+                f"product_key: {config.product_key} is not understood ({error})"
+            ) from None
+        for name, shape in self.sizes.weights(config.hidden_size).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    @property
+    def _weights(self) -> Mapping[str, Tensor]:
+        return dict(self.named_parameters(recurse=False))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Returns the output ``[..., H]`` of tokens ``[..., H]``."""
+        output_NH = product_key_experts(
+            hidden_states.flatten(0, -2), self._weights, self.sizes, self.act_fn
+        )
+        return output_NH.view_as(hidden_states)
+
+    def choose(self, tokens_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns each head's experts: scores, fp32, and numbers, ``[N, heads, experts]`` each."""
+        return choose(tokens_NH, self._weights, self.sizes)
+
+
 class MoneDecoderLayer(Qwen3MoeDecoderLayer):
-    """Computes one layer: attention, then a dense MLP or experts."""
+    """Computes one layer: attention, then a dense MLP, routed experts or those of product keys."""
 
     def __init__(self, config: MoneConfig, layer_idx: int) -> None:
         with torch.device("meta"):  # what it builds is replaced
@@ -374,7 +408,9 @@ class MoneDecoderLayer(Qwen3MoeDecoderLayer):
         else:
             attention = MoneAttention(config, layer_idx)
         mlp: nn.Module
-        if config.num_experts and layer_idx not in (config.mlp_only_layers or []):
+        if config.product_key is not None:
+            mlp = MoneProductKeyExperts(config)
+        elif config.num_experts and layer_idx not in (config.mlp_only_layers or []):
             mlp = MoneSparseMoeBlock(config)
         else:
             mlp = MoneMLP(config, config.intermediate_size, "dense")
@@ -405,6 +441,11 @@ class MonePreTrainedModel(Qwen3MoePreTrainedModel):
                 std, given = self.config.initializer_range, module.gate_weights.get(name)
                 if given is not None:
                     std = given.std if given.absolute else given.std * std
+                init.normal_(weight, std=std)
+        elif isinstance(module, MoneProductKeyExperts):
+            for name, weight in module.named_parameters(recurse=False):
+                keys = name == "key_weight"
+                std = module.sizes.key_std if keys else self.config.initializer_range
                 init.normal_(weight, std=std)
         elif isinstance(module, MoneRouter):
             for name, described in module.method_weights.items():

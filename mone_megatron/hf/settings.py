@@ -7,12 +7,13 @@ leaving it out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from mone_megatron.config.product_key import ProductKeyConfig
 from mone_megatron.config.schema import (
     MLAConfig,
     ModelConfig,
@@ -227,6 +228,7 @@ def _mone_settings(model: ModelConfig, mone: MoNEConfig) -> dict[str, Any]:
         "qkv_bias": model.qkv_bias,
         "rectified_up": bool(ACTIVATIONS[model.activation].rectified_gate),
         "num_experts": model.num_experts,
+        "product_key": asdict(model.product_key) if model.experts == "product_key" else None,
         "gate": model.gate,
         "gate_rank": model.gate_size.rank if GATES[model.gate].ranked else 0,
         "shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size,
@@ -391,6 +393,11 @@ def _model(architecture: Architecture, values: dict[str, Any]) -> ModelConfig:
             "gate": values.get("gate", "full"),
             "gate_rank": values.get("gate_rank", 0),
             **shared,
+        }
+    if values.get("product_key"):
+        experts |= {
+            "experts": "product_key",
+            "product_key": ProductKeyConfig(**values["product_key"]),
         }
     return ModelConfig(
         num_layers=values["num_hidden_layers"],

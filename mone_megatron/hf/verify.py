@@ -39,6 +39,7 @@ from mone_megatron.hf.experts_mone import (
     split_projections,
     state_of,
 )
+from mone_megatron.hf.modeling_mone import MoneProductKeyExperts
 
 # Largest difference of two logits at any token, in fp32, over the scale of the token's logits.
 # Rounding came to 1.5e-5 in an upcycled Llama of 30 layers and 135M parameters, and to 1.5e-4 in
@@ -55,10 +56,11 @@ _ENOUGH = 0.9
 
 @dataclass
 class LayerChoices:
-    """Holds what one MoE layer chose for each token.
+    """Holds what one layer of experts chose for each token.
 
-    ``experts`` is bool ``[N, A]``; ``masks`` has, by ``(n, a)``, the neurons that token n keeps in
-    expert a, bool ``[F]``, and is empty where the layer does not select.
+    ``experts`` is bool ``[N, A]``, or of product keys, whose experts are many, int64 ``[N, C]``:
+    the numbers of each head's, in order. ``masks`` has, by ``(n, a)``, the neurons that token n
+    keeps in expert a, bool ``[F]``, and is empty where the layer does not select.
     """
 
     experts: Tensor
@@ -214,10 +216,17 @@ def _projections(
 
 
 @torch.no_grad()
+def product_key_choices(experts: Any, tokens_NH: Tensor) -> LayerChoices:
+    """Returns what a layer of product keys, ours or of an export, chooses for tokens."""
+    _, expert_NPK = experts.choose(tokens_NH)
+    return LayerChoices(expert_NPK.sort(dim=-1).values.flatten(1))
+
+
+@torch.no_grad()
 def hf_logits_and_choices(
     model: PreTrainedModel, tokens_BS: Tensor
 ) -> tuple[Tensor, list[LayerChoices]]:
-    """Returns fp32 logits ``[B, S, V]`` of a transformers model, and its MoE layers' choices."""
+    """Returns fp32 logits ``[B, S, V]`` of a transformers model, and its experts' choices."""
     found: list[LayerChoices] = []
 
     def saw_experts(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -247,7 +256,13 @@ def hf_logits_and_choices(
         places = zip(token_R.tolist(), expert_R.tolist(), strict=True)
         choices.masks = dict(zip(places, masks_RF, strict=True))
 
+    def saw_product_keys(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(product_key_choices(module, inputs[0].flatten(0, -2)))
+
     handles = [module.register_forward_pre_hook(saw_experts) for module in experts_modules(model)]
+    for module in model.modules():
+        if isinstance(module, MoneProductKeyExperts):
+            handles.append(module.register_forward_pre_hook(saw_product_keys))
     try:
         return model(tokens_BS, use_cache=False).logits.float(), found
     finally:

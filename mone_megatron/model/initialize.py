@@ -110,7 +110,7 @@ def initialize_weights(model: GPTModel, *, seed: int, std: float, vocab_size: in
         for name, _ in module.named_parameters(recurse=False)
     }
     key_std = {
-        f"{prefix}.key_weight": module.key_std
+        f"{prefix}.key_weight": module.sizes.key_std
         for prefix, module in model.named_modules()
         if isinstance(module, ProductKeyExperts)
     }

@@ -7,7 +7,7 @@ routed experts are ours on both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -36,6 +36,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from mone_megatron.config.schema import Config, ModelConfig, MoNEConfig
+from mone_megatron.kernels.product_keys import ProductKeySizes
 from mone_megatron.kernels.te_grouped import have_transformer_engine
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
@@ -128,14 +129,8 @@ def _dense_mlp(backend: BackendSpecProvider, mone: MoNEConfig) -> ModuleSpec:
 
 
 def _product_key(model: ModelConfig) -> ModuleSpec:
-    keys = model.product_key
-    params = {
-        "keys": keys.keys,
-        "key_dim": keys.key_dim,
-        "heads": keys.heads,
-        "experts_per_head": keys.experts_per_head,
-    }
-    return ModuleSpec(module=ProductKeyExperts, params=params)
+    sizes = ProductKeySizes(**asdict(model.product_key))
+    return ModuleSpec(module=ProductKeyExperts, params={"sizes": sizes})
 
 
 def sparsity_settings(config: Config) -> Sparsity | None:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors.torch import load_file, save_file
 from test_each_rule import problems
+from test_export import export_run, open_run
+from test_import import import_model
+from transformers import AutoModelForCausalLM
 
 from mone_megatron.config.load import compose
-from mone_megatron.hf import export
-from mone_megatron.hf.source import open_source
-from mone_megatron.mone.product_key import ProductKeyExperts, product_topk
+from mone_megatron.hf import MoneConfig, MoneForCausalLM, checks, enable_mone, export
+from mone_megatron.hf.generation import choose_experts
+from mone_megatron.hf.importing import model_overrides
+from mone_megatron.hf.loading import build_from_checkpoint, load_model
+from mone_megatron.kernels.product_keys import ProductKeySizes, product_topk
+from mone_megatron.mone.product_key import ProductKeyExperts
 from mone_megatron.planning import count_parameters
 from mone_megatron.planning.activations import Numerics, whole_layer
 from mone_megatron.planning.parameters import product_key_layer
@@ -28,9 +36,8 @@ def make_layer(experts_per_head: int) -> ProductKeyExperts:
         num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, gated_linear_unit=True,
         activation_func=F.silu, add_bias_linear=False, use_cpu_initialization=True,
     )  # fmt: skip
-    layer = ProductKeyExperts(
-        config, keys=KEYS, key_dim=SIZE, heads=HEADS, experts_per_head=experts_per_head
-    )
+    sizes = ProductKeySizes(KEYS, SIZE, HEADS, experts_per_head)
+    layer = ProductKeyExperts(config, sizes=sizes)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for weight in layer.parameters():
@@ -136,27 +143,115 @@ def records(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def test_it_trains_resumes_bitwise_and_is_not_exported(tmp_path: Path) -> None:
-    saved = tmp_path / "one" / "checkpoints" / "step_00000002"
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("product_key")
+    saved = folder / "one" / "checkpoints" / "step_00000002"
+    relu = (*RUN, "model.activation=relu", "model.tie_embeddings=false", "model.init_std=0.3")
     run_layouts(
-        {"one": RUN, "resumed": (*RUN, f"checkpoint.resume={saved}")},
+        {"one": RUN, "resumed": (*RUN, f"checkpoint.resume={saved}"), "relu": relu},
         processes=1,
-        folder=tmp_path,
+        folder=folder,
     )
+    for name in ("one", "relu"):
+        export_run(open_run(folder / name), folder / f"{name}-hf")
+    return folder
+
+
+def test_it_trains_and_resumes_bitwise(runs: Path, tmp_path: Path) -> None:
+    saved = runs / "one" / "checkpoints" / "step_00000002"
     two = {"data": RUN, "stages": (*RUN, "parallel.pipeline=2")}
     two["elsewhere"] = (*RUN, "parallel.pipeline=2", f"checkpoint.resume={saved}")
     run_layouts(two, processes=2, folder=tmp_path)
-    whole = records(tmp_path / "one")
+    whole = records(runs / "one")
     assert whole[-1]["loss"] < whole[0]["loss"]
     for key in ("loss", "grad_norm"):
-        resumed = [record[key] for record in records(tmp_path / "resumed")]
+        resumed = [record[key] for record in records(runs / "resumed")]
         assert resumed == [record[key] for record in whole[2:]]
     for name, steps in (("data", whole), ("stages", whole), ("elsewhere", whole[2:])):
         for record, expected in zip(records(tmp_path / name), steps, strict=True):
             assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    source = open_source(tmp_path / "one", say=lambda message: None)
-    with pytest.raises(ValueError, match=r"^model.experts: transformers has no model with product"):
-        export.choose_architecture(source, "auto")
+
+
+@pytest.mark.parametrize("name", ["one", "relu"])
+def test_an_export_is_the_same_model(runs: Path, name: str) -> None:
+    source = open_run(runs / name)
+    found = checks.check_export(source, runs / f"{name}-hf", dtype=None)
+    assert found.holds, found.describe()
+    with pytest.raises(ValueError, match=r"cannot hold this model .*experts=product_key"):
+        export.choose_architecture(source, "qwen3")
+    card = (runs / f"{name}-hf" / "README.md").read_text(encoding="utf-8")
+    assert "model of product-key experts" in card
+    assert "| experts, a token | 256 of one neuron, 64 in 4 heads |" in card
+
+
+def test_the_check_sees_other_keys_and_other_experts(runs: Path, tmp_path: Path) -> None:
+    source = open_run(runs / "relu")
+    # After it nothing is chosen any more.
+    last = f"model.layers.{source.model.num_layers - 1}.mlp"
+    for name in ("key_weight", "expert_in_weight", "expert_out_weight", "query_weight"):
+        folder = tmp_path / name
+        shutil.copytree(runs / "relu-hf", folder)
+        weights = load_file(folder / "model.safetensors")
+        weight = weights[f"{last}.{name}"]
+        # Of the keys, one; of the tables, all rows in another order.
+        changed = weight.roll(1, dims=0) if weight.ndim == 2 else weight.clone()
+        if weight.ndim == 3:
+            changed[1, 3] *= -1
+        weights[f"{last}.{name}"] = changed
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        found = checks.check_export(source, folder, dtype=None)
+        assert not found.holds, name
+        chosen = "another choice of experts" in found.describe()
+        assert chosen == (name in ("key_weight", "query_weight"))
+
+
+@pytest.mark.parametrize("name", ["one", "relu"])
+def test_an_export_generates_what_it_reads_at_once(runs: Path, name: str) -> None:
+    """Token by token, with the code that lies beside the weights, as in one forward pass."""
+    model = AutoModelForCausalLM.from_pretrained(runs / f"{name}-hf", trust_remote_code=True).eval()
+    prompts = torch.arange(1, 21).view(2, 10)
+    texts = model.generate(prompts, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        best = model(texts[:, :-1]).logits[:, 9:].argmax(dim=-1)
+    assert torch.equal(texts[:, 10:], best)
+
+
+def test_an_import_comes_back_to_it(runs: Path, tmp_path: Path) -> None:
+    again, was = (
+        open_run(import_model(runs / "relu-hf", tmp_path / "ours")),
+        open_run(runs / "relu"),
+    )
+    assert again.model.experts == "product_key"
+    assert again.model.product_key == was.model.product_key
+    printed = compose(["experiment=tiny_moe", *model_overrides(again.model, again.mone)]).model
+    assert (printed.experts, printed.product_key) == ("product_key", was.model.product_key)
+    now = build_from_checkpoint(again).state_dict()
+    for key, tensor in build_from_checkpoint(was).state_dict().items():
+        assert torch.equal(now[key], tensor), key
+
+
+def test_what_an_export_cannot_be_is_refused_by_its_key(runs: Path) -> None:
+    model = load_model(str(runs / "one-hf")).model
+    settings = model.config.to_dict()
+    # transformers' other name of `num_experts`.
+    del settings["num_local_experts"]
+    settings["num_experts"] = 0
+    assert MoneConfig(**settings).product_key == settings["product_key"]
+    for key, value in (("mone", {"keep_ratio": 0.5}), ("num_experts", 4), ("rectified_up", True)):
+        with pytest.raises(ValueError, match=f"^{key}: .* beside product_key, whose experts are"):
+            MoneConfig(**(settings | {key: value}))
+    with pytest.raises(ValueError, match=r"^product_key: .* is not understood"):
+        MoneForCausalLM(MoneConfig(num_experts=0, product_key={"keys": 4}))
+    for targets, says in (
+        (["routed"], "has no experts behind transformers' experts interface"),
+        (["dense"], "mone.apply_to: MoneForCausalLM here has no dense MLPs"),
+        (["shared"], "mone.apply_to: MoneForCausalLM here has no shared MLPs"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            enable_mone(model, keep_ratio=0.5, apply_to=targets)
+    with pytest.raises(ValueError, match="--experts: MoneForCausalLM has no experts to compute by"):
+        choose_experts(model, "mone_sparse")
 
 
 @pytest.mark.parametrize(

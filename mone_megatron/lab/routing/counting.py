@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from mone_megatron.lab.routing.bits import Bits, count, unpack
-from mone_megatron.mone.chunk_unions import CHUNK_LENGTHS
+from mone_megatron.mone.chunk_unions import CHUNK_LENGTHS, TokenOrder, kept_of_chunks
 from mone_megatron.report.stats import FloatArray
 
 Counts = npt.NDArray[np.int64]
@@ -107,7 +107,7 @@ def kept_overlap(
     )
 
 
-# Bytes of the table of which tokens keep which neurons that is looked at at once.
+# Bytes of the rows of kept neurons, a byte each, that are looked at at once.
 _TABLE_BYTES = 1 << 26
 
 
@@ -137,7 +137,7 @@ class ChunkUnions:
 def chunk_unions(
     windows_N: Indices, experts_NK: Indices, kept_NKB: Bits, experts: int
 ) -> ChunkUnions:
-    """Counts the neurons that chunks of adjacent tokens keep between them.
+    """Counts the neurons that chunks of adjacent tokens keep between them, as training does.
 
     Args:
         windows_N: the window of each token; those of a window lie together.
@@ -146,24 +146,29 @@ def chunk_unions(
         experts: E, of the layer.
     """
     found = ChunkUnions.nothing()
-    longest = CHUNK_LENGTHS[-1]
-    per_token = experts * kept_NKB.shape[-1]
-    piece = max(1, _TABLE_BYTES // (per_token * longest)) * longest
+    longest, chosen = CHUNK_LENGTHS[-1], experts_NK.shape[-1]
+    # The bits of the last byte that stand for no neuron are 0, and count nothing.
+    neurons = 8 * kept_NKB.shape[-1]
+    piece = max(1, _TABLE_BYTES // (chosen * neurons * longest)) * longest
     begins = np.flatnonzero(np.diff(windows_N, prepend=windows_N[:1] - 1))
     ends = np.append(begins[1:], len(windows_N))[: len(begins)]
     for begin, end in zip(begins, ends, strict=True):
         # Pieces begin where chunks of every length do.
         for start in range(begin, end, piece):
-            stop = min(start + piece, end)
-            table_NEB = np.zeros((stop - start, experts, kept_NKB.shape[-1]), dtype=np.uint8)
-            np.put_along_axis(
-                table_NEB, experts_NK[start:stop, :, None].astype(np.int64), kept_NKB[start:stop], 1
+            tokens = min(piece, end - start)
+            mask_NKF = unpack(kept_NKB[start : start + tokens], neurons)
+            expert_NK = experts_NK[start : start + tokens].astype(np.int64)
+            token_T = torch.arange(tokens).repeat_interleave(chosen)
+            order = TokenOrder(token_T, tokens, sequences=1)
+            kept_L = kept_of_chunks(
+                torch.from_numpy(mask_NKF).flatten(0, 1).bool(),
+                torch.from_numpy(expert_NK).flatten(),
+                order,
+                experts,
             )
-            for place in range(len(CHUNK_LENGTHS)):
-                found.kept_L[place] += int(count(table_NEB).sum())
-                found.chunks_L[place] += len(table_NEB)
-                pairs = len(table_NEB) // 2
-                table_NEB = table_NEB[: 2 * pairs : 2] | table_NEB[1 : 2 * pairs : 2]
+            found += ChunkUnions(
+                kept_L.numpy().astype(np.int64), np.array(order.chunks_L, dtype=np.int64)
+            )
     return found
 
 

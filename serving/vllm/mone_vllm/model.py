@@ -45,6 +45,9 @@ def refuse(config: Any, vllm_config: VllmConfig, *, graphs: bool) -> None:
         f"router_kind={config.router_kind}: tokens are sent by megatron-core's own router alone": (
             config.router_kind != "topk"
         ),
+        "product_key: single-neuron experts are not written for vLLM": bool(
+            getattr(config, "product_key", None)
+        ),
         "rectified_up: dReLU is not written for vLLM": config.rectified_up,
         "quantization: quantised experts compute all neurons": vllm_config.quant_config is not None,
         "LoRA: adapters of experts compute all neurons": vllm_config.lora_config is not None,
