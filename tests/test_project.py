@@ -14,7 +14,10 @@ from mone_megatron.testing.launch import import_path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Tests of processes that find another path on purpose: vLLM's, none of ours, all of sys.path.
-OTHER_PATHS = ("serving", "test_warm_start.py", "test_megatron_compat.py")
+OTHER_PATHS = (
+    *("serving", "test_warm_start.py", "test_side_environment.py"),
+    "test_megatron_compat.py",
+)
 TEXT = {".py", ".md", ".yaml", ".toml", ".sh", ".sbatch", ".cfg", ""}
 
 
