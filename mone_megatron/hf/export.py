@@ -47,6 +47,7 @@ _CODE = {
     "neuron_selection.py": "mone_megatron/kernels/reference.py",
     "product_keys.py": "mone_megatron/kernels/product_keys.py",
     "gate.py": "mone_megatron/methods/gate.py",
+    "grouped_rows.py": "mone_megatron/methods/grouped_rows.py",
     "router.py": "mone_megatron/methods/router.py",
     "rule.py": "mone_megatron/methods/rule.py",
     "score.py": "mone_megatron/methods/score.py",
@@ -452,7 +453,8 @@ def write_code(folder: Path, mone: MoNEConfig, model: ModelConfig) -> None:
         if re.search(r"^\s*(from|import) mone_megatron", text, re.MULTILINE):
             raise ValueError(
                 f"{key}: {chosen} cannot be exported: its file {method} needs more of "
-                "mone_megatron than mone_megatron.methods.score, .rule, .gate and .router"
+                "mone_megatron than mone_megatron.methods.score, .rule, .grouped_rows, .gate and "
+                ".router"
             )
         (folder / f"{file}.py").write_text(text, encoding="utf-8")
         text = _REGISTRY.format(file=file, name=constant, key=key)

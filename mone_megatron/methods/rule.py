@@ -108,6 +108,11 @@ class Rows:
     weight_T: Tensor | None = None
 
     @property
+    def on_host(self) -> bool:
+        """Returns whether the host reads the rows without waiting for a GPU."""
+        return self.scores_TF.device.type == "cpu"
+
+    @property
     def block_T(self) -> Tensor:
         """Returns the block of each row, int64 ``[T]``: its expert's rows of its microbatch."""
         return self.expert_T if self.blocks is None else self.blocks
@@ -140,7 +145,7 @@ class Rows:
             mask_TF: the mask of the others.
         """
         # A GPU computes it for nothing, too: to ask whether there are such rows is to wait for it.
-        if new_T1.device.type == "cpu" and not new_T1.any():
+        if self.on_host and not new_T1.any():
             return mask_TF
         return self.largest(self.budget.kept).where(new_T1, mask_TF)
 

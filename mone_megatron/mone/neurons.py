@@ -238,6 +238,8 @@ class NeuronGate(MegatronModule):
             return self._mask(*units(), scale_T, segments, down_norm, observing=False)
 
         usual = self._keep(mask, look=False)
+        if isinstance(usual, Tensor):
+            self._run_mask_outside_training(mask)
         kinds = [(usual, usual is not None and self._balancing)]
         if looking and usual is not None:
             kinds.append((mask(), True))
@@ -269,6 +271,14 @@ class NeuronGate(MegatronModule):
                 why = "the neurons of an expert are spread over ranks"
             return f"mone.score={self.selector.score.name}: torch makes the mask, for {why}"
         return ops.left_to_torch(*units(), usual, self.activate)
+
+    def _run_mask_outside_training(self, mask: Callable[[], Tensor]) -> None:
+        """Makes a mask as evaluation does: some rules choose in another way there."""
+        assert self.selector is not None
+        training = self.selector.training
+        self.selector.eval()
+        mask()
+        self.selector.train(training)
 
     def _sparse(
         self,

@@ -28,6 +28,7 @@ _FILES = {
     "methods": (
         "registry.py",
         "rule.py",
+        "grouped_rows.py",
         "score.py",
         "activation.py",
         "rules/*.py",

@@ -57,6 +57,8 @@ REST = {
     "low_rank_gate": (2, (*MONE, "model.gate=low_rank", "model.gate_rank=16",
                           "parallel.expert=2")),
     "given_mask": (2, (*MONE, "mone.rule=mass", "model.router.dtype=fp64")),
+    "batch_topk": (2, (*MONE, "mone.rule=batch_topk", "parallel.expert=2")),
+    "pooled": (2, (*MONE, "mone.rule=pooled")),
     "annealed": (2, (*MONE, "mone.keep_ratio_schedule=linear", "mone.keep_ratio_steps=1",
                      "mone.balance.coeff=0")),
     "signed_gate": (2, (*MONE, "mone.score=signed_gate")),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mone_megatron.methods.grouped_rows import GroupedRows
 from mone_megatron.methods.rule import Budget, Rows, Rule, count_kept
 
 if TYPE_CHECKING:
@@ -38,17 +39,31 @@ def batch_topk(rows: Rows) -> Tensor:
     """Returns the r T f largest scores of each block in training, and those above tau otherwise."""
     if not rows.training:
         return rows.above(rows.state["tau"], rows.state["weight"])
-    scores_TF = rows.scores_TF
-    broken_T1 = scores_TF.isnan().any(dim=-1, keepdim=True)
-    ranked_TF = scores_TF.masked_fill(broken_T1, -float("inf"))
-    mask_TF = broken_T1.new_zeros(scores_TF.shape)
+    broken_T1 = rows.scores_TF.isnan().any(dim=-1, keepdim=True)
+    ranked_TF = rows.scores_TF.masked_fill(broken_T1, -float("inf"))
+    ranking = one_by_one if rows.on_host else all_at_once
+    # A row that holds a NaN keeps nothing.
+    return ranking(rows, ranked_TF) & ~broken_T1
+
+
+def one_by_one(rows: Rows, ranked_TF: Tensor) -> Tensor:
+    """Returns the mask of the largest values of each block, a block after the other."""
+    mask_TF = rows.scores_TF.new_zeros(rows.scores_TF.shape).bool()
     for block in rows.block_T.unique():
         of_block_R = (rows.block_T == block).nonzero().squeeze(-1)
         flat_1N = ranked_TF[of_block_R].reshape(1, -1)
         kept = count_kept(rows.budget.keep_ratio, flat_1N.numel())
         mask_TF[of_block_R] = rows.largest_of(flat_1N, kept).view(len(of_block_R), -1)
-    # A row that holds a NaN keeps nothing.
-    return mask_TF & ~broken_T1
+    return mask_TF
+
+
+def all_at_once(rows: Rows, ranked_TF: Tensor) -> Tensor:
+    """Returns :func:`one_by_one` without asking a GPU which blocks there are."""
+    blocks = GroupedRows.of(rows.block_T)
+    # As count_kept does: of a half to the even number.
+    values_T = (blocks.count() * ranked_TF.shape[-1]).double()
+    kept_T = (values_T * rows.budget.keep_ratio).round().long()
+    return blocks.largest(ranked_TF, kept_T)
 
 
 def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
@@ -57,11 +72,8 @@ def observe(rows: Rows, mask_TF: Tensor) -> Mapping[str, Tensor]:
     if len(mask_TF) == 0:
         return {"smallest": zeros_E, "rows": zeros_E}
     smallest_T = rows.scores_TF.float().masked_fill(~mask_TF, float("inf")).amin(dim=-1)
-    blocks_T = rows.block_T.unique(return_inverse=True)[1]
-    smallest_B = smallest_T.new_full((int(blocks_T.max()) + 1,), float("inf"))
-    smallest_B = smallest_B.scatter_reduce(0, blocks_T, smallest_T, "amin")
     # A block that keeps nothing, a NaN in each row, says nothing.
-    of_block_T = smallest_B[blocks_T]
+    of_block_T = GroupedRows.of(rows.block_T).least(smallest_T)
     told_T = of_block_T.isfinite()
     return {
         "smallest": zeros_E.index_add(0, rows.expert_T, of_block_T.where(told_T, 0)),
