@@ -25,8 +25,8 @@ class MoneConfig(Qwen3MoeConfig):
     qkv_bias (`bool`): a bias on the query, key and value projections.
     gate (`str`): how routed experts compute gate projections: "full", "low_rank", "split".
     gate_rank (`int`): q of a gate that has one.
-    product_key (`dict`, *optional*): keys, key_dim, heads and experts_per_head of the experts of a
-        single neuron that take the place of every MLP; None for MLPs.
+    product_key (`dict`, *optional*): experts of one neuron each in place of every MLP, by their
+    keys, key_dim, heads and experts_per_head; None for MLPs.
     shared_expert_intermediate_size (`int`): width of the expert every token visits; 0 for none.
     shared_expert_gate (`bool`): a sigmoid gate on it.
     rectified_up (`bool`): up projections of MLPs and experts are max(u, 0) (dReLU).
