@@ -57,6 +57,8 @@ SlurmdTimeout=60
 MessageTimeout=60
 KillWait=120
 MinJobAge=7200
+# Otherwise a job whose time has come is begun by a look at the queue every minute.
+SchedulerParameters=sched_interval=1,bf_interval=1
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
