@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,19 +12,13 @@ from mone_megatron.kernels.reference import topk_mask
 from mone_megatron.lab.benchmarks import ranks
 from mone_megatron.lab.benchmarks.layer import LayerShape, measure_layer
 from mone_megatron.lab.benchmarks.select import kthvalue_mask, measure_select, topk_scatter
+from mone_megatron.testing.warm_start import run_python
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/bench.py", *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_python(["tools/bench.py", *arguments], folder=REPOSITORY, timeout=300)
 
 
 def test_the_masks_it_compares_with_are_right_without_ties() -> None:
