@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +18,16 @@ from record_losses import RECORDED, SETTINGS, essence, prepare_corpus, read_reco
 from mone_megatron.megatron_release import megatron_release
 from mone_megatron.testing.launch import REPOSITORY, import_path, run_layouts
 from mone_megatron.testing.layouts import LAYOUTS
+from mone_megatron.testing.warm_start import run_python
 
 NEXT = os.environ.get("MEGATRON_NEXT", "")
 HALF, WHOLE = 10, 20
 ON_TWO = ("ep2", "tp2_ep1_etp1", "pp2")
 # Whose layers the releases name, number and log differently.
 PREDICTION = "model.mtp.depth=1"
+# What goes on with the later release, by processes: experts on two ranks, and an optimizer whose
+# moments are spread over them, too.
+GOES_ON = {1: ("one", "prediction"), 2: ("ep2",)}
 RESUMED = ("resumed", "old")
 
 pytestmark = [
@@ -58,14 +60,21 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """All runs of the earlier release, then those of the later, which starts cold: once a size."""
     folder = tmp_path_factory.mktemp("releases")
     trained = Trained(folder, prepare_corpus(folder))
-    for kind, variables in (("old", {}), ("new", with_next())):
-        for processes, names in ((1, ("one",)), (2, ON_TWO)):
-            jobs = {f"{kind}-{name}": trained.job(*LAYOUTS[processes][name]) for name in names}
-            if processes == 1:
-                jobs[f"{kind}-prediction"] = trained.job(PREDICTION)
-            run_layouts(jobs, processes=processes, folder=folder, variables=variables)
+    settings = {
+        1: {"one": LAYOUTS[1]["one"], "prediction": (PREDICTION,)},
+        2: {name: LAYOUTS[2][name] for name in ON_TWO},
+    }
+    for processes, named in settings.items():
+        old = {f"old-{name}": trained.job(*overrides) for name, overrides in named.items()}
+        run_layouts(old, processes=processes, folder=folder)
+        new = {f"new-{name}": trained.job(*overrides) for name, overrides in named.items()}
+        for name in GOES_ON[processes]:
+            resume = f"checkpoint.resume={trained.checkpoint(f'old-{name}', HALF)}"
+            new[f"resumed-{name}"] = trained.job(*named[name], resume)
+        run_layouts(new, processes=processes, folder=folder, variables=with_next())
     return trained
 
 
@@ -92,19 +101,7 @@ def test_each_checkpoint_names_its_release(trained: Trained) -> None:
 
 
 def test_a_run_goes_on_with_the_later_release_to_the_last_bit(trained: Trained) -> None:
-    parts = {"one": (), "prediction": (PREDICTION,)}
-    jobs = {
-        f"resumed-{name}": trained.job(
-            *part, f"checkpoint.resume={trained.checkpoint(f'old-{name}', HALF)}"
-        )
-        for name, part in parts.items()
-    }
-    run_layouts(jobs, processes=1, folder=trained.folder, variables=with_next())
-    # Experts on two ranks, and an optimizer whose moments are spread over them, too.
-    resume = f"checkpoint.resume={trained.checkpoint('old-ep2', HALF)}"
-    spread = {"resumed-ep2": trained.job(*LAYOUTS[2]["ep2"], resume)}
-    run_layouts(spread, processes=2, folder=trained.folder, variables=with_next())
-    for name in (*parts, "ep2"):
+    for name in (*GOES_ON[1], *GOES_ON[2]):
         resumed, whole = (read_records(trained.folder / f"{run}-{name}") for run in RESUMED)
         assert essence(resumed) == essence(whole)[HALF:]
         assert [record.get("mtp/loss") for record in resumed] == [
@@ -114,16 +111,14 @@ def test_a_run_goes_on_with_the_later_release_to_the_last_bit(trained: Trained) 
 
 def test_the_earlier_release_says_that_it_cannot_read_the_later_ones(trained: Trained) -> None:
     checkpoint = trained.checkpoint("new-one", HALF)
-    done = subprocess.run(
+    done = run_python(
         [
-            *(sys.executable, "-m", "mone_megatron.pretrain"),
+            *("-m", "mone_megatron.pretrain"),
             *trained.job(f"checkpoint.resume={checkpoint}", "device=cpu"),
             f"run.dir={trained.folder / 'back'}",
         ],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+        environment={"OMP_NUM_THREADS": "1"},
+        folder=REPOSITORY,
         timeout=300,
     )
     assert done.returncode == 2
@@ -135,6 +130,6 @@ def test_the_earlier_release_says_that_it_cannot_read_the_later_ones(trained: Tr
 def test_the_later_release_says_nothing_more_on_the_terminal(trained: Trained) -> None:
     for processes in (1, 2):
         said = (trained.folder / f"rank-{processes}-0.log").read_text(encoding="utf-8")
-        # The fixture's last run there was of the later release.
+        # The fixture's last runs were of the later release.
         for notice in ("Rewrapping", "deprecated", "DEPRECATED", "Warning:", "not provided"):
             assert notice not in said, said
