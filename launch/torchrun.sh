@@ -118,5 +118,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # (torch 2.13; earlier ones have no such setting).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
 
-exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" \
+# torchrun, whose last lines and exit code are the run's.
+exec "$python" -m mone_megatron.launcher --nnodes "$nodes" --nproc-per-node "$processes" \
     "${rendezvous[@]}" -m mone_megatron.pretrain "$@"

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from mone_megatron import pretrain
-from mone_megatron.command_line import INTERRUPTED_EXIT_CODE, USAGE_EXIT_CODE, print_error, told
+from mone_megatron.command_line import USAGE_EXIT_CODE, print_error, told
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose, typed_values
 from mone_megatron.config.validate import validate
 from mone_megatron.counting import counted
+from mone_megatron.launcher import launch
 
 _PROCESSES = "--processes"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains and returns the exit status of the run.
-
-    torchrun ends an interrupted or failed run with a traceback of its own; here the last lines are
-    the run's.
-    """
+    """Trains and returns the exit status of the run."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         processes, rest = _taken(given)
@@ -39,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print_error(told(error))
         return USAGE_EXIT_CODE
-    return _launch(processes, rest)
+    print(f"starting {counted(processes, 'process')}", flush=True)
+    command = ["--standalone", "--nproc-per-node", str(processes), "-m", "mone_megatron.pretrain"]
+    return launch([*command, *rest])
 
 
 def _taken(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
@@ -62,25 +59,3 @@ def _taken(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
     if not number.isdecimal() or int(number) == 0:
         raise ConfigError([f"{_PROCESSES}: {number!r} is no number of processes; use 1 or more"])
     return int(number), rest
-
-
-def _launch(processes: int, arguments: Sequence[str]) -> int:
-    print(f"starting {counted(processes, 'process')}", flush=True)
-    # As torchrun sets it, after a warning.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    # Which process got which signal when: the run itself says why it ended.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    command = ["--standalone", "--nproc-per-node", str(processes), "-m", "mone_megatron.pretrain"]
-    try:
-        torchrun([*command, *arguments])
-    except SignalException:
-        return INTERRUPTED_EXIT_CODE
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        # Ended by a signal, a process has a negative code: 128 + number is how shells say it.
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    return 0

@@ -14,11 +14,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from mone_megatron.config.schema import DeviceConfig
 from mone_megatron.counting import counted
+from mone_megatron.helpers import HelperError
 from mone_megatron.kernels.te_grouped import have_transformer_engine
 from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 from mone_megatron.parallel.megatron_compat.gradient_norm import fuse_gradient_norm
 from mone_megatron.parallel.megatron_compat.importing import import_megatron
 from mone_megatron.parallel.world import World
+from mone_megatron.rendezvous_errors import why_not_met
 
 # Numbers the process groups of this process, one for each run of a sweep.
 _opened = itertools.count()
@@ -130,7 +132,11 @@ def connects_at_once(device: Device, world: World) -> bool:
 
 
 def open_process_group(device: Device, world: World, timeout_seconds: int) -> None:
-    """Joins the run's process group: NCCL on CUDA, gloo on CPU. One process needs no launcher."""
+    """Joins the run's process group: NCCL on CUDA, gloo on CPU. One process needs no launcher.
+
+    Raises:
+        HelperError: this rank cannot meet the others: its port is taken, or nobody answers there.
+    """
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.kind == "cuda" else "gloo"
     device_id = device.torch_device if connects_at_once(device, world) else None
@@ -144,7 +150,10 @@ def open_process_group(device: Device, world: World, timeout_seconds: int) -> No
             device_id=device_id,
         )
         return
-    store, rank, size = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+    try:
+        store, rank, size = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+    except dist.DistNetworkError as error:
+        raise HelperError(why_not_met(error, os.environ.get("MASTER_PORT", ""))) from None
     store.set_timeout(timeout)
     # torchrun's store outlives a run: the next one of a sweep would find its addresses there.
     dist.init_process_group(
