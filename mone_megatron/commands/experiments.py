@@ -1,4 +1,4 @@
-"""Lists the experiments that are shipped, for those who ask what there is to train."""
+"""Says how to train and lists the experiments that are shipped, for those who ask what there is."""
 
 from __future__ import annotations
 
@@ -22,12 +22,25 @@ def experiments() -> dict[str, str]:
     return found
 
 
-def experiment_lines() -> list[str]:
-    """Returns what ``mone train`` says when it is not told what to train."""
+_OPTIONS = {
+    "--processes N": "processes on this machine, each on a GPU of its own where there are some",
+    "--dry-run[=N]": "check configuration, data and layout (of N processes), and train nothing",
+    "-m, --multirun": "a run for each value of key=A,B, and a page that compares them",
+    "--cfg job": "print the configuration; --hydra-help: Hydra's other options",
+}
+
+
+def train_help() -> list[str]:
+    """Returns what ``mone train`` says when it is not told what to train, or asked for help."""
     found = experiments()
     width = max(map(len, found), default=0)
+    wide = max(map(len, _OPTIONS))
     return [
         "usage: mone train experiment=NAME [key=value ...] [--processes N] [--dry-run]",
+        "",
+        *(f"  {option:<{wide}}  {does}" for option, does in _OPTIONS.items()),
+        "",
+        "keys: docs/configuration.md; experiments:",
         "",
         *(f"  {name:<{width}}  {sentence}" for name, sentence in found.items()),
         "",

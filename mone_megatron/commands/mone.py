@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mone_megatron.command_line import USAGE_EXIT_CODE, print_error
 from mone_megatron.commands import completion
-from mone_megatron.commands.experiments import experiment_lines
+from mone_megatron.commands.experiments import train_help
 from mone_megatron.display import harmless
 
 
@@ -45,6 +45,13 @@ COMMANDS = {
     "gpu-check": Command("mone_megatron.commands.gpu_check", "what to ask a first GPU, in minutes"),
 }
 
+_HELP = (["-h"], ["--help"])
+_COMPLETION = """\
+usage: mone completion bash|zsh|fish
+
+Prints what the shell evaluates, in its start-up file: eval "$(mone completion bash)";
+fish: mone completion fish | source"""
+
 
 def usage() -> str:
     """Returns the list of commands as text."""
@@ -69,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = given
     if name == "completion":
+        if rest in _HELP:
+            print(_COMPLETION)
+            return 0
         return completion.main(rest)
     if name == completion.ASK:
         print("\n".join(completion.candidates(rest, COMMANDS)))
@@ -78,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
         print_error(f"{name}: no such command; {hint}")
         return USAGE_EXIT_CODE
-    if name == "train" and not rest:
-        print("\n".join(experiment_lines()))
+    if name == "train" and rest in ([], *_HELP):
+        print("\n".join(train_help()))
         return 0
     # argparse shows it in usage lines; Hydra, which reads the arguments there, as well.
     sys.argv = [f"mone {name}", *rest]

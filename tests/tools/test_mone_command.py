@@ -72,9 +72,15 @@ def test_it_hands_on_arguments_name_and_status() -> None:
     assert mone("compare", "--help").stdout.startswith("usage: mone compare ")
 
 
-def test_train_without_a_word_lists_the_experiments(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train"]) == 0
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_train_without_a_word_lists_the_experiments(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *arguments]) == 0
     told = capsys.readouterr().out
+    for option in ("--processes N ", "--dry-run[=N] ", "-m, --multirun "):
+        assert f"  {option}" in told
+    assert max(map(len, told.split("experiments:")[0].splitlines())) <= 100
     files = {path.stem for path in (REPOSITORY / "conf" / "experiment").glob("*.yaml")}
     assert set(experiments()) == files
     for name, sentence in experiments().items():
@@ -110,6 +116,13 @@ def test_bash_completes(line: str, some: list[str], tmp_path: Path) -> None:
     assert set(some) <= set(found)
     if not some:
         assert found == []
+
+
+def test_completion_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "--help"]) == 0
+    assert 'eval "$(mone completion bash)"' in capsys.readouterr().out
+    assert main(["completion", "tcsh"]) == 2
+    assert capsys.readouterr().err == "error: completion: name a shell: bash, zsh, fish\n"
 
 
 def test_a_dry_run_checks_everything_and_trains_nothing(tmp_path: Path) -> None:
