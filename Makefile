@@ -20,9 +20,8 @@ NEXT_PARTS := tests/model tests/mone tests/parallel tests/checkpoint/test_safe_u
 	--ignore tests/parallel/test_gpu_process.py --ignore tests/parallel/test_gloo.py
 # Hundreds of processes import the package: bytecode is written even where an environment says no.
 TESTED     := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
-# Three for two cores: one of them often waits for what takes its time and no core (SLURM, hangs).
-BY_THREE   := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-ON_NEXT    := $(TESTED) $(NEXT_VENV)/bin/python $(BY_THREE) --megatron $(LATER)
+BY_FILE    := -m pytest --dist loadfile --no-loadscope-reorder
+ON_NEXT    := $(TESTED) $(NEXT_VENV)/bin/python $(BY_FILE) -n 2 --megatron $(LATER)
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/python -m mone_megatron.launcher --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
@@ -66,11 +65,12 @@ ablation: $(VENV)/installed
 	$(BIN)/python tools/compare_runs.py runs/ablations/$(EXPERIMENT)/$(NAME)/*/ \
 		--output runs/ablations/$(EXPERIMENT)/$(NAME)
 
+# Three processes for two cores: one often waits for what takes its time and no core (SLURM, hangs).
 test: $(NEXT_VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	@$(BIN)/mypy & types=$$!; \
-	MEGATRON_NEXT=$(NEXT) $(TESTED) $(BIN)/python $(BY_THREE); failed=$$?; wait $$types && [ $$failed -eq 0 ]
+	MEGATRON_NEXT=$(NEXT) $(TESTED) $(BIN)/python $(BY_FILE) -n 3; failed=$$?; wait $$types && [ $$failed -eq 0 ]
 	$(ON_NEXT) $(NEXT_PARTS)
 
 # Before a commit: tests of what was changed since BASE that begin within a minute; make test runs all.
@@ -81,7 +81,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	@$(BIN)/mypy & types=$$!; \
 	tests=$$($(BIN)/python -m mone_megatron.testing.changed_tests $(BASE)) || exit 2; \
-	$(TESTED) $(BIN)/python $(BY_THREE) --within 50 --maxfail 10 $$tests; failed=$$?; wait $$types && [ $$failed -eq 0 ]
+	$(TESTED) $(BIN)/python $(BY_FILE) -n 2 --within 50 --maxfail 10 $$tests; failed=$$?; wait $$types && [ $$failed -eq 0 ]
 
 # The whole suite on it (make test runs the parts that touch megatron-core most).
 test-megatron-next: $(NEXT_VENV)/installed
