@@ -69,18 +69,18 @@ class DensityMeter:
 
     def take(self, device: torch.device) -> Tensor:
         """Returns how many were kept, and of how many, int64 ``[2]``; and counts anew."""
-        kept = torch.zeros((), dtype=torch.int64) if self._kept is None else self._kept
-        counts = torch.stack([kept.to(device), torch.tensor(self._seen, device=device)])
+        # Filled on the device: the host would wait for a number of its own to be copied there.
+        seen = torch.full((), self._seen, dtype=torch.int64, device=device)
+        kept = torch.zeros_like(seen) if self._kept is None else self._kept.to(device)
+        counts = torch.stack([kept, seen])
         self._kept, self._seen = None, 0
         return counts
 
 
 def to_digits(counts: Tensor) -> Tensor:
     """Returns counts ``[N]`` as fp32 ``[N, 3]``, whose sums over ranks are exact."""
-    powers = torch.tensor([_BASE**2, _BASE, 1], device=counts.device)
-    digits = counts.unsqueeze(-1) // powers
-    digits[:, 1:] %= _BASE
-    return digits.float()
+    digits = (counts // _BASE**2, counts // _BASE % _BASE, counts % _BASE)
+    return torch.stack(digits, dim=-1).float()
 
 
 def from_digits(digits: Tensor) -> list[int]:

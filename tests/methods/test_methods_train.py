@@ -15,13 +15,10 @@ from mone_megatron.hf import checks, export
 from mone_megatron.hf.export import Exported
 from mone_megatron.hf.settings import hidden_act
 from mone_megatron.hf.source import open_source
-from mone_megatron.methods.activations import ACTIVATIONS
-from mone_megatron.methods.gates import GATES
-from mone_megatron.methods.losses import LOSSES
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
-from mone_megatron.methods.scores import SCORES
+from mone_megatron.testing.each_method import REGISTRIES, needed
 from mone_megatron.testing.launch import run_layouts
 
 QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
@@ -29,16 +26,6 @@ RUN = (
     "experiment=tiny_mone", *QUIET, "device=cpu", "data.max_megabytes=0.2", "train.steps=4",
     "checkpoint.interval=2",
 )  # fmt: skip
-# Each registry with its key and the method that every other test trains with.
-REGISTRIES = (
-    (SCORES, "mone.score", "abs_activation"),
-    (ACTIVATIONS, "model.activation", "silu"),
-    (RULES, "mone.rule", "topk"),
-    (LOSSES, "mone.balance.kind", "switch"),
-    (ROUTERS, "model.router.kind", "topk"),
-    (GATES, "model.gate", "full"),
-    (OPTIMIZERS, "optim.name", "adam"),
-)
 METHODS = {
     f"{key}-{name}": f"{key}={name}"
     for registry, key, usual in REGISTRIES
@@ -54,21 +41,6 @@ def sharded(override: str) -> bool:
     if key == "model.router.kind" and ROUTERS[name].reads_batch:
         return False
     return key != "mone.rule" or RULES[name].exchange != "refused"
-
-
-def needed(override: str) -> tuple[str, ...]:
-    """Returns what a method cannot be without."""
-    key, _, name = override.partition("=")
-    if key == "model.router.kind" and ROUTERS[name].loss is not None:
-        # It brings its own balance. A coefficient that matters within these few steps.
-        return (
-            "model.router.balance=[none]",
-            "model.router.balance_coeff=[0.0]",
-            "model.router.density.start=0.01",
-        )
-    if key == "mone.balance.kind" and LOSSES[name].normalized is False:
-        return ("mone.balance.normalize=false",)
-    return ()
 
 
 def pools(override: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,15 +36,19 @@ class Case:
     odd: str = ""
     # Gate and up are columns of a wider matrix, so that rows are not aligned.
     shifted: bool = False
+    # Of others than "topk" the kernels are given the mask, which is compared with the CPU's.
+    rule: str = "topk"
 
     def __str__(self) -> str:
         parts = [f"f={self.neurons}", self.dtype, self.score, self.odd]
+        parts += [self.rule] * (self.rule != "topk")
         parts += ["packed"] * self.packed + ["odd strides"] * self.shifted
         return ", ".join(part for part in parts if part)
 
 
 def cases(largest: int) -> Iterator[Case]:
-    """Yields the cases of at most ``largest`` neurons."""
+    """Yields the cases of at most ``largest`` neurons, and some that are small."""
+    from mone_megatron.methods.rules import RULES
     from mone_megatron.methods.scores import SCORES
 
     for neurons in (48, 176, 704, 1024, 1408, 2048):
@@ -60,6 +64,11 @@ def cases(largest: int) -> Iterator[Case]:
         yield Case(176, odd=odd)
         yield Case(176, "fp32", odd=odd)
     yield Case(176, shifted=True)
+    others = [rule.name for rule in RULES if not rule.top_k]
+    for index, name in enumerate(others):
+        # Sums of such scores are exact, in whatever order a device adds them up.
+        dtype = ("bf16", "fp32")[index % 2]
+        yield Case(64, dtype, score="abs_gate", odd="ties", rule=name)
 
 
 def _inputs(case: Case, rows: int, device: str) -> tuple[Tensor, Tensor]:
@@ -77,20 +86,50 @@ def _inputs(case: Case, rows: int, device: str) -> tuple[Tensor, Tensor]:
     return gate_TF.detach().requires_grad_(), up_TF.detach().requires_grad_()
 
 
+def rule_mask(case: Case, gate_TF: Tensor, largest_of: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Returns what a rule keeps in training, of rows of five experts whose tokens have two."""
+    import torch
+
+    from mone_megatron.methods.rule import Rows
+    from mone_megatron.methods.rules import RULES
+
+    rule, device = RULES[case.rule], gate_TF.device
+    row_T = torch.arange(len(gate_TF), device=device)
+    rows = Rows(
+        scores_TF=gate_TF.detach().abs(),
+        budget=rule.budget(0.25, case.neurons),
+        largest_of=largest_of,
+        expert_T=row_T % 5,
+        num_experts=5,
+        # Half of the experts have a threshold.
+        state={name: (torch.arange(5, device=device) % 2).float() * 0.7 for name in rule.state},
+        training=True,
+        token_T=row_T // 2,
+        weight_T=(row_T % 4 + 1) / 4,
+    )
+    return rule.mask(rows)
+
+
 def compare(case: Case, *, rows: int, device: str) -> str | None:
     """Returns what differs from the reference, or None. One segment has no rows."""
     import torch
     import torch.nn.functional as F
 
     from mone_megatron.kernels import fused, reference
-    from mone_megatron.kernels.reference import Packed, TopK, WeightSums
+    from mone_megatron.kernels.reference import Keep, Packed, TopK, WeightSums
 
     gate_TF, up_TF = _inputs(case, rows, device)
-    keep = TopK(case.neurons // 4, case.score)
+    kept = case.neurons // 4
+    keep: Keep = TopK(kept, case.score)
+    if case.rule != "topk":
+        keep = rule_mask(case, gate_TF, fused.topk_mask)
+        wanted_TF = rule_mask(case, gate_TF.cpu(), reference.topk_mask)
+        if not torch.equal(keep.cpu(), wanted_TF):
+            return "the mask differs from the CPU's"
     scale_T = torch.linspace(0.1, 1, rows, device=device)
     segment_T = (torch.arange(rows, device=device) * 3) // rows + 1
     sums = WeightSums(segment_T, 5, "selected", True, in_order=True)
-    packed = Packed(keep.k) if case.packed else None
+    packed = Packed(kept) if case.packed else None
     hidden_TF, weights_SF, kept_SF = fused.fused_glu(
         gate_TF, up_TF, scale_T, keep, activate=F.silu, packed=packed, sums=sums
     )

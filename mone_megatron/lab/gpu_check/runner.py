@@ -18,7 +18,7 @@ from mone_megatron.lab.gpu_check.checks import Check, missing
 # A check that has less than this is not begun.
 _LEAST_SECONDS = 15
 _TAIL = 4000
-_MOST_CHARACTERS = 300
+_MOST_CHARACTERS = 600
 PASSED, FAILED, LATE, LEFT = "passed", "failed", "out of time", "left out"
 
 
@@ -35,6 +35,8 @@ class Result:
     seconds: float = 0.0
     expected: str = ""
     found: Any = None
+    # What the page shows of it.
+    shown: Any = None
     output: str = field(default="", repr=False)
 
 
@@ -63,6 +65,7 @@ def run_check(check: Check, limit: float) -> Result:
     result = Result(check.name, check.asks, status, expected=check.expected)
     result.seconds, result.output = round(time.perf_counter() - began, 1), output[-_TAIL:]
     result.found = _found(check, output)
+    result.shown = check.shown(result.found) if isinstance(result.found, dict) else None
     if status == FAILED:
         lines = [line[-300:] for line in output.splitlines() if line.strip()][-1:]
         if process.returncode < 0 or not lines:
@@ -141,7 +144,7 @@ def page(results: list[Result], to_come: list[str]) -> str:
     for result in results:
         status = f"{result.status}: {result.why}" if result.why else result.status
         cells = (result.name, result.asks, status, f"{result.seconds:g}", result.expected,
-                 _short(result.found))  # fmt: skip
+                 _short(result.shown))  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

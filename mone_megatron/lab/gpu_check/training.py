@@ -15,22 +15,33 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mone_megatron.command_line import Parser
+from mone_megatron.lab.gpu_check.with_adam import Adam
 from mone_megatron.planning.hardware import GPUS
 
 _QUIET = ("logging.wandb.mode=disabled", "train.eval_interval=0")
 
 
-def train(folder: Path, *overrides: str) -> list[dict[str, float]]:
+def train(folder: Path, *overrides: str, adam: Adam | None = None) -> list[dict[str, float]]:
     """Trains in another process and returns the run's records.
+
+    Args:
+        folder: of the run.
+        overrides: settings of it.
+        adam: whose Adam to use; None for the one that megatron-core finds first.
 
     Raises:
         RuntimeError: it failed; with what it said last.
     """
-    command = [sys.executable, "-m", "mone_megatron.pretrain", *_QUIET, *overrides]
+    trainer = ["mone_megatron.pretrain"]
+    if adam is not None:
+        trainer = ["mone_megatron.lab.gpu_check.with_adam", adam]
+    command = [sys.executable, "-m", *trainer, *_QUIET, *overrides]
     done = subprocess.run([*command, f"run.dir={folder}"], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"training failed: {done.stderr[-3000:]}")
@@ -54,13 +65,16 @@ def agree(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, An
     return found, loss < 1e-4
 
 
-def resume(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, Any], bool]:
+def resume(
+    folder: Path, device: str, overrides: list[str], *, adam: Adam = "torch"
+) -> tuple[dict[str, Any], bool]:
     """Trains six steps, and the last three again from a checkpoint written beside training."""
     common = ("experiment=tiny_mone", f"device.kind={device}", "checkpoint=auto",
               "checkpoint.interval=3", "checkpoint.async_save=true", *overrides)  # fmt: skip
-    straight = train(folder / "straight", *common, "train.steps=6")
+    straight = train(folder / "straight", *common, "train.steps=6", adam=adam)
     saved = folder / "straight" / "checkpoints" / "step_00000003"
-    again = train(folder / "again", *common, "train.steps=6", f"checkpoint.resume={saved}")
+    resumed = (*common, "train.steps=6", f"checkpoint.resume={saved}")
+    again = train(folder / "again", *resumed, adam=adam)
     apart = _apart(straight[3:], again[-3:], "loss")
     bits = all(a["loss"] == b["loss"] for a, b in zip(straight[3:], again[-3:], strict=True))
     return {"equal to the last bit": bits, "losses apart": apart}, apart < 1e-3
@@ -112,7 +126,13 @@ def waits(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, An
     return {"waits a step": sum(by_line.values()), "by line": by_line}, True
 
 
-CHECKS = {"agree": agree, "resume": resume, "speed": speed, "waits": waits}
+CHECKS: dict[str, Callable[[Path, str, list[str]], tuple[dict[str, Any], bool]]] = {
+    "agree": agree,
+    "resume": resume,
+    "resume_te": partial(resume, adam="transformer_engine"),
+    "speed": speed,
+    "waits": waits,
+}
 
 
 def main() -> int:

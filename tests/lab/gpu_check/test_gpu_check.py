@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
 
+from mone_megatron.commands.bench import main as bench
 from mone_megatron.commands.gpu_check import main
 from mone_megatron.config.load import compose
 from mone_megatron.config.validate import validate
 from mone_megatron.lab.gpu_check.checks import Check, all_checks, missing
+from mone_megatron.lab.gpu_check.fake_step import summary
 from mone_megatron.lab.gpu_check.runner import FAILED, LATE, LEFT, PASSED, Result, run_all
 from mone_megatron.testing.launch import REPOSITORY, import_path
+from mone_megatron.testing.warm_start import run_python
 
 
 def _python(code: str) -> tuple[str, ...]:
@@ -123,12 +129,134 @@ def test_what_is_trained_fits_one_gpu(tmp_path: Path) -> None:
         assert layout.num_microbatches == 2
 
 
+def test_each_adam_is_asked_to_resume(tmp_path: Path) -> None:
+    checks = {check.name: check for check in all_checks(tmp_path, gpu=True)}
+    assert "resume" in checks["resume"].command
+    assert checks["resume"].needs == ()
+    assert "resume_te" in checks["resume_te"].command
+    assert "transformer_engine" in checks["resume_te"].needs
+    for check in checks.values():
+        assert check.expected or check.name == "machine", f"{check.name}: nothing is expected"
+
+
+def _installed(folder: Path) -> Path:
+    """A Transformer Engine that has nothing but an Adam, and imports it itself."""
+    package = folder / "transformer_engine" / "pytorch" / "optimizers"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("class FusedAdam: ...\n", encoding="utf-8")
+    text = "from transformer_engine.pytorch import optimizers\n"
+    (package.parent / "__init__.py").write_text(text, encoding="utf-8")
+    (package.parents[1] / "__init__.py").touch()
+    return folder
+
+
+def test_torchs_adam_is_chosen_where_another_is_installed(tmp_path: Path) -> None:
+    found = """
+        from mone_megatron.lab.gpu_check.with_adam import leave_torchs_alone
+        {before}
+        try:
+            from transformer_engine.pytorch.optimizers import FusedAdam
+        except ImportError:
+            FusedAdam = None
+        import transformer_engine.pytorch
+        print(FusedAdam is None)
+    """
+    package = _installed(tmp_path)
+    told = [
+        subprocess.run(
+            _python(dedent(found).format(before=before)),
+            env=os.environ | {"PYTHONPATH": import_path(REPOSITORY, package)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for before in ("", "leave_torchs_alone()")
+    ]
+    assert told == ["False\n", "True\n"]
+
+
+def test_a_run_with_another_adam_than_the_one_that_was_asked_for_fails(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run = (
+        *("experiment=tiny_mone", "device=cpu", "train.steps=1", "data.max_megabytes=0.2"),
+        *("logging.wandb.mode=disabled", "logging.report=false", f"run.dir={tmp_path / 'run'}"),
+    )
+    module = "mone_megatron.lab.gpu_check.with_adam"
+    done = run_python(["-m", module, "transformer_engine", *run], folder=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "error: Adam is of torch.optim.adamw, not of transformer_engine" in done.stderr
+    done = run_python(["-m", module, "apex", *run], folder=tmp_path)
+    assert done.returncode == 2
+    assert "error: apex: no such Adam; use torch or transformer_engine" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["select", "layer", "decode"])
+def test_benchmarks_are_told_beside_their_bounds(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.json"
+    small = {
+        "select": ("--rows", "64", "--neurons", "64"),
+        "layer": ("--hidden", "64", "--neurons", "64", "--experts", "4", "--chosen", "2",
+                  "--tokens", "64"),
+        "decode": ("--hidden", "64", "--neurons", "64", "--experts", "4", "--chosen", "2"),
+    }[name]  # fmt: skip
+    assert bench([name, *small, "--repeats", "1", "--output", str(path)]) == 0
+    (check,) = (check for check in all_checks(tmp_path, gpu=True) if check.name == name)
+    written = json.loads(path.read_text(encoding="utf-8"))
+    told = check.shown(written)
+    assert {
+        "select": lambda: list(told) == ["f=64:"] and "torch's" in told["f=64:"],
+        "layer": lambda: told["MoNE:"].endswith(" times MoE") and "MoE:" not in told,
+        "decode": lambda: told["batch 1, r=0.125:"].endswith(" times as fast of 2.4"),
+    }[name]()
+    if name == "select":
+        written["hardware"] = "NVIDIA H100 80GB HBM3"
+        # 64 rows of 64 scores of 2 bytes and a mask of 1, at 3.35 TB/s.
+        bound = 3 * 64 * 64 / 3.35e12 * 1e3
+        times = written["result"][0]["ours_milliseconds"]["median"] / bound
+        assert f"{times:.3g} times the memory bound" in check.shown(written)["f=64:"]
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "outside", "good"),
+    [
+        ("megatron/core/transformer/moe/moe_utils.py:1 permute", "wait", 0, True),
+        ("mone_megatron/train/step.py:1 f", "wait", 3, True),
+        ("mone_megatron/train/step.py:1 f", "wait", 4, False),
+        ("mone_megatron/methods/rules/mass.py:1 f", "wait", 0, False),
+        ("mone_megatron/mone/layer.py:1 f", "fault", 0, False),
+    ],
+)
+def test_the_fake_step_is_told_in_a_few_numbers(
+    place: str, kind: str, outside: int, good: bool
+) -> None:
+    line = {"kind": kind, "what": "item of fp32", "place": place, "ours": place}
+    written = {
+        "found": {"step": [line | {"count": max(1, outside)}]},
+        "compiled_before": 5,
+        "compiled_later": [],
+        "microbatches": 2,
+        "moe_layers": 4,
+        "groups": 3,
+        "optimizers": [{"class": "AdamW", "fused": True}],
+    }
+    found, all_right = summary(written)
+    assert all_right is good
+    assert found["outside of layers"] == outside
+    assert found["Adam"] == "AdamW, fused"
+    assert ("the first that it would refuse" in found) is (kind == "fault")
+    written["compiled_later"] = ["a kernel"]
+    assert not summary(written)[1]
+
+
 def test_the_kernels_check_sees_a_wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from mone_megatron.kernels import reference
+    from mone_megatron.kernels import fused, reference
     from mone_megatron.lab.gpu_check.kernels import Case, compare
 
     cases = [Case(48), Case(48, "fp32", odd="ties"), Case(40, packed=True), Case(48, odd="nan")]
+    by_rule = Case(64, score="abs_gate", odd="ties", rule="blocks")
+    cases.append(by_rule)
     for case in cases:
         assert compare(case, rows=6, device="cpu") is None
     right = reference.kept_mask
@@ -140,3 +268,5 @@ def test_the_kernels_check_sees_a_wrong_mask(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(reference, "kept_mask", highest_of_ties)
     assert compare(cases[1], rows=6, device="cpu") is not None
+    monkeypatch.setattr(fused, "topk_mask", lambda *given: reference.topk_mask(*given).roll(1, -1))
+    assert compare(by_rule, rows=6, device="cpu") == "the mask differs from the CPU's"
