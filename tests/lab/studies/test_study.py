@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from mone_megatron.planning.match import value_of
 from mone_megatron.report.compare import flatten
 from mone_megatron.report.stats import mean_interval
 from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.warm_start import run_python
 
 TINY = {
     "question": "Does it learn?",
@@ -56,12 +55,10 @@ def flat(config: Config) -> dict[str, object]:
 
 
 def study(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/study.py", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+    return run_python(
+        ["tools/study.py", *map(str, arguments)],
+        environment={"OMP_NUM_THREADS": "1"},
+        folder=REPOSITORY,
         timeout=600,
     )
 
