@@ -88,21 +88,28 @@ def mains(
     Args:
         jobs: by name.
         folder: for the lists and what they say.
-        watch: tell which opened a process group; torch is imported for it.
+        watch: tell which opened a process group, in a process that has imported torch; without it
+            tell whether torch was imported.
         timeout: seconds for all of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "mains.json"
     listed.write_text(json.dumps({"watch": watch, "jobs": [asdict(job) for job in jobs.values()]}))
-    result = subprocess.run(
-        [sys.executable, str(_MAINS), str(listed)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-    )
+    if watch:
+        variables = {"OMP_NUM_THREADS": "1"}
+        result = run_python(
+            [str(_MAINS), str(listed)], environment=variables, folder=REPOSITORY, timeout=timeout
+        )
+    else:
+        result = subprocess.run(
+            [sys.executable, str(_MAINS), str(listed)],
+            cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
     assert result.returncode == 0, result.stderr[-4000:]
     ended = [Ended(**values) for values in json.loads((folder / "mains.ended.json").read_text())]
     return dict(zip(jobs, ended, strict=True))
