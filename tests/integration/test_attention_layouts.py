@@ -18,16 +18,21 @@ ALL = (
     "model.full_attention_every=2",
     "model.attention_sink=learnable",
 )
-# Which parts are on, and the layouts of two processes to try them in.
+CONTEXT = "parallel.context=2"
+# Which parts are on, and the layouts to try them in: of two processes, and those ON_FOUR.
 CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
-    "plain": ((), {"cp2": ("parallel.context=2",)}),
+    "plain": ((), {"cp2": (CONTEXT,), "cp2_dp2_on_4": (CONTEXT,)}),
     "all": (
         ALL,
         {
-            "cp2": ("parallel.context=2",),
+            "cp2": (CONTEXT,),
             "tp2": ("parallel.tensor=2",),
             "pp2": ("parallel.pipeline=2",),
             "ep2_recompute": ("parallel.expert=2", "train.recompute=full"),
+            "cp4_on_4": ("parallel.context=4",),
+            "cp2_tp2_on_4": (CONTEXT, "parallel.tensor=2"),
+            "cp2_ep2_on_4": (CONTEXT, "parallel.expert=2", "train.recompute=full"),
+            "cp2_pp2_on_4": (CONTEXT, "parallel.pipeline=2"),
         },
     ),
 }
@@ -39,12 +44,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     common = ("experiment=tiny_mone", *SETTINGS, *prepare_corpus(folder), f"train.steps={STEPS}")
     one = {f"{case}-one": (*common, *parts) for case, (parts, _) in CASES.items()}
     run_layouts(one, processes=1, folder=folder)
-    two = {
-        f"{case}-{name}": (*common, *parts, *layout)
-        for case, (parts, layouts) in CASES.items()
-        for name, layout in layouts.items()
-    }
-    run_layouts(two, processes=2, folder=folder)
+    for processes in (2, 4):
+        jobs = {
+            f"{case}-{name}": (*common, *parts, *layout)
+            for case, (parts, layouts) in CASES.items()
+            for name, layout in layouts.items()
+            if name.endswith("_on_4") is (processes == 4)
+        }
+        run_layouts(jobs, processes=processes, folder=folder)
     return folder
 
 
