@@ -2,9 +2,10 @@
 
 Forward and input gradients are those of ``torch.nn.functional.grouped_mm``, bit for bit, without
 its bookkeeping. The gradient of the weights can go straight to where gradients are added up
-(megatron-core's ``main_grad``): each expert's product is added while it is in the cache, and
-experts without rows are passed over, where autograd makes, fills and adds a gradient of all
-experts in every microbatch. Views of all experts are made in one call.
+(megatron-core's ``main_grad``): the product of an expert is added to it while it is made, which
+equals a sum afterwards up to rounding, and experts without rows are passed over, where autograd
+makes, fills and adds a gradient of all experts in every microbatch. Views of all experts are made
+in one call.
 
 Shape suffixes: T rows, E experts, I values of a row, O values of its product.
 """
@@ -97,11 +98,10 @@ def _multiply(rows_TI: Tensor, matrix_EIO: Tensor, counts: Sequence[int], out_TO
 
 def _add_products(from_T: Tensor, into_T: Tensor, counts: Sequence[int], total_E: Tensor) -> None:
     """Adds each expert's gradient to its total; those of experts without rows stay as they are."""
-    scratch = total_E.new_empty(total_E.shape[1:])
     parts = from_T.split_with_sizes(counts), into_T.split_with_sizes(counts), total_E.unbind()
     for count, rows, others, total in zip(counts, *parts, strict=True):
         if count:
-            total.add_(torch.mm(rows.t(), others, out=scratch))
+            total.addmm_(rows.t(), others)
 
 
 def _write_products(from_T: Tensor, into_T: Tensor, counts: Sequence[int], total_E: Tensor) -> None:
