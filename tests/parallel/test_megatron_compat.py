@@ -345,10 +345,11 @@ def test_gradient_norm_stays_on_cpu(upstream: dict[str, Any]) -> None:
     assert norm.dtype is torch.float32
 
 
-def test_gradient_norm_adds_in_fp64() -> None:
-    # In fp32 these squares are 0.
-    norm, _ = clip_grads.l2_norm_impl(0, None, [[torch.full((4,), 1e-25)]], False)
-    assert norm.item() == pytest.approx(2e-25, rel=1e-6, abs=0)
+@pytest.mark.parametrize("value", [1e-25, 1e-12, 1e25])
+@pytest.mark.parametrize("size", [4, 4096, 10_000])
+def test_gradient_norm_is_right_where_fp32_has_no_such_squares(size: int, value: float) -> None:
+    norm, _ = clip_grads.l2_norm_impl(0, None, [[torch.full((size,), value)]], False)
+    assert norm.item() == pytest.approx(value * size**0.5, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("size", [1, 2**15, 2**15 + 1, 100_000])
