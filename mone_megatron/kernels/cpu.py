@@ -11,7 +11,7 @@ rows of a block, R those of a run of one segment in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ from mone_megatron.kernels.reference import TINY, Activate, Keep, TopK, WeightSu
 _FUSED_SCORE = "abs_activation"
 # Elements a thread works on at a time: few enough for a core's share of the cache, enough for the
 # calls not to count.
-_BLOCK_ELEMENTS = 262144
+_BLOCK_ELEMENTS = 131072
 # Runs of fewer rows on average are not worth a call each.
 _ROWS_OF_A_RUN = 8
 
@@ -52,7 +52,7 @@ def topk_mask(scores_TF: Tensor, k: int) -> Tensor:
     rows, neurons = scores_TF.shape
     mask_TF = torch.empty(rows, neurons, dtype=torch.bool)
     step = _rows_in_block(neurons, threads=1)
-    scratch = torch.empty(min(step, rows), neurons)
+    (scratch,) = _scratch(1, min(step, rows), neurons)
     for scores_BF, mask_BF in zip(scores_TF.split(step), mask_TF.split(step), strict=True):
         _select(scores_BF, k, scratch, mask_BF)
     return mask_TF
@@ -72,10 +72,26 @@ def kept_places(scores_TF: Tensor, k: int) -> Tensor | None:
     return torch.from_numpy(places) if _is_exact(len(places), rows * k, scores_TF) else None
 
 
-def _is_exact(kept: int, wanted: int, scores_BF: Tensor) -> bool:
-    """Returns whether a threshold, which keeps k or more of a row without NaN, kept k of each."""
+# Memory of each thread for temporaries: fresh memory costs more than the arithmetic on it.
+_memory = threading.local()
+
+
+def _scratch(count: int, rows: int, neurons: int) -> tuple[Tensor, ...]:
+    """Returns fp32 ``[B, F]`` temporaries, which the next call in this thread overwrites."""
+    needed = count * rows * neurons
+    memory: Tensor | None = getattr(_memory, "tensor", None)
+    if memory is None or len(memory) < needed:
+        memory = _memory.tensor = torch.empty(needed)
+    return memory[:needed].view(count, rows, neurons).unbind()
+
+
+def _is_exact(kept: int, wanted: int, largest: Tensor) -> bool:
+    """Returns whether a threshold, which keeps k or more of a row without NaN, kept k of each.
+
+    ``largest`` holds the k largest scores of each row, or all.
+    """
     # A NaN is the largest score to numpy, so ties may hide it in the count; the sum shows it.
-    return kept == wanted and not scores_BF.sum().isnan()
+    return kept == wanted and not largest.sum().isnan()
 
 
 def _select(scores_BF: Tensor, k: int, scratch_BF: Tensor, mask_BF: Tensor) -> None:
@@ -86,7 +102,7 @@ def _select(scores_BF: Tensor, k: int, scratch_BF: Tensor, mask_BF: Tensor) -> N
     kth_B1 = ordered_BF[:, place : place + 1]
     scores, mask = scores_BF.numpy(), mask_BF.numpy()
     np.greater_equal(scores, kth_B1.numpy(), out=mask)
-    if _is_exact(int(np.count_nonzero(mask)), k * len(mask), scores_BF):
+    if _is_exact(int(np.count_nonzero(mask)), k * len(mask), ordered_BF[:, place:]):
         return
     # Some row ties at its threshold, or holds NaN: mend those rows only.
     nan_B1 = scores_BF.isnan().any(dim=-1, keepdim=True)
@@ -131,42 +147,60 @@ class _Segments(Protocol):
 
 
 class _Runs:
-    """Adds up consecutive rows, where they lie segment after segment."""
+    """Adds up consecutive rows, where they lie segment after segment.
 
-    def __init__(self, counts_S: Tensor) -> None:
-        ends = counts_S.cumsum(0).tolist()
-        self.runs = [
-            (segment, first, end)
-            for segment, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
-            if end > first
-        ]
+    Views of all runs of a block are made in one call.
+    """
 
-    def within(self, rows: slice) -> Iterator[tuple[int, slice]]:
-        """Yields each segment with rows here, and where they are in the block."""
-        for segment, first, end in self.runs:
-            if end > rows.start and first < rows.stop:
-                begin = max(first, rows.start) - rows.start
-                yield segment, slice(begin, min(end, rows.stop) - rows.start)
+    def __init__(self, counts_S: Tensor, blocks: list[slice]) -> None:
+        """Cuts the rows of each of ``blocks``, in their order, where a segment ends."""
+        left_S, segment = counts_S.tolist(), 0
+        # Of each block, by its first row: the segments with rows there, and how many of each.
+        self.runs: dict[int, tuple[list[int], list[int]]] = {}
+        for block in blocks:
+            segments, lengths, room = [], [], block.stop - block.start
+            while room:
+                if length := min(left_S[segment], room):
+                    segments.append(segment)
+                    lengths.append(length)
+                    left_S[segment] -= length
+                    room -= length
+                if not left_S[segment]:
+                    segment += 1
+            self.runs[block.start] = segments, lengths
 
     def add(self, rows: slice, values_BF: Tensor, factor_B: Tensor | None, sums_SF: Tensor) -> None:
-        for segment, run in self.within(rows):
-            if factor_B is None:
-                sums_SF[segment].add_(values_BF[run].sum(dim=0))
-            else:
-                sums_SF[segment].addmv_(values_BF[run].T, factor_B[run])
+        segments, lengths = self.runs[rows.start]
+        sums_F = sums_SF.unbind()
+        parts = values_BF.split_with_sizes(lengths)
+        if factor_B is None:
+            for segment, part in zip(segments, parts, strict=True):
+                sums_F[segment].add_(part.sum(dim=0))
+            return
+        factors = factor_B.split_with_sizes(lengths)
+        for segment, part, factor in zip(segments, parts, factors, strict=True):
+            sums_F[segment].addmv_(part.t(), factor)
 
     def dots(self, rows: slice, sums_SF: Tensor, values_BF: Tensor) -> Tensor:
+        segments, lengths = self.runs[rows.start]
+        sums_F = sums_SF.unbind()
         products_B = values_BF.new_empty(len(values_BF))
-        for segment, run in self.within(rows):
-            torch.mv(values_BF[run], sums_SF[segment], out=products_B[run])
+        parts = values_BF.split_with_sizes(lengths), products_B.split_with_sizes(lengths)
+        for segment, part, products in zip(segments, *parts, strict=True):
+            torch.mv(part, sums_F[segment], out=products)
         return products_B
 
     def spread(self, rows: slice, sums_SF: Tensor, less_B: Tensor | None, out_BF: Tensor) -> None:
-        for segment, run in self.within(rows):
-            if less_B is None:
-                out_BF[run] = sums_SF[segment]
-            else:
-                torch.sub(sums_SF[segment], less_B[run].unsqueeze(-1), out=out_BF[run])
+        segments, lengths = self.runs[rows.start]
+        sums_F = sums_SF.unbind()
+        parts = out_BF.split_with_sizes(lengths)
+        if less_B is None:
+            for segment, part in zip(segments, parts, strict=True):
+                part.copy_(sums_F[segment])
+            return
+        columns = less_B.unsqueeze(-1).split_with_sizes(lengths)
+        for segment, part, less in zip(segments, parts, columns, strict=True):
+            torch.sub(sums_F[segment], less, out=part)
 
 
 class _Matrix:
@@ -188,12 +222,12 @@ class _Matrix:
             out_BF.sub_(less_B.unsqueeze(-1))
 
 
-def _segments(sums: WeightSums) -> _Segments:
+def _segments(sums: WeightSums, blocks: list[slice]) -> _Segments:
     rows = len(sums.segment_T)
     if sums.in_order:
         counts_S = torch.bincount(sums.segment_T, minlength=sums.segments)
         if rows >= _ROWS_OF_A_RUN * int(counts_S.count_nonzero()):
-            return _Runs(counts_S)
+            return _Runs(counts_S, blocks)
     return _Matrix(sums)
 
 
@@ -201,8 +235,7 @@ class _SelectedSwiGLU(torch.autograd.Function):
     """Computes SwiGLU at the selected neurons, and with ``sums`` the sums of their weights.
 
     The neurons are a mask's, or the ``k`` with the largest |a|. Unselected entries are multiplied
-    by zero, so that NaN spreads. Temporaries are allocated once for all blocks: fresh memory costs
-    more than the arithmetic on it.
+    by zero, so that NaN spreads.
     """
 
     @staticmethod
@@ -220,30 +253,28 @@ class _SelectedSwiGLU(torch.autograd.Function):
         if k is not None:
             mask_TF = torch.empty(rows, neurons, dtype=torch.bool)
         weight_sum_SF = kept_SF = inverse_T = segments = None
+        blocks = _blocks(rows, neurons)
         if sums is not None:
             weight_sum_SF, kept_SF = torch.zeros(2, sums.segments, neurons).unbind()
-            segments = _segments(sums)
+            segments = _segments(sums, blocks)
             inverse_T = torch.empty(rows) if sums.normalize else None
         scale_T1 = _column(scale_T)
-        blocks = _blocks(rows, neurons)
-        kept, weights = torch.empty(2, blocks[0].stop, neurons)
+        kept, weights = _scratch(2, blocks[0].stop, neurons)
         for block in blocks:
             hidden_BF = hidden_TF[block]
             torch.ops.aten.silu.out(gate_TF[block], out=hidden_BF)
             weights_BF = weights[: len(hidden_BF)]
-            if k is not None or sums is not None:
-                torch.abs(hidden_BF, out=weights_BF)
             if mask_TF is not None:
                 mask_BF = mask_TF[block]
                 if k is not None:
-                    _select(weights_BF, k, kept, mask_BF)
+                    _select(torch.abs(hidden_BF, out=weights_BF), k, kept, mask_BF)
                 kept_BF = _as_float(mask_BF, out=kept)
                 hidden_BF.mul_(kept_BF)
             if segments is not None:
                 assert weight_sum_SF is not None
                 assert kept_SF is not None
                 segments.add(block, kept_BF, None, kept_SF)
-                weights_BF.mul_(kept_BF)
+                torch.abs(hidden_BF, out=weights_BF)
                 inverse_B = None
                 if inverse_T is not None:
                     inverse_B = torch.sum(weights_BF, dim=-1, out=inverse_T[block])
@@ -263,6 +294,7 @@ class _SelectedSwiGLU(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.segments = segments  # type: ignore[attr-defined]
+        ctx.blocks = blocks  # type: ignore[attr-defined]
         return hidden_TF, weight_sum_SF, kept_SF
 
     @staticmethod
@@ -281,8 +313,8 @@ class _SelectedSwiGLU(torch.autograd.Function):
         grad_gate_TF, grad_up_TF = torch.empty(rows, 2 * neurons).chunk(2, dim=-1)
         grad_scale_T = torch.empty(rows) if scale_T is not None else None
         scale_T1 = _column(scale_T)
-        blocks = _blocks(rows, neurons)
-        activation, kept, slope = torch.empty(3, blocks[0].stop, neurons)
+        blocks: list[slice] = ctx.blocks  # type: ignore[attr-defined]
+        activation, kept, slope = _scratch(3, blocks[0].stop, neurons)
         for block in blocks:
             grad_BF, gate_BF = grad_hidden_TF[block], gate_TF[block]
             grad_gate_BF, grad_up_BF = grad_gate_TF[block], grad_up_TF[block]
