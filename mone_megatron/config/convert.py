@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mone_megatron.config.errors import ConfigError
-from mone_megatron.config.marks import Bound, NameIn
+from mone_megatron.config.marks import Bound, NameIn, OptionsOf
 
 T = TypeVar("T")
 Scalar = str | int | float | bool
@@ -239,8 +239,8 @@ def _convert(given: _Given, kind: Any) -> Any:
     if get_origin(kind) is Annotated:
         plain, *marks = get_args(kind)
         for mark in marks:
-            # A bound is checked with the whole configuration (config/group.py).
-            if not isinstance(mark, Bound):
+            # Bounds and options are checked with the whole configuration (config/group.py).
+            if not isinstance(mark, (Bound, OptionsOf)):
                 assert isinstance(mark, NameIn), f"the schema has an unknown mark: {mark}"
                 _convert_literal(given, tuple(mark.registry.names))
         return _convert(given, plain)

@@ -16,7 +16,8 @@ from mone_megatron.config.wording import is_multiple, near_divisors, near_multip
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.gate import GateSize
 from mone_megatron.methods.gates import GATES
-from mone_megatron.methods.router import RouterSettings, projection_rank
+from mone_megatron.methods.router import RouterSettings
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 
 QKNormScope = Literal["head", "all_heads"]
@@ -121,14 +122,12 @@ class ModelConfig(Group):
 
     @property
     def router_settings(self) -> RouterSettings:
-        """Returns what a router reads: the sizes of a layer, and keys of ``model.router``."""
+        """Returns what a router reads: the sizes of a layer, and its options."""
         return RouterSettings(
             experts=self.num_experts,
             hidden=self.hidden_size,
             experts_per_token=self.experts_per_token,
-            rank=projection_rank(self.router.rank, self.hidden_size),
-            top_p=self.router.top_p,
-            threshold=self.router.threshold,
+            options=ROUTERS[self.router.kind].read_options(self.router.chosen_options),
         )
 
     @property

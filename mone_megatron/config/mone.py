@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from mone_megatron.config import density
-from mone_megatron.config.convert import Scalar, from_dict, keys
+from mone_megatron.config import density, options
+from mone_megatron.config.convert import Scalar
 from mone_megatron.config.density import NeuronDensityConfig
-from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.group import Group
-from mone_megatron.config.marks import AtLeast, NameIn, Within
+from mone_megatron.config.marks import AtLeast, NameIn, OptionsOf, Within
 from mone_megatron.methods.losses import LOSSES
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
@@ -52,7 +51,9 @@ class MoNEConfig(Group):
     """What ranks the neurons of a token."""
     rule: Annotated[str, NameIn(RULES)] = "topk"
     """Which of the ranked neurons are kept."""
-    rule_options: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
+    rule_options: Annotated[Mapping[str, Scalar], OptionsOf(RULES)] = field(
+        default_factory=dict, hash=False
+    )
     """The rule's own options by name; those of another rule are refused."""
     apply_to: tuple[MoNETarget, ...] = ("routed",)
     """Which MLPs select: routed experts, the shared expert, dense layers."""
@@ -123,18 +124,18 @@ class MoNEConfig(Group):
 
     def _rule_options(self) -> Iterator[str]:
         """Yields the options that the rule does not have, or that are of another type."""
-        rule, options = RULES[self.rule], RULES[self.rule].options
+        rule = RULES[self.rule]
         if rule.shifts(self.rule_options) and self.score != rule.score:
             yield (
                 f"mone.score: {self.score} with mone.rule_options.{rule.shift_option}=true of "
                 f"mone.rule={self.rule}, which keeps what is above 0; use {rule.score}"
             )
-        try:
-            from_dict(options, self.rule_options)
-        except ConfigError as error:
-            names = ", ".join(keys(options)) or "none"
-            for problem in error.problems:
-                yield f"mone.rule_options.{problem} (options of mone.rule={self.rule}: {names})"
+        yield from options.problems(
+            rule.options,
+            self.rule_options,
+            key="mone.rule_options",
+            owner=f"mone.rule={self.rule}",
+        )
 
     def _schedule(self) -> Iterator[str]:
         if self.keep_ratio_schedule == "constant":

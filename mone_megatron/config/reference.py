@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from mone_megatron.config.marks import Bound, NameIn
+from mone_megatron.config.marks import Bound, NameIn, OptionsOf
 from mone_megatron.config.schema import Config
 
 BEGIN = "<!-- The keys: written by tools/config_reference.py -->"
@@ -62,6 +62,17 @@ class Field:
     def bounds(self) -> list[Bound]:
         """Returns the bounds among the marks."""
         return [mark for mark in self.marks if isinstance(mark, Bound)]
+
+    @property
+    def options(self) -> list[tuple[Field, list[str]]]:
+        """Returns what methods declare for an open field, each with the names of those that do."""
+        found: dict[Field, list[str]] = {}
+        for mark in self.marks:
+            if isinstance(mark, OptionsOf):
+                for method in mark.methods:
+                    for option in fields(method.options):
+                        found.setdefault(option, []).append(method.name)
+        return sorted(found.items(), key=lambda pair: pair[0].name)
 
 
 def fields(cls: type) -> Iterator[Field]:
@@ -131,7 +142,18 @@ def _rows(cls: type, prefix: str) -> Iterator[str]:
         default = "" if field.is_open else f"`{_yaml(field.default)}`"
         cells = [f"`{key}{'.NAME' if field.is_open else ''}`", default, _value(field)]
         cells.append(_linked(field.text))
-        yield "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+        yield _row(cells)
+        for option, names in field.options:
+            cells = [f"`{key}.{option.name}`", f"`{_yaml(option.default)}`", _value(option)]
+            yield _row([*cells, f"Of {_listed(names)}. {_linked(option.text)}"])
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _summary(cls: type) -> str:
@@ -204,22 +226,42 @@ def _object_schema(cls: type) -> dict[str, Any]:
         if field.is_section:
             properties[field.name] = _object_schema(field.kind)
             continue
-        limits = {key: held for bound in field.bounds for key, held in bound.json_schema.items()}
-        value = _kind_schema(field.kind) | limits
-        # Text takes an interpolation as it is.
-        if value.get("type") != "string" or "enum" in value:
-            value = {"anyOf": [value, _INTERPOLATION]}
+        value = _value_schema(field)
         properties[field.name] = {
             "description": field.text,
             "default": list(field.default) if isinstance(field.default, tuple) else field.default,
             **value,
         }
+        if field.options:
+            properties[field.name]["properties"] = _options_schema(field)
     return {
         "type": "object",
         "description": _summary(cls),
         "properties": properties,
         "additionalProperties": False,
     }
+
+
+def _options_schema(field: Field) -> dict[str, Any]:
+    """Returns what each option of an open field may be; which method has it is left open."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for option, names in field.options:
+        held = _value_schema(option)
+        text = f"Of {', '.join(names)}. {option.text}"
+        found.setdefault(option.name, []).append({"description": text, **held})
+    return {
+        name: schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+        for name, schemas in found.items()
+    }
+
+
+def _value_schema(field: Field) -> dict[str, Any]:
+    limits = {key: held for bound in field.bounds for key, held in bound.json_schema.items()}
+    value = _kind_schema(field.kind) | limits
+    # Text takes an interpolation as it is.
+    if value.get("type") != "string" or "enum" in value:
+        value = {"anyOf": [value, _INTERPOLATION]}
+    return value
 
 
 def _kind_schema(kind: Any) -> dict[str, Any]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from mone_megatron.config import options
+from mone_megatron.config.convert import Scalar
 from mone_megatron.config.density import RouterDensityConfig
 from mone_megatron.config.group import Group
-from mone_megatron.config.marks import Above, AtLeast, NameIn, Within
+from mone_megatron.config.marks import Above, AtLeast, NameIn, OptionsOf, Within
 from mone_megatron.config.wording import listed, near_divisors
 from mone_megatron.methods.routers import ROUTERS
+
+# The options that have a key beside `options`.
+_ALIASES = ("top_p", "rank", "threshold")
 
 RouterBalance = Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"]
 
@@ -23,13 +28,16 @@ class RouterConfig(Group):
 
     kind: Annotated[str, NameIn(ROUTERS)] = "topk"
     """The router; `topk` is megatron-core's own."""
+    options: Annotated[Mapping[str, Scalar], OptionsOf(ROUTERS)] = field(
+        default_factory=dict, hash=False
+    )
+    """The router's own options by name; those of another router are refused."""
     top_p: Annotated[float, Within("(0, 1]", example=0.4)] = 0.4
-    """The share of a token's weights that its experts hold, of `kind: top_p`."""
+    """Another name of `options.top_p`."""
     rank: Annotated[int, AtLeast(0)] = 0
-    """The rank of a projection by which tokens are scored, in kinds that have one, such as
-    `autonomy`; 0 takes a quarter of `model.hidden_size`."""
+    """Another name of `options.rank`."""
     threshold: Annotated[float, Above(0)] = 0.05
-    """The score from which on an expert takes a token, of `kind: routing_free`."""
+    """Another name of `options.threshold`."""
     density: RouterDensityConfig = field(default_factory=RouterDensityConfig)
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     """The function that turns logits into expert weights."""
@@ -57,6 +65,19 @@ class RouterConfig(Group):
     not supported. (DeepSeek-V2-Lite has no groups.)"""
     scaling_factor: Annotated[float, AtLeast(0)] = 0.0
     """Multiplies the routing weights (sigmoid or pre-softmax routers); 0 means 1."""
+
+    @property
+    def chosen_options(self) -> dict[str, Scalar]:
+        """Returns the options that are given by name, under either of their keys."""
+        known = ROUTERS[self.kind].option_names
+        return {name: value for name, value in self._aliased() if name in known} | {**self.options}
+
+    def _aliased(self) -> Iterator[tuple[str, Scalar]]:
+        """Yields the options that are given by their other keys, which older files have."""
+        for name in _ALIASES:
+            value: Scalar = getattr(self, name)
+            if value != getattr(RouterConfig, name):
+                yield name, value
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this section alone."""
@@ -88,6 +109,7 @@ class RouterConfig(Group):
 
     def rules_with_experts(self, num_experts: int, experts_per_token: int) -> Iterator[str]:
         """Yields what is wrong with this router in a model that has experts."""
+        yield from self._options()
         yield from self._own_weights()
         sigmoid = self.score_function == "sigmoid"
         if self.expert_bias and not sigmoid:
@@ -120,6 +142,28 @@ class RouterConfig(Group):
             )
         if self.num_groups or self.group_topk:
             yield from self._groups(num_experts, experts_per_token)
+
+    def _options(self) -> Iterator[str]:
+        """Yields the options that the router does not have, or that are wrong."""
+        router = ROUTERS[self.kind]
+        known = ", ".join(router.option_names) or "none"
+        for name, value in self._aliased():
+            if name not in router.option_names:
+                yield (
+                    f"model.router.{name}: {value} has no effect with model.router.kind="
+                    f"{self.kind}, whose options are {known}; leave it out"
+                )
+            elif name in self.options and self.options[name] != value:
+                yield (
+                    f"model.router.{name}: {value} beside model.router.options.{name}="
+                    f"{self.options[name]}, which is the same option; leave one out"
+                )
+        yield from options.problems(
+            router.options,
+            self.options,
+            key="model.router.options",
+            owner=f"model.router.kind={self.kind}",
+        )
 
     def _own_weights(self) -> Iterator[str]:
         """Yields what a router that weighs experts by itself does not read."""

@@ -46,8 +46,10 @@ _CODE = {
     "parallel_mone.py": "mone_megatron/hf/parallel_mone.py",
     "neuron_selection.py": "mone_megatron/kernels/reference.py",
     "product_keys.py": "mone_megatron/kernels/product_keys.py",
+    "bound.py": "mone_megatron/methods/bound.py",
     "gate.py": "mone_megatron/methods/gate.py",
     "grouped_rows.py": "mone_megatron/methods/grouped_rows.py",
+    "options.py": "mone_megatron/methods/options.py",
     "router.py": "mone_megatron/methods/router.py",
     "rule.py": "mone_megatron/methods/rule.py",
     "score.py": "mone_megatron/methods/score.py",
@@ -451,10 +453,10 @@ def write_code(folder: Path, mone: MoNEConfig, model: ModelConfig) -> None:
         method, key = registry.file_of(chosen), registry.key
         text = _beside(method.read_text(encoding="utf-8"))
         if re.search(r"^\s*(from|import) mone_megatron", text, re.MULTILINE):
+            beside = [path[:-3].replace("/", ".") for path in _CODE.values() if "/methods/" in path]
             raise ValueError(
                 f"{key}: {chosen} cannot be exported: its file {method} needs more of "
-                "mone_megatron than mone_megatron.methods.score, .rule, .grouped_rows, .gate and "
-                ".router"
+                f"mone_megatron than {', '.join(beside)}"
             )
         (folder / f"{file}.py").write_text(text, encoding="utf-8")
         text = _REGISTRY.format(file=file, name=constant, key=key)

@@ -358,7 +358,7 @@ def model_overrides(model: ModelConfig, mone: MoNEConfig | None = None) -> list[
             (ModelConfig(), MoNEConfig()),
         )
     )
-    changed = {key: value for key, value in settings.items() if value != defaults[key]}
+    changed = {key: value for key, value in settings.items() if value != defaults.get(key)}
     return [f"{key}={_spell(value)}" for key, value in changed.items()]
 
 

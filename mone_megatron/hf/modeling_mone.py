@@ -251,7 +251,7 @@ class MoneRouter(Qwen3MoeTopKRouter):
             experts=config.num_experts,
             hidden=config.hidden_size,
             experts_per_token=config.num_experts_per_tok,
-            **(config.router_settings or {}),
+            options=self.method.read_options(config.router_settings or {}),
         )
         self.method_weights = dict(self.method.weights(self.settings))
         for name, weight in self.method_weights.items():
@@ -292,6 +292,9 @@ class MoneRouter(Qwen3MoeTopKRouter):
             most = int((weights_NA > 0).sum(dim=-1).max().clamp_min(1)) if len(weights_NA) else 1
             weights_NK, index_NK = weights_NA.sort(dim=-1, descending=True, stable=True)
             weights_NK, index_NK = weights_NK[:, :most], index_NK[:, :most]
+            if self.method.weigh is not None:
+                weighed_NA = self.method.weigh(weights_NA, held, self.settings)
+                weights_NK = weighed_NA.gather(-1, index_NK)
             return logits_NA, weights_NK.to(hidden_states.dtype), index_NK
         if self.score_function == "sigmoid":
             scores_NA = logits_NA.sigmoid()

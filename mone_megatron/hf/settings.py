@@ -255,7 +255,7 @@ def _router_settings(model: ModelConfig) -> dict[str, Any]:
     router = ROUTERS[model.router.kind]
     if router.stock or not model.num_experts:
         return {}
-    read = {name: getattr(model.router_settings, name) for name in router.settings}
+    read = asdict(model.router_settings.options)
     return {"router_kind": router.name, "router_settings": read or None}
 
 
@@ -439,7 +439,7 @@ def _router(kind: str, values: dict[str, Any]) -> RouterConfig:
         balance = {"balance": ("none",), "balance_coeff": (0.0,)}
     return RouterConfig(
         kind=method.name,
-        **values.get("router_settings") or {},
+        options=values.get("router_settings") or {},
         **balance,
         score_function=values.get("router_score_function", "softmax"),
         pre_softmax=not (always_normalized or values.get("norm_topk_prob", False)),

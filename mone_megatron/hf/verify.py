@@ -235,7 +235,7 @@ def hf_logits_and_choices(
         chosen_NA = torch.zeros(len(hidden_NH), experts.num_experts, dtype=torch.bool)
         weight_NA = weights_NK.new_zeros(chosen_NA.shape).scatter(-1, index_NK, weights_NK)
         chosen_NA = chosen_NA.scatter(-1, index_NK, True)
-        choices = LayerChoices(weight_NA > 0 if fills_places(experts) else chosen_NA)
+        choices = LayerChoices(weight_NA != 0 if fills_places(experts) else chosen_NA)
         found.append(choices)
         settings = getattr(experts.config, "mone", None)
         if not settings or "routed" not in settings["apply_to"]:

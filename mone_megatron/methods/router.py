@@ -8,11 +8,14 @@ Shape suffixes: N tokens of this rank, A all experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mone_megatron.methods.bound import AtLeast
+from mone_megatron.methods.options import NoOptions, Option, options_of, read_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,28 +28,33 @@ Linear = Callable[["Tensor", "Tensor"], "Tensor"]
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """Holds what a router may read: the sizes of its layer, and the keys of ``model.router``.
+    """Holds what a router may read: the sizes of its layer, and its own options.
 
     Attributes:
         experts: A, all experts of the layer.
         hidden: h, the values of a token.
         experts_per_token: k, ``model.experts_per_token``.
-        rank: of an expert's projection, above 0; read by routers that name it in ``settings``.
-        top_p: ``model.router.top_p``, likewise.
-        threshold: ``model.router.threshold``, likewise.
+        options: an instance of the router's own options.
     """
 
     experts: int
     hidden: int
     experts_per_token: int
-    rank: int = 1
-    top_p: float = 0.4
-    threshold: float = 0.05
+    options: Any = field(default_factory=NoOptions)
+
+    @property
+    def rank(self) -> int:
+        """Returns the rank of a projection, of routers that have :class:`RankOptions`."""
+        rank: int = self.options.rank
+        return rank or max(1, self.hidden // 4)
 
 
-def projection_rank(rank: int, hidden_size: int) -> int:
-    """Returns the rank of an expert's projection: ``model.router.rank``, or a quarter of h."""
-    return rank or max(1, hidden_size // 4)
+@dataclass(frozen=True)
+class RankOptions:
+    """Holds the options of routers that score tokens by a projection."""
+
+    rank: Annotated[int, AtLeast(0)] = 0
+    """The rank of the projection; 0 takes a quarter of `model.hidden_size`."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,8 @@ class RoutedWeights:
     """Holds what a router's loss is made of, for the tokens of a microbatch.
 
     Attributes:
-        weights_NA: the weights of this rank's tokens, 0 where an expert is not chosen; carry the
-            gradient.
+        weights_NA: the assigned weights of this rank's tokens, 0 where an expert is not chosen;
+            carry the gradient.
         tokens_A: int64, how many tokens go to each expert, over all ranks that share the
             microbatch.
         tokens: tokens of the microbatch, over the same ranks.
@@ -151,13 +159,16 @@ class Router:
         assign: of logits ``[N, A]``, the weight of each expert for each token, in the logits'
             dtype, and 0 where the expert is not chosen; weights are never negative. None for what
             megatron-core makes of logits: the k largest, by score function, groups and bias.
+        weigh: of the assigned weights ``[N, A]`` and these weights, what the outputs of experts are
+            multiplied by, 0 where an expert is not chosen. It may be negative, and comes after the
+            loss. None for the assigned weights.
         fixed_count: whether each token goes to exactly ``model.experts_per_token`` experts. A
             dispatcher that counts on it (flex) is refused otherwise.
         causal: whether a token's experts depend on no other token. No export can hold a router of
             which they do.
         reads_batch: whether a token's experts depend on the other tokens of its microbatch. A
             layout that splits them over ranks is refused then.
-        settings: the keys of ``model.router`` that it reads, fields of :class:`RouterSettings`.
+        options: a dataclass of ``model.router.options`` (:mod:`.methods.options`).
         latent: how many values of a token stand between it and its logits, which the backward pass
             keeps.
         loss: this rank's part of a loss on the weights, an fp32 scalar without the coefficient,
@@ -175,14 +186,45 @@ class Router:
     weights: Callable[[RouterSettings], Mapping[str, RouterWeight]] = one_row_each
     logits: Callable[[Tensor, Mapping[str, Tensor], Linear, RouterSettings], Tensor] = products
     assign: Callable[[Tensor, RouterSettings], Tensor] | None = None
+    weigh: Callable[[Tensor, Mapping[str, Tensor], RouterSettings], Tensor] | None = None
     fixed_count: bool = True
     causal: bool = True
     reads_batch: bool = False
-    settings: tuple[str, ...] = ()
+    options: type = NoOptions
     latent: Callable[[RouterSettings], int] = _none
     loss: Callable[[RoutedWeights], Tensor] | None = None
     reference: str | None = None
     stock: bool = False
+    _options: Mapping[str, Option] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Finds out which options there are."""
+        object.__setattr__(self, "_options", options_of(self.options))
+        assigns = self.assign is not None
+        assert assigns or self.weigh is None, f"router {self.name}: weighs what it assigns"
+
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        """Returns the names of its options."""
+        return tuple(self._options)
+
+    def read_options(self, options: Mapping[str, Any]) -> Any:
+        """Returns an instance of the router's options.
+
+        Args:
+            options: values by name; those left out take their defaults.
+
+        Raises:
+            ValueError: a name is unknown, or a value is of another type or out of bounds, one line
+                for each.
+        """
+        return read_options(
+            self.options,
+            self._options,
+            options,
+            key="model.router.options",
+            owner=f"model.router.kind={self.name}",
+        )
 
     @property
     def own_weights(self) -> bool:

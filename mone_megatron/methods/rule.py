@@ -7,11 +7,11 @@ Shape suffixes: T tokens (rows), F neurons of one expert on this rank, E experts
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from mone_megatron.methods.options import NoOptions, Option, options_of, read_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +29,6 @@ STATE_PREFIX = "rule_"
 def count_kept(keep_ratio: float, neurons: int) -> int:
     """Returns K = round(keep_ratio * f): how many of f neurons a keep ratio stands for."""
     return round(keep_ratio * neurons)
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """Holds the options of a rule that has none."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +197,7 @@ class Rule:
         source: the paper or place that it comes from.
         mask: the mask of kept neurons of some rows, bool ``[T, F]``, True at kept ones; called
             without gradients. A row that holds a NaN keeps nothing, so that the NaN spreads.
-        options: a frozen dataclass of plain fields with defaults: ``mone.rule_options``.
+        options: a dataclass of ``mone.rule_options`` (:mod:`.methods.options`).
         check: raises ``ValueError``, naming ``mone.keep_ratio`` or ``mone.rule_options.NAME``, for
             a budget that the rule cannot keep.
         score: the score that it is written for, whose densities come near to the keep ratio; None
@@ -258,14 +253,11 @@ class Rule:
     shift_option: str = ""
     steerable: Mapping[str, Steerable] = field(default_factory=dict)
     top_k: bool = False
-    # Option -> its default. Read once: torch.compile, which may come by where a model reads its
-    # settings, does not follow how the fields of a dataclass are read.
-    _defaults: Mapping[str, Any] = field(init=False, repr=False, compare=False)
+    _options: Mapping[str, Option] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Asserts that a rule with a state says how it moves."""
-        defaults = {option.name: option.default for option in dataclasses.fields(self.options)}
-        object.__setattr__(self, "_defaults", defaults)
+        object.__setattr__(self, "_options", options_of(self.options))
         stateful = {bool(self.state), self.observe is not None, self.advance is not None}
         assert len(stateful) == 1, f"rule {self.name}: state, observe and advance come together"
         assert self.steerable.keys() <= self.state.keys(), f"rule {self.name}: steers its state"
@@ -306,21 +298,13 @@ class Rule:
         Raises:
             ValueError: a name is unknown, or a value is of another type, one line for each.
         """
-        fields = self._defaults
-        problems = []
-        for name, value in options.items():
-            key = f"mone.rule_options.{name}"
-            if name not in fields:
-                near = difflib.get_close_matches(name, fields, n=1)
-                known = ", ".join(fields) or "none"
-                hint = f"did you mean {near[0]}?" if near else f"it has {known}"
-                problems.append(f"{key}: mone.rule={self.name} has no such option; {hint}")
-            elif not _fits(value, type(fields[name])):
-                wanted = type(fields[name]).__name__
-                problems.append(f"{key}: {value!r} is no {wanted}; give one such as {fields[name]}")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self.options(**options)
+        return read_options(
+            self.options,
+            self._options,
+            options,
+            key="mone.rule_options",
+            owner=f"mone.rule={self.name}",
+        )
 
     def shifts(self, options: Mapping[str, Any]) -> bool:
         """Returns whether options, as the configuration has them, ask for :attr:`shift`."""
@@ -340,10 +324,3 @@ class Rule:
                 f"divide {budget.neurons} neurons over {ranks} ranks"
             )
         return None
-
-
-def _fits(value: object, kind: type) -> bool:
-    """Returns whether a value is of a type; integers are numbers, true and false are neither."""
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)

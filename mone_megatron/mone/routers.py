@@ -68,10 +68,14 @@ class MethodRouter(TopKRouter):
             parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
             hold_weight(self, name, parameter)
 
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """Returns the weights, by the method's names."""
+        return {name: self.get_parameter(name) for name in self.method_weights}
+
     def gating(self, input: Tensor) -> Tensor:
         """Returns the method's logits, ``[..., A]``."""
-        held = {name: self.get_parameter(name) for name in self.method_weights}
-        return self.method.logits(input, held, self._linear, self.settings)
+        return self.method.logits(input, self.held, self._linear, self.settings)
 
     def _linear(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """Returns tokens times a transposed matrix, in the precision of the router."""
@@ -92,6 +96,13 @@ class AssigningRouter(MethodRouter):
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Returns the weights and which experts are chosen, each ``[N, A]``."""
+        probs_NA, chosen_NA = self.assigned(logits)
+        if self.method.weigh is not None:
+            probs_NA = self.method.weigh(probs_NA, self.held, self.settings)
+        return probs_NA, chosen_NA
+
+    def assigned(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the assigned weights with the losses attached, and which experts are chosen."""
         length, sequences = logits.shape[:2]
         logits_NA = self.apply_z_loss(logits.view(-1, self.config.num_moe_experts))
         probs_NA = self.assign(logits_NA)
@@ -117,9 +128,9 @@ class SteeredRouter(AssigningRouter):
         super().__init__(*args, **kwargs)
         self.meter = DensityMeter()
 
-    def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def assigned(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the weights with the loss attached, and which experts are chosen."""
-        weights_NA, chosen_NA = super().routing(logits, *args, **kwargs)
+        weights_NA, chosen_NA = super().assigned(logits)
         if not (self.training and torch.is_grad_enabled()):
             return weights_NA, chosen_NA
         self.meter.add(chosen_NA)

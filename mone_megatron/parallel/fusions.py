@@ -82,6 +82,12 @@ def _plain_router(config: Config) -> Reason:
     return None if router.dtype == "fp32" else f"model.router.dtype={router.dtype}"
 
 
+def _equal_counts(config: Config) -> Reason:
+    # Transformer Engine's was not seen to be right where tokens have different numbers of experts.
+    router = config.model.router.kind
+    return None if ROUTERS[router].fixed_count else f"model.router.kind={router}"
+
+
 def _swiglu(config: Config) -> Reason:
     if not ACTIVATIONS[config.model.activation].fused_by_megatron:
         return f"model.activation={config.model.activation}"
@@ -110,7 +116,7 @@ FUSIONS: tuple[Fusion, ...] = (
     ), settable=False),
     Fusion("bias_activation_fusion", "SwiGLU of dense layers and shared experts", _swiglu,
            settable=False),
-    Fusion("moe_permute_fusion", "permutation", _first(_experts, _provided(
+    Fusion("moe_permute_fusion", "permutation", _first(_experts, _equal_counts, _provided(
         _TE, "fused_permute", "fused_permute_with_probs", "fused_sort_chunks_by_index",
         "fused_sort_chunks_by_index_with_probs", "fused_unpermute",
     ))),

@@ -29,6 +29,7 @@ NO_WEIGHT = (
     "model.rope_scaling.",
     "model.init_std",
     "model.mtp.coeff",
+    "model.router.options",
     "model.router.top_p",
     "model.router.threshold",
     "model.router.balance",

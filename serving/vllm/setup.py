@@ -26,6 +26,8 @@ _FILES = {
         "triton_select.py",
     ),
     "methods": (
+        "bound.py",
+        "options.py",
         "registry.py",
         "rule.py",
         "grouped_rows.py",

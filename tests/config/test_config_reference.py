@@ -86,6 +86,10 @@ def test_each_key_has_a_sentence_and_its_bounds() -> None:
         "model.router.balance": "list of `none`, `aux_loss`",
         "mone.score": "a file of `methods/scores`",
         "train.hooks": "list of files of `methods/hooks`",
+        "model.router.options.top_p": "number, above 0, up to 1 | Of `top_p`. The share",
+        "model.router.options.rank": "integer, 0 or more | Of `autonomy`, `cosine`,",
+        "model.router.options.scale": "number, above 0 | Of `deco`.",
+        "mone.rule_options.m": "integer | Of `n_of_m`.",
     }.items():
         assert f"| {bounds}" in rows[key], (key, rows[key])
 
@@ -129,6 +133,12 @@ def test_the_json_schema_takes_what_is_shipped() -> None:
         ("data: {split: [1.0]}", "$.data.split"),
         ("run: {name: ' '}", "$.run.name"),
         ("trian: {}", "$"),
+        ("model: {router: {options: {top_p: 1.5}}}", "$.model.router.options.top_p"),
+        ("model: {router: {options: {rank: -1}}}", "$.model.router.options.rank"),
+        ("model: {router: {options: {threshold: 0}}}", "$.model.router.options.threshold"),
+        ("mone: {rule_options: {m: four}}", "$.mone.rule_options.m"),
+        ("mone: {rule_options: {rate: fast}}", "$.mone.rule_options.rate"),
+        ("mone: {rule_options: {theirs: [1]}}", "$.mone.rule_options"),
     ],
 )
 def test_the_json_schema_refuses(content: str, where: str) -> None:

@@ -36,8 +36,12 @@ RUNS = {
         "experiment=tiny_mone", "model.router.kind=routing_free", "model.router.rank=3",
         "model.router.threshold=0.1", *OWN_BALANCE, "mone.rule=mass", "model.gate=split",
     ),
+    "deco-mass": (
+        "experiment=tiny_mone", "model.router.kind=deco", "model.router.options.scale=0.4",
+        *OWN_BALANCE, "mone.rule=mass", "model.shared_expert_ffn_hidden_size=32",
+    ),
     "top_p-nonzero-drelu": (
-        "experiment=tiny_mone", "model.router.kind=top_p", "model.router.top_p=0.3",
+        "experiment=tiny_mone", "model.router.kind=top_p", "model.router.options.top_p=0.3",
         "mone.rule=nonzero", "mone.score=abs_product", "model.activation=drelu",
     ),
     "autonomy-moe-sigmoid": (

@@ -67,10 +67,19 @@ def test_wrong_options_are_named(site: Path) -> None:
         ("mone.rule_options.rate=fast", "mone.rule_options.rate: expected a number"),
         ("mone.rule_options.speed=1", "mone.rule_options.speed: unknown key"),
         ("parallel.expert_tensor=2", "mone.rule=threshold_example cannot select over ranks"),
+        (
+            "model.router.options.scale=0",
+            "model.router.options.scale: 0 is not positive; use a number above 0",
+        ),
+        (
+            "model.router.options.scale=wide",
+            "model.router.options.scale: expected a number",
+        ),
+        ("model.router.options.rank=2", "model.router.options.rank: unknown key"),
     ):
         run = subprocess.run(
             [sys.executable, "-m", "mone_megatron.pretrain", "experiment=tiny_mone", "device=cpu",
-             "mone.rule=threshold_example", override],
+             "mone.rule=threshold_example", "model.router.kind=cosine_example", override],
             capture_output=True, text=True, check=False, env=environment, cwd=REPOSITORY,
         )  # fmt: skip
         assert run.returncode == 2, run.stderr

@@ -15,9 +15,11 @@ from mone_megatron.hf import checks, export
 from mone_megatron.hf.export import Exported
 from mone_megatron.hf.settings import hidden_act
 from mone_megatron.hf.source import open_source
+from mone_megatron.methods.density_steps import DENSITY_STEPS
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 from mone_megatron.testing.each_method import REGISTRIES, needed
 from mone_megatron.testing.launch import run_layouts
 
@@ -33,6 +35,23 @@ METHODS = {
     for name in registry.names
     if name != usual
 }
+# What is chosen beside the registries' methods, or steers one of them, with what it needs.
+BESIDE = {
+    "mone.straight_through=true": (),
+    **{
+        f"model.sparsity_loss={loss.name}": ("model.sparsity_coeff=0.1",)
+        for loss in SPARSITY_LOSSES
+        if loss.function is not None
+    },
+    **{
+        f"mone.density.step={step.name}": (
+            "mone.rule=mass", "mone.density.steers=p", "mone.density.target=0.3",
+        )
+        for step in DENSITY_STEPS
+        if step.factor is not None
+    },
+}  # fmt: skip
+METHODS |= {override.replace("=", "-"): override for override in BESIDE}
 
 
 def sharded(override: str) -> bool:
@@ -41,6 +60,8 @@ def sharded(override: str) -> bool:
         return not OPTIMIZERS[name].whole
     if key == "model.router.kind" and ROUTERS[name].reads_batch:
         return False
+    if key == "mone.density.step":
+        return RULES["mass"].exchange != "refused"
     return key != "mone.rule" or RULES[name].exchange != "refused"
 
 
@@ -73,7 +94,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, str]) -> Pa
     one: dict[str, tuple[str, ...]] = {}
     two: dict[str, tuple[str, ...]] = {}
     for name, override in chosen.items():
-        run = (*RUN, override, *needed(override))
+        run = (*RUN, override, *BESIDE.get(override, needed(override)))
         if override.startswith("optim.name=") and not sharded(override):
             run = (*run, "parallel.distributed_optimizer=false")
         one[f"{name}-one"] = run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,15 @@ from mone_megatron.testing.launch import run_layouts
 TOKENS, EXPERTS = 24, 8
 UNBALANCED = ("model.router.balance=[none]", "model.router.balance_coeff=[0.0]")
 # A layer's, of the functions; routers take k = 2 experts.
-SETTINGS = RouterSettings(EXPERTS, 16, 2, rank=3, top_p=0.5, threshold=0.5)
+GIVEN = {"rank": 3, "top_p": 0.5, "threshold": 0.5}
+
+
+def settings_of(router: Router, experts: int = 8, hidden: int = 16, **given: Any) -> RouterSettings:
+    """Returns what a router reads, with those of the options that it has."""
+    known = {name: value for name, value in given.items() if name in router.option_names}
+    return RouterSettings(experts, hidden, 2, router.read_options(known))
+
+
 ASSIGNING = [router for router in ROUTERS if router.assign is not None]
 
 
@@ -74,8 +83,8 @@ def test_a_causal_router_looks_at_no_later_token(router: Router) -> None:
     assert router.assign is not None
     changed = logits()
     changed[TOKENS // 2 :] *= 3
-    before = router.assign(logits(), SETTINGS)[: TOKENS // 2]
-    after = router.assign(changed, SETTINGS)[: TOKENS // 2]
+    before = router.assign(logits(), settings_of(router, **GIVEN))[: TOKENS // 2]
+    after = router.assign(changed, settings_of(router, **GIVEN))[: TOKENS // 2]
     assert torch.equal(before, after) == router.causal
 
 
@@ -83,7 +92,7 @@ def test_a_causal_router_looks_at_no_later_token(router: Router) -> None:
 def test_a_router_assigns_as_it_says(router: Router) -> None:
     assert router.assign is not None
     for given in (logits(), logits(ties=True), logits().bfloat16()):
-        weights = router.assign(given, SETTINGS)
+        weights = router.assign(given, settings_of(router, **GIVEN))
         assert weights.dtype == given.dtype
         assert (weights >= 0).all()
         counts = (weights > 0).sum(dim=-1)
@@ -127,6 +136,45 @@ def test_sigmoids_are_of_the_largest_logits() -> None:
             ["model.router.kind=routing_free", *UNBALANCED, "model.router.threshold=0"],
             "model.router.threshold: 0 is not positive",
         ),
+        (
+            ["model.router.kind=routing_free", *UNBALANCED, "model.router.options.threshold=0"],
+            "model.router.options.threshold: 0 is not positive; use a number above 0",
+        ),
+        (
+            ["model.router.kind=top_p", "model.router.options.top_p=1.5"],
+            "model.router.options.top_p: 1.5 is outside (0, 1]; use a share such as 0.4",
+        ),
+        (
+            ["model.router.kind=autonomy", "model.router.options.rank=-1"],
+            "model.router.options.rank: -1 is negative; use 0 or more",
+        ),
+        (
+            ["model.router.kind=autonomy", "model.router.options.rank=2.5"],
+            "model.router.options.rank: expected an integer",
+        ),
+        (
+            ["model.router.kind=autonomy", "model.router.options.top_p=0.5"],
+            "model.router.options.top_p: unknown key; see docs/configuration.md for the keys "
+            "(options of model.router.kind=autonomy: rank)",
+        ),
+        (
+            ["model.router.options.rank=3"],
+            "model.router.options.rank: unknown key; see docs/configuration.md for the keys "
+            "(options of model.router.kind=topk: none)",
+        ),
+        (
+            ["model.router.kind=cosine", "model.router.threshold=0.5"],
+            "model.router.threshold: 0.5 has no effect with model.router.kind=cosine, whose options"
+            " are rank; leave it out",
+        ),
+        (
+            ["model.router.kind=cosine", "model.router.rank=3", "model.router.options.rank=4"],
+            "model.router.rank: 3 beside model.router.options.rank=4, which is the same option",
+        ),
+        (
+            ["model.router.kind=deco", *UNBALANCED, "model.router.options.scale=-1"],
+            "model.router.options.scale: -1 is not positive",
+        ),
     ],
 )
 def test_what_a_router_cannot_do_is_refused_by_its_key(overrides: list[str], message: str) -> None:
@@ -146,7 +194,7 @@ def built(kind: str, **settings: Any) -> TopKRouter:
         moe_router_dtype="fp32", add_bias_linear=False, cuda_graph_scope=[],
     )  # fmt: skip
     groups = SimpleNamespace(tp=alone, cp=alone, tp_cp=alone, tp_dp_cp=alone)
-    known = {"kind": kind, "settings": RouterSettings(FEW, HIDDEN, 2, **settings)}
+    known = {"kind": kind, "settings": settings_of(ROUTERS[kind], FEW, HIDDEN, **settings)}
     cls = type(kind, (ROUTERS[kind].module,), known)
     router: TopKRouter = cls(config, pg_collection=groups)
     router.layer_number = 1
@@ -182,13 +230,13 @@ def test_exports_route_as_training_does(router: Router) -> None:
     for parameter in trained.parameters():
         parameter.data.copy_(torch.rand(parameter.shape, generator=draw) + 0.1)
         parameter.data.mul_(1 - 2 * (torch.rand(parameter.shape, generator=draw) < 0.3))
-    settings = RouterSettings(FEW, HIDDEN, 2, rank=RANK, threshold=0.1)
+    settings = settings_of(router, FEW, HIDDEN, rank=RANK, threshold=0.1)
     described = router.weights(settings)
     assert {name: tuple(held.shape) for name, held in trained.named_parameters()} == {
         name: weight.shape for name, weight in described.items()
     }
     assert router.parameters(settings) == sum(held.numel() for held in trained.parameters())
-    read = {name: getattr(settings, name) for name in router.settings}
+    read = asdict(settings.options)
     exported = MoneRouter(
         MoneConfig(
             hidden_size=HIDDEN, num_attention_heads=1, num_key_value_heads=1, num_experts=FEW,
@@ -199,10 +247,9 @@ def test_exports_route_as_training_does(router: Router) -> None:
     exported.load_state_dict(trained.state_dict())
     probs, chosen = trained(tokens())
     _, weights_NK, index_NK = exported(tokens().squeeze(1))
-    assert torch.equal(weights_NK.new_zeros(5, FEW).scatter(-1, index_NK, weights_NK) > 0, chosen)
-    torch.testing.assert_close(
-        weights_NK.new_zeros(5, FEW).scatter(-1, index_NK, weights_NK), probs.float()
-    )
+    found = weights_NK.new_zeros(5, FEW).scatter(-1, index_NK, weights_NK)
+    assert torch.equal(found != 0, chosen)
+    torch.testing.assert_close(found, probs.float())
 
 
 @pytest.mark.usefixtures("one_process")
@@ -281,6 +328,162 @@ def test_autonomy_ranks_by_the_norms_of_projections() -> None:
     probs[:, 0].sum().backward()
     assert router.weight.grad is not None
     assert router.weight.grad.isfinite().all()
+
+
+# What the authors' own routines give for tokens() and these projections, or the rows of ROWS
+# (github.com/trestad/Autonomy-of-Experts, ZhenweiAn/Dynamic_MoE, LINs-lab/DynMoE, thunlp/DECO).
+ROWS = [[math.cos(1 + 2 * e + 3 * i) for i in range(HIDDEN)] for e in range(FEW)]
+AUTONOMY = [
+    [0.1479442, 0.0, 0.6118433, 0.0],
+    [0.1476699, 0.0, 0.6096997, 0.0],
+    [0.1479132, 0.0, 0.6049891, 0.0],
+    [0.1486318, 0.0, 0.5980242, 0.0],
+    [0.1497483, 0.0, 0.5892530, 0.0],
+]
+TOP_P = {
+    0.4: [
+        [0.3541153, 0.0, 0.0, 0.3856122],
+        [0.0, 0.4491891, 0.0, 0.0],
+        [0.3510382, 0.0, 0.0, 0.3716140],
+        [0.0, 0.3983492, 0.3119950, 0.0],
+        [0.3395159, 0.0, 0.0, 0.3478235],
+    ],
+    0.8: [
+        [0.3541153, 0.0, 0.1625032, 0.3856122],
+        [0.1336649, 0.4491891, 0.2927423, 0.0],
+        [0.3510382, 0.0, 0.1620001, 0.3716140],
+        [0.1477947, 0.3983492, 0.3119950, 0.0],
+        [0.3395159, 0.0, 0.1675782, 0.3478235],
+    ],
+}
+
+
+@pytest.mark.usefixtures("one_process")
+def test_autonomy_is_what_its_authors_compute() -> None:
+    """They weigh by a softmax over all experts, which is ``model.router.pre_softmax``."""
+    router = built("autonomy", rank=RANK)
+    router.config.moe_router_pre_softmax = True
+    fill(router)
+    probs, _ = router(tokens())
+    torch.testing.assert_close(probs, torch.tensor(AUTONOMY), rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("p", TOP_P)
+def test_top_p_is_what_its_authors_compute(p: float) -> None:
+    router = built("top_p", top_p=p)
+    router.weight.data.copy_(torch.tensor(ROWS))
+    probs, chosen = router(tokens())
+    torch.testing.assert_close(probs, torch.tensor(TOP_P[p]), rtol=0, atol=1e-6)
+    assert torch.equal(chosen, probs > 0)
+
+
+# Theirs outside training; in training tokens 0 and 2, which no expert takes, have none.
+DYNMOE = [
+    [1.0, 0.0, 0.0, 0.0],
+    [0.0, 0.5, 0.5, 0.0],
+    [1.0, 0.0, 0.0, 0.0],
+    [0.0, 0.5, 0.5, 0.0],
+    [0.0, 1.0, 0.0, 0.0],
+]
+# Of a sum of weights times sin(1 + n + 2 e), over the tokens that experts take.
+DYNMOE_ROWS = [
+    [0.0] * 6,
+    [0.0352674, 0.0829359, 0.0639475, 0.0380010, -0.0293557, -0.0618221],
+    [-0.0539720, -0.0742471, -0.0828641, -0.0499388, 0.0309534, 0.0495472],
+    [0.0] * 6,
+]
+DYNMOE_THRESHOLDS = [0.0, -0.0346328, -0.0886874, 0.0]
+DYNMOE_EVEN, DYNMOE_FEW = 1.92, 0.35
+
+
+@pytest.mark.usefixtures("one_process")
+def test_dynmoe_is_what_its_authors_compute() -> None:
+    router = built("dynmoe")
+    router.weight.data.copy_(torch.tensor(ROWS))
+    router.threshold.data.copy_(torch.tensor([0.3, -0.1, 0.05, 0.4]))
+    weights, chosen = router(tokens())
+    torch.testing.assert_close(weights, torch.tensor(DYNMOE), rtol=0, atol=0)
+    assert torch.equal(chosen, weights > 0)
+    upstream = torch.tensor([[math.sin(1 + n + 2 * e) for e in range(FEW)] for n in range(5)])
+    upstream[[0, 2]] = 0
+    (weights * upstream).sum().backward()
+    for parameter, expected in (
+        (router.weight, DYNMOE_ROWS), (router.threshold, DYNMOE_THRESHOLDS),
+    ):  # fmt: skip
+        torch.testing.assert_close(parameter.grad, torch.tensor(expected), rtol=0, atol=1e-6)
+    function = ROUTERS["dynmoe"].loss
+    assert function is not None
+    loss = function(RoutedWeights(weights, chosen.sum(dim=0), len(weights), 2))
+    assert loss.item() == pytest.approx(DYNMOE_EVEN + DYNMOE_FEW, rel=1e-6)
+
+
+def by_thresholds(scores: list[float], thresholds: list[float]) -> list[float]:
+    above = [score > threshold for score, threshold in zip(scores, thresholds, strict=True)]
+    if not any(above):
+        above = [expert == scores.index(max(scores)) for expert in range(len(scores))]
+    return [taken / sum(above) for taken in above]
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", None])
+@pytest.mark.parametrize("threshold", [-5.0, 0.0, 0.2, 5.0])
+def test_dynmoe_by_hand(threshold: float, dtype: str | None) -> None:
+    """All experts, some, and none but the best; also where a difference of bf16 would be 0."""
+    router = built("dynmoe")
+    router.config.moe_router_dtype = dtype
+    x = tokens() if dtype else tokens().bfloat16()
+    draw = torch.Generator().manual_seed(3)
+    router.weight.data.copy_(torch.randn(FEW, HIDDEN, generator=draw))
+    if dtype is None:
+        router.bfloat16()
+    router.threshold.data.fill_(threshold)
+    weights, _ = router(x)
+    limit = 1 / (1 + math.exp(-float(router.threshold.detach()[0])))
+    for token, row in zip(x.squeeze(1).double(), weights, strict=True):
+        scores = [
+            1 / (1 + math.exp(-float(token @ direction / token.norm() / direction.norm())))
+            for direction in router.weight.detach().double()
+        ]
+        if min(abs(score - limit) for score in scores) > 1e-3:
+            assert row.tolist() == pytest.approx(by_thresholds(scores, [limit] * FEW), rel=1e-2)
+        assert row.float().sum().item() == pytest.approx(1, rel=1e-2)
+
+
+DECO = [
+    [0.0653215, 0.0, 0.0, 0.2215275],
+    [0.0, 0.1158255, -0.0075488, 0.0],
+    [0.0600077, 0.0, 0.0, 0.1971113],
+    [0.0, 0.0872682, -0.0096000, 0.0],
+    [0.0499137, 0.0, 0.0, 0.1569934],
+]
+DECO_ENTROPY = 0.6402710676193237
+
+
+@pytest.mark.usefixtures("one_process")
+def test_deco_is_what_its_authors_compute() -> None:
+    """A scale below 0 is one, too: the experts that a token goes to are those without it."""
+    router = built("deco")
+    assert router.method_weights["score_scale"].initial == 0.1
+    router.weight.data.copy_(torch.tensor(ROWS))
+    router.score_scale.data.copy_(torch.tensor([0.1, 0.2, -0.05, 0.3]))
+    weights, chosen = router(tokens())
+    torch.testing.assert_close(weights, torch.tensor(DECO), rtol=0, atol=1e-6)
+    assert torch.equal(chosen, torch.tensor(DECO) != 0)
+    assigned = (tokens().squeeze(1) @ torch.tensor(ROWS).T).relu()
+    function = ROUTERS["deco"].loss
+    assert function is not None
+    loss = function(RoutedWeights(assigned, chosen.sum(dim=0), len(weights), 2))
+    assert loss.item() == pytest.approx(DECO_ENTROPY, rel=1e-6)
+    # The coefficient steers the loss of what is assigned; scales do not change it.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    router.coefficient = 0.5
+    (0 * router(tokens())[0]).sum().backward()
+    assert not router.score_scale.grad.any()
+    copy = torch.tensor(ROWS, requires_grad=True)
+    assigned = (tokens().squeeze(1) @ copy.T).relu()
+    (0.5 * function(RoutedWeights(assigned, chosen.sum(dim=0), len(weights), 2))).backward()
+    torch.testing.assert_close(router.weight.grad, copy.grad)
 
 
 def test_relu_and_its_loss_are_those_of_remoe() -> None:

@@ -51,7 +51,11 @@ def _off(*overrides: str) -> set[str]:
         ((*BESIDE, "mone.apply_to=[routed,shared]"), {"moe_shared_expert_overlap"}),
         ((*BESIDE, "parallel.dispatcher=allgather"), {"moe_shared_expert_overlap"}),
         ((*BESIDE, "model.router.dtype=fp64"), {"moe_router_fusion"}),
-        ((*BESIDE, "model.router.kind=expert_choice"), {"moe_router_fusion"}),
+        (
+            (*BESIDE, "model.router.kind=expert_choice"),
+            {"moe_router_fusion", "moe_permute_fusion"},
+        ),
+        ((*BESIDE, "model.router.kind=sigmoid_topk"), {"moe_router_fusion"}),
         ((*BESIDE, "model.activation=relu"), {"bias_activation_fusion"}),
         ((*BESIDE, "model.attention=mla"), {"apply_rope_fusion"}),
         (

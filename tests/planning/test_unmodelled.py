@@ -80,7 +80,7 @@ def test_what_is_said_to_weigh_nothing_is_not_read(read: set[tuple[type, str]]) 
     # Read to say how long the run is, or by kernels of the CPU alone.
     also = {"run.name", "train.steps", "mone.balance.weights", "data.paths", "data.source"}
     # Handed to a router with the sizes of its weights, which it tells.
-    also |= {"model.router.top_p", "model.router.threshold"}
+    also |= {"model.router.options", "model.router.top_p", "model.router.threshold"}
     both = [
         key
         for key, cls, name in keys(Config)

@@ -20,9 +20,16 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
             "parallel.context=1"
         )
     yield from _backend(config, resources)
+    varied = config.model.num_experts > 0 and not ROUTERS[router.kind].fixed_count
+    if varied and config.megatron.transformer.get("moe_permute_fusion"):
+        yield (
+            "megatron.transformer.moe_permute_fusion: true was not seen to be right with "
+            f"model.router.kind={router.kind}, which gives tokens different numbers of experts; "
+            "leave it out"
+        )
     if config.parallel.dispatcher != "flex":
         return
-    if config.model.num_experts > 0 and not ROUTERS[router.kind].fixed_count:
+    if varied:
         yield (
             f"parallel.dispatcher: flex needs as many experts for each token, and "
             f"model.router.kind={router.kind} gives them different numbers; use alltoall"

@@ -4,7 +4,7 @@ Each expert has a projection A of low rank; its norm takes the place of a router
 else is megatron-core's router: top-k, the softmax over the chosen ones, balance losses.
 """
 
-from mone_megatron.methods.router import Router, norms, projections
+from mone_megatron.methods.router import RankOptions, Router, norms, projections
 
 METHOD = Router(
     name="autonomy",
@@ -13,5 +13,5 @@ METHOD = Router(
     weights=projections,
     logits=norms,
     latent=lambda settings: settings.experts * settings.rank,
-    settings=("rank",),
+    options=RankOptions,
 )

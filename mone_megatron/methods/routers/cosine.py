@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mone_megatron.methods.router import Linear, Router, RouterSettings, RouterWeight
+from mone_megatron.methods.router import (
+    Linear,
+    RankOptions,
+    Router,
+    RouterSettings,
+    RouterWeight,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,5 +52,5 @@ METHOD = Router(
     weights=weights,
     logits=cosines,
     latent=lambda settings: 2 * settings.rank,
-    settings=("rank",),
+    options=RankOptions,
 )

@@ -8,10 +8,13 @@ one each, press on the scores with the coefficient that ``model.router.density``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
+from mone_megatron.methods.bound import Above
 from mone_megatron.methods.router import (
     Linear,
+    RankOptions,
     RoutedWeights,
     Router,
     RouterSettings,
@@ -22,6 +25,14 @@ from mone_megatron.methods.router import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Options(RankOptions):
+    """Holds the options."""
+
+    threshold: Annotated[float, Above(0)] = 0.05
+    """The score from which on an expert takes a token."""
 
 
 def weights(settings: RouterSettings) -> Mapping[str, RouterWeight]:
@@ -66,9 +77,9 @@ METHOD = Router(
     source="Routing-Free MoE, arXiv 2604.00801",
     weights=weights,
     logits=scores,
-    assign=lambda logits_NA, settings: routing_free(logits_NA, settings.threshold),
+    assign=lambda logits_NA, settings: routing_free(logits_NA, settings.options.threshold),
     fixed_count=False,
-    settings=("rank", "threshold"),
+    options=Options,
     latent=lambda settings: settings.experts * settings.rank,
     loss=both_views,
 )

@@ -1,17 +1,27 @@
 """Routes by top-p over experts: the fewest experts that hold a share p of a token's weights.
 
-Tokens that are hard to route go to more experts. p is ``model.router.top_p``; nothing steers it to
-``model.experts_per_token``, so the number of experts a token is what is measured.
+Tokens that are hard to route go to more experts. p is ``model.router.options.top_p``; nothing
+steers it to ``model.experts_per_token``, so the number of experts a token is what is measured.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
+from mone_megatron.methods.bound import Within
 from mone_megatron.methods.router import Router
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """Holds the options."""
+
+    top_p: Annotated[float, Within("(0, 1]", example=0.4)] = 0.4
+    """The share of a token's weights that its experts hold."""
 
 
 def top_p(logits_NA: Tensor, p: float) -> Tensor:
@@ -32,7 +42,7 @@ METHOD = Router(
     name="top_p",
     formula="the fewest experts that hold a share p of the token's weights",
     source="arXiv 2403.07652",
-    assign=lambda logits_NA, settings: top_p(logits_NA, settings.top_p),
+    assign=lambda logits_NA, settings: top_p(logits_NA, settings.options.top_p),
     fixed_count=False,
-    settings=("top_p",),
+    options=Options,
 )

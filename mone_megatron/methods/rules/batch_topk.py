@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Holds the options: ``mone.rule_options.decay``, of the running mean, for each step."""
+    """Holds the options."""
 
     decay: float = 0.9
+    """The decay of the threshold's running mean, for each step."""
 
 
 def check(budget: Budget) -> None:

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Holds the options: ``mone.rule_options.size``, how many adjacent neurons are a block."""
+    """Holds the options."""
 
     size: int = 16
+    """How many adjacent neurons are a block."""
 
 
 def check(budget: Budget) -> None:

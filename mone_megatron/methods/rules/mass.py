@@ -17,14 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Holds the options.
-
-    ``mone.rule_options.p``: the share of the scores to keep, 1 for all; 0 steers it to the keep
-    ratio. ``mone.rule_options.rate``: how far p moves in a step when the density is off by 1.
-    """
+    """Holds the options."""
 
     p: float = 0.0
+    """The share of the scores to keep, 1 for all; 0 steers it to the keep ratio."""
     rate: float = 0.5
+    """How far p moves in a step when the density is off by 1."""
 
 
 def check(budget: Budget) -> None:

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Holds the options: ``mone.rule_options.m``, how many adjacent neurons make up a group."""
+    """Holds the options."""
 
     m: int = 4
+    """How many adjacent neurons make up a group."""
 
 
 def check(budget: Budget) -> None:

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Holds the options: ``mone.rule_options.shifted``, whether theta is taken off, too."""
+    """Holds the options."""
 
     shifted: bool = False
+    """Whether theta is taken off the gate projections, too: act(relu(g - theta))."""
 
 
 def statistical(rows: Rows) -> Tensor:

@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Holds the options.
-
-    ``mone.rule_options.rate``: by how much of the mean size of a score a step moves tau when the
-    density is off by 1.
-    """
+    """Holds the options."""
 
     rate: float = 1.0
+    """By how much of the mean size of a score a step moves tau when the density is off by 1."""
 
 
 def check(budget: Budget) -> None:

@@ -1,0 +1,95 @@
+"""Where each method cannot work, its key says so: over the registries, with nothing left out."""
+
+from __future__ import annotations
+
+import pytest
+from test_each_rule import problems
+
+from mone_megatron.hf.experts_mone import NeuronSettings
+from mone_megatron.methods.gate import Gate
+from mone_megatron.methods.gates import GATES
+from mone_megatron.methods.router import Router
+from mone_megatron.methods.routers import ROUTERS
+from mone_megatron.methods.rule import Rule
+from mone_megatron.methods.rules import RULES
+
+UNBALANCED = ("model.router.balance=[none]", "model.router.balance_coeff=[0.0]")
+FLEX = ("parallel.dispatcher=flex", "parallel.expert=2", "mone.balance.scope=group")
+by_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+by_router = pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.name)
+
+
+def refused(key: str, *overrides: str) -> list[str]:
+    return [line for line in problems(*overrides) if line.startswith(f"{key}: ")]
+
+
+def chosen(rule: Rule) -> tuple[str, ...]:
+    return (f"mone.rule={rule.name}", f"mone.score={rule.score or 'abs_activation'}")
+
+
+@by_rule
+def test_expert_tensor_parallelism_where_a_rule_cannot_select_over_ranks(rule: Rule) -> None:
+    layout = ("parallel.expert_tensor=2", "parallel.tensor=2")
+    found = [
+        line
+        for line in problems(*chosen(rule), *layout)
+        if f"mone.rule={rule.name} cannot select over ranks" in line
+    ]
+    assert bool(found) == (rule.exchange == "refused")
+    assert all(line.startswith("parallel.expert_tensor: 2 spreads") for line in found)
+
+
+@by_rule
+def test_packed_memory_where_a_rule_may_keep_all(rule: Rule) -> None:
+    budget = rule.budget(0.25, 64)
+    found = refused("mone.memory", *chosen(rule), "mone.memory=packed", "mone.balance.coeff=0")
+    assert bool(found) == (rule.most_kept(budget) >= 64)
+
+
+@by_rule
+def test_flex_where_a_rule_ranks_the_experts_of_a_token_together(rule: Rule) -> None:
+    found = refused("parallel.dispatcher", *chosen(rule), *FLEX)
+    # On a CPU it is refused in any case.
+    assert (len(found) > 1) == rule.pools
+
+
+@by_rule
+def test_decoding_by_rows_is_of_the_k_largest_alone(rule: Rule) -> None:
+    settings = NeuronSettings(0.25, rule.score or "abs_activation", rule=rule.name)
+    assert settings.is_top_k == (rule.name == "topk")
+
+
+@by_router
+def test_flex_and_fused_permutation_where_tokens_have_other_numbers_of_experts(
+    router: Router,
+) -> None:
+    own = UNBALANCED if router.loss is not None else ()
+    kind = (f"model.router.kind={router.name}", *own)
+    key = "megatron.transformer.moe_permute_fusion"
+    found = list(problems(*kind, *FLEX, f"{key}=true"))
+    assert any("flex needs as many experts" in line for line in found) == (not router.fixed_count)
+    assert any(line.startswith(key) for line in found) == (not router.fixed_count)
+
+
+@by_router
+def test_a_split_microbatch_where_a_router_reads_all_of_it(router: Router) -> None:
+    own = UNBALANCED if router.loss is not None else ()
+    kind = (f"model.router.kind={router.name}", *own)
+    split = ("parallel.tensor=2", "parallel.expert=2")
+    assert bool(refused("model.router.kind", *kind, *split)) == router.reads_batch
+
+
+@by_router
+def test_options_of_other_routers(router: Router) -> None:
+    own = UNBALANCED if router.loss is not None else ()
+    kind = (f"model.router.kind={router.name}", *own)
+    others = {name for other in ROUTERS for name in other.option_names} | {"no_such_option"}
+    found = problems(*kind, *(f"model.router.options.{name}=1" for name in others))
+    keys = {line.split(":")[0].removeprefix("model.router.options.") for line in found}
+    assert keys == others - set(router.option_names)
+
+
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.name)
+def test_a_rank_where_a_gate_has_none(gate: Gate) -> None:
+    found = refused("model.gate_rank", f"model.gate={gate.name}", "model.gate_rank=8")
+    assert bool(found) == (not gate.ranked)
