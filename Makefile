@@ -146,7 +146,7 @@ test-slow: $(VENV)/installed-dev
 
 # The tests marked gpu, in a process without the CPU backend: needs a CUDA device.
 test-gpu: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --gpu tests/kernels tests/gpu_fake
+	$(BIN)/python -m pytest --gpu tests/kernels tests/lab/benchmarks
 
 # Every row of the fault table with its full counts; writes the table into docs/reliability.md.
 # FAULTS=tests/faults/test_kills.py tries some of them again and updates their lines.

@@ -22,6 +22,8 @@ class FakeRun:
     """What one run on the fake device found."""
 
     written: dict[str, Any]
+    # What it said, as a run on GPUs would.
+    said: str
 
     def found(self, *phases: str, kind: str) -> list[Finding]:
         """Returns the findings of a kind, each as often as it was found; of all phases for none."""
@@ -58,4 +60,4 @@ def fake_run(folder: Path, world: int, *overrides: str) -> FakeRun:
         timeout=800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return FakeRun(json.loads(path.read_text(encoding="utf-8")))
+    return FakeRun(json.loads(path.read_text(encoding="utf-8")), done.stderr)

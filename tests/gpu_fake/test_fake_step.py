@@ -104,5 +104,7 @@ def test_a_step_is_one_that_a_gpu_would_take(run: FakeRun) -> None:
     # Forward and back, and where neurons are chosen or counted more.
     alone = "experiment=tiny_moe" in run.written["overrides"]
     assert run.written["compiled_before"] > (1 if alone else 2)
+    said = f"compiled {run.written['compiled_before']} variants of kernels before the first step"
+    assert run.said.count(said) == 1
     # One kernel for all of a parameter's update, without temporaries.
     assert [part["fused"] for part in run.written["optimizers"]] in ([True], [True, True])

@@ -283,3 +283,29 @@ def test_rows_that_would_spill_are_left_to_torch(
 
     gate = torch.zeros(1, neurons, dtype=dtype)
     assert fused.supports(gate, gate, torch.nn.functional.silu) is known
+
+
+@pytest.mark.parametrize(
+    ("dtype", "neurons", "score", "words"),
+    [
+        (torch.float32, 64, "abs_gate", None),
+        (torch.float32, 64, "abs_activation", "mone.score=abs_activation: torch computes the scor"),
+        (torch.float32, 64, "abs_product", "mone.score=abs_product: torch computes the scores"),
+        (torch.float32, 8192, "signed_gate", None),
+        (torch.float32, 16384, "signed_gate", "model.expert_ffn_hidden_size: rows of 16384 neuro"),
+        (torch.bfloat16, 32768, "abs_gate", "model.expert_ffn_hidden_size: rows of 32768 neurons"),
+    ],
+)
+def test_what_is_left_to_torch_is_said_with_its_key(
+    dtype: torch.dtype, neurons: int, score: str, words: str | None
+) -> None:
+    from mone_megatron.kernels import fused
+    from mone_megatron.kernels.reference import TopK
+
+    gate = torch.zeros(1, neurons, dtype=dtype)
+    line = fused.left_to_torch(gate, gate, TopK(1, score), torch.nn.functional.silu)
+    assert (line is None) is (words is None)
+    assert (line or "").startswith(words or "")
+    assert fused.left_to_torch(gate, gate, None, torch.nn.functional.gelu) == (
+        "model.activation: it has no form in Triton, so torch computes the gated units"
+    )
