@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -151,6 +152,27 @@ def test_other_dtypes_take_the_eager_path() -> None:
     )
     hidden, *_ = ops.selected_glu_and_sums(gate, up, mask, scale, _sums(9, normalize=True))
     assert torch.equal(hidden, reference.selected_glu(gate, up, mask, scale))
+
+
+def test_calls_of_several_sizes_and_threads_do_not_share_results() -> None:
+    """Temporaries are kept from call to call; segments are cut over three blocks of the largest."""
+    many = [_inputs(rows, 192, seed) for seed, rows in enumerate((2100, 341, 3, 1500))]
+
+    def run(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        gate, up, _, scale = inputs
+        rule = (gate, up, TopK(48, "abs_activation"), scale)
+        return _values_and_gradients(ops.selected_glu_and_sums, rule, normalize=True, in_order=True)
+
+    one_after_another = [run(inputs) for inputs in many]
+    with ThreadPoolExecutor(3) as threads:
+        at_once = list(threads.map(run, many * 3))
+    for number, found in enumerate(at_once):
+        for name, value in one_after_another[number % len(many)].items():
+            assert torch.equal(found[name], value), name
+    for inputs, found in zip(many, one_after_another, strict=True):
+        expected = _values_and_gradients(_by_definition, inputs, normalize=True, in_order=True)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("where", ["gate", "up"])
