@@ -32,9 +32,10 @@ def own_writer() -> dict[str, str]:
     From 0.17 on it saves through nvidia-resiliency-ext unless it is told to prepare what its own
     writer would write, which :mod:`mone_megatron.train.resume.writing` takes over.
     """
-    from megatron.core import dist_checkpointing
+    # Where it is defined: what the package exports may have been wrapped, and takes anything then.
+    from megatron.core.dist_checkpointing import serialization
 
-    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    if "async_strategy" in inspect.signature(serialization.save).parameters:
         return {"async_strategy": "mcore"}
     return {}
 
