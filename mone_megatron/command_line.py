@@ -6,6 +6,7 @@ Imports nothing that takes time.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -51,6 +52,16 @@ def exit_status(
     except KeyboardInterrupt:
         print_error(interrupted)
         return INTERRUPTED_EXIT_CODE
+
+
+def interrupted(what: str) -> int:
+    """Says what Ctrl-C ended, and returns the exit status.
+
+    Another one, which a launcher sends beside the terminal's, changes nothing any more.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print_error(what)
+    return INTERRUPTED_EXIT_CODE
 
 
 def print_error(what: str) -> None:

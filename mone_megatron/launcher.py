@@ -13,7 +13,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mone_megatron.command_line import INTERRUPTED_EXIT_CODE, USAGE_EXIT_CODE, print_error
+from mone_megatron.command_line import (
+    INTERRUPTED_EXIT_CODE,
+    USAGE_EXIT_CODE,
+    interrupted,
+    print_error,
+)
 from mone_megatron.helpers import ending
 from mone_megatron.rendezvous_errors import why_not_met
 
@@ -30,6 +35,14 @@ def launch(arguments: Sequence[str]) -> int:
         The exit code of the process that failed first, 128 + number where a signal ended it; 130
         for Ctrl-C and SIGTERM, 2 for a port that cannot be had, and 0 when all ended well.
     """
+    try:
+        return _launch(arguments)
+    except KeyboardInterrupt:
+        # Later it is a SignalException.
+        return interrupted("interrupted before a process was started")
+
+
+def _launch(arguments: Sequence[str]) -> int:
     # As torchrun sets it, after a warning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from torch.distributed import DistNetworkError

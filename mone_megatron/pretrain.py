@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m mone_megatron.pretrain experiment=quickstart_mone
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +14,24 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+_INTERRUPTIBLE = (
+    __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+)
+if _INTERRUPTIBLE:
+    # Ctrl-C while the rest is imported ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mone_megatron.command_line import USAGE_EXIT_CODE, print_error, told
+from mone_megatron.command_line import (
+    INTERRUPTED_EXIT_CODE,
+    USAGE_EXIT_CODE,
+    interrupted,
+    print_error,
+    told,
+)
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import (
     CONF_DIR,
@@ -165,9 +179,17 @@ def _tell(error: ValueError | OSError, world: World) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs from a command line; user errors are one line each, without a traceback."""
+    """Runs from a command line; user errors are one line each, without a traceback.
+
+    So is Ctrl-C while a run starts, which is imports first of all; in training it stops the run.
+    """
     with harmless_output(patience=_READER_PATIENCE_SECONDS):
-        return _main(list(sys.argv[1:] if arguments is None else arguments))
+        try:
+            return _main(list(sys.argv[1:] if arguments is None else arguments))
+        except KeyboardInterrupt:
+            if World.from_environment().rank != 0:
+                return INTERRUPTED_EXIT_CODE
+            return interrupted("interrupted while nothing was being trained")
 
 
 def _main(arguments: list[str]) -> int:
@@ -220,4 +242,6 @@ def _dry_run(overrides: list[str], flag: str, world: World) -> int:
 
 
 if __name__ == "__main__":
+    if _INTERRUPTIBLE:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mone_megatron.command_line import USAGE_EXIT_CODE, print_error
+from mone_megatron.command_line import USAGE_EXIT_CODE, interrupted, print_error
 from mone_megatron.commands import completion
 from mone_megatron.commands.experiments import train_help
 from mone_megatron.display import harmless
@@ -70,7 +70,14 @@ def usage() -> str:
 @harmless
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that the first argument names and returns its exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        # Most likely in an import, before the command itself could say so.
+        return interrupted("interrupted")
+
+
+def _main(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help", "help"):
         print(usage())
         return 0

@@ -199,6 +199,43 @@ def test_processes_that_cannot_be(arguments: list[str], told: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("options", [[], ["-m", "train.seed=1,2"], ["--processes", "2"]])
+def test_ctrl_c_while_it_starts_is_one_line(options: list[str], tmp_path: Path) -> None:
+    """Imports take seconds, and a thought about the command comes in just those."""
+    run = subprocess.Popen(
+        [*MONE, "train", "experiment=tiny_mone", f"run.dir={tmp_path}/run", *options],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert run.stdout is not None
+    # Then it imports torch.
+    assert run.stdout.readline()
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=300)
+    assert (run.returncode, err.count("\n")) == (130, 1), err
+    assert err.startswith("error: interrupted")
+
+
+@pytest.mark.parametrize("name", ["plan", "export"])
+def test_ctrl_c_in_the_imports_of_a_command(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def import_module(module: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    try:
+        assert main([name, "experiment=tiny_mone"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
 def test_processes_of_one_command_end_without_a_traceback(tmp_path: Path) -> None:
     command = [
         *(*MONE, "train", "--processes", "2", "experiment=tiny_mone", "device=cpu"),
