@@ -219,6 +219,25 @@ def test_ctrl_c_while_it_starts_is_one_line(options: list[str], tmp_path: Path) 
     assert err.startswith("error: interrupted")
 
 
+def test_ctrl_c_in_the_first_imports_of_a_run(tmp_path: Path) -> None:
+    run = subprocess.Popen(
+        [
+            *(sys.executable, "-X", "importtime", "-m", "mone_megatron.pretrain"),
+            *("experiment=tiny_mone", f"run.dir={tmp_path}/run"),
+        ],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stderr is not None
+    while "omegaconf" not in run.stderr.readline():
+        assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    assert "Traceback" not in run.communicate(timeout=300)[1]
+    assert run.returncode in (-signal.SIGINT, 130)
+
+
 @pytest.mark.parametrize("name", ["plan", "export"])
 def test_ctrl_c_in_the_imports_of_a_command(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
