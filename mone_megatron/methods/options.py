@@ -1,11 +1,7 @@
 """Reads the options that a method declares: a frozen dataclass whose fields have defaults.
 
-A field may have a bound beside its type, and has a sentence below it, for tables::
-
-    @dataclass(frozen=True)
-    class Options:
-        p: Annotated[float, Within("(0, 1]", example=0.4)] = 0.4
-        \"\"\"The share of a token's weights that its experts hold.\"\"\"
+A field may have a bound beside its type (:mod:`mone_megatron.methods.bound`), and has a sentence in
+quotes below it, for tables and editors: ``routers/top_p.py`` has one such option.
 
 This file is copied into exported models. It imports no torch, so that options can be checked
 without.
