@@ -205,6 +205,8 @@ class Rule:
         fixed_count: whether each row keeps exactly ``budget.kept`` neurons.
         keeps_budget: whether the rule itself comes to the keep ratio; otherwise the density is what
             the model makes it.
+        keeps_nonzero: whether it keeps the neurons whose scores are not zero, so that one without
+            activation is left out before its up projection is known.
         causal: whether a token's mask depends on no other token outside training.
         reads_batch: whether in training a token's mask depends on the other rows of its block. A
             layout that splits a microbatch's rows of an expert over ranks is refused then.
@@ -238,6 +240,7 @@ class Rule:
     score: str | None = None
     fixed_count: bool = True
     keeps_budget: bool = True
+    keeps_nonzero: bool = False
     causal: bool = True
     reads_batch: bool = False
     pools: bool = False

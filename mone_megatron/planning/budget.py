@@ -35,7 +35,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Budget:
-    """Holds what a token of a model costs; the gate is counted in full.
+    """Holds what a token of a model costs; all that neurons are chosen by is counted in full.
 
     Attributes:
         activated: parameters that it activates.

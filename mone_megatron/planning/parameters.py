@@ -3,7 +3,9 @@
 There are two conventions for the parameters that one token activates, where neurons are selected
 (an MLP of hidden size h and width f that keeps K neurons):
 
-- gate counted (the default): h*f + 2*h*K, since the gate projection is computed in full;
+- gate counted (the default): h*f + 2*h*K, since the gate projection is computed in full; where
+  the up projections of all neurons must be known before any is chosen (scores such as ``wina`` and
+  ``abs_product``), they are counted in full, too: 2*h*f + h*K;
 - neurons only: 3*h*K.
 
 Routed experts with a cheaper gate (``model.gate``) have its weights in the place of h*f: h*q + q*f
@@ -20,10 +22,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mone_megatron.config.schema import ModelConfig, MoNEConfig, MTPConfig
+from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.gate import Gate, GateSize
 from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import count_kept
+from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.scores import SCORES
 from mone_megatron.planning import attention as attention_of
 
 
@@ -49,6 +54,8 @@ class ParameterCount:
     # What one token uses; see the module's docstring for the two conventions.
     activated_gate_counted: int
     activated_neurons_only: int
+    # What it would use if it kept all neurons of the MLPs that it visits.
+    activated_all_neurons: int
 
     @property
     def total(self) -> int:
@@ -85,6 +92,8 @@ class GatedMLP:
     # How gate and up projections are computed.
     gate: Gate
     size: GateSize
+    # Whether neurons are chosen by up projections, which are computed of all neurons then.
+    chosen_by_up: bool = False
 
     @property
     def parameters(self) -> int:
@@ -93,10 +102,14 @@ class GatedMLP:
 
     @property
     def gate_counted(self) -> int:
-        """Returns the number of weights that a token uses in one MLP: the whole gate, and the kept
-        neurons of the rest.
+        """Returns the number of weights that a token uses in one MLP: all that neurons are chosen
+        by, which is the gate and for some scores the up projections, and the rest of kept neurons.
         """
-        return self.gate.gate_parameters(self.size) + self.kept * self._up_and_down
+        chosen_by = self.gate.gate_parameters(self.size)
+        if self.chosen_by_up:
+            up = self.gate.up_inputs(self.size)
+            return chosen_by + self.width * up + self.kept * (self._up_and_down - up)
+        return chosen_by + self.kept * self._up_and_down
 
     @property
     def neurons_only(self) -> int:
@@ -160,6 +173,8 @@ def count_parameters(
         + sum(mlp.visited * mlp.gate_counted for mlp in mlps.values()),
         activated_neurons_only=every_token
         + sum(mlp.visited * mlp.neurons_only for mlp in mlps.values()),
+        activated_all_neurons=every_token
+        + sum(mlp.visited * mlp.parameters for mlp in mlps.values()),
     )
 
 
@@ -210,6 +225,7 @@ def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
             visited=visited,
             gate=GATES[model.gate if kind == "routed" else "full"],
             size=replace(model.gate_size, neurons=width),
+            chosen_by_up=mone.enabled and kind in mone.apply_to and _chosen_by_up(model, mone),
         )
         for kind, (width, count, visited) in sizes.items()
     }
@@ -245,6 +261,18 @@ def product_key_layer(model: ModelConfig) -> ProductKeyLayer:
         "expert_out": keys.keys**2 * hidden,
     }
     return ProductKeyLayer(weights, keys.heads * keys.experts_per_head, 2 * hidden)
+
+
+def _chosen_by_up(model: ModelConfig, mone: MoNEConfig) -> bool:
+    """Returns whether all up projections have to be known before a neuron is chosen.
+
+    A rule that keeps what is not zero leaves out a neuron whose activation is zero by that alone,
+    unless the up projection is rectified, too: then it has to know those of all that are left.
+    Their number is not measured, so all are counted.
+    """
+    if RULES[mone.rule].keeps_nonzero and ACTIVATIONS[model.activation].up is None:
+        return False
+    return SCORES[mone.score].reads_up
 
 
 def moe_layers_of(model: ModelConfig) -> int:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import ModelConfig, MoNEConfig
+from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.rule import count_kept
+from mone_megatron.methods.scores import SCORES
 from mone_megatron.planning import ParameterCount, count_parameters
 
 MOE = MoNEConfig()
@@ -148,6 +150,51 @@ def test_share_of_an_expert_at_a_keep_ratio(ratio: float, gate_counted: float) -
     assert counted.total == count_parameters(model, MOE, 1000).total
     assert moe - counted.activated_gate_counted == pytest.approx(visited * (1 - gate_counted))
     assert moe - counted.activated_neurons_only == pytest.approx(visited * (1 - ratio))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_what_neurons_are_chosen_by_is_counted_in_full(score: str) -> None:
+    model, ratio = ModelConfig(), 0.25
+    expert = 3 * model.hidden_size * model.expert_ffn_hidden_size
+    visited = model.num_layers * model.experts_per_token * expert
+    moe = count_parameters(model, MOE, 1000).activated_gate_counted
+    counted = count_parameters(model, MoNEConfig(enabled=True, keep_ratio=ratio, score=score), 1000)
+    reads = torch.ones(1, 4, requires_grad=True)
+    SCORES[score].of(
+        gate_TF=reads,
+        up_TF=(up_TF := torch.ones(1, 4, requires_grad=True)),
+        activate=torch.nn.functional.silu,
+        down_norm_TF=torch.ones(4),
+    ).sum().backward()
+    in_full = 1 if up_TF.grad is None else 2
+    share = (in_full + (3 - in_full) * ratio) / 3
+    assert moe - counted.activated_gate_counted == pytest.approx(visited * (1 - share))
+    assert moe - counted.activated_neurons_only == pytest.approx(visited * (1 - ratio))
+    assert counted.activated_all_neurons == moe
+
+
+@pytest.mark.parametrize(("activation", "in_full"), [("relu", 1), ("drelu", 2)])
+def test_zeros_of_an_activation_need_no_up_projection(activation: str, in_full: int) -> None:
+    model = ModelConfig(activation=activation)
+    mone = MoNEConfig(enabled=True, keep_ratio=0.25, rule="nonzero", score="abs_product")
+    moe = count_parameters(model, MOE, 1000).activated_gate_counted
+    expert = 3 * model.hidden_size * model.expert_ffn_hidden_size
+    visited = model.num_layers * model.experts_per_token * expert
+    share = (in_full + (3 - in_full) * 0.25) / 3
+    counted = count_parameters(model, mone, 1000).activated_gate_counted
+    assert moe - counted == pytest.approx(visited * (1 - share))
+
+
+@pytest.mark.parametrize("gate", [kind for kind in GATES if kind != "full"])
+def test_a_cheap_gate_beside_up_projections_in_full(gate: str) -> None:
+    model = ModelConfig(gate=gate, gate_rank=16)
+    mone = MoNEConfig(enabled=True, keep_ratio=0.25)
+    by_gate = count_parameters(model, mone, 1000).activated_gate_counted
+    by_product = count_parameters(model, replace(mone, score="wina"), 1000).activated_gate_counted
+    inputs = model.hidden_size - (16 if gate == "split" else 0)
+    left_out = model.expert_ffn_hidden_size * 3 // 4
+    visits = model.num_layers * model.experts_per_token
+    assert by_product - by_gate == visits * left_out * inputs
 
 
 def test_apply_to_chooses_the_mlps_that_select() -> None:

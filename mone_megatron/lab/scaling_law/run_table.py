@@ -95,6 +95,9 @@ def _params(run: Run, kind: ParamsOf) -> int:
     neurons_only = _count(run, "activated_neurons_only")
     if kind == "neurons_only":
         return neurons_only
+    if "activated_all_neurons" in run.summary.parameters:
+        return run.summary.parameters["activated_all_neurons"]
+    # An earlier version did not record it, and counted by the gate alone whatever the score was.
     # With h*f parameters in each of an MLP's three matrices, h*(f + 2K) count with the gate and
     # 3*h*K without, so 3 times the one less 2 times the other is 3*h*f, whatever K is; and what is
     # not selected counts 3 - 2 = 1 times.

@@ -29,5 +29,6 @@ METHOD = Rule(
     score="abs_product",
     fixed_count=False,
     keeps_budget=False,
+    keeps_nonzero=True,
     exchange="sums",
 )

@@ -61,6 +61,19 @@ def test_all_neurons_counts_the_same_model_without_selection(
         },
     )
     assert counted.activated_gate_counted < plain.activated_gate_counted
+    by_up = count_parameters(config.model, replace(selected, score="wina"), 50304)
+    wina = edit(
+        make_run("b"),
+        parameters={
+            "total": by_up.total,
+            "activated_gate_counted": by_up.activated_gate_counted,
+            "activated_neurons_only": by_up.activated_neurons_only,
+            "activated_all_neurons": by_up.activated_all_neurons,
+        },
+    )
+    assert read_runs([wina], params_of="all_neurons").params_R.tolist() == [
+        plain.activated_gate_counted
+    ]
     assert read_runs([run], params_of="all_neurons").params_R.tolist() == [
         plain.activated_gate_counted
     ]
