@@ -36,7 +36,6 @@ NO_WEIGHT = (
     "model.router.expert_bias",
     "model.router.expert_bias_rate",
     "model.router.scaling_factor",
-    "mone.score",
     "mone.balance.kind",
     "mone.balance.weights",
     "optim.lr",

@@ -152,7 +152,7 @@ def test_share_of_an_expert_at_a_keep_ratio(ratio: float, gate_counted: float) -
     assert moe - counted.activated_neurons_only == pytest.approx(visited * (1 - ratio))
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", SCORES.names)
 def test_what_neurons_are_chosen_by_is_counted_in_full(score: str) -> None:
     model, ratio = ModelConfig(), 0.25
     expert = 3 * model.hidden_size * model.expert_ffn_hidden_size
@@ -185,7 +185,7 @@ def test_zeros_of_an_activation_need_no_up_projection(activation: str, in_full: 
     assert moe - counted == pytest.approx(visited * (1 - share))
 
 
-@pytest.mark.parametrize("gate", [kind for kind in GATES if kind != "full"])
+@pytest.mark.parametrize("gate", [kind for kind in GATES.names if kind != "full"])
 def test_a_cheap_gate_beside_up_projections_in_full(gate: str) -> None:
     model = ModelConfig(gate=gate, gate_rank=16)
     mone = MoNEConfig(enabled=True, keep_ratio=0.25)
