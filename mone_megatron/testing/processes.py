@@ -86,12 +86,13 @@ class Processes:
     opened must be closed.
     """
 
-    def __init__(self, size: int, *, timeout_seconds: float = 60.0, warm: bool = True) -> None:
+    def __init__(self, size: int, *, timeout_seconds: float = 300.0, warm: bool = True) -> None:
         """Prepares the processes and starts none yet.
 
         Args:
             size: how many ranks.
-            timeout_seconds: for each :meth:`run`, once the processes have started.
+            timeout_seconds: for each :meth:`run`, once the processes have started. It ends what
+                hangs, and is long enough for a machine with several times as much to do as cores.
             warm: whether they are forked from a process that has imported everything, which is
                 quick, or spawned, which leaves each the memory and the imports of its own.
         """
