@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -63,7 +64,7 @@ def check_settings(study: Study, runs: Sequence[Place]) -> None:
     for run in runs:
         if not (run.folder / "config.yaml").is_file():
             continue
-        if difference := _difference(_config(study, run), run.folder):
+        if difference := _difference(_config(study, run), _made_with(run.folder)):
             raise ValueError(
                 f"{run.folder}: was made with {difference}; remove it, or give another --output"
             )
@@ -78,12 +79,16 @@ def link_same(study: Study, runs: Sequence[Place], pool: Path) -> int:
         pool: the folder that the studies' folders are in.
     """
     linked = 0
+    # Each is compared with many, and is slower to read than to compare.
+    made_with = functools.cache(_made_with)
     for run in runs:
         if run.done or run.folder.exists():
             continue
         config = _config(study, run)
         for other in sorted(pool.glob(f"*/*/seed_{run.seed}")):
-            if Place("", run.seed, other).done and _difference(config, other) is None:
+            if not Place("", run.seed, other).done:
+                continue
+            if _difference(config, made_with(other.resolve())) is None:
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
                 run.folder.symlink_to(os.path.relpath(other.resolve(), run.folder.parent))
                 linked += 1
@@ -97,11 +102,14 @@ def _config(study: Study, run: Place) -> Config:
     return replace(config, train=replace(config.train, seed=run.seed))
 
 
-def _difference(config: Config, folder: Path) -> str | None:
+def _made_with(folder: Path) -> dict[str, Any]:
+    """Returns the values that a run was made with by key; those younger than it have defaults."""
+    return _flat(from_yaml(folder / "config.yaml"))
+
+
+def _difference(config: Config, found: Mapping[str, Any]) -> str | None:
     """Returns the first key that a run was made with another value of; None if there is none."""
-    # Keys that are younger than the run have their defaults.
-    found, wanted = (_flat(one) for one in (from_yaml(folder / "config.yaml"), config))
-    for key, value in wanted.items():
+    for key, value in _flat(config).items():
         if found[key] != value and not key.startswith(_FREE):
             return f"{key}={found[key]}, not {value}"
     return None
