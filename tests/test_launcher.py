@@ -41,7 +41,7 @@ def launched(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     [
         ("pass", 0, ""),
         ("sys.exit(7 if rank else 0)", 7, ""),
-        ("print('why', file=sys.stderr); sys.exit(75)", 75, "why\nwhy\n"),
+        (r"os.write(2, b'why\n'); sys.exit(75)", 75, "why\n"),
         (
             "rank and os.kill(os.getpid(), 9)",
             137,
@@ -52,7 +52,9 @@ def launched(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
 )
 def test_the_run_has_the_last_word(tmp_path: Path, code: str, status: int, told: str) -> None:
     done = launched(tmp_path, code)
-    assert (done.returncode, done.stderr) == (status, told)
+    assert done.returncode == status
+    # The first rank that fails may end the other before it says so, too.
+    assert done.stderr in {told, 2 * told}
 
 
 def test_ctrl_c(tmp_path: Path) -> None:
@@ -60,7 +62,11 @@ def test_ctrl_c(tmp_path: Path) -> None:
     script.write_text(
         "import os, signal, sys, time\n"
         "def end(*_):\n"
-        "    print('saved', flush=True)\n"
+        # torchrun passes on what the terminal has sent to all.
+        "    for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "        signal.signal(number, signal.SIG_IGN)\n"
+        # Whole: print writes the end of a line by itself, and both ranks write to one pipe.
+        "    os.write(1, b'saved\\n')\n"
         "    sys.exit(130)\n"
         "signal.signal(signal.SIGINT, end)\n"
         f"open({str(tmp_path)!r} + '/ready-' + os.environ['RANK'], 'w').close()\n"
