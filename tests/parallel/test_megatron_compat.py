@@ -358,6 +358,10 @@ def test_gradient_norm_goes_over_blocks(size: int) -> None:
     expected = values.double().square().sum().sqrt().item()
     norm, _ = clip_grads.l2_norm_impl(0, None, [[values.view(1, size)]], False)
     assert norm.item() == pytest.approx(expected, rel=1e-7)
+    # Of gradients in bf16, too, whose coarse values round alike.
+    narrow = values.bfloat16()
+    norm, _ = clip_grads.l2_norm_impl(0, None, [[narrow]], False)
+    assert norm.item() == pytest.approx(narrow.double().norm().item(), rel=1e-6)
     values[-1] = torch.nan
     assert clip_grads.l2_norm_impl(0, None, [[values]], False)[0].isnan().all()
     values[-1] = torch.inf
