@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mone_megatron.rendezvous_errors import why_not_met
-from mone_megatron.testing.launch import REPOSITORY, rank_variables
+from mone_megatron.testing.launch import REPOSITORY, rank_variables, start_in_session
 from mone_megatron.testing.warm_start import run_python
 
 LAUNCHER = ("-m", "mone_megatron.launcher")
@@ -73,13 +73,8 @@ def test_ctrl_c(tmp_path: Path) -> None:
         "time.sleep(600)\n",
         encoding="utf-8",
     )
-    run = subprocess.Popen(
-        [sys.executable, *LAUNCHER, "--standalone", "--nproc-per-node", "2", str(script)],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    run = start_in_session(
+        [sys.executable, *LAUNCHER, "--standalone", "--nproc-per-node", "2", str(script)]
     )
     until = time.monotonic() + 300
     while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < until:

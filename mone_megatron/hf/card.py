@@ -71,11 +71,12 @@ def model_card(
         )
     facts |= _metrics(source)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    what = "Mixture of Neuron Experts ([arXiv 2510.05781](https://arxiv.org/abs/2510.05781))"
-    kind = "Mixture of Experts" if model.num_experts else "dense model"
-    if model.experts == "product_key":
+    if mone.enabled:
+        kind = "Mixture of Neuron Experts ([arXiv 2510.05781](https://arxiv.org/abs/2510.05781))"
+    elif model.experts == "product_key":
         kind = "model of product-key experts ([arXiv 2407.04153](https://arxiv.org/abs/2407.04153))"
-    kind = what if mone.enabled else kind
+    else:
+        kind = "Mixture of Experts" if model.num_experts else "dense model"
     load = _LOAD_MONE if architecture is MONE else _LOAD_STOCK
     front = "\n".join(f"  - {tag}" for tag in tags)
     return f"""\

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mone_megatron.methods.grouped_rows import GroupedRows
+
 # Tokens of a chunk: each length is twice the one before.
 CHUNK_LENGTHS = (1, 2, 4, 8, 16, 32)
 # A word of eight bytes that are one.
@@ -111,16 +113,13 @@ def kept_of_chunks(
                 left_over_T = place_T >= chunks
                 key_T = key_T.masked_fill(left_over_T, nobodys)
                 kept_TW = kept_TW.masked_fill(left_over_T.unsqueeze(-1), 0)
-            sorted_T, order_T = key_T.sort()
-            begins_T = torch.ones_like(sorted_T)
-            begins_T[1:] = sorted_T[1:] != sorted_T[:-1]
-            number_T = begins_T.cumsum(0) - 1
+            number_T = GroupedRows.of(key_T).number_T
             most = min(len(key_T), nobodys + 1)
             both = kept_TW.new_zeros(most, kept_TW.shape[-1])
-            both.index_add_(0, number_T, kept_TW[order_T])
+            both.index_add_(0, number_T, kept_TW)
             # Of a chunk's two halves, or one: bytes are 0, 1 or 2.
             kept_TW = (both | both >> 1) & _ONES
-            keys = key_T.new_full((most,), nobodys).scatter_(0, number_T, sorted_T)
+            keys = key_T.new_full((most,), nobodys).scatter_(0, number_T, key_T)
             group_T = torch.div(keys, chunks, rounding_mode="floor")
             place_T = keys % chunks
         chunks_before = chunks

@@ -73,6 +73,16 @@ class ParameterCount:
         )
 
     @property
+    def recorded(self) -> dict[str, int]:
+        """Returns the numbers that ``run.json`` has under ``parameters``."""
+        return {
+            "total": self.total,
+            "activated_gate_counted": self.activated_gate_counted,
+            "activated_neurons_only": self.activated_neurons_only,
+            "activated_all_neurons": self.activated_all_neurons,
+        }
+
+    @property
     def total_non_embedding(self) -> int:
         """Returns the number of all parameters but the embedding's and the output layer's."""
         return self.total - self.embedding - self.output

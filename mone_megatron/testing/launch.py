@@ -27,6 +27,21 @@ def import_path(*folders: Path) -> str:
     return os.pathsep.join([*map(str, folders), *filter(None, [inherited])])
 
 
+def start_in_session(command: Sequence[str]) -> subprocess.Popen[str]:
+    """Starts a command from the repository in a session of its own.
+
+    ``os.killpg`` of its number sends a signal to all its processes, as a terminal does.
+    """
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 # Below the range that the system gives to outgoing connections (32768 and up on Linux), gloo's
 # own among them.
 _PORTS = range(20000, 32000)

@@ -90,12 +90,7 @@ def _facts(session: Session, data: PreparedData, parameters: ParameterCount) -> 
         },
         "data_fingerprint": data.fingerprint,
         "vocab_size": data.vocab_size,
-        "parameters": {
-            "total": parameters.total,
-            "activated_gate_counted": parameters.activated_gate_counted,
-            "activated_neurons_only": parameters.activated_neurons_only,
-            "activated_all_neurons": parameters.activated_all_neurons,
-        },
+        "parameters": parameters.recorded,
         "flops_per_step": {"ideal": flops.ideal, "realised": flops.realised},
         "seed": config.train.seed,
         "started": now(),

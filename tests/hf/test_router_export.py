@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exported_models import check_generation
 from test_export import export_run, open_run
 from test_import import import_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -79,13 +80,7 @@ def test_logits_experts_and_neurons_are_those_of_training(runs: Path, name: str)
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_it_generates_what_it_reads_at_once(runs: Path, name: str) -> None:
-    """Token by token, with the code that lies beside the weights, as in one forward pass."""
-    model = AutoModelForCausalLM.from_pretrained(runs / f"{name}-hf", trust_remote_code=True).eval()
-    prompts = torch.arange(1, 21).view(2, 10)
-    texts = model.generate(prompts, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    with torch.no_grad():
-        best = model(texts[:, :-1]).logits[:, 9:].argmax(dim=-1)
-    assert torch.equal(texts[:, 10:], best)
+    check_generation(runs / f"{name}-hf")
 
 
 @pytest.mark.parametrize("name", EXPORTED)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from exported_models import check_generation
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file, save_file
 from test_each_rule import problems
 from test_export import export_run, open_run
 from test_import import import_model
-from transformers import AutoModelForCausalLM
 
 from mone_megatron.config.load import compose
 from mone_megatron.hf import MoneConfig, MoneForCausalLM, checks, enable_mone, export
@@ -208,13 +208,7 @@ def test_the_check_sees_other_keys_and_other_experts(runs: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["one", "relu"])
 def test_an_export_generates_what_it_reads_at_once(runs: Path, name: str) -> None:
-    """Token by token, with the code that lies beside the weights, as in one forward pass."""
-    model = AutoModelForCausalLM.from_pretrained(runs / f"{name}-hf", trust_remote_code=True).eval()
-    prompts = torch.arange(1, 21).view(2, 10)
-    texts = model.generate(prompts, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    with torch.no_grad():
-        best = model(texts[:, :-1]).logits[:, 9:].argmax(dim=-1)
-    assert torch.equal(texts[:, 10:], best)
+    check_generation(runs / f"{name}-hf")
 
 
 def test_an_import_comes_back_to_it(runs: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from mone_megatron.commands.experiments import experiments
 from mone_megatron.commands.mone import COMMANDS, main
-from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.launch import REPOSITORY, start_in_session
 
 MONE = [
     sys.executable,
@@ -202,13 +202,8 @@ def test_processes_that_cannot_be(arguments: list[str], told: str) -> None:
 @pytest.mark.parametrize("options", [[], ["-m", "train.seed=1,2"], ["--processes", "2"]])
 def test_ctrl_c_while_it_starts_is_one_line(options: list[str], tmp_path: Path) -> None:
     """Imports take seconds, and a thought about the command comes in just those."""
-    run = subprocess.Popen(
-        [*MONE, "train", "experiment=tiny_mone", f"run.dir={tmp_path}/run", *options],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    run = start_in_session(
+        [*MONE, "train", "experiment=tiny_mone", f"run.dir={tmp_path}/run", *options]
     )
     assert run.stdout is not None
     # Then it imports torch.
@@ -261,14 +256,7 @@ def test_processes_of_one_command_end_without_a_traceback(tmp_path: Path) -> Non
         *("train.steps=100000", "checkpoint=auto", f"run.dir={tmp_path}/run"),
         *("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=lines"),
     ]
-    run = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    run = start_in_session(command)
     assert run.stdout is not None
     metrics = tmp_path / "run" / "metrics.jsonl"
     until = time.monotonic() + 300

@@ -64,7 +64,7 @@ def check_settings(study: Study, runs: Sequence[Place]) -> None:
     for run in runs:
         if not (run.folder / "config.yaml").is_file():
             continue
-        if difference := _difference(_config(study, run), _made_with(run.folder)):
+        if difference := _difference(_wanted(study, run), _made_with(run.folder)):
             raise ValueError(
                 f"{run.folder}: was made with {difference}; remove it, or give another --output"
             )
@@ -84,11 +84,11 @@ def link_same(study: Study, runs: Sequence[Place], pool: Path) -> int:
     for run in runs:
         if run.done or run.folder.exists():
             continue
-        config = _config(study, run)
+        wanted = _wanted(study, run)
         for other in sorted(pool.glob(f"*/*/seed_{run.seed}")):
             if not Place("", run.seed, other).done:
                 continue
-            if _difference(config, made_with(other.resolve())) is None:
+            if _difference(wanted, made_with(other.resolve())) is None:
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
                 run.folder.symlink_to(os.path.relpath(other.resolve(), run.folder.parent))
                 linked += 1
@@ -96,10 +96,10 @@ def link_same(study: Study, runs: Sequence[Place], pool: Path) -> int:
     return linked
 
 
-def _config(study: Study, run: Place) -> Config:
-    """Returns what a run trains with, but for the keys of ``_FREE``."""
+def _wanted(study: Study, run: Place) -> dict[str, Any]:
+    """Returns the values that a run trains with by key, but for those of ``_FREE``."""
     config = study.configs[run.variant]
-    return replace(config, train=replace(config.train, seed=run.seed))
+    return _flat(replace(config, train=replace(config.train, seed=run.seed)))
 
 
 def _made_with(folder: Path) -> dict[str, Any]:
@@ -107,9 +107,9 @@ def _made_with(folder: Path) -> dict[str, Any]:
     return _flat(from_yaml(folder / "config.yaml"))
 
 
-def _difference(config: Config, found: Mapping[str, Any]) -> str | None:
+def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
     """Returns the first key that a run was made with another value of; None if there is none."""
-    for key, value in _flat(config).items():
+    for key, value in wanted.items():
         if found[key] != value and not key.startswith(_FREE):
             return f"{key}={found[key]}, not {value}"
     return None

@@ -52,25 +52,12 @@ def test_all_neurons_counts_the_same_model_without_selection(
     selected = replace(config.mone, apply_to=apply_to)
     counted = count_parameters(config.model, selected, 50304)
     plain = count_parameters(config.model, replace(selected, enabled=False), 50304)
-    run = edit(
-        make_run("a"),
-        parameters={
-            "total": counted.total,
-            "activated_gate_counted": counted.activated_gate_counted,
-            "activated_neurons_only": counted.activated_neurons_only,
-        },
-    )
+    # As an earlier version recorded it.
+    earlier = {key: n for key, n in counted.recorded.items() if key != "activated_all_neurons"}
+    run = edit(make_run("a"), parameters=earlier)
     assert counted.activated_gate_counted < plain.activated_gate_counted
     by_up = count_parameters(config.model, replace(selected, score="wina"), 50304)
-    wina = edit(
-        make_run("b"),
-        parameters={
-            "total": by_up.total,
-            "activated_gate_counted": by_up.activated_gate_counted,
-            "activated_neurons_only": by_up.activated_neurons_only,
-            "activated_all_neurons": by_up.activated_all_neurons,
-        },
-    )
+    wina = edit(make_run("b"), parameters=by_up.recorded)
     assert read_runs([wina], params_of="all_neurons").params_R.tolist() == [
         plain.activated_gate_counted
     ]
