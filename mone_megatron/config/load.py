@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -49,12 +51,71 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     problems = check_overrides(overrides, folder)
     if problems:
         raise ConfigError(problems)
+    texts = [hydra_override(text) for text in overrides]
     try:
-        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-            composed = hydra.compose(CONFIG_NAME, [hydra_override(text) for text in overrides])
+        composed = _with_values(folder, texts)
+        if composed is None:
+            composed = _hydra_compose(folder, texts)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explain(error)) from None
     return from_dictconfig(composed, typed_values(overrides))
+
+
+def _hydra_compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+        return hydra.compose(CONFIG_NAME, list(overrides))
+
+
+@functools.lru_cache(maxsize=64)
+def _of_choices(
+    folder: Path, choices: tuple[str, ...], files: tuple[tuple[str, int, int], ...]
+) -> bytes:
+    """Returns what Hydra composes of the options chosen, once while the files stay as they are.
+
+    Pickled: a tree is read from it in a sixth of the time that copying it takes.
+    """
+    del files
+    return pickle.dumps(_hydra_compose(folder, choices))
+
+
+def _with_values(folder: Path, overrides: Sequence[str]) -> DictConfig | None:
+    """Returns what Hydra would compose, from what it composed of the same options before.
+
+    Studies, searches and tests compose by the hundred what differs in values alone, and Hydra takes
+    a tenth of a second for each. Setting values is the last that it does, by the same function.
+
+    Returns:
+        The composed tree, or None where an override is another than ``GROUP=OPTION`` and
+        ``KEY=VALUE``, or a value cannot be set: that is Hydra's to do, or to refuse.
+    """
+    groups = _group_options(folder)
+    choices: list[str] = []
+    values: list[Override] = []
+    for override, text in zip(
+        OverridesParser.create().parse_overrides(list(overrides)), overrides, strict=True
+    ):
+        key = override.key_or_group
+        of_kind = override.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD)
+        if not of_kind or override.package is not None or key.partition(".")[0] == "hydra":
+            return None
+        if key not in groups and "/" not in key:
+            values.append(override)
+        elif isinstance(override.value(), str):
+            choices.append(text)
+        else:
+            return None
+    files = [(str(file), file.stat()) for file in sorted(folder.rglob("*.yaml"))]
+    stamps = tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in files)
+    composed: DictConfig = pickle.loads(_of_choices(folder, tuple(choices), stamps))
+    try:
+        for override in values:
+            forced = override.type is OverrideType.FORCE_ADD
+            OmegaConf.update(
+                composed, override.key_or_group, override.value(), merge=True, force_add=forced
+            )
+    except OmegaConfBaseException:
+        return None
+    return composed
 
 
 def check_overrides(

@@ -2,6 +2,7 @@
 
 What a run imports when it first needs it is imported here, too, or each rank would do so again:
 Hydra's plugins and the registries' methods by composing and checking a run, and the modules below.
+Of the experiments that most ranks train, what differs in values alone is then composed quickly.
 """
 
 import gc
@@ -28,7 +29,9 @@ import mone_megatron.train.run  # noqa: E402, F401
 from mone_megatron.config.load import compose  # noqa: E402
 from mone_megatron.config.validate import validate  # noqa: E402
 
-validate(compose(["experiment=tiny_mone", "device=cpu"]), world_size=1)
+for experiment in ("experiment=tiny_mone", "experiment=tiny_moe"):
+    for device in ((), ("device=cpu",)):
+        validate(compose([experiment, *device]), world_size=1)
 # What is imported is never freed: collections that looked at it would copy its pages in each fork.
 gc.collect()
 gc.freeze()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
+from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +20,9 @@ from mone_megatron.config.load import (
     CONF_DIR,
     check_overrides,
     compose,
+    from_dictconfig,
     from_yaml,
+    hydra_override,
     to_yaml,
 )
 
@@ -46,6 +52,69 @@ def test_overrides_reach_the_typed_config() -> None:
 
 def test_a_group_may_be_given_as_a_dictionary() -> None:
     assert compose(["train={steps: 3}"]).train.steps == 3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.steps=3", "experiment=tiny_mone", "mone.score=wina", "train.steps=4"],
+        ["mone.enabled=false", "experiment=quickstart_mone", "mone=half", "device=cpu"],
+        ["run.name=second", "run.dir='runs/${run.name}/${train.seed}'", "train.seed=7"],
+        ["model.router.balance=[none]", "model.router.balance_coeff=[0.0]", "mone.apply_to=[]"],
+        ["mone.rule=mass", "++mone.rule_options.p=0.5", "mone.rule_options={p: 0.25}"],
+        ["mone.rule=mass", "mone.rule_options.p=0.5", "experiment=tiny_mone"],
+        ["train={steps: 3, seed: 5}", "train.seed=6"],
+        ["+train.steps=3"],
+        ["model=tiny", "model=quickstart"],
+        ["run.name='a=b, c'", "data.paths=['a b', c]", "run.dir=null"],
+        ["~experiment"],
+        ["train.stepz=3"],
+        ["train.steps.more=3"],
+    ],
+)
+def test_what_is_composed_is_what_hydra_composes(overrides: list[str]) -> None:
+    """Also where options that were composed before differ in values alone."""
+
+    def told(composed: Callable[[], Config]) -> Config | tuple[str, ...]:
+        try:
+            return composed()
+        except ConfigError as error:
+            return error.problems
+        except HydraException:
+            return ()
+
+    def ours() -> Config:
+        return compose(overrides)
+
+    def by_hydra() -> Config:
+        with hydra.initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
+            return from_dictconfig(
+                hydra.compose("config", [hydra_override(text) for text in overrides])
+            )
+
+    first, second, expected = (told(each) for each in (ours, ours, by_hydra))
+    assert first == second
+    if isinstance(expected, Config):
+        assert first == expected
+    else:
+        assert isinstance(first, tuple)
+
+
+def test_a_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
+    folder = tmp_path / "conf"
+    shutil.copytree(CONF_DIR, folder)
+    assert compose(["experiment=tiny_moe", "train.seed=1"], folder).train.steps == 20
+    experiment = folder / "experiment" / "tiny_moe.yaml"
+    text = experiment.read_text(encoding="utf-8")
+    experiment.write_text(text.replace("steps: 20", "steps: 21"), encoding="utf-8")
+    assert compose(["experiment=tiny_moe", "train.seed=1"], folder).train.steps == 21
+    assert compose(["experiment=tiny_moe"]).train.steps == 20
+
+
+def test_what_is_composed_is_the_callers_own() -> None:
+    compose(["train.steps=5"]).mone.rule_options["p"] = 0.5
+    assert compose(["train.steps=5"]).mone.rule_options == {}
 
 
 def test_run_dir_follows_the_name() -> None:
