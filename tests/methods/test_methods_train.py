@@ -24,10 +24,10 @@ from mone_megatron.testing.each_method import REGISTRIES, needed
 from mone_megatron.testing.launch import run_layouts
 
 QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
-# Two layers: a method is the same in each, and here are hundreds of runs.
+# Two layers and two microbatches: a method is the same in each, and here are hundreds of runs.
 RUN = (
     "experiment=tiny_mone", *QUIET, "device=cpu", "model.num_layers=2", "data.max_megabytes=0.2",
-    "train.steps=4", "checkpoint.interval=2",
+    "train.steps=4", "train.global_batch_size=4", "checkpoint.interval=2",
 )  # fmt: skip
 METHODS = {
     f"{key}-{name}": f"{key}={name}"
