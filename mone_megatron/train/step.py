@@ -27,6 +27,7 @@ from mone_megatron.data.loader import DOCUMENTS
 from mone_megatron.mone.selection import NeuronSelector
 from mone_megatron.parallel.device import Device
 from mone_megatron.parallel.megatron_compat.context_parts import part_of_context_rank
+from mone_megatron.parallel.megatron_compat.gradient_norm import clipped_together, norms_apart
 from mone_megatron.train.resume.saved_state import parameter_states
 from mone_megatron.train.state import TrainingState
 
@@ -194,7 +195,8 @@ class Stepper:
         """
         found_inf = self.optimizer.prepare_grads()
         assert not found_inf, "only loss scaling finds infinities here, and there is none"
-        grad_norm = float(self.optimizer.get_grad_norm())
+        norms = {None: float(self.optimizer.get_grad_norm()), **norms_apart(self.optimizer)}
+        grad_norm = math.hypot(*norms.values()) if len(norms) > 1 else norms[None]
         if not math.isfinite(grad_norm):
             return grad_norm
         parts = (
@@ -203,9 +205,9 @@ class Stepper:
             else [self.optimizer]
         )
         for part in parts:
-            if parameters := part.get_parameters():
+            for name, parameters in clipped_together(part.get_parameters()).items():
                 clip_grads.clip_grad_by_total_norm_fp32(
-                    parameters, part.config.clip_grad, grad_norm
+                    parameters, part.config.clip_grad, norms[name]
                 )
         updated = self.optimizer.step_with_ready_grads()
         assert updated

@@ -25,7 +25,7 @@ notices off the terminal (:mod:`.notices`), and keeps the results of writers in 
 
 The rest asks the installed release for what differs: :mod:`.auxiliary_losses`,
 :mod:`.prediction_losses`, :mod:`.token_exchange`, :mod:`.context_parts`, :mod:`.checkpoint_forms`,
-:mod:`.attention_modules`.
+:mod:`.attention_modules`, :mod:`.gradient_norm`.
 
 ``tests/parallel/test_megatron_compat.py`` fails when upstream no longer needs one of them.
 """

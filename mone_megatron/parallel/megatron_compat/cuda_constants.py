@@ -45,6 +45,15 @@ CONSTANT_REWRITES: tuple[tuple[str, str, str], ...] = (
     ),
 )
 
+# Of 0.19; 0.16 has no such function.
+LATER_CONSTANT_REWRITES: tuple[tuple[str, str, str], ...] = (
+    (
+        "optimizer.optimizer",
+        "MegatronOptimizer.has_grad_norm_group",
+        "asks all ranks, by a flag on CUDA, for parameters that are clipped apart",
+    ),
+)
+
 
 def rewrite_code(code: types.CodeType) -> tuple[types.CodeType, int]:
     """Returns ``code`` with its CUDA constants replaced, nested functions' too, and how many."""
@@ -63,6 +72,16 @@ def rewrite_code(code: types.CodeType) -> tuple[types.CodeType, int]:
             changed += 1
         constants.append(new)
     return (code.replace(co_consts=tuple(constants)), changed) if changed else (code, 0)
+
+
+def is_there(module: str, qualified_name: str) -> bool:
+    """Returns whether the installed megatron-core's module has something by this name."""
+    target: Any = importlib.import_module(f"megatron.core.{module}")
+    for part in qualified_name.split("."):
+        if not hasattr(target, part):
+            return False
+        target = getattr(target, part)
+    return True
 
 
 def resolve(module: str, qualified_name: str) -> types.FunctionType:
@@ -90,6 +109,9 @@ def rewrite_constants(module: str, qualified_name: str) -> int:
 
 
 def rewrite_all_constants() -> None:
-    """Replaces the constants of all functions of :data:`CONSTANT_REWRITES`."""
+    """Replaces the constants of all functions of the tables above that the release has."""
     for module, function, _ in CONSTANT_REWRITES:
         rewrite_constants(module, function)
+    for module, function, _ in LATER_CONSTANT_REWRITES:
+        if is_there(module, function):
+            rewrite_constants(module, function)

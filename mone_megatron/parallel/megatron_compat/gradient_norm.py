@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
 
 # Elements of a gradient whose squares are added up in fp32.
 _ROW = 4096
@@ -84,3 +89,24 @@ def fuse_gradient_norm() -> None:
         clip_grads.l2_norm_impl = _fused_l2_norm
     if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
         clip_grads.multi_tensor_scale_impl = _fused_scale
+
+
+def norms_apart(optimizer: MegatronOptimizer) -> Mapping[str | None, float]:
+    """Returns the norms of the gradients that megatron-core clips apart from all others, by name.
+
+    0.19 leaves out of ``get_grad_norm`` the parameters of multi-token prediction whose gradients
+    go no further (``mtp_detach_heads``), and clips them by a norm of their own. Collective.
+    """
+    norms = getattr(optimizer, "_compute_grad_norms_by_group", dict)
+    return dict(norms())
+
+
+def clipped_together(parameters: list[torch.Tensor]) -> Mapping[str | None, list[torch.Tensor]]:
+    """Returns parameters by the name of the norm of :func:`norms_apart` that they are clipped by.
+
+    Those that are clipped by the norm of all others stand under None.
+    """
+    groups: dict[str | None, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault(getattr(parameter, "grad_norm_group", None), []).append(parameter)
+    return groups
