@@ -1,6 +1,7 @@
 """Computes core attention by ``torch.nn.functional.scaled_dot_product_attention``.
 
-megatron-core's own, without Transformer Engine, builds the whole score matrix.
+megatron-core's own, without Transformer Engine, builds the whole score matrix. Short sequences in
+fp32 on a CPU have a faster way (:mod:`mone_megatron.kernels.attention_cpu`).
 
 Shape suffixes: S sequence, B batch, N query heads of this rank, G key/value heads of this rank,
 D head dimension, E of a value head, W the wider of the two, K keys (with context parallelism those
@@ -25,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from mone_megatron.kernels import attention_cpu
 from mone_megatron.mone.megatron_settings import CORE_ATTENTION, refuse_unread
 
 # Widths of heads that fused kernels take are multiples of this.
@@ -167,19 +169,23 @@ class SDPAttention(MegatronModule):
                 gather_from_sequence_parallel_region(x, group=self.context_group)
                 for x in (key, value)
             )
-        query_BNSD, key_BGKD, value_BGKE = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        # Flash attention takes heads of one width. Zeros change neither scores nor values.
         head_dim, value_dim = query.shape[-1], value.shape[-1]
         scale = head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
-        wide = max(head_dim, value_dim)
+        dropout = self.dropout if self.training else 0.0
+        mask_B1SK = self._mask(attention_mask, query.shape[0], query.device)
         sink_N = self._sink(query)
+        plain = mask_B1SK is None and sink_N is None and not dropout
+        if plain and attention_cpu.supports(query, key, value):
+            return attention_cpu.causal_attention(query, key, value, scale)
+        query_BNSD, key_BGKD, value_BGKE = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        # Flash attention takes heads of one width. Zeros change neither scores nor values.
+        wide = max(head_dim, value_dim)
         if sink_N is not None:
             wide = -(-(wide + 1) // _WIDTH_STEP) * _WIDTH_STEP
         query_BNSW, key_BGKW, value_BGKW = (
             F.pad(x, (0, wide - x.shape[-1])) if x.shape[-1] < wide else x
             for x in (query_BNSD, key_BGKD, value_BGKE)
         )
-        mask_B1SK = self._mask(attention_mask, query.shape[0], query.device)
         if sink_N is not None:
             query_BNSW, key_BGKW, value_BGKW = _with_sink(
                 query_BNSW, key_BGKW, value_BGKW, sink_N / scale
@@ -187,7 +193,6 @@ class SDPAttention(MegatronModule):
             if mask_B1SK is not None:
                 # The sink is seen by all, and by the query before the first, which is dropped.
                 mask_B1SK = F.pad(mask_B1SK, (1, 0, 1, 0), value=True)
-        dropout = self.dropout if self.training else 0.0
 
         def attend() -> Tensor:
             return F.scaled_dot_product_attention(

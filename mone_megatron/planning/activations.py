@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mone_megatron.config.schema import Config, MoNEConfig
+from mone_megatron.kernels.attention_blocks import keeps_weights, weights_of_head
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.routers import ROUTERS
@@ -171,7 +172,7 @@ def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved
         "attention QKV": n * (queries + 2 * keys) * e,
         # Queries and keys after RoPE, the output; then the log-sum-exp of each row.
         "attention operands": n * (2 * queries + keys) * e,
-        "attention softmax": n * heads * 4,
+        "attention softmax": _softmax(config, numerics, n, heads),
     }
     if not _rotates_leanly(config, numerics):
         # Cosines and sines, of queries and of keys; the same for all sequences.
@@ -183,6 +184,34 @@ def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved
     if own:
         saved |= _mask_of_attention(config, numerics)
     return saved
+
+
+def keeps_attention_weights(config: Config, numerics: Numerics) -> bool:
+    """Returns whether layers without a window are :mod:`mone_megatron.kernels.attention_cpu`."""
+    model = config.model
+    return (
+        numerics.kernels == "cpu"
+        and numerics.bytes == 4
+        and numerics.own_attention
+        and keeps_weights(config.train.seq_length)
+        and head_dim_of(model) == value_dim_of(model)
+        and not model.attention_dropout
+        and model.attention_sink == "none"
+        and not config.data.reset_attention
+        and config.parallel.context == 1
+        and windowed_layers(model) < model.num_layers
+    )
+
+
+def _softmax(config: Config, numerics: Numerics, n: int, heads: int) -> int:
+    """Returns the bytes of the log-sum-exp of each row, or of the weights where those are kept."""
+    rows = n * heads * 4
+    if not keeps_attention_weights(config, numerics):
+        return rows
+    sequences, layers = config.train.micro_batch_size, config.model.num_layers
+    weights = sequences * heads * weights_of_head(config.train.seq_length) * 4
+    near = windowed_layers(config.model)
+    return round((near * rows + (layers - near) * weights) / layers)
 
 
 def _rotates_leanly(config: Config, numerics: Numerics) -> bool:
@@ -214,7 +243,7 @@ def _latent_attention(config: Config, numerics: Numerics, n: int, tensor: int) -
         # Inputs of the up projections.
         "latents": s * sum(width for width, _ in latents) * e,
         "attention operands": n * (2 * queries + 2 * values) * e,
-        "attention softmax": n * heads * 4,
+        "attention softmax": _softmax(config, numerics, n, heads),
         "RoPE": 4 * (config.train.seq_length // config.parallel.context) * mla.qk_rope_head_dim * e,
     }
     if numerics.own_attention:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 
 from mone_megatron.config.schema import Config
@@ -15,6 +16,7 @@ from mone_megatron.kernels.te_grouped import have_transformer_engine
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.parallel import fusions
+from mone_megatron.planning.activations import Numerics, keeps_attention_weights
 from mone_megatron.planning.parameters import ParameterCount
 from mone_megatron.train.session import Session
 
@@ -46,9 +48,21 @@ def introduce(session: Session, data: PreparedData, parameters: ParameterCount) 
     )
     if device.kind == "cuda":
         say(fusions.describe(config))
+    for line in kept_weights(config, device.kind, device.dtype):
+        say(line)
     say(f"data: {data.tokens:,} tokens, vocabulary {data.vocab_size:,}, {data.beginning}")
     for line in (*of_the_rule(config), *not_causal(config)):
         say(line)
+
+
+def kept_weights(config: Config, kind: str, dtype: torch.dtype) -> Iterator[str]:
+    """Yields a line where attention keeps its weights, which takes memory."""
+    # On a CPU attention is ours.
+    if kind == "cpu" and keeps_attention_weights(config, Numerics("cpu", bytes=dtype.itemsize)):
+        yield (
+            f"attention keeps its weights for the backward pass, which is faster for sequences of "
+            f"{config.train.seq_length} tokens on a CPU (docs/performance.md)"
+        )
 
 
 def of_the_rule(config: Config) -> Iterator[str]:

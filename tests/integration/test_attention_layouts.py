@@ -21,6 +21,15 @@ ALL = (
 CONTEXT = "parallel.context=2"
 # Which parts are on, and the layouts to try them in: of two processes, and those ON_FOUR.
 CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
+    # Long enough for the weights to be kept, but with context parallelism.
+    "kept_weights": (
+        ("train.seq_length=200",),
+        {
+            "tp2": ("parallel.tensor=2",),
+            "ep2_recompute": ("parallel.expert=2", "train.recompute=selective"),
+            "cp2": (CONTEXT,),
+        },
+    ),
     "plain": ((), {"cp2": (CONTEXT,), "cp2_dp2_on_4": (CONTEXT,)}),
     "all": (
         ALL,
@@ -67,5 +76,5 @@ def test_layouts_train_alike(runs: Path, case: str, layout: str) -> None:
 
 
 def test_the_parts_change_what_is_computed(runs: Path) -> None:
-    plain, changed = (read_records(runs / f"{case}-one") for case in CASES)
+    plain, changed = (read_records(runs / f"{case}-one") for case in ("plain", "all"))
     assert plain[0]["loss"] != changed[0]["loss"]

@@ -190,6 +190,7 @@ MIXED = [
     "model.first_dense_layers=2", "model.shared_expert_ffn_hidden_size=192",
     "model.shared_expert_gate=true",
 ]  # fmt: skip
+KEPT_WEIGHTS = ["train.seq_length=200", "train.micro_batch_size=1"]
 ACTIVATIONS = [
     *(["experiment=tiny_mone", f"train.recompute={kind}"]
       for kind in ("none", "selective", "full")),
@@ -212,6 +213,12 @@ ACTIVATIONS = [
     ["experiment=tiny_moe", *LATENT],
     ["experiment=tiny_moe", *LATENT, "train.recompute=selective", "model.mla.v_head_dim=40"],
     ["experiment=tiny_moe", *LATENT, "model.mla.q_lora_rank=20", "model.mla.v_head_dim=24"],
+    # Attention that keeps its weights.
+    ["experiment=tiny_moe", *KEPT_WEIGHTS],
+    ["experiment=tiny_moe", *KEPT_WEIGHTS, "train.recompute=selective"],
+    ["experiment=tiny_moe", *KEPT_WEIGHTS, "model.attention_window=16",
+     "model.full_attention_every=2"],
+    ["experiment=tiny_moe", *KEPT_WEIGHTS, *LATENT, "model.mla.v_head_dim=24"],
 ]  # fmt: skip
 
 
@@ -250,6 +257,7 @@ def test_activations_are_what_torch_saves(one_rank: Processes, overrides: list[s
         ["parallel.tensor=2", "parallel.expert=2", "model.qk_norm_scope=all_heads"],
         ["parallel.tensor=2", "parallel.expert_tensor=2"],
         ["parallel.tensor=2", *LATENT],
+        ["parallel.tensor=2", *KEPT_WEIGHTS],
         ["parallel.context=2", "model.attention_sink=zero"],
         ["parallel.context=2"],
         ["parallel.tensor=2", "model.attention_sink=learnable"],
