@@ -394,5 +394,5 @@ def _common_label(labels: Sequence[str]) -> str:
     if any(label[len(common) : len(common) + 1].isdigit() for label in labels):
         # Seeds 10 and 11 share a digit that belongs to neither name.
         common = common.rstrip("0123456789")
-    common = re.sub(r"[ _.-]+(seed|s)[ _.=-]*$", "", common).rstrip(" _.-(#")
+    common = re.sub(r"[ _.(#-]+(seed|s)[ _.=-]*$", "", common).rstrip(" _.-(#")
     return common or labels[0]

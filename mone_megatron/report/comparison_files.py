@@ -17,7 +17,6 @@ from mone_megatron.report.formatting import (
     ABSENT,
     format_count,
     format_loss,
-    format_number,
     format_ratio,
     format_signed,
     text_table,
@@ -272,8 +271,13 @@ def _group_cells(group: Group) -> list[str]:
         _interval_text(group.loss_difference, format_signed),
         _interval_text(group.validation_loss, format_loss),
         _range_text(group, "tokens_per_second", format_count),
-        _range_text(group, "step_seconds", format_number),
+        _range_text(group, "step_seconds", _three_digits),
     ]
+
+
+def _three_digits(value: float) -> str:
+    """Returns three significant digits, zeros too: figures beside each other have the same."""
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _range_text(group: Group, name: str, form: Callable[[float], str]) -> str:

@@ -167,7 +167,8 @@ def test_groups_must_hold_the_same_seeds_once(make_run: RunBuilder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [([0.5, 0.7], "0.6 (0.5 to 0.7)"), ([0.5, 0.5], "0.5"), ([0.25], "0.25")]
+    ("seconds", "shown"),
+    [([0.5, 0.7], "0.600 (0.500 to 0.700)"), ([0.5, 0.5], "0.500"), ([0.25], "0.250")],
 )
 def test_speeds_of_a_group_are_a_range_of_the_machine(
     make_run: RunBuilder, seconds: list[float], shown: str
@@ -213,6 +214,9 @@ def test_group_of_one_has_no_interval(make_run: RunBuilder) -> None:
         (["run1", "run2"], "run"),
         (["a", "b"], "a"),
         (["mone_e8_s1", "mone_e8_s2"], "mone_e8"),
+        (["top-k (seed_1)", "top-k (seed_2)"], "top-k"),
+        (["top-k (seed=10)", "top-k (seed=11)"], "top-k"),
+        (["mone#s1", "mone#s2"], "mone"),
     ],
 )
 def test_group_labels(make_run: RunBuilder, labels: list[str], group: str) -> None:
