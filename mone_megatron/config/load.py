@@ -66,6 +66,12 @@ def _hydra_compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
         return hydra.compose(CONFIG_NAME, list(overrides))
 
 
+@functools.lru_cache(maxsize=4096)
+def _parsed(text: str) -> Override:
+    """Returns one override as Hydra reads it, which takes longer than setting its value."""
+    return OverridesParser.create().parse_override(text)
+
+
 @functools.lru_cache(maxsize=64)
 def _of_choices(
     folder: Path, choices: tuple[str, ...], files: tuple[tuple[str, int, int], ...]
@@ -91,9 +97,8 @@ def _with_values(folder: Path, overrides: Sequence[str]) -> DictConfig | None:
     groups = _group_options(folder)
     choices: list[str] = []
     values: list[Override] = []
-    for override, text in zip(
-        OverridesParser.create().parse_overrides(list(overrides)), overrides, strict=True
-    ):
+    for text in overrides:
+        override = _parsed(text)
         key = override.key_or_group
         of_kind = override.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD)
         if not of_kind or override.package is not None or key.partition(".")[0] == "hydra":
@@ -132,7 +137,7 @@ def check_overrides(
     problems: list[str] = []
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(text)
+            override = _parsed(text)
         except (HydraException, OmegaConfBaseException) as error:
             name = text.split("=", 1)[0].lstrip("+~")
             problems.append(convert.forbidden_key(name) or f"{name}: {_parse_problem(text, error)}")
