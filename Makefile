@@ -175,7 +175,11 @@ bench: $(VENV)/installed
 	$(BIN)/python tools/bench.py cost
 
 # Without setuptools' remark on folders beside the package, which looks like an error.
-INSTALL := PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet
+INSTALL := PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --no-compile
+# Bytecode is made on all cores when all is there; pip makes it on one. Not that of the packages' own
+# tests, nor of the 2,500 modules of transformers' models, of which a process imports a handful. What
+# packages ship that is no Python of this version (templates) cannot be compiled and need not be.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/transformers/models/|/tests/' $(VENV)/lib || true
 
 # torch first and by itself: packages that depend on it then keep the build that is there.
 $(VENV)/torch:
@@ -183,18 +187,20 @@ $(VENV)/torch:
 		else f"Python {v[0]}.{v[1]} found; 3.10, 3.11 or 3.12 is needed: make PYTHON=python3.12")'
 	@echo "setting up $(VENV), a minute or two: torch first"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --upgrade pip
-	@$(BIN)/pip install --quiet $(TORCH)
+	@$(BIN)/pip install --quiet --no-compile --upgrade pip
+	@$(BIN)/pip install --quiet --no-compile $(TORCH)
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml
 	@echo "setting up $(VENV): what training and its pages need"
 	@$(INSTALL) --editable .
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/torch pyproject.toml
 	@echo "setting up $(VENV): what the tests and the tools need"
 	@$(INSTALL) --editable '.[dev]'
+	@$(COMPILE)
 	@touch $@ $(VENV)/installed
 
 clean:
