@@ -21,7 +21,12 @@ from mone_megatron.display import harmless
 from mone_megatron.helpers import HelperError, ending, starting
 from mone_megatron.ownership import owned_file, owned_folder
 from mone_megatron.planning import plan_files
-from mone_megatron.planning.budget import Usage, experts_are_fixed, neurons_are_fixed
+from mone_megatron.planning.budget import (
+    Usage,
+    active_are_measured,
+    experts_are_fixed,
+    neurons_are_fixed,
+)
 from mone_megatron.planning.hardware import GPUS, Assumptions, find_gpu
 from mone_megatron.planning.match import COUNTS, DIMENSIONS, SIDES, TOLERANCE, Pair, match
 from mone_megatron.planning.plan import Machine, Plan, default_gpus, make_plan
@@ -234,6 +239,11 @@ def _usage(options: argparse.Namespace, config: Config) -> Usage:
         print(
             f"note: mone.rule={mone.mone.rule} fixes no number of neurons; counted with "
             "mone.keep_ratio (--measured RUN counts what a run used)"
+        )
+    if active_are_measured(mone):
+        print(
+            f"note: model.activation={mone.model.activation} needs up projections where the gate "
+            "is positive; counted with all (--measured RUN counts what a run used)"
         )
     if not experts_are_fixed(mone):
         print(

@@ -191,8 +191,9 @@ class RouterConfig(Group):
         if router.loss is not None and any(kind != "none" for kind in self.balance):
             yield (
                 f"model.router.balance: [{', '.join(self.balance)}] beside the loss of "
-                f"model.router.kind={self.kind}, which balances experts, too; use [none] with "
-                "model.router.balance_coeff=[0.0]"
+                f"model.router.kind={self.kind}: it evens out the softmax of logits, by which this "
+                "router does not weigh experts; set model.router.balance=[none] and "
+                "model.router.balance_coeff=[0.0] (model.router.density steers the router's loss)"
             )
 
     def _groups(self, num_experts: int, experts_per_token: int) -> Iterator[str]:

@@ -81,12 +81,19 @@ class RoutedWeights:
             microbatch.
         tokens: tokens of the microbatch, over the same ranks.
         experts_per_token: k, ``model.experts_per_token``.
+        held: the router's own weights by name, which every rank has whole; carry the gradient.
     """
 
     weights_NA: Tensor
     tokens_A: Tensor
     tokens: int
     experts_per_token: int
+    held: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Returns this rank's share of the tokens: its part of what reads no token."""
+        return len(self.weights_NA) / self.tokens
 
 
 def one_row_each(settings: RouterSettings) -> Mapping[str, RouterWeight]:
@@ -171,9 +178,9 @@ class Router:
         options: a dataclass of ``model.router.options`` (:mod:`.methods.options`).
         latent: how many values of a token stand between it and its logits, which the backward pass
             keeps.
-        loss: this rank's part of a loss on the weights, an fp32 scalar without the coefficient,
-            which ``model.router.density`` steers. Such a router brings its own balance, and
-            ``model.router.balance`` is refused. None for none.
+        loss: this rank's part of a loss on the assigned weights, or on its own, an fp32 scalar
+            without the coefficient, which ``model.router.density`` steers. Such a router brings its
+            own balance, and ``model.router.balance`` is refused. None for none.
         reference: ``module:Class`` of a subclass of megatron-core's ``TopKRouter`` for a router
             that is more than these functions; it is built with ``config`` and ``pg_collection``.
             No export holds such a router. None takes the class that computes the functions.

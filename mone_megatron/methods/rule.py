@@ -16,6 +16,8 @@ from mone_megatron.methods.options import NoOptions, Option, options_of, read_op
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mone_megatron.methods.score import Score
+
 # What expert tensor parallelism has to exchange, since the neurons of a row lie on several ranks:
 # nothing, what :meth:`Rows.largest` exchanges, sums over the ranks (:class:`Shards`), or something
 # that nobody has written.
@@ -308,6 +310,18 @@ class Rule:
             key="mone.rule_options",
             owner=f"mone.rule={self.name}",
         )
+
+    def needs_up_of_active(self, score: Score, *, changes_up: bool) -> bool:
+        """Returns whether it needs the up projections of active neurons, and keeps fewer of them.
+
+        Active are those whose activation is not zero. Where up projections are taken as they are,
+        active neurons are the kept ones; where they are rectified, too, some of them are not.
+
+        Args:
+            score: what neurons are chosen by.
+            changes_up: whether the activation is a function of the up projection, too.
+        """
+        return self.keeps_nonzero and score.reads_up and changes_up
 
     def shifts(self, options: Mapping[str, Any]) -> bool:
         """Returns whether options, as the configuration has them, ask for :attr:`shift`."""

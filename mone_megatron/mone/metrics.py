@@ -28,14 +28,16 @@ from torch import Tensor
     LOAD_BALANCE,
     KEPT_ACTIVATION,
     DENSITY,
+    ACTIVE,
     LOAD_OVERLAP,
-) = range(9)
-NUM_COLUMNS = 9
-# What the statistics are made of, sums over all ranks: tokens, shares of mass, mass, kept neurons,
-# c log c and c squared of the counts c, dead neurons, neurons, load in common with the one before.
-_NUM_SUMS = 9
+) = range(10)
+NUM_COLUMNS = 10
+# What the statistics are made of, sums over all ranks: tokens, shares of mass, mass, active
+# neurons, kept neurons, c log c and c squared of the counts c, dead neurons, neurons, load in
+# common with the one before.
+_NUM_SUMS = 10
 # The first of them describe the expert as a whole, and not this rank's neurons.
-_NUM_WHOLE = 4
+_NUM_WHOLE = 5
 
 
 class Usage:
@@ -65,6 +67,8 @@ class Usage:
         self.neuron_group = neuron_group
         self.replica_group = replica_group
         self.collecting = False
+        # Whether active neurons, whose activation is not zero, are counted beside the kept ones.
+        self.counts_active = False
         # Loads over all replicas [E, F] and whether an expert had any [E]: as they were summarised
         # last, and before that.
         self._loads: tuple[Tensor, Tensor] | None = None
@@ -75,7 +79,7 @@ class Usage:
         """Counts anew; what was summarised is what the next summary is compared with."""
         self.tokens_E: Tensor | None = None
         self.kept_EF: Tensor | None = None
-        self.whole_E3: Tensor | None = None
+        self.whole_E4: Tensor | None = None
         self.seconds = 0.0
         if self._loads is not None:
             self._loads_before, self._loads = self._loads, None
@@ -113,16 +117,26 @@ class Usage:
         mass_TF = activation_TF.detach().float().abs()
         sums_T2 = torch.stack([(mass_TF * mask_TF).sum(dim=-1), mass_TF.sum(dim=-1)], dim=-1)
         total_E = kept_EF.sum(dim=-1)
+        active_E = torch.zeros_like(total_E)
+        if self.counts_active:
+            active_E = expert_ET @ (mass_TF > 0).sum(dim=-1).float()
+        neurons_2E = torch.stack([active_E, total_E])
         if self.neuron_group is not None:
-            sums = torch.cat([sums_T2.flatten(), total_E])
+            parts = (sums_T2, neurons_2E)
+            sums = torch.cat([part.flatten() for part in parts])
             dist.all_reduce(sums, group=self.neuron_group)
-            sums_T2, total_E = sums[: sums_T2.numel()].view_as(sums_T2), sums[sums_T2.numel() :]
+            sums_T2, neurons_2E = (
+                summed.view_as(part)
+                for summed, part in zip(
+                    sums.split([part.numel() for part in parts]), parts, strict=True
+                )
+            )
         kept_T, all_T = sums_T2.unbind(dim=-1)
         share_T = kept_T / all_T.clamp_min(torch.finfo(torch.float32).tiny)
         mass_E2 = expert_ET @ torch.stack([share_T, kept_T], dim=-1)
-        whole_E3 = torch.cat([mass_E2, total_E.unsqueeze(-1)], dim=-1)
+        whole_E4 = torch.cat([mass_E2, neurons_2E.T], dim=-1)
         self.kept_EF = kept_EF if self.kept_EF is None else self.kept_EF + kept_EF
-        self.whole_E3 = whole_E3 if self.whole_E3 is None else self.whole_E3 + whole_E3
+        self.whole_E4 = whole_E4 if self.whole_E4 is None else self.whole_E4 + whole_E4
 
     def counts(self, device: torch.device) -> Tensor:
         """Returns everything counted here, flat and fp64, as :meth:`sums` takes it."""
@@ -130,8 +144,8 @@ class Usage:
         if tokens_E is None:
             tokens_E = torch.zeros(self.num_local_experts)
         parts = [tokens_E.unsqueeze(-1)]
-        if self.kept_EF is not None and self.whole_E3 is not None:
-            parts += [self.whole_E3, self.kept_EF]
+        if self.kept_EF is not None and self.whole_E4 is not None:
+            parts += [self.whole_E4, self.kept_EF]
         return torch.cat([part.to(device, torch.float64) for part in parts], dim=-1).flatten()
 
     def sums(self, counts: Tensor) -> Tensor:
@@ -229,11 +243,13 @@ def statistics(sums: Tensor, largest: Tensor) -> Tensor:
     Columns: tokens; entropy of the neuron load over log f; share of neurons never kept; largest
     over mean load; share of |a| mass kept; f times the sum of squared loads (the balance loss were
     all weights equal: 1 when even); mean |a| of the kept neurons; share of its neurons that a token
-    keeps; overlap of the load with that of the summary before (sum of the smaller shares). All but
-    the first are 0 for an expert without tokens or without selection; the last is NaN there and
-    where there is nothing to compare with.
+    keeps; share of those whose activation is not zero, 0 where nobody counts them; overlap of the
+    load with that of the summary before (sum of the smaller shares). All but the first are 0 for an
+    expert without tokens or without selection; the last is NaN there and where there is nothing to
+    compare with.
     """
-    tokens, shares, mass, kept, kept_log, kept_squared, dead, neurons, common = sums.unbind(dim=-1)
+    tokens, shares, mass, active, kept = sums[..., :_NUM_WHOLE].unbind(dim=-1)
+    kept_log, kept_squared, dead, neurons, common = sums[..., _NUM_WHOLE:].unbind(dim=-1)
     used = (kept > 0).double()
     total = kept.clamp_min(1)
     neurons = neurons.clamp_min(1)
@@ -248,6 +264,7 @@ def statistics(sums: Tensor, largest: Tensor) -> Tensor:
         neurons * kept_squared / total.square(),
         mass / total,
         kept / (tokens.clamp_min(1) * neurons),
+        active / (tokens.clamp_min(1) * neurons),
         common.where(kept > 0, torch.nan),
     ]
     return torch.stack(columns, dim=-1)
@@ -266,7 +283,8 @@ def expert_metrics(table: Tensor, *, with_neurons: bool) -> dict[str, float]:
         ``mone/dead_neuron_share``, ``mone/load_max_over_mean``, ``mone/mass_kept``,
         ``mone/load_balance``, ``mone/kept_activation`` and, after the first time,
         ``mone/load_overlap``: means over the experts that had tokens; ``mone/density``, the mean
-        over tokens of the share of neurons that is kept; and of the worst expert
+        over tokens of the share of neurons that is kept, and, where they are counted,
+        ``mone/active_share``, of those whose activation is not zero; and of the worst expert
         ``mone/load_entropy_min`` and ``mone/dead_neuron_share_max``.
     """
     tokens = table[:, TOKENS]
@@ -295,6 +313,8 @@ def expert_metrics(table: Tensor, *, with_neurons: bool) -> dict[str, float]:
         # Of all rows of the layer, so that an expert counts by its tokens: what a token computes.
         rows = used[:, TOKENS]
         metrics["mone/density"] = ((used[:, DENSITY] * rows).sum() / rows.sum()).item()
+        if used[:, ACTIVE].any():
+            metrics["mone/active_share"] = ((used[:, ACTIVE] * rows).sum() / rows.sum()).item()
         overlap = used[:, LOAD_OVERLAP]
         if len(compared := overlap[~overlap.isnan()]):
             metrics["mone/load_overlap"] = compared.mean().item()

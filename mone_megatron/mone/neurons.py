@@ -152,6 +152,9 @@ class NeuronGate(MegatronModule):
                 num_experts=num_experts,
                 replica_group=self.usage.replica_group,
             )
+            self.usage.counts_active = self.selector.rule.needs_up_of_active(
+                self.selector.score, changes_up=self.activate_up is not None
+            )
 
     def forward(
         self,

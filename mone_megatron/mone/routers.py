@@ -139,7 +139,7 @@ class SteeredRouter(AssigningRouter):
         )
         function = self.method.loss
         assert function is not None, "a steered router has a loss"
-        loss = function(RoutedWeights(weights_NA, tokens_A, tokens, self.topk))
+        loss = function(RoutedWeights(weights_NA, tokens_A, tokens, self.topk, self.held))
         number = self.layer_number if self.told_number is None else self.told_number
         save_to_aux_losses_tracker(ROUTER_SPARSITY_LOSS, loss, number, count_layers(self.config))
         attached = MoEAuxLossAutoScaler.apply(weights_NA, loss * self.coefficient)

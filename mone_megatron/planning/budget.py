@@ -7,7 +7,7 @@ other methods the counts of :mod:`mone_megatron.planning.parameters` are exact.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mone_megatron.config.schema import Config
 from mone_megatron.methods.routers import ROUTERS
@@ -27,10 +27,13 @@ class Usage:
         density: the share of its neurons that a token keeps in an MLP that selects; None where the
             number is fixed, or nothing is selected.
         experts: the experts that a token goes to; None where the number is fixed.
+        active: the share of its neurons whose activation is not zero, where up projections of
+            others need not be known (:func:`active_are_measured`); None counts all neurons.
     """
 
     density: float | None = None
     experts: float | None = None
+    active: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Budget:
 def neurons_are_fixed(config: Config) -> bool:
     """Returns whether each token keeps a number of neurons that is set."""
     return not config.mone.enabled or RULES[config.mone.rule].fixed_count
+
+
+def active_are_measured(config: Config) -> bool:
+    """Returns whether up projections are needed of as many neurons as training finds active."""
+    return any(mlp.up_of_active for mlp in gated_mlps(config.model, config.mone).values())
 
 
 def experts_are_fixed(config: Config) -> bool:
@@ -77,10 +85,10 @@ def budget_of(config: Config, vocab_size: int, usage: Usage) -> Budget:
         visited: float = mlp.visited
         if usage.experts is not None and kind == "routed":
             visited *= usage.experts / model.experts_per_token
-        # The count is linear in the kept neurons, which need be no whole number on average.
-        without = replace(mlp, kept=0).gate_counted
-        neuron = replace(mlp, kept=1).gate_counted - without
-        activated += visited * (without + kept * neuron) - mlp.visited * mlp.gate_counted
+        ups: float = mlp.width if mlp.chosen_by_up else kept
+        if usage.active is not None and mlp.up_of_active:
+            ups = usage.active * mlp.width
+        activated += visited * mlp.used(kept, ups) - mlp.visited * mlp.gate_counted
     tokens = config.train.global_batch_size * config.train.seq_length
     more = activated - counted.activated_gate_counted
     # Of the embedding, one row is read, unless the output layer reads it whole.

@@ -5,7 +5,9 @@ There are two conventions for the parameters that one token activates, where neu
 
 - gate counted (the default): h*f + 2*h*K, since the gate projection is computed in full; where
   the up projections of all neurons must be known before any is chosen (scores such as ``wina`` and
-  ``abs_product``), they are counted in full, too: 2*h*f + h*K;
+  ``abs_product``), they are counted in full, too: 2*h*f + h*K. Where those of neurons with an
+  activation of zero need not be, their number is measured in training
+  (:mod:`mone_megatron.planning.budget`), and before it all are counted;
 - neurons only: 3*h*K.
 
 Routed experts with a cheaper gate (``model.gate``) have its weights in the place of h*f: h*q + q*f
@@ -102,8 +104,10 @@ class GatedMLP:
     # How gate and up projections are computed.
     gate: Gate
     size: GateSize
-    # Whether neurons are chosen by up projections, which are computed of all neurons then.
+    # Whether neurons are chosen by up projections, which are computed of all neurons then,
     chosen_by_up: bool = False
+    # or of those alone whose activation is not zero, as many as training finds.
+    up_of_active: bool = False
 
     @property
     def parameters(self) -> int:
@@ -115,11 +119,17 @@ class GatedMLP:
         """Returns the number of weights that a token uses in one MLP: all that neurons are chosen
         by, which is the gate and for some scores the up projections, and the rest of kept neurons.
         """
-        chosen_by = self.gate.gate_parameters(self.size)
-        if self.chosen_by_up:
-            up = self.gate.up_inputs(self.size)
-            return chosen_by + self.width * up + self.kept * (self._up_and_down - up)
-        return chosen_by + self.kept * self._up_and_down
+        return int(self.used(self.kept, self.width if self.chosen_by_up else self.kept))
+
+    def used(self, kept: float, ups: float) -> float:
+        """Returns the weights that a token uses in one MLP, the gate in full.
+
+        Args:
+            kept: neurons that it keeps; their down projections are used.
+            ups: neurons whose up projections it needs, the kept ones among them.
+        """
+        gate = self.gate.gate_parameters(self.size)
+        return gate + ups * self.gate.up_inputs(self.size) + kept * self.hidden_size
 
     @property
     def neurons_only(self) -> int:
@@ -236,6 +246,7 @@ def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
             gate=GATES[model.gate if kind == "routed" else "full"],
             size=replace(model.gate_size, neurons=width),
             chosen_by_up=mone.enabled and kind in mone.apply_to and _chosen_by_up(model, mone),
+            up_of_active=mone.enabled and kind in mone.apply_to and _up_of_active(model, mone),
         )
         for kind, (width, count, visited) in sizes.items()
     }
@@ -278,11 +289,16 @@ def _chosen_by_up(model: ModelConfig, mone: MoNEConfig) -> bool:
 
     A rule that keeps what is not zero leaves out a neuron whose activation is zero by that alone,
     unless the up projection is rectified, too: then it has to know those of all that are left.
-    Their number is not measured, so all are counted.
     """
     if RULES[mone.rule].keeps_nonzero and ACTIVATIONS[model.activation].up is None:
         return False
     return SCORES[mone.score].reads_up
+
+
+def _up_of_active(model: ModelConfig, mone: MoNEConfig) -> bool:
+    """Returns whether up projections of neurons without activation need not be known."""
+    changes_up = ACTIVATIONS[model.activation].up is not None
+    return RULES[mone.rule].needs_up_of_active(SCORES[mone.score], changes_up=changes_up)
 
 
 def moe_layers_of(model: ModelConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ import torch
 from test_each_rule import problems
 from torch import Tensor
 
+from mone_megatron.config.load import from_yaml
 from mone_megatron.kernels import reference
+from mone_megatron.lab.studies.usage import usage_of
 from mone_megatron.methods.activations import ACTIVATIONS, up_function
 from mone_megatron.mone.selection import NeuronSelection, NeuronSelector
 from mone_megatron.mone.straight_through import masked_straight_through
+from mone_megatron.planning.budget import Usage, budget_of
+from mone_megatron.planning.parameters import gated_mlps
+from mone_megatron.report.runs import load_run
 from mone_megatron.testing.launch import run_layouts
 
 RUN = (
@@ -78,17 +84,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "relu-moe": (*RUN, "model.activation=relu", "mone.enabled=false"),
         "relu": (*RUN, "model.activation=relu", *PRODUCT),
         "drelu-moe": (*RUN, "model.activation=drelu", "mone.enabled=false"),
-        "drelu": (*RUN, "model.activation=drelu", *PRODUCT),
+        "drelu": (*RUN, "model.activation=drelu", *PRODUCT, "checkpoint.interval=1"),
         "masked": RUN,
         "through": (*RUN, "mone.straight_through=true"),
         "through-balanced": (*RUN, "mone.straight_through=true", "mone.balance.coeff=0.01"),
     }
+    after_one = folder / "drelu" / "checkpoints" / "step_00000001"
+    one["drelu-resumed"] = (*one["drelu"], f"checkpoint.resume={after_one}")
     run_layouts(one, processes=1, folder=folder)
     two = {
-        name: (*one[job], *layout)
-        for name, job, layout in (
-            ("through-ep2", "through", ["parallel.expert=2"]),
-            ("through-etp2", "through", ["parallel.tensor=2", "parallel.expert_tensor=2"]),
+        f"{job}-{name}": (*one[job], *layout)
+        for job in ("through", "drelu")
+        for name, layout in (
+            ("ep2", ["parallel.expert=2"]),
+            ("etp2", ["parallel.tensor=2", "parallel.expert_tensor=2"]),
         )
     }
     run_layouts(two, processes=2, folder=folder)
@@ -106,6 +115,37 @@ def test_the_true_density_is_logged_and_nothing_else_changes(
     for with_mask, without in zip(records(runs / name), records(runs / f"{name}-moe"), strict=True):
         assert with_mask["loss"] == without["loss"]
         assert with_mask["mone/density"] == pytest.approx(density, abs=0.08)
+
+
+def test_the_share_of_positive_gates_is_logged_where_up_projections_are_rectified(
+    runs: Path,
+) -> None:
+    """It is the same in every layout and after a resume, and what a measured budget reads."""
+    found = records(runs / "drelu")
+    for record in found:
+        assert record["mone/density"] < record["mone/active_share"]
+        assert record["mone/active_share"] == pytest.approx(0.5, abs=0.08)
+    for layout in ("ep2", "etp2"):
+        for one, other in zip(found, records(runs / f"drelu-{layout}"), strict=True):
+            # A gate near 0 may have another sign where its sum is of other parts.
+            expected = pytest.approx(one["mone/active_share"], abs=1e-4)
+            assert other["mone/active_share"] == expected
+    resumed = records(runs / "drelu-resumed")
+    assert [record["mone/active_share"] for record in resumed] == [found[1]["mone/active_share"]]
+    for name in ("relu", "masked"):
+        assert all("mone/active_share" not in record for record in records(runs / name))
+    run = load_run(runs / "drelu")
+    config = from_yaml(runs / "drelu" / "config.yaml")
+    usage = usage_of(config, run)
+    assert usage == Usage(found[1]["mone/density"], None, found[1]["mone/active_share"])
+    mlp = gated_mlps(config.model, config.mone)["routed"]
+    every = budget_of(config, 512, Usage(usage.density)).activated
+    unread = (1 - found[1]["mone/active_share"]) * mlp.width * config.model.hidden_size
+    measured = budget_of(config, 512, usage).activated
+    assert every - measured == pytest.approx(mlp.visited * unread)
+    # A run of an earlier version did not count them.
+    earlier = {key: column for key, column in run.columns.items() if key != "mone/active_share"}
+    assert usage_of(config, replace(run, columns=earlier)).active is None
 
 
 def test_straight_through_starts_with_the_same_loss_and_other_gradients(runs: Path) -> None:

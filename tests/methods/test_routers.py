@@ -26,6 +26,7 @@ from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.modeling_mone import MoneRouter
 from mone_megatron.methods.router import RoutedWeights, Router, RouterSettings
 from mone_megatron.methods.routers import ROUTERS
+from mone_megatron.methods.routers.dynmoe import even_and_few
 from mone_megatron.methods.routers.expert_choice import expert_choice
 from mone_megatron.methods.routers.relu import relu
 from mone_megatron.methods.routers.sigmoid_topk import largest_sigmoids
@@ -116,6 +117,12 @@ def test_sigmoids_are_of_the_largest_logits() -> None:
             "model.router.kind: expert_choice looks at all tokens of a microbatch",
         ),
         (["model.router.kind=top_p", "model.router.top_p=0"], "model.router.top_p: 0 is"),
+        (
+            ["model.router.kind=deco"],
+            "model.router.balance: [aux_loss] beside the loss of model.router.kind=deco: it evens "
+            "out the softmax of logits, by which this router does not weigh experts; set "
+            "model.router.balance=[none] and model.router.balance_coeff=[0.0]",
+        ),
         (
             ["model.router.kind=relu"],
             "model.router.balance: [aux_loss] beside the loss of model.router.kind=relu",
@@ -394,7 +401,14 @@ DYNMOE_ROWS = [
     [0.0] * 6,
 ]
 DYNMOE_THRESHOLDS = [0.0, -0.0346328, -0.0886874, 0.0]
-DYNMOE_EVEN, DYNMOE_FEW = 1.92, 0.35
+DYNMOE_EVEN, DYNMOE_FEW, DYNMOE_APART = 1.92, 0.35, 4.239659786224365
+# Of the last of the three, which is a function of ROWS alone.
+DYNMOE_APART_ROWS = [
+    [0.0680214, -0.0833426, 0.0969958, -0.1087075, 0.1182436, -0.1254129],
+    [0.0128178, 0.0400356, -0.0920877, 0.1422966, -0.1896575, 0.2332224],
+    [-0.4834062, 0.4902389, -0.4872595, 0.4745275, -0.4522980, 0.4210157],
+    [0.0395289, -0.0655039, 0.0901677, -0.1130270, 0.1336239, -0.1515464],
+]
 
 
 @pytest.mark.usefixtures("one_process")
@@ -414,8 +428,25 @@ def test_dynmoe_is_what_its_authors_compute() -> None:
         torch.testing.assert_close(parameter.grad, torch.tensor(expected), rtol=0, atol=1e-6)
     function = ROUTERS["dynmoe"].loss
     assert function is not None
-    loss = function(RoutedWeights(weights, chosen.sum(dim=0), len(weights), 2))
-    assert loss.item() == pytest.approx(DYNMOE_EVEN + DYNMOE_FEW, rel=1e-6)
+    loads = chosen.sum(dim=0)
+    loss = function(RoutedWeights(weights, loads, len(weights), 2, router.held))
+    assert loss.item() == pytest.approx(DYNMOE_EVEN + DYNMOE_FEW + DYNMOE_APART, rel=1e-6)
+    # Ranks that share the tokens have parts of it that add up, of what reads no token, too.
+    parts = [
+        function(RoutedWeights(part, loads, len(weights), 2, router.held))
+        for part in (weights[:1], weights[1:])
+    ]
+    assert sum(part.item() for part in parts) == pytest.approx(loss.item(), rel=1e-6)
+    # All three parts are attached in training: without the first two, what pulls is the third.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    router.coefficient, router.weight.grad = 1.0, None
+    (0 * router(tokens())[0]).sum().backward()
+    pulled = router.weight.grad
+    router.coefficient, router.weight.grad = 0.0, None
+    weights, _ = router(tokens())
+    even_and_few(RoutedWeights(weights, loads, len(weights), 2)).backward()
+    expected = torch.tensor(DYNMOE_APART_ROWS)
+    torch.testing.assert_close(pulled - router.weight.grad, expected, rtol=0, atol=1e-5)
 
 
 def by_thresholds(scores: list[float], thresholds: list[float]) -> list[float]:

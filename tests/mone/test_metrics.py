@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mone_megatron.kernels.reference import segment_matrix, topk_mask
 from mone_megatron.mone.metrics import (
+    ACTIVE,
     DEAD_SHARE,
     DENSITY,
     KEPT_ACTIVATION,
@@ -120,12 +121,33 @@ def test_by_hand() -> None:
     )
 
 
+def test_active_neurons_are_counted_where_somebody_asks() -> None:
+    """Of four neurons 2, 0 and 3 have an activation; a NaN is none. A token counts like a token."""
+    activation = torch.tensor(
+        [[1.0, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, math.nan], [0.2, -0.1, 3.0, 0.0]]
+    )
+    mask = torch.tensor([[True, False, False, False]] * 3)
+    usage = _usage()
+    usage.counts_active = True
+    _count(usage, activation, mask, torch.tensor([0, 0, 1]))
+    table = _table(usage)
+    assert table[:, ACTIVE].tolist() == pytest.approx([2 / 8, 3 / 4])
+    metrics = expert_metrics(table, with_neurons=True)
+    assert metrics["mone/active_share"] == pytest.approx(5 / 12)
+    plain = _usage()
+    _count(plain, activation, mask, torch.tensor([0, 0, 1]))
+    others = [column for column in range(NUM_COLUMNS) if column != ACTIVE]
+    torch.testing.assert_close(_table(plain)[:, others], table[:, others], equal_nan=True)
+    assert "mone/active_share" not in expert_metrics(_table(plain), with_neurons=True)
+
+
 def test_even_load_has_entropy_one_and_no_dead_neurons() -> None:
     usage = _usage(experts=1)
     mask = torch.eye(8).bool()
     _count(usage, torch.ones(8, 8), mask, torch.zeros(8, dtype=torch.long))
     row = _table(usage)[0].tolist()
-    assert row == pytest.approx([8, 1.0, 0.0, 1.0, 1 / 8, 1.0, 1.0, 1 / 8, math.nan], nan_ok=True)
+    expected = [8, 1.0, 0.0, 1.0, 1 / 8, 1.0, 1.0, 1 / 8, 0.0, math.nan]
+    assert row == pytest.approx(expected, nan_ok=True)
 
 
 def test_load_overlap_with_the_table_before() -> None:

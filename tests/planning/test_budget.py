@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from mone_megatron.config.load import compose
-from mone_megatron.planning.budget import Usage, budget_of, experts_are_fixed, neurons_are_fixed
+from mone_megatron.methods.gates import GATES
+from mone_megatron.planning.budget import (
+    Usage,
+    active_are_measured,
+    budget_of,
+    experts_are_fixed,
+    neurons_are_fixed,
+)
 from mone_megatron.planning.flops import flops_per_step
 from mone_megatron.planning.match import value_of
 
@@ -28,6 +38,70 @@ def test_measured_neurons_cost_as_those_of_another_keep_ratio() -> None:
         for ratio in (0.25, 0.5)
     )
     assert budget_of(quarter, VOCAB, Usage(density=0.5)) == budget_of(half, VOCAB, Usage())
+
+
+@pytest.mark.parametrize("gate", ["full", "split", "low_rank"])
+@pytest.mark.parametrize("kind", ["drelu", "relu"])
+def test_up_projections_of_neurons_without_activation_cost_nothing(kind: str, gate: str) -> None:
+    """The count is an enumeration of the weights that some tokens read, in one expert of each."""
+    config = compose(
+        [
+            "experiment=tiny_mone", f"model.vocab_size={VOCAB}", f"model.activation={kind}",
+            "mone.rule=nonzero", "mone.score=abs_product", f"model.gate={gate}",
+        ]
+    )  # fmt: skip
+    model = config.model
+    hidden, width = model.hidden_size, model.expert_ffn_hidden_size
+    gates, ups = torch.randn(2, 6, width, generator=torch.Generator().manual_seed(5))
+    size = replace(model.gate_size, neurons=width)
+    read = 0
+    for token_gates, token_ups in zip(gates.tolist(), ups.tolist(), strict=True):
+        read += GATES[gate].gate_parameters(size)
+        for g, u in zip(token_gates, token_ups, strict=True):
+            if g > 0:
+                # With ReLU the up projection is not rectified, and no other neuron is kept.
+                read += GATES[gate].up_inputs(size)
+                read += hidden * (u > 0 or kind == "relu")
+    rectified = ups > 0 if kind == "drelu" else torch.ones_like(ups).bool()
+    usage = Usage(
+        density=((gates > 0) & rectified).float().mean().item(),
+        active=(gates > 0).float().mean().item() if kind == "drelu" else None,
+    )
+    assert active_are_measured(config) == (kind == "drelu")
+    found = budget_of(config, VOCAB, usage)
+    visits = model.num_layers * model.experts_per_token
+    nothing = budget_of(config, VOCAB, Usage(density=0.0, active=0.0))
+    whole = GATES[gate].gate_parameters(size)
+    assert found.activated - nothing.activated == pytest.approx(visits * (read / 6 - whole))
+    assert found.decode_bytes - nothing.decode_bytes == pytest.approx(
+        2 * (found.activated - nothing.activated)
+    )
+    tokens = config.train.global_batch_size * config.train.seq_length
+    assert found.step_flops - nothing.step_flops == pytest.approx(
+        6 * tokens * (found.activated - nothing.activated)
+    )
+
+
+def test_active_neurons_that_nobody_measured_are_all() -> None:
+    config = compose(
+        [
+            "experiment=tiny_mone", f"model.vocab_size={VOCAB}", "model.activation=drelu",
+            "mone.rule=nonzero", "mone.score=abs_product",
+        ]
+    )  # fmt: skip
+    assert budget_of(config, VOCAB, Usage(density=0.2)) == budget_of(
+        config, VOCAB, Usage(density=0.2, active=1.0)
+    )
+    # Others have no use for it: they need the up projections of all neurons, or of kept ones.
+    for override in ("mone.score=abs_activation", "mone.rule=topk", "model.activation=relu"):
+        other = compose(
+            [
+                "experiment=tiny_mone", f"model.vocab_size={VOCAB}", "model.activation=drelu",
+                "mone.rule=nonzero", "mone.score=abs_product", override,
+            ]
+        )  # fmt: skip
+        assert not active_are_measured(other)
+        assert budget_of(other, VOCAB, Usage(0.2)) == budget_of(other, VOCAB, Usage(0.2, None, 0.5))
 
 
 def test_measured_experts_cost_as_those_that_are_set() -> None:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from mone_megatron.config.schema import Config
-from mone_megatron.planning.budget import Usage, experts_are_fixed, neurons_are_fixed
+from mone_megatron.planning.budget import (
+    Usage,
+    active_are_measured,
+    experts_are_fixed,
+    neurons_are_fixed,
+)
 from mone_megatron.report.runs import Run
 
+# The metric of the share of active neurons, which runs of earlier versions do not have.
+_ACTIVE = "mone/active_share"
 # The share of a run, at its end, whose steps are averaged.
 LAST_SHARE = 0.25
 
@@ -15,17 +22,22 @@ LAST_SHARE = 0.25
 def usage_of(config: Config, run: Run) -> Usage:
     """Returns what the tokens of a run of ``config`` used over the last quarter of its steps.
 
+    A run that did not count active neurons is one of an earlier version; all of them count then, as
+    they did.
+
     Raises:
         ValueError: naming the run, when it has not recorded that.
     """
-    density = experts = None
+    density = experts = active = None
     if not neurons_are_fixed(config):
         density = _mean_of_last(run, "mone/density")
+    if active_are_measured(config) and _ACTIVE in run.columns:
+        active = _mean_of_last(run, _ACTIVE)
     if not experts_are_fixed(config):
         tokens = config.train.global_batch_size * config.train.seq_length
         per_expert = _mean_of_last(run, "router/tokens_per_expert_mean")
         experts = per_expert * config.model.num_experts / tokens
-    return Usage(density, experts)
+    return Usage(density, experts, active)
 
 
 def _mean_of_last(run: Run, metric: str) -> float:

@@ -2,8 +2,12 @@
 
 The scale is apart from the choice, and may be of either sign: it balances what routed experts and a
 shared expert contribute. The loss is the entropy of a token's weights before they are scaled, which
-presses on the number of experts; ``model.router.density`` steers its coefficient, as the authors'
-code does. (Their scripts leave it at 0: there the activation function keeps the density.)
+presses on the number of experts and does nothing for even loads; ``model.router.density`` steers
+its coefficient, as the authors' runs do, from 1e-8 in steps of 1.002 or 1.001.
+
+DECO has NormSiLU beside it, in experts without a gate: SiLU of an RMSNorm over an expert's neurons,
+less the mean over those of all experts, chosen or not. Here experts have a gate, and an activation
+is a function of one neuron alone, so that the router is what there is of DECO.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ expert learns; a token that none takes goes to the one of largest cosine. All ex
 weigh the same. Gradients pass the step as if it were the difference itself, at chosen experts.
 
 The authors leave a token that no expert takes without one in training, and give it one otherwise.
-Of their loss two parts are here, even loads and few experts; the third, which keeps the experts'
-directions apart, reads no token.
+Their loss is even loads, few experts, and directions that are short and at right angles.
 """
 
 from __future__ import annotations
@@ -64,6 +63,28 @@ def all_above(differences_NA: Tensor) -> Tensor:
     return chosen_NA * step_NA / chosen_NA.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
+def apart_and_short(rows_AH: Tensor) -> Tensor:
+    """Returns the Frobenius norm of the directions' cosines less the identity, and the mean length.
+
+    It is an fp32 scalar; ``rows_AH`` are the directions of the experts.
+    """
+    from torch import eye
+    from torch.linalg import matrix_norm, vector_norm
+
+    wide_AH = rows_AH.float()
+    lengths_A1 = vector_norm(wide_AH, dim=-1, keepdim=True)
+    unit_AH = wide_AH / lengths_A1.clamp_min(_SHORTEST)
+    cosines_AA = unit_AH @ unit_AH.T
+    same_AA = eye(len(wide_AH), dtype=wide_AH.dtype, device=wide_AH.device)
+    apart: Tensor = matrix_norm(cosines_AA - same_AA)
+    return apart + lengths_A1.mean()
+
+
+def loss(routed: RoutedWeights) -> Tensor:
+    """Returns this rank's part of the three parts of the loss, which all count the same."""
+    return even_and_few(routed) + routed.share * apart_and_short(routed.held["weight"])
+
+
 def even_and_few(routed: RoutedWeights) -> Tensor:
     """Returns this rank's part of A times sum of share times mean weight, and of the mean density.
 
@@ -87,5 +108,5 @@ METHOD = Router(
     assign=lambda logits_NA, settings: all_above(logits_NA),
     fixed_count=False,
     latent=lambda settings: 2 * settings.experts,
-    loss=even_and_few,
+    loss=loss,
 )

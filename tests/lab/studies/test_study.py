@@ -269,10 +269,16 @@ def test_budgets_that_no_method_fixes_are_those_of_the_last_steps(
         "variants": {
             "topk": ["mone.keep_ratio=0.25"],
             "mass": ["mone.rule=mass", "mone.keep_ratio=0.25"],
+            "dReLU": [
+                "mone.rule=nonzero",
+                "mone.score=abs_product",
+                "model.activation=drelu",
+                "mone.keep_ratio=0.25",
+            ],
         },
     }
     read = load_study(write(tmp_path / "x.yaml", **changes))
-    assert set(read.configs) == {"topk", "mass"}  # judged when they are trained
+    assert set(read.configs) == {"topk", "mass", "dReLU"}  # judged when they are trained
     done = study(tmp_path / "x.yaml", "--seeds", 1, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "x" / "study.json").read_text(encoding="utf-8"))
@@ -288,8 +294,18 @@ def test_budgets_that_no_method_fixes_are_those_of_the_last_steps(
     assert budgets["mass"] - budgets["topk"] == pytest.approx(
         visited * 2 * model.hidden_size * kept
     )
-    off = budgets["mass"] / budgets["topk"] - 1
-    assert ("not compared: its budget" in done.stdout) == (abs(off) > 0.01)
+    # Where a gate is 0 no up projection is needed.
+    drelu = metrics.parents[2] / "dReLU" / "seed_1" / "metrics.jsonl"
+    used = json.loads(drelu.read_text(encoding="utf-8").splitlines()[-1])
+    ups, kept = (used[f"mone/{name}"] - 0.25 for name in ("active_share", "density"))
+    assert ups > kept
+    assert budgets["dReLU"] - budgets["topk"] == pytest.approx(
+        visited * model.hidden_size * (ups + kept) * model.expert_ffn_hidden_size
+    )
+    for name, budget in budgets.items():
+        off = abs(budget / budgets["topk"] - 1)
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"| {name} |")]
+        assert ("not compared: its budget" in line) == (off > 0.01)
 
     # The planner matches what that run used, too.
     matched = [
@@ -301,6 +317,12 @@ def test_budgets_that_no_method_fixes_are_those_of_the_last_steps(
     assert pair["mone"] == round(budgets["mass"])
     assert plan_main(matched) == 0
     assert "mone.rule=mass fixes no number of neurons; counted with" in capsys.readouterr().out
+    matched[1:2] = read.variants["dReLU"]
+    assert plan_main([*matched, "--measured", str(drelu.parent)]) == 0
+    pair = json.loads((tmp_path / "pair.json").read_text(encoding="utf-8"))
+    assert pair["mone"] == round(budgets["dReLU"])
+    assert plan_main(matched) == 0
+    assert "needs up projections where the gate is positive" in capsys.readouterr().out
 
 
 def test_table_and_picture() -> None:
