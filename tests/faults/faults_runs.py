@@ -17,7 +17,7 @@ from faults_table import Tally
 from mone_megatron.testing.launch import REPOSITORY
 from mone_megatron.testing.warm_start import run_python
 
-TINY = ("experiment=tiny_mone", "device=cpu", *QUIET)
+TINY = ("experiment=tiny_mone", "device=cpu", *QUIET, "model.num_layers=2")
 _MAINS = Path(__file__).with_name("many_mains.py")
 
 

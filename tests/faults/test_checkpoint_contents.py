@@ -27,6 +27,7 @@ from mone_megatron.train.step import Stepper
 TINY = (
     "experiment=tiny_mone",
     "device=cpu",
+    "model.num_layers=2",
     "model.router.score_function=sigmoid",
     "model.router.expert_bias=true",
     "checkpoint.keep_last=9",

@@ -41,7 +41,10 @@ from mone_megatron.train.health.watchdog import Watchdog
 from mone_megatron.train.resume import writing
 from mone_megatron.train.resume.writing import BackgroundSave
 
-RUN = ("experiment=tiny_moe", "device=cpu", *QUIET, "data.max_megabytes=0.2", "train.steps=4000")
+RUN = (
+    "experiment=tiny_moe", "device=cpu", *QUIET, "data.max_megabytes=0.2", "train.steps=4000",
+    "model.num_layers=2",
+)  # fmt: skip
 KILLED = "was killed by SIGKILL, which a machine that runs out of memory sends"
 
 

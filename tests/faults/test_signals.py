@@ -27,7 +27,7 @@ from mone_megatron.train.health.signals import (
     exit_code,
 )
 
-ENDLESS = ("experiment=tiny_mone", "device=cpu", *QUIET, "train.steps=50000")
+ENDLESS = ("experiment=tiny_mone", "device=cpu", *QUIET, "model.num_layers=2", "train.steps=50000")
 SAVING = ("checkpoint.interval=50000", "checkpoint.resume=auto")
 CPU = torch.device("cpu")
 

@@ -19,6 +19,7 @@ from mone_megatron.testing.launch import run_layouts
 
 RUN = (
     "device=cpu", "data.max_megabytes=0.2", "train.steps=2", "checkpoint.interval=2",
+    "model.num_layers=2", "train.global_batch_size=4",
     "logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none",
     "model.activation=drelu",
 )  # fmt: skip

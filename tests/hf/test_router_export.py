@@ -24,6 +24,7 @@ from mone_megatron.testing.launch import run_layouts
 
 QUIET = (
     "device=cpu", "data.max_megabytes=0.2", "train.steps=2", "checkpoint.interval=2",
+    "model.num_layers=2", "train.global_batch_size=4",
     "logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none",
 )  # fmt: skip
 OWN_BALANCE = ("model.router.balance=[none]", "model.router.balance_coeff=[0.0]")

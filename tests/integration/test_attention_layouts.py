@@ -51,6 +51,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("attention")
     common = ("experiment=tiny_mone", *SETTINGS, *prepare_corpus(folder), f"train.steps={STEPS}")
+    common = (*common, "model.num_layers=2", "train.global_batch_size=4")
     one = {f"{case}-one": (*common, *parts) for case, (parts, _) in CASES.items()}
     run_layouts(one, processes=1, folder=folder)
     for processes in (2, 4):

@@ -18,6 +18,8 @@ RUN = (
     "experiment=tiny_mone",
     *QUIET,
     "train.steps=4",
+    "train.global_batch_size=4",
+    "model.num_layers=2",
     "train.eval_interval=2",
     "train.eval_steps=1",
     "logging.layer_interval=1",

@@ -44,6 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prediction")
     common = ("experiment=tiny_mone", *SETTINGS, *prepare_corpus(folder), f"train.steps={STEPS}")
     common = (*common, "checkpoint.interval=2", "checkpoint.keep_last=2", DEPTH)
+    common = (*common, "train.global_batch_size=4")
     middle = f"checkpoint.resume={folder / 'plain-one' / 'checkpoints' / 'step_00000002'}"
     one = {f"{case}-one": (*common, *parts) for case, (parts, _) in CASES.items()}
     run_layouts(one | {"resumed": (*common, middle)}, processes=1, folder=folder)

@@ -142,9 +142,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of one process that only its files are read of."""
     folder = tmp_path_factory.mktemp("variants")
-    common = ("experiment=tiny_mone", *QUIET, "train.steps=2", "logging.layer_interval=1")
-    five = (*QUIET, "train.steps=5")
-    once = ("experiment=tiny_moe", "train.steps=1", *QUIET)
+    small = (*QUIET, "model.num_layers=2", "train.global_batch_size=4")
+    common = ("experiment=tiny_mone", *small, "train.steps=2", "logging.layer_interval=1")
+    five = (*small, "train.steps=5")
+    once = ("experiment=tiny_moe", "train.steps=1", *small)
     jobs = {name: (*common, *overrides) for name, overrides in VARIANTS.items()} | {
         "baseline": ("experiment=tiny_moe", *five),
         "keeps_all": ("experiment=tiny_mone", "mone.keep_ratio=1.0", *five),

@@ -25,6 +25,7 @@ from mone_megatron.testing.launch import run_layouts
 
 RUN = (
     "experiment=tiny_mone", "device=cpu", "data.max_megabytes=0.2", "train.steps=2",
+    "model.num_layers=2", "train.global_batch_size=4",
     "logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none",
     "mone.balance.coeff=0", "logging.layer_interval=1",
 )  # fmt: skip

@@ -116,6 +116,7 @@ def test_the_signed_form_can_fall_below_zero() -> None:
 
 RUN = (
     "experiment=tiny_mone", "device=cpu", "data.max_megabytes=0.2", "train.steps=3",
+    "model.num_layers=2", "train.global_batch_size=4",
     "logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none",
     "mone.balance.coeff=0.05",
 )  # fmt: skip

@@ -108,6 +108,7 @@ def test_no_rows_keep_nothing() -> None:
 
 RUN = (
     "experiment=tiny_mone", "device=cpu", "data.max_megabytes=0.2", "train.steps=2",
+    "model.num_layers=2", "train.global_batch_size=4",
     "logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none",
     "logging.layer_interval=1",
 )  # fmt: skip

@@ -132,6 +132,7 @@ def test_the_planner_counts_what_the_backward_pass_keeps(dtype: torch.dtype, siz
 
 RUN = (
     "experiment=tiny_moe", "device=cpu", "data.max_megabytes=0.2", "train.steps=4",
+    "model.num_layers=2", "train.global_batch_size=4",
     "logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none",
     "checkpoint.interval=2", "model.experts=product_key", "model.num_experts=0",
     "model.product_key.keys=16",

@@ -562,6 +562,7 @@ def test_the_loss_of_a_steered_router_pulls_with_its_coefficient() -> None:
 def test_relu_comes_to_the_target_density(tmp_path: Path) -> None:
     run = (
         "experiment=tiny_moe", "device=cpu", "data.max_megabytes=0.2", "train.steps=40",
+        "model.num_layers=2", "train.global_batch_size=4",
         "logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none",
         "model.router.kind=relu", "model.router.density.start=0.02", "optim.lr=3e-3", *UNBALANCED,
     )  # fmt: skip

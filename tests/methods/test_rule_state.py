@@ -18,6 +18,7 @@ from mone_megatron.testing.launch import run_layouts
 
 RUN = (
     "experiment=tiny_mone", "device=cpu", "data.max_megabytes=0.2", "train.steps=2",
+    "train.global_batch_size=4",
     "checkpoint.interval=1", "logging.wandb.mode=disabled", "logging.report=false",
     "logging.progress=none",
 )  # fmt: skip

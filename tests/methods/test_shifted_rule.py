@@ -71,6 +71,7 @@ def test_a_row_that_holds_a_nan_keeps_nothing_and_an_even_row_has_a_slope() -> N
 
 RUN = (
     "experiment=tiny_mone", "device=cpu", "data.max_megabytes=0.2", "train.steps=3",
+    "model.num_layers=2", "train.global_batch_size=4",
     "logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none",
     "logging.layer_interval=1", "checkpoint.interval=1", "mone.rule=statistical",
     "mone.score=signed_gate",

@@ -23,6 +23,7 @@ from mone_megatron.testing.processes import Processes
 STEPS = 3
 RUN = [
     "experiment=tiny_moe",
+    "model.num_layers=2",
     "model.first_dense_layers=1",
     "train.seq_length=16",
     "train.micro_batch_size=1",

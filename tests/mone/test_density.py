@@ -101,6 +101,7 @@ def test_a_meter_counts_only_when_it_is_asked_to() -> None:
 
 RUN = (
     "experiment=tiny_mone", "device=cpu", "data.max_megabytes=0.2", "train.steps=4",
+    "model.num_layers=2", "train.global_batch_size=4",
     "logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none",
     "logging.layer_interval=1", "checkpoint.interval=2", "mone.density.step=alpha",
 )  # fmt: skip

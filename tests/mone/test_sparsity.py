@@ -148,6 +148,7 @@ def test_gradient_scales_with_the_loss() -> None:
 
 RUN = (
     "device=cpu", "data.max_megabytes=0.2", "train.steps=3", "logging.wandb.mode=disabled",
+    "model.num_layers=2", "train.global_batch_size=4",
     "logging.report=false", "logging.progress=none", "model.sparsity_coeff=0.003",
 )  # fmt: skip
 ON_TWO = ("ep2", "tp2_etp2", "tp2_ep1_etp1", "pp2", "etp2_tp1")

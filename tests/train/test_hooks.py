@@ -24,6 +24,7 @@ from mone_megatron.train.resume.checkpointer import Position
 
 RUN = (
     "experiment=tiny_mone", "device=cpu", "data.max_megabytes=0.2", "train.steps=4",
+    "model.num_layers=2", "train.global_batch_size=4",
     "checkpoint.interval=2", "logging.wandb.mode=disabled", "logging.report=false",
     "logging.progress=none", "logging.layer_interval=0",
 )  # fmt: skip

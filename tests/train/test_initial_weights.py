@@ -29,6 +29,7 @@ from mone_megatron.train.resume.saved_state import (
 TINY = (
     "experiment=tiny_mone",
     "device=cpu",
+    "model.num_layers=2",
     "model.router.score_function=sigmoid",
     "model.router.expert_bias=true",
 )

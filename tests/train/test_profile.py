@@ -15,6 +15,7 @@ from mone_megatron.testing.launch import run_layouts
 
 TINY = [
     "experiment=tiny_mone", "device=cpu", "device.threads=1",
+    "model.num_layers=2", "train.global_batch_size=4",
     "logging.wandb.mode=disabled", "logging.report=false",
 ]  # fmt: skip
 

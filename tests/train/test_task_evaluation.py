@@ -27,6 +27,7 @@ LIMIT = 7
 # The vocabulary is padded, and by more than one of two ranks' columns have a place for.
 BASE = [
     "experiment=tiny_mone", "device.kind=cpu", "train.steps=2", "train.global_batch_size=4",
+    "model.num_layers=2",
     "data.max_megabytes=0.3", "data.vocab_size=400", "model.vocab_padding_multiple=256",
     "logging.wandb.mode=disabled", "logging.progress=none", "checkpoint.interval=2",
 ]  # fmt: skip
