@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,11 @@ _GROUPS = "this project makes no process groups for it"
 _FP16 = "it is for fp16, which this project does not train in"
 _OPTIMIZER = "the optimizers of optim.name do not read it"
 _FSDP = "it is for Megatron-FSDP, which cannot be used: checkpoints do not hold what that keeps"
+_BUFFERS = "this project makes no buffers for it"
+_RANDOM = "this project keeps the random states itself"
+_TESTS = "it is for megatron-core's own tests"
+_KITCHEN = "this project takes no modules of Kitchen"
+_NCCL_EP = "it is for NCCL-EP, which cannot be used"
 _NOWHERE = "megatron-core reads it nowhere"
 
 # Part -> field of megatron-core -> the key of ours that sets it, or why it cannot be set. Users may
@@ -195,7 +200,24 @@ NOT_READ: Mapping[str, Mapping[str, str]] = {
         "ep_overlap_early_attn_memory_release": _STEP,
         "high_priority_a2a_comm_stream": _STEP,
         "num_microbatches_with_partial_activation_checkpoints": _STEP,
+        "moe_enable_routing_replay": _STEP,
         "moe_layer_recompute": "train.recompute",
+        # What is computed in another type is autocast on CUDA only.
+        "enable_autocast": "device.dtype",
+        "autocast_dtype": "device.dtype",
+        "tp_comm_": _BUFFERS,
+        "pipeline_model_parallel_comm_backend": _GROUPS,
+        "use_te_rng_tracker": _RANDOM,
+        "test_mode": _TESTS,
+        "use_kitchen": _KITCHEN,
+        "use_kitchen_attention": _KITCHEN,
+        "kitchen_attention_backend": _KITCHEN,
+        "moe_ncclep_": _NCCL_EP,
+        # Of a way to balance experts that model.router.balance has not.
+        "moe_router_quantile_balancing_ema": _MISSING,
+        # Part of apply_rope_fusion.
+        "fused_single_qkv_rope": _OURS,
+        "use_ring_exchange_p2p": "PyTorch has no ring_exchange",
         "cross_entropy_loss_fusion": _OURS,
         "cross_entropy_fusion_impl": _OURS,
         "transformer_impl": _OURS,
@@ -207,8 +229,11 @@ NOT_READ: Mapping[str, Mapping[str, str]] = {
         "apply_residual_connection_post_layernorm": _NOWHERE,
         "moe_token_dropping": _NOWHERE,
         "moe_per_layer_logging": _NOWHERE,
+        "async_tensor_model_parallel_allreduce": _NOWHERE,
+        "disable_bf16_reduced_precision_matmul": _NOWHERE,
     },
     "optimizer": {
+        "fp8_recipe": _STATE,
         "use_precision_aware_optimizer": _STATE,
         "store_param_remainders": _STATE,
         "optimizer_cpu_offload": _STATE,
@@ -243,6 +268,8 @@ NOT_READ: Mapping[str, Mapping[str, str]] = {
         "keep_fp8_transpose_cache": _FSDP,
         "preserve_fp32_weights": _FSDP,
         "suggested_communication_unit_size": _FSDP,
+        "gradient_reduce_div_fusion": _FSDP,
+        "num_buckets": _FSDP,
         "fp8_param_gather": _STATE,
         "fp4_param_gather": _STATE,
         "reuse_grad_buf_for_mxfp8_param_ag": _STATE,
@@ -251,6 +278,56 @@ NOT_READ: Mapping[str, Mapping[str, str]] = {
         "check_for_large_grads": "train.on_bad_loss",
     },
 }
+
+# Part -> field of megatron-core, or how fields begin -> fields of which one has to be set for it to
+# be read.
+READ_WITH: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "transformer": {
+        "fp8_": ("fp8",),
+        "fp4_": ("fp4",),
+        "tp_only_amax_red": ("fp8", "fp4"),
+        "first_last_layers_bf16": ("fp8", "fp4"),
+        "num_layers_at_start_in_bf16": ("first_last_layers_bf16",),
+        "num_layers_at_end_in_bf16": ("first_last_layers_bf16",),
+        "cpu_offloading_": ("cpu_offloading",),
+        "wgrad_deferral_limit": ("defer_embedding_wgrad_compute",),
+        "qk_clip_": ("qk_clip",),
+        "moe_pad_expert_input_to_capacity": ("moe_expert_capacity_factor",),
+        "moe_token_drop_policy": ("moe_expert_capacity_factor",),
+        "moe_paged_stash_": ("moe_paged_stash",),
+        "min_offloaded_tensor_size": ("fine_grained_activation_offloading",),
+        "delay_offload_until_cuda_graph": ("fine_grained_activation_offloading",),
+        "delta_offload_bytes_across_pp_ranks": ("fine_grained_activation_offloading",),
+        "activation_offload_fraction": ("fine_grained_activation_offloading",),
+        "fine_grained_offloading_": ("fine_grained_activation_offloading",),
+    },
+    "optimizer": {"decoupled_min_lr": ("decoupled_lr",)},
+    "ddp": {"disable_symmetric_registration": ("nccl_ub",)},
+}
+
+# Fields of its TransformerConfig that only the flex dispatcher reads: how their names begin.
+FLEX = ("moe_flex_dispatcher_num_", "moe_deepep_", "moe_hybridep_", "moe_permute_fusion_into_")
+
+# What only modules of Transformer Engine read, or what is made of it. On a CPU there are none.
+BY_TRANSFORMER_ENGINE = frozenset(
+    {
+        "cp_comm_type",
+        "cpu_offloading",
+        "disable_parameter_transpose_cache",
+        "moe_permute_fusion",
+        "moe_router_fusion",
+        "symmetric_ar_type",
+    }
+)
+
+# Fields of its DistributedDataParallelConfig that are of NCCL: gloo has nothing for them.
+BY_NCCL = frozenset({"nccl_ub"})
+
+
+def found_in(name: str, names: Iterable[str]) -> str | None:
+    """Returns the one of ``names`` that a field has or, where it ends in ``_``, begins with."""
+    starts = (one for one in names if one == name or (one.endswith("_") and name.startswith(one)))
+    return next(starts, None)
 
 
 def why_not_settable(part: str, name: str) -> str | None:
@@ -265,11 +342,8 @@ def why_not_settable(part: str, name: str) -> str | None:
     """
     if name in SET_HERE[part]:
         return SET_HERE[part][name]
-    unread = NOT_READ[part]
-    if name in unread:
-        return unread[name]
-    begins = (start for start in unread if start.endswith("_") and name.startswith(start))
-    return next((unread[start] for start in begins), None)
+    entry = found_in(name, NOT_READ[part])
+    return None if entry is None else NOT_READ[part][entry]
 
 
 @dataclass(frozen=True)

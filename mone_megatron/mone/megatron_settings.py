@@ -30,6 +30,8 @@ GATED_MLP: dict[str, Any] = _COMMON | {
     "activation_func_clamp_value": None,
     "activation_func_fp8_input_store": False,
     "use_te_activation_func": False,
+    # Neurons and experts are balanced over all tokens of a microbatch.
+    "mlp_chunks_for_training": 1,
 }
 ROUTED_EXPERTS: dict[str, Any] = GATED_MLP | {
     "moe_apply_probs_on_input": False,
@@ -60,6 +62,9 @@ NORM: dict[str, Any] = {
     "layernorm_zero_centered_gamma": False,
     "batch_invariant_mode": False,
     "fused_residual_rmsnorm": False,
+    "memory_efficient_layer_norm": False,
+    # It would get fp32, and give it on to layers in bf16.
+    "fp32_residual_connection": False,
 }
 
 

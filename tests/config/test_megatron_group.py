@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,26 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose
-from mone_megatron.config.megatron import NOT_READ, SET_HERE, why_not_settable, with_given
+from mone_megatron.config.megatron import (
+    BY_TRANSFORMER_ENGINE,
+    NOT_READ,
+    READ_WITH,
+    SET_HERE,
+    found_in,
+    why_not_settable,
+    with_given,
+)
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
 from mone_megatron.megatron_fields import CLASSES, MLA_CLASS, fields_of
-from mone_megatron.megatron_release import megatron_release
+from mone_megatron.megatron_release import megatron_folder, megatron_release
 from mone_megatron.model.transformer import transformer_config
+from mone_megatron.mone.megatron_settings import CORE_ATTENTION, NORM, ROUTED_EXPERTS
 from mone_megatron.planning.unmodelled import unmodelled
 
 LATER = megatron_release() >= (0, 19, 0)
+# Refused by the modules that do not compute them.
+COMPUTED = NORM.keys() | CORE_ATTENTION.keys() | ROUTED_EXPERTS.keys()
 UPSTREAM: dict[str, Any] = {
     "transformer": TransformerConfig,
     "optimizer": OptimizerConfig,
@@ -134,6 +147,26 @@ def test_fields_reach_megatron_core_and_the_identity_of_the_plan() -> None:
         ("megatron.optimizer.hysteresis=4", "it is for fp16"),
         ("megatron.ddp.fsdp_double_buffer=true", "it is for Megatron-FSDP, which cannot be used"),
         ("megatron.ddp.num_distributed_optimizer_instances=2", "makes no process groups for it"),
+        ("megatron.ddp.gradient_reduce_div_fusion=false", "it is for Megatron-FSDP"),
+        ("megatron.transformer.enable_autocast=true", "device.dtype sets it; use that key"),
+        ("megatron.transformer.tp_comm_overlap=true", "this project makes no buffers for it"),
+        ("megatron.transformer.test_mode=true", "it is for megatron-core's own tests"),
+        ("megatron.transformer.use_te_rng_tracker=true", "keeps the random states itself"),
+        ("megatron.transformer.use_ring_exchange_p2p=true", "PyTorch has no ring_exchange"),
+        ("megatron.transformer.memory_efficient_layer_norm=true", "is not computed by the experts"),
+        ("megatron.transformer.fp32_residual_connection=true", "is not computed by the experts"),
+        # Only with something else that is not there.
+        ("megatron.transformer.fp8_margin=1", "it is read beside megatron.transformer.fp8 only"),
+        ("megatron.transformer.first_last_layers_bf16=true", "fp8 or megatron.transformer.fp4"),
+        ("megatron.transformer.qk_clip_alpha=0.4", "beside megatron.transformer.qk_clip only"),
+        ("megatron.transformer.moe_token_drop_policy=position", "moe_expert_capacity_factor only"),
+        ("megatron.optimizer.decoupled_min_lr=0.1", "beside megatron.optimizer.decoupled_lr only"),
+        ("megatron.transformer.moe_deepep_num_sms=8", "no effect with parallel.dispatcher"),
+        ("megatron.transformer.moe_router_fusion=true", "Transformer Engine (a CPU has none)"),
+        ("megatron.transformer.moe_permute_fusion=true", "Transformer Engine (a CPU has none)"),
+        ("megatron.transformer.cpu_offloading=true", "Transformer Engine (a CPU has none)"),
+        ("megatron.transformer.cp_comm_type=p2p", "Transformer Engine (a CPU has none)"),
+        ("megatron.ddp.nccl_ub=true", "it needs NCCL, which is for GPUs"),
     ],
 )
 def test_what_it_refuses(override: str, says: str) -> None:
@@ -158,7 +191,10 @@ def test_what_it_refuses(override: str, says: str) -> None:
         ("megatron.optimizer.optimizer_cuda_graph=true", "this trainer makes no CUDA graph"),
         ("megatron.optimizer.lion_beta1=0.9", "the optimizers of optim.name do not read it"),
         ("megatron.ddp.megatron_fsdp_cuda_graph_mode=true", "it is for Megatron-FSDP"),
-        ("megatron.ddp.num_buckets=few", "'few' is not int"),
+        ("megatron.ddp.num_buckets=4", "it is for Megatron-FSDP"),
+        ("megatron.transformer.mlp_chunks_for_training=2", "is not computed by the experts"),
+        ("megatron.transformer.moe_flex_dispatcher_num_sms=8", "use parallel.dispatcher=flex"),
+        ("megatron.transformer.moe_ncclep_zero_copy=true", "it is for NCCL-EP"),
     ],
 )
 def test_what_it_refuses_of_later_releases(override: str, says: str) -> None:
@@ -173,12 +209,13 @@ def test_what_it_refuses_of_later_releases(override: str, says: str) -> None:
         "megatron.transformer.rotary_interleaved=true",
         "megatron.optimizer.decoupled_lr=0.001",
         "megatron.ddp.average_in_collective=true",
+        # As it is without them.
+        "megatron.transformer.moe_permute_fusion=false",
+        "megatron.transformer.moe_router_fusion=false",
     ] + [
         "megatron.transformer.moe_router_force_biased=0.5",
         "megatron.transformer.mtp_detach_heads=true",
-        "megatron.transformer.moe_flex_dispatcher_num_sms=8",
         "megatron.transformer.mlp_chunks_for_training=1",
-        "megatron.ddp.num_buckets=4",
     ] * LATER,
 )  # fmt: skip
 def test_what_it_takes(override: str) -> None:
@@ -201,7 +238,10 @@ def test_every_field_that_is_set_here_is_one_of_some_release() -> None:
 
 # What only one of the releases has, of what nothing here reads.
 ONLY = {
-    "0.16": {"moe_use_legacy_grouped_gemm", "moe_extended_tp", "preserve_fp32_weights"},
+    "0.16": {
+        "moe_use_legacy_grouped_gemm", "moe_extended_tp", "preserve_fp32_weights",
+        "async_tensor_model_parallel_allreduce",
+    },
     "0.19": {
         "mtp_use_repeated_layer", "mtp_hybrid_override_pattern", "use_mup", "mup_", "lion_",
         "nccl_all_reduce_for_prefill", "moe_pad_experts_for_cuda_graph_inference", "soap_",
@@ -211,7 +251,7 @@ ONLY = {
         "use_grouped_gemm_for_shared_expert", "use_grouped_gemm_for_dense_mlp",
         "mla_down_proj_fusion", "moe_shared_expert_glu_interleave_size", "optimizer_cuda_graph",
         "use_layer_wise_distributed_optimizer", "grad_norm_skip_threshold", "fp4_param_gather",
-        "megatron_fsdp_",
+        "megatron_fsdp_", "moe_ncclep_", "moe_router_quantile_balancing_ema", "num_buckets",
     },
 }  # fmt: skip
 
@@ -223,6 +263,56 @@ def test_what_nothing_reads_is_a_field_of_the_release_that_is_named() -> None:
         for name in unread:
             found = name in there or any(field.startswith(name) for field in there)
             assert found is (name not in other), f"{part}.{name}"
+
+
+# Files of megatron-core that no model and no step of this project runs.
+_ELSEWHERE = (
+    "config_logger.py", "distributed/fsdp/", "export/", "inference/", "models/T5/", "models/bert/",
+    "models/hybrid/", "models/mimo/", "models/multimodal/", "models/vision/", "post_training/",
+    "resharding/", "ssm/", "transformer/experimental_attention_variant/",
+)  # fmt: skip
+# Where fields are defined, and checked against one another.
+_DEFINED = {file for file, _ in CLASSES.values()} | {"model_parallel_config.py"}
+_TRANSFORMER_ENGINE = "extensions/transformer_engine.py"
+# Read at their construction, for other fields; and one that writes the configuration to a file.
+_BY_ITSELF = {
+    "config_logger_dir",
+    "moe_deepep_num_sms",
+    "moe_enable_deepep",
+    "moe_hybridep_num_sms",
+}
+
+
+@pytest.mark.parametrize("part", UPSTREAM)
+def test_every_field_that_may_be_set_is_read_where_it_has_an_effect(part: str) -> None:
+    """One that no code of ours gets to would be taken without a word, of a new release, too."""
+    core = megatron_folder()
+    texts = {
+        name: path.read_text(encoding="utf-8")
+        for path in core.rglob("*.py")
+        if not (name := path.relative_to(core).as_posix()).startswith(_ELSEWHERE)
+        and name not in _DEFINED
+    }
+    checked = 0
+    for name, field in fields_of(*(MLA_CLASS if part == "transformer" else CLASSES[part])).items():
+        sayable = field.types or field.choices
+        if not sayable or why_not_settable(part, name) or name in _BY_ITSELF | COMPUTED:
+            continue
+        read = re.compile(rf"(\.|['\"]){name}\b")
+        readers = {file for file, text in texts.items() if read.search(text)}
+        alone = readers == {_TRANSFORMER_ENGINE}
+        beside = found_in(name, READ_WITH[part]) or name in BY_TRANSFORMER_ENGINE
+        assert readers, f"{part}.{name} is read nowhere"
+        assert beside or not alone, f"{part}.{name} is read by Transformer Engine's modules only"
+        checked += 1
+    assert checked > {"transformer": 40, "optimizer": 2, "ddp": 5}[part]
+
+
+@pytest.mark.parametrize("table", [NOT_READ, READ_WITH])
+def test_tables_name_no_field_of_another(table: Mapping[str, Mapping[str, object]]) -> None:
+    other = NOT_READ if table is READ_WITH else READ_WITH
+    for part, names in table.items():
+        assert not {name for name in names if name in other[part] or name in SET_HERE[part]}
 
 
 def _settable_default(field: dataclasses.Field[Any]) -> bool:

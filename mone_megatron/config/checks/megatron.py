@@ -6,7 +6,15 @@ import difflib
 from collections.abc import Iterator, Mapping
 
 from mone_megatron.config.convert import Scalar
-from mone_megatron.config.megatron import SET_HERE, why_not_settable
+from mone_megatron.config.megatron import (
+    BY_NCCL,
+    BY_TRANSFORMER_ENGINE,
+    FLEX,
+    READ_WITH,
+    SET_HERE,
+    found_in,
+    why_not_settable,
+)
 from mone_megatron.config.resources import Resources
 from mone_megatron.config.schema import Config
 from mone_megatron.megatron_fields import CLASSES, MLA_CLASS, Field, fields_of
@@ -27,8 +35,10 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
             told += _part(part, given, latent=config.model.attention == "mla")
     yield from told
     wrong = {line.split(":")[0] for line in told}
-    for line in _not_computed(config, resources):
-        if line.split(":")[0] not in wrong:
+    for line in (*_not_computed(config, resources), *_without_effect(config, resources)):
+        key = line.split(":")[0]
+        if key not in wrong:
+            wrong.add(key)
             yield line
     if config.model.num_experts == 0 and resources.have_transformer_engine():
         yield from _fp8_state(config.megatron.transformer)
@@ -63,6 +73,31 @@ def _not_computed(config: Config, resources: Resources) -> Iterator[str]:
                 f"megatron.transformer.{name}: {value} is not computed by the experts, norms or "
                 f"attention of this project; {only}"
             )
+
+
+def _without_effect(config: Config, resources: Resources) -> Iterator[str]:
+    """Yields fields that nothing would read, or that would end the run, with what else is set."""
+    on_cpu = resources.is_cpu(config.device)
+    alone = on_cpu or not resources.have_transformer_engine()
+    dispatcher = config.parallel.dispatcher
+    for part, given in config.megatron.given().items():
+        for name, value in given.items():
+            key = f"megatron.{part}.{name}"
+            switch = found_in(name, READ_WITH[part])
+            switches = () if switch is None else READ_WITH[part][switch]
+            if switches and not any(given.get(one) for one in switches):
+                needed = " or ".join(f"megatron.{part}.{one}" for one in switches)
+                yield f"{key}: it is read beside {needed} only; leave it out, or set that, too"
+            if part == "transformer" and name in BY_TRANSFORMER_ENGINE and alone and value:
+                where = "a CPU has none" if on_cpu else "it is not installed"
+                yield f"{key}: it needs modules of Transformer Engine ({where}); leave it out"
+            if part == "transformer" and name.startswith(FLEX) and dispatcher != "flex":
+                yield (
+                    f"{key}: it has no effect with parallel.dispatcher={dispatcher}; use "
+                    "parallel.dispatcher=flex, or leave it out"
+                )
+            if part == "ddp" and on_cpu and value and name in BY_NCCL:
+                yield f"{key}: it needs NCCL, which is for GPUs; leave it out on a CPU"
 
 
 def _part(part: str, given: Mapping[str, Scalar], *, latent: bool) -> Iterator[str]:
