@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,12 @@ from mone_megatron.parallel.groups import close_groups, open_groups
 from mone_megatron.parallel.megatron_compat.auxiliary_losses import forget_layer_losses
 from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 from mone_megatron.testing.processes import Processes
+
+# Triton's interpreter runs kernels, if this is set before it is imported: the conftest of a folder
+# that is named, which is imported before pytest_configure is called, may do so. Workers of
+# pytest-xdist inherit it.
+if "--gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
@@ -93,8 +100,6 @@ def pytest_configure(config: pytest.Config) -> None:
     _refuse_another_megatron(config)
     torch.set_num_threads(1)
     if not config.getoption("gpu"):
-        # Before Triton is imported, too: its interpreter runs kernels.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
         install_cpu_backend()
 
 

@@ -195,7 +195,10 @@ class Stepper:
         """
         found_inf = self.optimizer.prepare_grads()
         assert not found_inf, "only loss scaling finds infinities here, and there is none"
-        norms = {None: float(self.optimizer.get_grad_norm()), **norms_apart(self.optimizer)}
+        norms = {
+            None: float(self.optimizer.get_grad_norm()),
+            **norms_apart(self.optimizer, get_model_config(self.chunks[0])),
+        }
         grad_norm = math.hypot(*norms.values()) if len(norms) > 1 else norms[None]
         if not math.isfinite(grad_norm):
             return grad_norm

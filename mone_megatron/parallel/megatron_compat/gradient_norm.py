@@ -10,6 +10,7 @@ import torch
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 # Elements of a gradient whose squares are added up in fp32.
 _ROW = 4096
@@ -91,14 +92,18 @@ def fuse_gradient_norm() -> None:
         clip_grads.multi_tensor_scale_impl = _fused_scale
 
 
-def norms_apart(optimizer: MegatronOptimizer) -> Mapping[str | None, float]:
+def norms_apart(
+    optimizer: MegatronOptimizer, transformer: TransformerConfig
+) -> Mapping[str | None, float]:
     """Returns the norms of the gradients that megatron-core clips apart from all others, by name.
 
     0.19 leaves out of ``get_grad_norm`` the parameters of multi-token prediction whose gradients
-    go no further (``mtp_detach_heads``), and clips them by a norm of their own. Collective.
+    go no further (``mtp_detach_heads``), and clips them by a norm of their own. Collective, where
+    there are any; otherwise no rank has to be asked, which the host would wait for.
     """
-    norms = getattr(optimizer, "_compute_grad_norms_by_group", dict)
-    return dict(norms())
+    if not getattr(transformer, "mtp_detach_heads", False):
+        return {}
+    return dict(optimizer._compute_grad_norms_by_group())
 
 
 def clipped_together(parameters: list[torch.Tensor]) -> Mapping[str | None, list[torch.Tensor]]:
