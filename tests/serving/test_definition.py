@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from mone_megatron.config.load import compose
@@ -22,8 +25,11 @@ from mone_megatron.hf.architectures import MONE
 from mone_megatron.hf.experts_mone import ExpertRows, NeuronSettings
 from mone_megatron.hf.settings import hidden_act, to_hf_config
 from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.gates import GATES
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
+from mone_megatron.testing.each_method import needed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLUGIN = REPOSITORY / "serving" / "vllm"
@@ -49,13 +55,102 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def selection(wheel: Path) -> Iterator[ModuleType]:
-    """The plugin's module of that name; it needs no vLLM."""
+def plugin(wheel: Path) -> Iterator[None]:
+    """Its modules can be imported; those that are here need no vLLM."""
     sys.path.insert(0, str(wheel))
-    yield importlib.import_module("mone_vllm.selection")
+    yield
     sys.path.remove(str(wheel))
     for name in [name for name in sys.modules if name.split(".")[0] == "mone_vllm"]:
         del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def selection(plugin: None) -> ModuleType:
+    """The plugin's module of that name."""
+    return importlib.import_module("mone_vllm.selection")
+
+
+def exported_config(*overrides: str) -> PreTrainedConfig:
+    """Returns the configuration that an export of such a model has."""
+    config = compose(["experiment=tiny_mone", *overrides])
+    return to_hf_config(
+        config.model,
+        config.mone,
+        architecture=MONE,
+        vocab_size=64,
+        max_positions=64,
+        dtype="float32",
+        token_ids={},
+    )
+
+
+def asked(**given: Any) -> SimpleNamespace:
+    """Returns what of vLLM's configuration the plugin reads."""
+    usual = {"quant_config": None, "lora_config": None, "eplb": False}
+    assert given.keys() <= usual.keys()
+    held = usual | given
+    held["parallel_config"] = SimpleNamespace(enable_eplb=held.pop("eplb"))
+    return SimpleNamespace(**held)
+
+
+PRODUCT_KEYS = (
+    "mone.enabled=false", "model.experts=product_key", "model.num_experts=0",
+    "model.product_key.keys=16",
+)  # fmt: skip
+# Overrides -> what is refused, and how it is named: every router, gate and activation that exports
+# hold beside the usual ones, and what has no registry.
+NOT_SERVED: dict[tuple[str, ...], str] = {
+    PRODUCT_KEYS: "product_key: single-neuron experts are not written for vLLM",
+    ("model=deepseek_v2_lite",): "attention_type=mla: multi-latent attention",
+    **{
+        (f"model.router.kind={router.name}", *needed(f"model.router.kind={router.name}")): (
+            f"router_kind={router.name}: tokens are sent by megatron-core's own router alone"
+        )
+        for router in ROUTERS
+        if router.causal and router.reference is None
+    },
+    **{
+        (f"model.gate={gate}",): f"gate={gate}: experts have one matrix for their gates"
+        for gate in GATES.names
+        if gate != "full"
+    },
+    **{
+        (f"model.activation={activation.name}",): "rectified_up: dReLU is not written for vLLM"
+        for activation in ACTIVATIONS
+        if activation.up is not None and activation.rectified_gate
+    },
+}
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize("overrides", NOT_SERVED, ids=lambda overrides: overrides[-1])
+def test_what_is_not_written_for_vllm_is_refused_by_name(overrides: tuple[str, ...]) -> None:
+    refuse = importlib.import_module("mone_vllm.refusals").refuse
+    with pytest.raises(ValueError, match=re.escape(NOT_SERVED[overrides])) as raised:
+        refuse(exported_config(*overrides), asked(), graphs=False)
+    assert ";" not in str(raised.value)  # nothing else of it
+
+
+@pytest.mark.usefixtures("plugin")
+def test_what_was_asked_of_vllm_is_refused_by_name_and_the_rest_is_served() -> None:
+    refuse = importlib.import_module("mone_vllm.refusals").refuse
+    refuse(exported_config(), asked(), graphs=True)
+    for given, named in (
+        (asked(quant_config="fp8"), "quantization: quantised experts compute all neurons"),
+        (asked(lora_config="a"), "LoRA: adapters of experts compute all neurons"),
+        (asked(eplb=True), "--enable-eplb: experts that move between ranks"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            refuse(exported_config(), given, graphs=False)
+    for rule in RULES:
+        config = exported_config(f"mone.rule={rule.name}")
+        refuse(config, asked(), graphs=False)
+        if rule.state:
+            with pytest.raises(ValueError, match=f"mone.rule={rule.name} in CUDA graphs"):
+                refuse(config, asked(), graphs=True)
+    # Several at once are all named.
+    with pytest.raises(ValueError, match=r"product_key: .*; LoRA: "):
+        refuse(exported_config(*PRODUCT_KEYS), asked(lora_config="a"), graphs=False)
 
 
 def test_every_file_of_the_definition_is_the_training_packages(wheel: Path) -> None:
@@ -317,17 +412,8 @@ def test_every_activation_is_that_of_transformers_or_is_never_exported(
     if exported in ACT2FN:
         assert torch.equal(selection.activation_of(exported)(gate), ACT2FN[exported](gate))
         return
-    model = compose(["experiment=tiny_mone", f"model.activation={name}"])
     with pytest.raises(ValueError, match=f"model.activation: transformers has no {name}"):
-        to_hf_config(
-            model.model,
-            model.mone,
-            architecture=MONE,
-            vocab_size=64,
-            max_positions=64,
-            dtype="float32",
-            token_ids={},
-        )
+        exported_config(f"model.activation={name}")
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,17 @@ SHARED = {
     "shared_expert_intermediate_size": 24,
     "mone": {"keep_ratio": 0.25, "apply_to": ["routed", "shared"]},
 }
+PRODUCT_KEYS = {
+    "mone": None,
+    "num_experts": 0,
+    "product_key": {"keys": 8, "heads": 2, "key_dim": 4, "experts_per_head": 3},
+}
 # Name -> (auto_map, changes of the model).
 EXPORTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "all neurons": (INVITED, {"mone": None}),
     "as it is": (AUTO_MAP, {}),
+    "product keys": (AUTO_MAP, PRODUCT_KEYS),
+    "product keys, invited": (INVITED, PRODUCT_KEYS),
     "invited": (INVITED, {}),
     "invited, dense layers": (INVITED, {"mlp_only_layers": [0]}),
     "invited, shared experts": (INVITED, SHARED),
@@ -90,9 +97,18 @@ def test_the_stand_in_answers_rightly_for_a_model_that_keeps_all_neurons(
     torch.testing.assert_close(torch.tensor(served["hidden"]), expected)
 
 
-def test_an_export_as_it_is_cannot_be_built(expected_and_served: Found) -> None:
-    _, served = expected_and_served["as it is"]
+@pytest.mark.parametrize("name", ["as it is", "product keys"])
+def test_an_export_as_it_is_cannot_be_built(name: str, expected_and_served: Found) -> None:
+    _, served = expected_and_served[name]
     assert "Unrecognized configuration class" in served["error"]
+
+
+def test_nothing_takes_the_place_of_experts_that_product_keys_find(
+    expected_and_served: Found,
+) -> None:
+    """They are two tables, and no experts in the way that engines look for: ours compute."""
+    expected, served = expected_and_served["product keys, invited"]
+    torch.testing.assert_close(torch.tensor(served["hidden"]), expected)
 
 
 @pytest.mark.parametrize("name", ["invited", "invited, dense layers", "invited, shared experts"])

@@ -49,6 +49,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     ),
     "LoRA": ("plain", {}, {"enable_lora": True}, "LoRA"),
     "latent attention": ("plain", {"attention_type": "mla"}, {}, "attention_type=mla"),
+    "a router of ours": ("plain", {"router_kind": "relu"}, {}, "router_kind=relu"),
+    "a cheap gate": ("plain", {"gate": "split"}, {}, "gate=split"),
+    "product keys": ("plain", {"product_key": {"keys": 4}}, {}, "product_key: single-neuron"),
     "unknown score": (
         "plain",
         {"mone": {"keep_ratio": 0.25, "score": "mine"}},
