@@ -32,7 +32,8 @@ MAIN = {
     "tp2_ep2": (4, (*MONE, "parallel.tensor=2", "parallel.expert=2")),
     "pp2_interleaved": (2, (*MONE, "parallel.pipeline=2", "parallel.virtual_pipeline=2",
                             "model.num_layers=4")),
-    "allgather": (4, (*MONE, "parallel.expert=2", "parallel.dispatcher=allgather")),
+    "allgather": (4, (*MONE, "parallel.expert=2", "parallel.dispatcher=allgather",
+                      "model.num_layers=1")),
 }  # fmt: skip
 REST = {
     "moe": (4, ("experiment=tiny_moe", *SMALL, "parallel.expert=2")),

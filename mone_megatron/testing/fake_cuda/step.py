@@ -84,7 +84,8 @@ def _know_the_counts(findings: Findings, routing: Routing) -> None:
 
     def moved(self: Any, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
         if point == self.cuda_dtoh_point:
-            total = routing.tokens * routing.topk
+            # Also where it was counted, as of a router that varies it.
+            self.num_out_tokens = total = routing.tokens * routing.topk
             if self.input_splits is not None:
                 self.input_splits = np.array(_evenly(self.ep_size, total))
                 self.output_splits = np.array(_evenly(self.ep_size, total))

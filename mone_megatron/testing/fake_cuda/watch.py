@@ -175,7 +175,8 @@ class WatchFunctions(TorchFunctionMode):
         note = self.findings.note
         if func is torch.tensor:
             return self._made(func, args, kwargs)
-        if func is torch.as_tensor and on_device(kwargs):
+        # A tensor that is there already is given back.
+        if func is torch.as_tensor and on_device(kwargs) and not on_gpu(args[0]):
             note(WAIT, "as_tensor on the device")
         if func in (torch.Tensor.numpy, torch.Tensor.tolist):
             tensor = args[0]

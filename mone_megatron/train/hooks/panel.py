@@ -158,7 +158,7 @@ class PanelHook(Hook):
                 neuron_ranks=self.neuron_ranks[mlp],
                 device=self.device,
             )
-            layers = [index + 1 for index in present.nonzero().flatten().tolist()]
+            layers = [layer for layer, there in enumerate(present.tolist(), start=1) if there]
             metrics |= _by_layer(mlp, tables, layers, self.selecting[mlp])
             if self.selecting[mlp]:
                 shares = summarise_unions(unions, rows=self.num_layers, device=self.device)
