@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 from mone_megatron.config.group import Group
@@ -64,3 +64,21 @@ def problems(density: DensityConfig, key: str) -> Iterator[str]:
             f"{key}.target: {density.target:g} has no effect with {key}.step={density.step}; use "
             f"{key}.step=alpha, or 0"
         )
+
+
+def coefficient_problems(density: DensityConfig, key: str) -> Iterator[str]:
+    """Yields a first coefficient of a loss that is larger than the largest one."""
+    if density.start > density.cap:
+        yield (
+            f"{key}.start: {density.start:g} is more than {key}.cap={density.cap:g}, the largest "
+            f"coefficient; use {density.cap:g} or less, or a larger cap"
+        )
+
+
+def without_effect(density: DensityConfig, key: str, why: str) -> Iterator[str]:
+    """Yields the settings of a controller that has nothing to steer."""
+    usual = type(density)()
+    for field in fields(density):
+        value = getattr(density, field.name)
+        if value != getattr(usual, field.name):
+            yield f"{key}.{field.name}: {value} has no effect with {why}; leave it out"

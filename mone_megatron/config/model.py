@@ -297,6 +297,11 @@ class ModelConfig(Group):
                     "model.num_experts=0"
                 )
         else:
+            if not ROUTERS[self.router.kind].stock:
+                yield (
+                    f"model.router.kind: {self.router.kind} routes to experts, and "
+                    "model.num_experts is 0; use topk"
+                )
             if self.first_dense_layers:
                 yield (
                     f"model.first_dense_layers: {self.first_dense_layers} has no effect with "

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from mone_megatron.config import density as density_config
 from mone_megatron.config import options
 from mone_megatron.config.convert import Scalar
 from mone_megatron.config.density import RouterDensityConfig
@@ -111,6 +112,7 @@ class RouterConfig(Group):
         """Yields what is wrong with this router in a model that has experts."""
         yield from self._options()
         yield from self._own_weights()
+        yield from self._density()
         sigmoid = self.score_function == "sigmoid"
         if self.expert_bias and not sigmoid:
             yield (
@@ -195,6 +197,16 @@ class RouterConfig(Group):
                 "router does not weigh experts; set model.router.balance=[none] and "
                 "model.router.balance_coeff=[0.0] (model.router.density steers the router's loss)"
             )
+
+    def _density(self) -> Iterator[str]:
+        """Yields settings of a controller that steers nothing, or nowhere."""
+        key = "model.router.density"
+        if ROUTERS[self.kind].loss is None:
+            why = f"model.router.kind={self.kind}, which has no loss to steer"
+            yield from density_config.without_effect(self.density, key, why)
+            return
+        yield from density_config.problems(self.density, key)
+        yield from density_config.coefficient_problems(self.density, key)
 
     def _groups(self, num_experts: int, experts_per_token: int) -> Iterator[str]:
         """Yields what is wrong with group-limited routing.

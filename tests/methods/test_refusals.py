@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 from test_each_rule import problems
 
+from mone_megatron.config.density import RouterDensityConfig
 from mone_megatron.hf.experts_mone import NeuronSettings
 from mone_megatron.methods.gate import Gate
 from mone_megatron.methods.gates import GATES
@@ -71,6 +74,82 @@ def test_flex_and_fused_permutation_where_tokens_have_other_numbers_of_experts(
     # Of fused permutation by itself another line is told where Transformer Engine is missing.
     unequal = [line for line in found if line.startswith(key) and "different numbers" in line]
     assert bool(unequal) == (not router.fixed_count)
+
+
+@by_router
+def test_a_limit_of_an_experts_tokens_where_a_router_assigns_by_itself(router: Router) -> None:
+    """megatron-core drops the tokens beyond it in its own assignment alone."""
+    own = UNBALANCED if router.loss is not None else ()
+    key = "megatron.transformer.moe_expert_capacity_factor"
+    found = refused(key, f"model.router.kind={router.name}", *own, f"{key}=1.5")
+    assert bool(found) == router.own_weights
+
+
+@by_rule
+def test_rows_of_no_token_in_experts_that_select(rule: Rule) -> None:
+    """Seen with `pooled`, `batch_topk`, `mass` and the balance loss: each took them for tokens."""
+    key = "megatron.transformer.moe_pad_expert_input_to_capacity"
+    padded = ("megatron.transformer.moe_expert_capacity_factor=1.0", f"{key}=true")
+    assert len(refused(key, *chosen(rule), *padded)) == 1
+    # Which tokens are dropped is nothing to a rule, and experts that keep all do not look.
+    assert not refused(key, *chosen(rule), padded[0])
+    assert not refused(key, *chosen(rule), "mone.enabled=false", *padded)
+
+
+@by_router
+def test_a_model_without_experts(router: Router) -> None:
+    found = refused(
+        "model.router.kind", f"model.router.kind={router.name}", "model.num_experts=0",
+        "mone.enabled=false",
+    )  # fmt: skip
+    assert bool(found) == (not router.stock)
+
+
+@by_router
+@pytest.mark.parametrize("key", [field.name for field in fields(RouterDensityConfig)])
+def test_a_controller_where_a_router_has_no_loss(router: Router, key: str) -> None:
+    own = UNBALANCED if router.loss is not None else ()
+    value = {"step": "squared", "target": 0.4, "rate": 0.1, "start": 0.01, "cap": 0.5}[key]
+    key = f"model.router.density.{key}"
+    found = refused(key, f"model.router.kind={router.name}", *own, f"{key}={value}")
+    assert bool(found) == (router.loss is None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("model.router.kind=relu", *UNBALANCED, "model.router.density.start=2"),
+            "model.router.density.start: 2 is more than model.router.density.cap=1, the largest",
+        ),
+        (
+            (
+                "model.router.kind=dynmoe", *UNBALANCED, "model.router.density.start=0.01",
+                "model.router.density.cap=0.001",
+            ),
+            "model.router.density.start: 0.01 is more than model.router.density.cap=0.001",
+        ),
+        (
+            (
+                "model.router.kind=deco", *UNBALANCED, "model.router.density.step=off",
+                "model.router.density.target=0.4",
+            ),
+            "model.router.density.target: 0.4 has no effect with model.router.density.step=off",
+        ),
+        (
+            (
+                "mone.rule=nonzero", "mone.score=abs_product", "model.sparsity_loss=l1",
+                "mone.density.step=alpha", "mone.density.start=3",
+            ),
+            "mone.density.start: 3 is more than mone.density.cap=1, the largest coefficient",
+        ),
+    ],
+)  # fmt: skip
+def test_a_coefficient_that_cannot_begin_or_go_there(
+    overrides: tuple[str, ...], message: str
+) -> None:
+    (found,) = problems(*overrides)
+    assert found.startswith(message)
 
 
 @by_router

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mone_megatron.config.density import steered_start
+from mone_megatron.config.density import coefficient_problems, steered_start
 from mone_megatron.config.resources import Resources
 from mone_megatron.config.schema import Config
 from mone_megatron.methods.density_steps import DENSITY_STEPS
@@ -54,6 +54,7 @@ def _coefficient(config: Config) -> Iterator[str]:
             f"model.sparsity_coeff: {model.sparsity_coeff:g} is what mone.density steers; use 0, "
             f"and mone.density.start={model.sparsity_coeff:g} to begin there"
         )
+    yield from coefficient_problems(mone.density, "mone.density")
 
 
 def _state(config: Config) -> Iterator[str]:

@@ -20,6 +20,7 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
             "parallel.context=1"
         )
     yield from _backend(config, resources)
+    yield from _capacity(config)
     varied = config.model.num_experts > 0 and not ROUTERS[router.kind].fixed_count
     if varied and config.megatron.transformer.get("moe_permute_fusion"):
         yield (
@@ -44,6 +45,19 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
     yield from _order(config)
     if router.dtype == "fp64":
         yield "model.router.dtype: the flex dispatcher takes fp32 probabilities; use fp32"
+
+
+def _capacity(config: Config) -> Iterator[str]:
+    """Yields a limit of an expert's tokens, which only megatron-core's own assignment reads."""
+    kind = config.model.router.kind
+    key = "moe_expert_capacity_factor"
+    if config.model.num_experts < 1 or config.megatron.transformer.get(key) is None:
+        return
+    if ROUTERS[kind].own_weights:
+        yield (
+            f"megatron.transformer.{key}: no token would be dropped with model.router.kind={kind}, "
+            "which assigns experts by itself; leave it out"
+        )
 
 
 def _backend(config: Config, resources: Resources) -> Iterator[str]:

@@ -27,6 +27,7 @@ def check(config: Config, _: Resources) -> Iterator[str]:
     yield from _rule_layout(config.model, config.mone, config.parallel)
     yield from _rule_blocks(config.mone, config.parallel)
     yield from _rule_tokens(config.mone, config.parallel)
+    yield from _rows_of_no_token(config)
     yield from _packed_room(config.model, config.mone)
     yield from _balance_layout(config.mone, config.parallel)
     yield from _packed_layout(config.mone, config.parallel)
@@ -170,6 +171,16 @@ def _rule_tokens(mone: MoNEConfig, parallel: ParallelConfig) -> Iterator[str]:
         yield (
             f"parallel.dispatcher: flex does not tell which token a row is of, and mone.rule="
             f"{mone.rule} ranks the rows of a token together; use alltoall or allgather"
+        )
+
+
+def _rows_of_no_token(config: Config) -> Iterator[str]:
+    """Yields that experts would be given empty rows, among which neurons are kept and counted."""
+    key = "moe_pad_expert_input_to_capacity"
+    if "routed" in config.mone.apply_to and config.megatron.transformer.get(key):
+        yield (
+            f"megatron.transformer.{key}: true gives experts rows of no token, which the neuron "
+            "balance loss, rules and metrics would take for tokens; leave it out"
         )
 
 
