@@ -29,6 +29,7 @@ from mone_megatron.mone.routers import AssigningRouter, SteeredRouter
 from mone_megatron.parallel.device import Device
 from mone_megatron.parallel.groups import ExpertSources
 from mone_megatron.parallel.megatron_compat.token_exchange import count_rows_sent
+from mone_megatron.parallel.megatron_compat.weight_gradients import add_weight_gradients_in_place
 
 
 def build_gpt(
@@ -161,8 +162,11 @@ def build_model(
         # megatron-core's overlap waits for autograd's own gradients. Transformer Engine's products
         # give it some to see, which are not added.
         by_engine = config.device.grouped_gemm == "transformer_engine"
-        if by_engine or (on_cpu and not ddp_config.overlap_grad_reduce):
+        in_products = on_cpu and not ddp_config.overlap_grad_reduce
+        if by_engine or in_products:
             _add_gradients_in_place(chunks[-1])
+        if in_products:
+            add_weight_gradients_in_place(chunks[-1])
     return chunks
 
 

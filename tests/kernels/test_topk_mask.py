@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mone_megatron.kernels import ops, reference
+from mone_megatron.kernels.reference import TopK
 from mone_megatron.methods.scores import SCORES as REGISTERED
 
 # Those that a kernel can be asked for: they read nothing but gate and up.
@@ -205,3 +206,34 @@ def test_agrees_with_numpy_stable_sort(topk_mask: TopKMask) -> None:
     first = np.argsort(-scores, axis=-1, kind="stable")[:, :10]
     np.put_along_axis(expected, first, True, axis=-1)
     assert np.array_equal(topk_mask(torch.from_numpy(scores), 10).numpy(), expected)
+
+
+@pytest.mark.parametrize("kept", [1, 5, 64, 127])
+@pytest.mark.parametrize("signed", [False, True])
+def test_zeros_of_both_signs_infinities_and_tiny_scores(kept: int, signed: bool) -> None:
+    """Scores without signs are ordered as integers, whose zeros are two."""
+    generator = torch.Generator().manual_seed(kept)
+    values = torch.tensor([0.0, -0.0, math.inf, 1e-45, 1e-40, 1.0, 1.0 + 2**-23, 3e38])
+    scores = values[torch.randint(len(values), (16, 128), generator=generator)]
+    scores[0] = -0.0
+    scores[1, :100] = -0.0
+    if signed:
+        scores[8:] *= -1
+    assert torch.equal(ops.topk_mask(scores, kept), sorted_mask(scores, kept))
+
+
+@pytest.mark.parametrize("kept", [1, 3, 8])
+def test_no_number_among_scores_without_signs(kept: int) -> None:
+    scores = torch.rand(6, 8, generator=torch.Generator().manual_seed(kept))
+    scores[1, 4], scores[3, :3], scores[4] = math.nan, math.nan, math.nan
+    scores[5] = 0.5
+    scores[5, 6] = -math.nan
+    expected = reference.topk_mask(scores, kept)
+    assert torch.equal(ops.topk_mask(scores, kept), expected)
+    # In one pass with the gated unit, where a NaN could hide among ties.
+    gate = torch.tensor([[2.0, 2.0, math.nan, 2.0], [1.0, 2.0, 3.0, 4.0], [-math.nan, 0, 0, 0]])
+    for k in (1, 2, 3):
+        mask = reference.topk_mask(reference.neuron_scores(gate, gate, "abs_activation"), k)
+        hidden = ops.selected_glu(gate, torch.ones(3, 4), TopK(k, "abs_activation"), None)
+        wanted = reference.selected_glu(gate, torch.ones(3, 4), mask, None)
+        torch.testing.assert_close(hidden, wanted, equal_nan=True, rtol=0, atol=0)

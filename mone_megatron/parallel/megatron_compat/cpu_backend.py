@@ -15,6 +15,7 @@ from mone_megatron.parallel.megatron_compat.master_weights import copy_no_parame
 from mone_megatron.parallel.megatron_compat.random_state import track_cpu_generator
 from mone_megatron.parallel.megatron_compat.rotary_embedding import rotate_without_copies
 from mone_megatron.parallel.megatron_compat.token_exchange import exchange_over_gloo
+from mone_megatron.parallel.megatron_compat.weight_gradients import provide_weight_gradients_on_cpu
 
 
 def install_cpu_backend() -> None:
@@ -38,4 +39,5 @@ def install_cpu_backend() -> None:
     copy_no_parameter_onto_itself()
     rotate_without_copies()
     cut_angles_on_cpu()
+    provide_weight_gradients_on_cpu()
     rewrite_all_constants()
