@@ -280,9 +280,12 @@ class _SelectedSwiGLU(torch.autograd.Function):
             inverse_T = torch.empty(rows) if sums.normalize else None
         scale_T1 = _column(scale_T)
         kept, weights = _scratch(2, blocks[0].stop, neurons)
+        # Of the kept neurons; the backward pass reads them rather than compute them again.
+        saving = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+        activation_TF = torch.empty(rows, neurons) if saving else hidden_TF
         for block in blocks:
-            hidden_BF = hidden_TF[block]
-            torch.ops.aten.silu.out(gate_TF[block], out=hidden_BF)
+            hidden_BF, activation_BF = hidden_TF[block], activation_TF[block]
+            torch.ops.aten.silu.out(gate_TF[block], out=activation_BF)
             weights_BF = weights[: len(hidden_BF)]
             if mask_TF is not None:
                 mask_BF = mask_TF[block]
@@ -290,20 +293,20 @@ class _SelectedSwiGLU(torch.autograd.Function):
                 if k is None:
                     _as_float(mask_BF, out=kept_BF)
                 else:
-                    torch.abs(hidden_BF, out=weights_BF)
+                    torch.abs(activation_BF, out=weights_BF)
                     _select(weights_BF, k, kept_BF, mask_BF, kept_BF, no_signs=True)
-                hidden_BF.mul_(kept_BF)
+                activation_BF.mul_(kept_BF)
             if segments is not None:
                 assert weight_sum_SF is not None
                 assert kept_SF is not None
                 segments.add(block, kept_BF, None, kept_SF)
-                torch.abs(hidden_BF, out=weights_BF)
+                torch.abs(activation_BF, out=weights_BF)
                 inverse_B = None
                 if inverse_T is not None:
                     inverse_B = torch.sum(weights_BF, dim=-1, out=inverse_T[block])
                     inverse_B.clamp_min_(TINY).reciprocal_()
                 segments.add(block, weights_BF, inverse_B, weight_sum_SF)
-            hidden_BF.mul_(up_TF[block])
+            torch.mul(activation_BF, up_TF[block], out=hidden_BF)
             if scale_T1 is not None:
                 hidden_BF.mul_(scale_T1[block])
         if kept_SF is not None:
@@ -311,6 +314,7 @@ class _SelectedSwiGLU(torch.autograd.Function):
         ctx.save_for_backward(
             gate_TF,
             up_TF,
+            activation_TF if saving else None,  # type: ignore[arg-type]
             mask_TF,  # type: ignore[arg-type]
             scale_T,  # type: ignore[arg-type]
             inverse_T,  # type: ignore[arg-type]
@@ -327,7 +331,7 @@ class _SelectedSwiGLU(torch.autograd.Function):
         grad_sum_SF: Tensor | None,
         _: None,
     ) -> tuple[Tensor, Tensor, None, None, Tensor | None, None]:
-        gate_TF, up_TF, mask_TF, scale_T, inverse_T = ctx.saved_tensors  # type: ignore[attr-defined]
+        gate_TF, up_TF, activation_TF, mask_TF, scale_T, inverse_T = ctx.saved_tensors  # type: ignore[attr-defined]
         segments: _Segments | None = ctx.segments  # type: ignore[attr-defined]
         if grad_hidden_TF is None:
             grad_hidden_TF = torch.zeros_like(gate_TF)
@@ -337,14 +341,12 @@ class _SelectedSwiGLU(torch.autograd.Function):
         grad_scale_T = torch.empty(rows) if scale_T is not None else None
         scale_T1 = _column(scale_T)
         blocks: list[slice] = ctx.blocks  # type: ignore[attr-defined]
-        activation, kept, slope = _scratch(3, blocks[0].stop, neurons)
+        sign, slope = _scratch(2, blocks[0].stop, neurons)
         for block in blocks:
-            grad_BF, gate_BF = grad_hidden_TF[block], gate_TF[block]
+            grad_BF, gate_BF, activation_BF = (
+                tensor_TF[block] for tensor_TF in (grad_hidden_TF, gate_TF, activation_TF)
+            )
             grad_gate_BF, grad_up_BF = grad_gate_TF[block], grad_up_TF[block]
-            activation_BF = torch.ops.aten.silu.out(gate_BF, out=activation[: len(gate_BF)])
-            if mask_TF is not None:
-                kept_BF = _as_float(mask_TF[block], out=kept)
-                activation_BF.mul_(kept_BF)
             torch.mul(grad_BF, up_TF[block], out=grad_gate_BF)
             if grad_scale_T is not None:
                 # d/d(scale) is the sum over neurons of d/d(a u) * a * u.
@@ -359,9 +361,10 @@ class _SelectedSwiGLU(torch.autograd.Function):
                 slope_BF = slope[: len(gate_BF)]
                 inverse_B = None if inverse_T is None else inverse_T[block]
                 _slopes(segments, block, activation_BF, grad_sum_SF, inverse_B, slope_BF)
-                grad_gate_BF.addcmul_(activation_BF.sign_(), slope_BF)
+                sign_BF = torch.sign(activation_BF, out=sign[: len(gate_BF)])
+                grad_gate_BF.addcmul_(sign_BF, slope_BF)
             if mask_TF is not None:
-                grad_gate_BF.mul_(kept_BF)
+                grad_gate_BF.mul_(_as_float(mask_TF[block], out=sign))
             torch.ops.aten.silu_backward.grad_input(grad_gate_BF, gate_BF, grad_input=grad_gate_BF)
         return grad_gate_TF, grad_up_TF, None, None, grad_scale_T, None
 

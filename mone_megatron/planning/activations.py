@@ -339,14 +339,15 @@ def _selected_glu(
     """Returns the values that a row keeps: gate and up, the activation and the last projection's
     input, of each neuron.
 
-    As one function the unit keeps the gate and computes the activation again. Otherwise the product
-    that the router's weight scales is kept, too, where there is one (``scaled``).
+    As one function on CUDA the unit keeps the gate and computes the activation again. Where it is
+    not one, the product that the router's weight scales is kept, too, if there is one (``scaled``).
     """
     if selecting and config.mone.memory == "packed":
         # Of each rank of several that share the neurons, its part of what is kept.
         return 2 * most_kept(config.mone, width)
-    one = _one_function(config, numerics)
-    return width * (3 if one else 4 + _intermediates(config) + scaled)
+    if _one_function(config, numerics):
+        return width * (3 if numerics.kernels == "cuda" else 4)
+    return width * (4 + _intermediates(config) + scaled)
 
 
 def gate_latent(config: Config) -> int:
