@@ -108,6 +108,7 @@ def test_losses_are_those_recorded(runs: Callable[[str], Path], experiment: str,
 def parts(tmp_path_factory: pytest.TempPathFactory, corpus: tuple[str, ...]) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     common = ("experiment=tiny_mone", *SETTINGS, *corpus, "train.steps=10")
+    common = (*common, "train.global_batch_size=4")
     for processes in (1, 2):
         jobs = {
             f"{name}_{processes}": (*common, *settings, *(layout if processes == 2 else ()))
