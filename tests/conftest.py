@@ -34,6 +34,9 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200
 hypothesis.settings.load_profile("default")
 
 
+# What imports and collection make stays: garbage is not looked for in it, a fifth of their time.
+gc.disable()
+
 TESTS = Path(__file__).parent
 # Files that take longest, most of it in processes of their own: first those of a minute and more,
 # then those with a test or fixture of 15 s and more, alone on two cores.
@@ -159,6 +162,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_collection_finish() -> None:
     """Keeps what was imported and collected from being looked through for garbage again."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

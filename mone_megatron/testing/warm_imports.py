@@ -14,6 +14,8 @@ import torch.utils.serialization
 from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 
 torch.set_num_threads(1)
+# What is imported stays, and is not looked through for garbage while more is.
+gc.disable()
 # Before a module of ours imports megatron-core.
 install_cpu_backend()
 
@@ -35,3 +37,4 @@ for experiment in ("experiment=tiny_mone", "experiment=tiny_moe"):
 # What is imported is never freed: collections that looked at it would copy its pages in each fork.
 gc.collect()
 gc.freeze()
+gc.enable()

@@ -5,6 +5,7 @@ Signatures are recorded from its sources (:mod:`te_signatures`): nothing of it r
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter
 from typing import Any
@@ -16,7 +17,11 @@ from te_signatures import VERSIONS, Call, calls, signature
 
 from mone_megatron.kernels.te_grouped import grouped_mm
 
-FOUND = list(calls())
+
+@functools.cache
+def found() -> list[Call]:
+    """All calls, which take a second to find: not while tests are collected, by every worker."""
+    return list(calls())
 
 
 def _refused(call: Call, taken: inspect.Signature) -> str | None:
@@ -30,25 +35,25 @@ def _refused(call: Call, taken: inspect.Signature) -> str | None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_calls_of_megatron_core_are_taken(version: str) -> None:
-    refused = [_refused(call, signature(version, call.called)) for call in FOUND]
+    refused = [_refused(call, signature(version, call.called)) for call in found()]
     assert [text for text in refused if text] == []
 
 
 def test_all_that_is_recorded_is_called() -> None:
     """What is found in the sources: else nothing is tested above."""
-    found = Counter(call.called for call in FOUND)
+    counted = Counter(call.called for call in found())
     # We call the first ourselves, and megatron-core the second with what a dictionary holds.
     apart = {"general_grouped_gemm", "FusedAdam"}
-    assert set(found) == set(te_signatures._SOURCES) - apart
-    assert sum(len(call.named) + call.positional for call in FOUND) > 100
+    assert set(counted) == set(te_signatures._SOURCES) - apart
+    assert sum(len(call.named) + call.positional for call in found()) > 100
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_an_argument_that_is_gone_is_found(version: str) -> None:
-    called = Counter(call.called for call in FOUND)
+    called = Counter(call.called for call in found())
     for name in called:
         taken = signature(version, name)
-        named = next(call for call in FOUND if call.called == name)
+        named = next(call for call in found() if call.called == name)
         if named.named and "kwargs" not in taken.parameters:
             less = [part for part in taken.parameters.values() if part.name != named.named[0]]
             assert _refused(named, taken.replace(parameters=less)) is not None
