@@ -214,13 +214,37 @@ def test_what_it_refuses_of_later_releases(override: str, says: str) -> None:
         "megatron.transformer.moe_router_fusion=false",
     ] + [
         "megatron.transformer.moe_router_force_biased=0.5",
-        "megatron.transformer.mtp_detach_heads=true",
         "megatron.transformer.mlp_chunks_for_training=1",
     ] * LATER,
 )  # fmt: skip
 def test_what_it_takes(override: str) -> None:
     assert problems_of(override) == ()
     assert unmodelled(compose(["experiment=tiny_mone", override])) == [override.split("=")[0]]
+
+
+def test_what_parts_of_the_model_read_is_refused_without_them() -> None:
+    jitter = "megatron.transformer.moe_input_jitter_eps=0.01"
+    assert problems_of(jitter) == ()
+    dense = ("experiment=tiny_moe", "model.num_experts=0", jitter)
+    (line,) = problems_of(*dense)
+    assert line == (
+        "megatron.transformer.moe_input_jitter_eps: it has no effect with model.num_experts=0; "
+        "leave it out"
+    )
+    if LATER:
+        detached = "megatron.transformer.mtp_detach_heads=true"
+        assert_refused(detached, "it has no effect with model.mtp.depth=0")
+        assert problems_of(detached, "model.mtp.depth=1") == ()
+
+
+@pytest.mark.parametrize(("router", "refused"), [("topk", False), ("cosine", True), ("relu", True)])
+def test_the_fused_router_is_megatron_cores(router: str, refused: bool) -> None:
+    key = "megatron.transformer.moe_router_fusion"
+    settings = [f"model.router.kind={router}", f"{key}=true", "device=cuda"]
+    config = compose(["experiment=tiny_mone", *settings])
+    found = lines(config, num_devices=1, have_transformer_engine=True)
+    told = [line for line in found if line.startswith(f"{key}: it has no effect with model.router")]
+    assert bool(told) is refused, found
 
 
 def assert_refused(override: str, says: str) -> None:

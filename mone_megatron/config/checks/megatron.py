@@ -19,6 +19,7 @@ from mone_megatron.config.resources import Resources
 from mone_megatron.config.schema import Config
 from mone_megatron.megatron_fields import CLASSES, MLA_CLASS, Field, fields_of
 from mone_megatron.megatron_release import megatron_release
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.mone.megatron_settings import (
     CORE_ATTENTION,
     GATED_MLP,
@@ -35,7 +36,8 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
             told += _part(part, given, latent=config.model.attention == "mla")
     yield from told
     wrong = {line.split(":")[0] for line in told}
-    for line in (*_not_computed(config, resources), *_without_effect(config, resources)):
+    unread = (_not_computed(config, resources), _without_effect(config, resources))
+    for line in (*unread[0], *unread[1], *_without_a_part(config)):
         key = line.split(":")[0]
         if key not in wrong:
             wrong.add(key)
@@ -98,6 +100,26 @@ def _without_effect(config: Config, resources: Resources) -> Iterator[str]:
                 )
             if part == "ddp" and on_cpu and value and name in BY_NCCL:
                 yield f"{key}: it needs NCCL, which is for GPUs; leave it out on a CPU"
+
+
+def _without_a_part(config: Config) -> Iterator[str]:
+    """Yields fields of a part that the model has not, or has of another kind."""
+    # How names begin, the key of the part that reads them, and what it is.
+    parts = (
+        ("moe_", "model.num_experts", config.model.num_experts),
+        ("mtp_", "model.mtp.depth", config.model.mtp.depth),
+    )
+    router = config.model.router.kind
+    for name, value in config.megatron.transformer.items():
+        key = f"megatron.transformer.{name}"
+        for start, ours, count in parts:
+            if name.startswith(start) and count == 0:
+                yield f"{key}: it has no effect with {ours}=0; leave it out"
+        if name == "moe_router_fusion" and value and not ROUTERS[router].stock:
+            yield (
+                f"{key}: it has no effect with model.router.kind={router}, which megatron-core "
+                "does not compute; leave it out"
+            )
 
 
 def _part(part: str, given: Mapping[str, Scalar], *, latent: bool) -> Iterator[str]:
