@@ -7,7 +7,8 @@ other methods the counts of :mod:`mone_megatron.planning.parameters` are exact.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from mone_megatron.config.schema import Config
 from mone_megatron.methods.routers import ROUTERS
@@ -24,16 +25,17 @@ class Usage:
     """Says what the tokens of a run use on average.
 
     Attributes:
-        density: the share of its neurons that a token keeps in an MLP that selects; None where the
-            number is fixed, or nothing is selected.
+        density: the share of its neurons that a token keeps in MLPs of a kind (routed, shared,
+            dense), by kind; a kind that is not there keeps what is set.
         experts: the experts that a token goes to; None where the number is fixed.
-        active: the share of its neurons whose activation is not zero, where up projections of
-            others need not be known (:func:`active_are_measured`); None counts all neurons.
+        active: the share of its neurons whose activation is not zero, by kind, where up projections
+            of others need not be known (:func:`active_are_measured`); all neurons count of a kind
+            that is not there.
     """
 
-    density: float | None = None
+    density: Mapping[str, float] = field(default_factory=dict)
     experts: float | None = None
-    active: float | None = None
+    active: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,15 @@ def budget_of(config: Config, vocab_size: int, usage: Usage) -> Budget:
     counted = count_parameters(model, config.mone, vocab_size)
     activated = float(counted.activated_gate_counted)
     for kind, mlp in gated_mlps(model, config.mone).items():
-        selects = config.mone.enabled and kind in config.mone.apply_to
         kept: float = mlp.kept
-        if usage.density is not None and selects:
-            kept = usage.density * mlp.width
+        if kind in usage.density:
+            kept = usage.density[kind] * mlp.width
         visited: float = mlp.visited
         if usage.experts is not None and kind == "routed":
             visited *= usage.experts / model.experts_per_token
         ups: float = mlp.width if mlp.chosen_by_up else kept
-        if usage.active is not None and mlp.up_of_active:
-            ups = usage.active * mlp.width
+        if kind in usage.active and mlp.up_of_active:
+            ups = usage.active[kind] * mlp.width
         activated += visited * mlp.used(kept, ups) - mlp.visited * mlp.gate_counted
     tokens = config.train.global_batch_size * config.train.seq_length
     more = activated - counted.activated_gate_counted

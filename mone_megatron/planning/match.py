@@ -116,7 +116,7 @@ def match(
 
 def _pair(count: Count, moe: Config, mone: Config, usage: Usage, *, changed: str | None) -> Pair:
     # The number of experts is the router's, which both have; that of neurons is MoNE's alone.
-    values = value_of(moe, count, replace(usage, density=None)), value_of(mone, count, usage)
+    values = value_of(moe, count, replace(usage, density={})), value_of(mone, count, usage)
     return Pair(count, moe, mone, changed, *values)
 
 

@@ -86,6 +86,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "relu": (*RUN, "model.activation=relu", *PRODUCT),
         "drelu-moe": (*RUN, "model.activation=drelu", "mone.enabled=false"),
         "drelu": (*RUN, "model.activation=drelu", *PRODUCT, "checkpoint.interval=1"),
+        "shared": (
+            *RUN,
+            "mone.rule=mass",
+            "mone.apply_to=[shared,dense]",
+            "model.first_dense_layers=1",
+            "model.shared_expert_ffn_hidden_size=64",
+        ),
         "masked": RUN,
         "through": (*RUN, "mone.straight_through=true"),
         "through-balanced": (*RUN, "mone.straight_through=true", "mone.balance.coeff=0.01"),
@@ -138,15 +145,34 @@ def test_the_share_of_positive_gates_is_logged_where_up_projections_are_rectifie
     run = load_run(runs / "drelu")
     config = from_yaml(runs / "drelu" / "config.yaml")
     usage = usage_of(config, run)
-    assert usage == Usage(found[1]["mone/density"], None, found[1]["mone/active_share"])
+    assert usage == Usage(
+        density={"routed": found[1]["mone/density"]},
+        active={"routed": found[1]["mone/active_share"]},
+    )
     mlp = gated_mlps(config.model, config.mone)["routed"]
-    every = budget_of(config, 512, Usage(usage.density)).activated
+    every = budget_of(config, 512, replace(usage, active={})).activated
     unread = (1 - found[1]["mone/active_share"]) * mlp.width * config.model.hidden_size
     measured = budget_of(config, 512, usage).activated
     assert every - measured == pytest.approx(mlp.visited * unread)
     # A run of an earlier version did not count them.
     earlier = {key: column for key, column in run.columns.items() if key != "mone/active_share"}
-    assert usage_of(config, replace(run, columns=earlier)).active is None
+    assert usage_of(config, replace(run, columns=earlier)) == replace(usage, active={})
+
+
+def test_a_measured_budget_reads_the_density_of_each_kind_of_mlp(runs: Path) -> None:
+    config, run = from_yaml(runs / "shared" / "config.yaml"), load_run(runs / "shared")
+    last = records(runs / "shared")[-1]
+    usage = usage_of(config, run)
+    assert usage == Usage(
+        density={kind: last[f"mone/{kind}/density"] for kind in ("shared", "dense")}
+    )
+    mlps = gated_mlps(config.model, config.mone)
+    more = sum(
+        mlps[kind].visited * 2 * config.model.hidden_size * (density - 0.25) * mlps[kind].width
+        for kind, density in usage.density.items()
+    )
+    found = [budget_of(config, 512, one).activated for one in (Usage(), usage)]
+    assert found[1] - found[0] == pytest.approx(more)
 
 
 def test_straight_through_starts_with_the_same_loss_and_other_gradients(runs: Path) -> None:

@@ -37,7 +37,25 @@ def test_measured_neurons_cost_as_those_of_another_keep_ratio() -> None:
         compose(["experiment=tiny_mone", f"model.vocab_size={VOCAB}", f"mone.keep_ratio={ratio}"])
         for ratio in (0.25, 0.5)
     )
-    assert budget_of(quarter, VOCAB, Usage(density=0.5)) == budget_of(half, VOCAB, Usage())
+    found = budget_of(quarter, VOCAB, Usage(density={"routed": 0.5}))
+    assert found == budget_of(half, VOCAB, Usage())
+
+
+def test_each_kind_of_mlp_has_a_density_of_its_own() -> None:
+    """Half the neurons of shared experts, and as many of routed ones as are set."""
+    shared = [
+        "experiment=tiny_mone", f"model.vocab_size={VOCAB}", "mone.apply_to=[routed,shared]",
+        "mone.keep_ratio=0.25", "mone.rule=mass", "model.shared_expert_ffn_hidden_size=64",
+    ]  # fmt: skip
+    config = compose(shared)
+    set_alone = budget_of(config, VOCAB, Usage())
+    found = budget_of(config, VOCAB, Usage(density={"shared": 0.5}))
+    model = config.model
+    more = model.num_layers * 2 * model.hidden_size * 64 // 4
+    assert found.activated - set_alone.activated == more
+    both = budget_of(config, VOCAB, Usage(density={"routed": 0.5, "shared": 0.5}))
+    half = compose([*shared, "mone.keep_ratio=0.5"])
+    assert both == budget_of(half, VOCAB, Usage())
 
 
 @pytest.mark.parametrize("gate", ["full", "split", "low_rank"])
@@ -64,13 +82,13 @@ def test_up_projections_of_neurons_without_activation_cost_nothing(kind: str, ga
                 read += hidden * (u > 0 or kind == "relu")
     rectified = ups > 0 if kind == "drelu" else torch.ones_like(ups).bool()
     usage = Usage(
-        density=((gates > 0) & rectified).float().mean().item(),
-        active=(gates > 0).float().mean().item() if kind == "drelu" else None,
+        density={"routed": ((gates > 0) & rectified).float().mean().item()},
+        active={"routed": (gates > 0).float().mean().item()} if kind == "drelu" else {},
     )
     assert active_are_measured(config) == (kind == "drelu")
     found = budget_of(config, VOCAB, usage)
     visits = model.num_layers * model.experts_per_token
-    nothing = budget_of(config, VOCAB, Usage(density=0.0, active=0.0))
+    nothing = budget_of(config, VOCAB, Usage(density={"routed": 0.0}, active={"routed": 0.0}))
     whole = GATES[gate].gate_parameters(size)
     assert found.activated - nothing.activated == pytest.approx(visits * (read / 6 - whole))
     assert found.decode_bytes - nothing.decode_bytes == pytest.approx(
@@ -89,8 +107,8 @@ def test_active_neurons_that_nobody_measured_are_all() -> None:
             "mone.rule=nonzero", "mone.score=abs_product",
         ]
     )  # fmt: skip
-    assert budget_of(config, VOCAB, Usage(density=0.2)) == budget_of(
-        config, VOCAB, Usage(density=0.2, active=1.0)
+    assert budget_of(config, VOCAB, Usage(density={"routed": 0.2})) == budget_of(
+        config, VOCAB, Usage(density={"routed": 0.2}, active={"routed": 1.0})
     )
     # Others have no use for it: they need the up projections of all neurons, or of kept ones.
     for override in ("mone.score=abs_activation", "mone.rule=topk", "model.activation=relu"):
@@ -101,7 +119,9 @@ def test_active_neurons_that_nobody_measured_are_all() -> None:
             ]
         )  # fmt: skip
         assert not active_are_measured(other)
-        assert budget_of(other, VOCAB, Usage(0.2)) == budget_of(other, VOCAB, Usage(0.2, None, 0.5))
+        kept = Usage(density={"routed": 0.2})
+        active = replace(kept, active={"routed": 0.5})
+        assert budget_of(other, VOCAB, kept) == budget_of(other, VOCAB, active)
 
 
 def test_measured_experts_cost_as_those_that_are_set() -> None:

@@ -13,8 +13,6 @@ from mone_megatron.planning.budget import (
 )
 from mone_megatron.report.runs import Run
 
-# The metric of the share of active neurons, which runs of earlier versions do not have.
-_ACTIVE = "mone/active_share"
 # The share of a run, at its end, whose steps are averaged.
 LAST_SHARE = 0.25
 
@@ -28,11 +26,16 @@ def usage_of(config: Config, run: Run) -> Usage:
     Raises:
         ValueError: naming the run, when it has not recorded that.
     """
-    density = experts = active = None
-    if not neurons_are_fixed(config):
-        density = _mean_of_last(run, "mone/density")
-    if active_are_measured(config) and _ACTIVE in run.columns:
-        active = _mean_of_last(run, _ACTIVE)
+    density: dict[str, float] = {}
+    active: dict[str, float] = {}
+    experts = None
+    for kind in config.mone.apply_to:
+        of_kind = "mone/" if kind == "routed" else f"mone/{kind}/"
+        if not neurons_are_fixed(config):
+            density[kind] = _mean_of_last(run, f"{of_kind}density")
+        share = f"{of_kind}active_share"
+        if active_are_measured(config) and share in run.columns:
+            active[kind] = _mean_of_last(run, share)
     if not experts_are_fixed(config):
         tokens = config.train.global_batch_size * config.train.seq_length
         per_expert = _mean_of_last(run, "router/tokens_per_expert_mean")
