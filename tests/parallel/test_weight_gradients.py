@@ -1,4 +1,4 @@
-"""Gradients of linear layers are added in place, and are those that autograd makes."""
+"""Gradients of linear layers and embeddings are added in place, as autograd makes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from torch import Tensor
 
 from mone_megatron.testing.processes import Processes
@@ -28,18 +32,26 @@ def _gradients(
         if isinstance(module, ColumnParallelLinear | RowParallelLinear)
     }
     in_place = [name for name, layer in layers.items() if layer.gradient_accumulation_fusion]
+    embeddings = {
+        name: module.weight
+        for name, module in chunk.named_modules()
+        if isinstance(module, VocabParallelEmbedding)
+    }
+    rows = [n for n, weight in embeddings.items() if getattr(weight, "adds_to_main_grad", False)]
     both = []
     for fused in (True, False):
         for name in in_place:
             layers[name].gradient_accumulation_fusion = fused
+        for name in rows:
+            embeddings[name].adds_to_main_grad = fused
         chunk.zero_grad_buffer()
         trainer.stepper._run(random_batches(trainer), forward_only=False)
         both.append({name: p.main_grad.clone() for name, p in chunk.named_parameters()})
         assert all(parameter.grad is None for parameter in chunk.parameters())
-    return both[0], both[1], [name.rsplit(".", 1)[-1] for name in in_place]
+    return both[0], both[1], [name.rsplit(".", 1)[-1] for name in [*in_place, *rows]]
 
 
-ALL = ["linear_proj", "linear_qkv", "output_layer"]
+ALL = ["word_embeddings", "linear_proj", "linear_qkv", "output_layer"]
 
 
 @pytest.mark.parametrize(
