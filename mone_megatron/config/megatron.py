@@ -10,10 +10,15 @@ from typing import Any
 from mone_megatron.config.convert import Scalar
 from mone_megatron.config.group import Group
 
-# Fields that say how something is computed, and not what.
+# Fields that say how something is computed, where, or in training alone, and not what.
 _COMPUTES_THE_SAME = re.compile(
     r"recompute_|overlap_|tp_comm_|cuda_graph_|cpu_offloading|distribute_saved_activations"
     r"|deterministic_mode|moe_(deepep|hybridep|flex_dispatcher)_|delay_wgrad_compute|\w+_fusion$"
+    r"|num_layers_in_(first|last)_pipeline_stage|pipeline_model_parallel_layout"
+    r"|account_for_\w+_in_pipeline_split|batch_p2p_sync|microbatch_group_size_per_vp_stage"
+    r"|barrier_with_L1_time|config_logger_dir|clone_scatter_output_in_embedding|cp_comm_type"
+    r"|defer_embedding_wgrad_compute|wgrad_deferral_limit|symmetric_ar_type"
+    r"|disable_parameter_transpose_cache|mtp_detach_heads"
 )
 _OURS = "this project decides it"
 _STATE = "checkpoints do not hold what it keeps"
@@ -330,6 +335,11 @@ def found_in(name: str, names: Iterable[str]) -> str | None:
     return next(starts, None)
 
 
+def may_change_model(name: str) -> bool:
+    """Returns whether a field of its TransformerConfig may change what a model computes."""
+    return _COMPUTES_THE_SAME.match(name) is None
+
+
 def why_not_settable(part: str, name: str) -> str | None:
     """Returns the key of ours that sets a field of megatron-core, or why it cannot be set.
 
@@ -362,9 +372,7 @@ class MegatronConfig(Group):
     def changing(self) -> list[str]:
         """Returns the keys that are set and may change what a model computes."""
         return [
-            f"megatron.transformer.{name}"
-            for name in self.transformer
-            if not _COMPUTES_THE_SAME.match(name)
+            f"megatron.transformer.{name}" for name in self.transformer if may_change_model(name)
         ]
 
     def given(self) -> Mapping[str, Mapping[str, Scalar]]:

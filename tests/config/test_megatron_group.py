@@ -24,6 +24,7 @@ from mone_megatron.config.megatron import (
     READ_WITH,
     SET_HERE,
     found_in,
+    may_change_model,
     why_not_settable,
     with_given,
 )
@@ -102,10 +103,27 @@ def test_fields_reach_megatron_core_and_the_identity_of_the_plan() -> None:
         "megatron.transformer.moe_input_jitter_eps",
         "megatron.ddp.bucket_size",
     ]
-    assert config.megatron.changing() == [
-        "megatron.transformer.barrier_with_L1_time",
-        "megatron.transformer.moe_input_jitter_eps",
-    ]
+    assert config.megatron.changing() == ["megatron.transformer.moe_input_jitter_eps"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("softmax_scale", True),
+        ("rotary_interleaved", True),
+        ("no_rope_freq", True),
+        ("moe_expert_capacity_factor", True),
+        ("num_layers_in_first_pipeline_stage", False),
+        ("pipeline_model_parallel_layout", False),
+        ("account_for_loss_in_pipeline_split", False),
+        ("barrier_with_L1_time", False),
+        ("moe_permute_fusion", False),
+        # Of a release that is not known: it may.
+        ("anything_new", True),
+    ],
+)
+def test_what_may_change_a_model(name: str, changes: bool) -> None:
+    assert may_change_model(name) is changes
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,37 @@ def test_weights_may_begin_a_run_with_a_sparsity_loss() -> None:
     check_same_model(identity(), identity("model.sparsity_loss=l1"), WHERE)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "megatron.transformer.softmax_scale=0.5",
+        "megatron.transformer.rotary_interleaved=true",
+        "megatron.transformer.no_rope_freq=2",
+    ],
+)
+def test_weights_begin_no_model_that_computes_otherwise_by_megatron_core(change: str) -> None:
+    key = change.split("=")[0]
+    check_same_model(identity(change), identity(change), WHERE)
+    with pytest.raises(ValueError, match=rf"^{key}: .* weights of another model: use {change}$"):
+        check_same_model(identity(change), identity(), WHERE)
+    # Also of weights that tell no more than model.*.
+    alone = {name: known for name, known in identity().items() if name.startswith("model.")}
+    alone["vocab_size"] = 512
+    with pytest.raises(ValueError, match=rf"^{key}: None in the checkpoint.*: leave it out$"):
+        check_same_model(alone, identity(change), WHERE)
+
+
+def test_where_layers_lie_is_free() -> None:
+    there = identity(
+        "megatron.transformer.num_layers_in_first_pipeline_stage=1",
+        "megatron.transformer.barrier_with_L1_time=false",
+        "megatron.ddp.bucket_size=1000",
+        "megatron.optimizer.decoupled_lr=0.1",
+    )
+    check_same_model(there, identity(), WHERE)
+    check_same_model(identity(), there, WHERE)
+
+
 def test_layout_and_logging_are_free() -> None:
     free = ("parallel.expert=2", "logging.interval=7", "train.on_bad_loss=skip", "run.name=b")
     assert check(identity(), identity(*free)) == []

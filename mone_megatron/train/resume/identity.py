@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mone_megatron.config.density import NeuronDensityConfig, RouterDensityConfig
+from mone_megatron.config.megatron import may_change_model
 from mone_megatron.config.product_key import ProductKeyConfig
 from mone_megatron.config.schema import Config
 from mone_megatron.data.framing import Framing, framing_of
@@ -40,6 +41,7 @@ _OF_TRAINING = (
     "model.mtp.coeff",
 )
 _ROUTES = "sinkhorn"
+_MEGATRON = "megatron.transformer."
 # Keys that older checkpoints do not name, with what every run did before there was a choice.
 _BEFORE_THE_KEY = {
     "mone.rule": "topk",
@@ -154,7 +156,8 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], where
     """Refuses the weights of another model for the start of a run.
 
     What the weights were trained on and how (data, ``train.*``, ``optim.*``, ``mone.*``, dtype) is
-    free, and so are the settings of the model that act in training only.
+    free, and so are the settings of the model that act in training only, and those of megatron-core
+    that do not change what it computes.
 
     Args:
         saved: the identity that the checkpoint tells; of weights alone ``model.*`` and
@@ -168,8 +171,7 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], where
     saved = _BEFORE_THE_KEY | dict(saved)
     problems = []
     for key in sorted(saved.keys() | current.keys()):
-        # What model.vocab_size stands for is in vocab_size.
-        if (not key.startswith("model.") and key != "vocab_size") or key == "model.vocab_size":
+        if not _is_of_the_model(key):
             continue
         old, new = saved.get(key), current.get(key)
         if (old == new and key in saved and key in current) or _is_free(key, old, new):
@@ -179,6 +181,8 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], where
             if key == "vocab_size"
             else f"use {key}={_written(old)}"
             if key in saved
+            else "leave it out"
+            if key.startswith(_MEGATRON)
             else "use a checkpoint that says it"
         )
         problems.append(
@@ -210,6 +214,13 @@ def other_framing(facts: Mapping[str, Any], framing: Framing | None, where: Path
         f"{list(seen.opening)}, and these data's begin with {list(framing.opening)}; to go on as "
         "before, make the data again with another --bos of tools/preprocess_data.py"
     )
+
+
+def _is_of_the_model(key: str) -> bool:
+    # What model.vocab_size stands for is in vocab_size.
+    if key.startswith(_MEGATRON):
+        return may_change_model(key.removeprefix(_MEGATRON))
+    return key == "vocab_size" or (key.startswith("model.") and key != "model.vocab_size")
 
 
 def _is_free(key: str, old: Any, new: Any) -> bool:
