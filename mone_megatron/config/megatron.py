@@ -375,6 +375,12 @@ class MegatronConfig(Group):
             f"megatron.transformer.{name}" for name in self.transformer if may_change_model(name)
         ]
 
+    def of_the_model(self) -> MegatronConfig:
+        """Returns the fields that may change what a model computes, in whatever layout."""
+        return MegatronConfig(
+            {name: value for name, value in self.transformer.items() if may_change_model(name)}
+        )
+
     def given(self) -> Mapping[str, Mapping[str, Scalar]]:
         """Returns the fields that are set, by part."""
         return {"transformer": self.transformer, "optimizer": self.optimizer, "ddp": self.ddp}

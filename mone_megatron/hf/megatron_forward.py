@@ -87,7 +87,8 @@ def _alone(config: Config) -> Config:
     It computes with the threads that torch has, which ``OMP_NUM_THREADS`` chooses.
     """
     device = DeviceConfig(kind="cpu", dtype="fp32", threads=torch.get_num_threads())
-    return replace(config, parallel=ParallelConfig(), device=device)
+    megatron = config.megatron.of_the_model()
+    return replace(config, parallel=ParallelConfig(), device=device, megatron=megatron)
 
 
 @contextmanager

@@ -104,6 +104,12 @@ def test_fields_reach_megatron_core_and_the_identity_of_the_plan() -> None:
         "megatron.ddp.bucket_size",
     ]
     assert config.megatron.changing() == ["megatron.transformer.moe_input_jitter_eps"]
+    # What a model is built of in another layout.
+    assert config.megatron.of_the_model().given() == {
+        "transformer": {"moe_input_jitter_eps": 0.01},
+        "optimizer": {},
+        "ddp": {},
+    }
 
 
 @pytest.mark.parametrize(

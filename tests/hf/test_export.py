@@ -57,6 +57,8 @@ RUNS: dict[str, tuple[int, list[str], str]] = {
         [
             "experiment=tiny_mone",
             "parallel.pipeline=2",
+            # Which lie otherwise where it is compared, on one process.
+            "megatron.transformer.num_layers_in_first_pipeline_stage=1",
             "model.tie_embeddings=true",
             "model.activation=relu2",
             "model.router.score_function=sigmoid",
