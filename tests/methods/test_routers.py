@@ -338,7 +338,8 @@ def test_autonomy_ranks_by_the_norms_of_projections() -> None:
 
 
 # What the authors' own routines give for tokens() and these projections, or the rows of ROWS
-# (github.com/trestad/Autonomy-of-Experts, ZhenweiAn/Dynamic_MoE, LINs-lab/DynMoE, thunlp/DECO).
+# (github.com/trestad/Autonomy-of-Experts, ZhenweiAn/Dynamic_MoE, LINs-lab/DynMoE, thunlp/DECO,
+# RobertCsordas/moe; of X-MoE's cosine microsoft/tutel).
 ROWS = [[math.cos(1 + 2 * e + 3 * i) for i in range(HIDDEN)] for e in range(FEW)]
 AUTONOMY = [
     [0.1479442, 0.0, 0.6118433, 0.0],
@@ -383,6 +384,47 @@ def test_top_p_is_what_its_authors_compute(p: float) -> None:
     probs, chosen = router(tokens())
     torch.testing.assert_close(probs, torch.tensor(TOP_P[p]), rtol=0, atol=1e-6)
     assert torch.equal(chosen, probs > 0)
+
+
+SIGMA = [
+    [0.6577346, 0.0, 0.0, 0.6766513],
+    [0.0, 0.6408666, 0.5376726, 0.0],
+    [0.6456739, 0.0, 0.0, 0.6585946],
+    [0.0, 0.6073868, 0.5478529, 0.0],
+    [0.6222565, 0.0, 0.0, 0.6279218],
+]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_sigmoid_topk_is_what_its_authors_compute() -> None:
+    router = built("sigmoid_topk")
+    router.weight.data.copy_(torch.tensor(ROWS))
+    weights, chosen = router(tokens())
+    torch.testing.assert_close(weights, torch.tensor(SIGMA), rtol=0, atol=1e-6)
+    assert torch.equal(chosen, weights > 0)
+
+
+# With the first three rows as the projection, and the first three columns as the directions.
+COSINES = [
+    [1.2899727, -1.5021884, 1.8908367, 1.3685406],
+    [-1.2276134, 1.4516994, -1.8949152, -1.3101473],
+    [1.1534324, -1.3904140, 1.8944815, 1.2402540],
+    [-1.0608398, 1.3122933, -1.8869295, -1.1524436],
+    [0.9386557, -1.2068237, 1.8666869, 1.0357341],
+]
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("temperature", [0.5, 0.005])
+def test_cosine_is_what_tutel_computes(temperature: float) -> None:
+    """No temperature below 0.01 counts."""
+    router = built("cosine", rank=RANK)
+    router.projection.data.copy_(torch.tensor(ROWS)[:RANK])
+    router.weight.data.copy_(torch.tensor(ROWS)[:, :RANK])
+    router.temperature.data.fill_(temperature)
+    found = router.gating(tokens()).squeeze(1)
+    expected = torch.tensor(COSINES) * 0.5 / max(temperature, 0.01)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 # Theirs outside training; in training tokens 0 and 2, which no expert takes, have none.
