@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader
 
+import mone_megatron.forked_children  # noqa: F401
 from mone_megatron.helpers import HelperError, HelperThread, ending, one_line, starting
 
 Batch = dict[str, torch.Tensor]

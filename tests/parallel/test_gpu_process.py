@@ -33,7 +33,9 @@ sys.exit(pytest.main(["--collect-only", "-p", "no:cacheprovider", *sys.argv[1:]]
 
 def _collect(*arguments: str) -> dict[str, object]:
     pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    # What a worker of pytest-xdist has of its own is not its child's, a pytest by itself.
+    inherited = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
+    environment = {key: value for key, value in os.environ.items() if key not in inherited}
     done = subprocess.run(
         [sys.executable, "-c", COLLECT, *arguments, str(TESTS / "kernels/test_triton.py")],
         env=environment,

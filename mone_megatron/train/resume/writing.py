@@ -26,6 +26,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+import mone_megatron.forked_children  # noqa: F401
 from mone_megatron.checkpoint import CheckpointWriteError, FileDigest, digest_file, write_error
 from mone_megatron.helpers import HelperError, HelperThread, ending, one_line, starting
 from mone_megatron.train.health.signals import REQUESTS
