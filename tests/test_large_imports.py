@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import signal
 import weakref
 
 import pytest
@@ -53,3 +55,37 @@ def test_a_package_that_is_there_and_a_user_who_collects_nothing_change_nothing(
         gc.enable()
     # Frozen objects may die meanwhile; what would freeze anew adds the thousands of a process.
     assert gc.get_freeze_count() <= frozen
+
+
+def interrupted_import(package: str, reached: list[str]) -> None:
+    with first_import_of(package):
+        # As some packages do while they are imported.
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+        reached.append("the end")
+        import no_package_of_this_name  # type: ignore[import-not-found]  # noqa: F401
+
+
+@pytest.mark.parametrize("package", ["no_package_of_this_name", "pytest"])
+def test_ctrl_c_ends_it_also_where_a_package_swallows_it(package: str) -> None:
+    reached: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_import(package, reached)
+    assert reached
+    with pytest.raises(KeyboardInterrupt), first_import_of(package):
+        signal.raise_signal(signal.SIGINT)
+    swallowing = contextlib.suppress(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt), first_import_of(package), swallowing:
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handlers_of_others_are_left_alone() -> None:
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        with first_import_of("pytest"):
+            signal.raise_signal(signal.SIGINT)
+        assert heard == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
