@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -28,6 +29,10 @@ from mone_megatron.testing.processes import Processes
 # pytest-xdist inherit it.
 if "--gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# In a shell's background Ctrl-C is ignored, by all that is started there, too; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
