@@ -15,7 +15,8 @@ on CPU over gloo once the few places that name CUDA are redirected. That is what
 * string constants in a handful of functions (``device="cuda"``, ``"torch.cuda.FloatTensor"``)
   are replaced in their code objects, which costs nothing at run time (:mod:`.cuda_constants`);
 * a few small functions are replaced whole (:mod:`.token_exchange`, :mod:`.gradient_norm`,
-  :mod:`.master_weights`, :mod:`.rotary_embedding`, :mod:`.context_parts`).
+  :mod:`.master_weights`, :mod:`.rotary_embedding`, :mod:`.context_parts`), or given what is else
+  a CUDA kernel of apex (:mod:`.weight_gradients`).
 
 On any device :mod:`.importing` imports megatron-core without what it imports for others, mends
 what it breaks without Transformer Engine (:mod:`.missing_transformer_engine`), keeps harmless
