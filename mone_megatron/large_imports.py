@@ -26,17 +26,16 @@ def first_import_of(package: str) -> Iterator[None]:
     Args:
         package: the first large package that is imported within it.
     """
-    if package in sys.modules or not gc.isenabled():
-        with _interrupts_are_heard():
-            yield
-        return
-    gc.disable()
+    waits = package not in sys.modules and gc.isenabled()
+    if waits:
+        gc.disable()
     try:
         with _interrupts_are_heard():
             yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if waits:
+            gc.freeze()
+            gc.enable()
 
 
 @contextmanager

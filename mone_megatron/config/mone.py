@@ -20,6 +20,11 @@ from mone_megatron.methods.scores import SCORES
 MoNETarget = Literal["routed", "shared", "dense"]
 
 
+def metrics_of(target: MoNETarget) -> str:
+    """Returns how names of metrics of an MLP's neurons begin: ``mone``, or ``mone/shared``."""
+    return "mone" if target == "routed" else f"mone/{target}"
+
+
 @dataclass(frozen=True)
 class NeuronBalanceConfig(Group):
     """Sets the loss that spreads tokens over neurons (:mod:`mone_megatron.mone.balance`)."""

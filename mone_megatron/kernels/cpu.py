@@ -70,7 +70,8 @@ def kept_places(scores_TF: Tensor, k: int) -> Tensor | None:
     rows, neurons = scores.shape
     kth = np.partition(scores, neurons - k, axis=-1)[:, neurons - k, None]
     places = np.flatnonzero(scores >= kth)
-    return torch.from_numpy(places) if _is_exact(len(places), rows * k, scores_TF) else None
+    exact = len(places) == rows * k and not _has_nan(scores_TF)
+    return torch.from_numpy(places) if exact else None
 
 
 # Memory of each thread for temporaries: fresh memory costs more than the arithmetic on it.
@@ -86,13 +87,13 @@ def _scratch(count: int, rows: int, neurons: int) -> tuple[Tensor, ...]:
     return memory[:needed].view(count, rows, neurons).unbind()
 
 
-def _is_exact(kept: int, wanted: int, largest: Tensor) -> bool:
-    """Returns whether a threshold, which keeps k or more of a row without NaN, kept k of each.
+def _has_nan(largest: Tensor) -> bool:
+    """Returns whether a NaN is among the k largest scores of each row, or all of them.
 
-    ``largest`` holds the k largest scores of each row, or all.
+    A threshold keeps k or more of a row without NaN. A NaN is the largest score to numpy, so ties
+    may hide it in the count of what is kept; the sum shows it.
     """
-    # A NaN is the largest score to numpy, so ties may hide it in the count; the sum shows it.
-    return kept == wanted and not largest.sum().isnan()
+    return bool(largest.sum().isnan())
 
 
 def _select(
@@ -116,11 +117,10 @@ def _select(
     # in half the time.
     (ordered.view(np.int32) if no_signs else ordered).partition(place, axis=-1)
     kth_B1 = ordered_BF[:, place : place + 1].clone()
-    has_nan = bool(ordered_BF[:, place:].sum().isnan())
+    has_nan = _has_nan(ordered_BF[:, place:])
     # Into fp32 torch compares several at a time, into bool one.
     torch.ge(scores_BF, kth_B1, out=kept_BF)
     mask_BF.copy_(kept_BF)
-    # A NaN is the largest score here, so ties may hide it in the count.
     if not has_nan and int(np.count_nonzero(mask_BF.numpy())) == k * len(scores_BF):
         return
     # Some row ties at its threshold, or holds NaN: mend those rows only.

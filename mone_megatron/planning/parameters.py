@@ -234,19 +234,18 @@ def gated_mlps(model: ModelConfig, mone: MoNEConfig) -> dict[str, GatedMLP]:
         "shared": (model.shared_expert_ffn_hidden_size, shared_layers, shared_layers),
         "dense": (model.dense_ffn_hidden_size, dense_layers, dense_layers),
     }
+    selecting = mone.apply_to if mone.enabled else ()
     return {
         kind: GatedMLP(
             hidden_size=model.hidden_size,
             width=width,
-            kept=count_kept(mone.keep_ratio, width)
-            if mone.enabled and kind in mone.apply_to
-            else width,
+            kept=count_kept(mone.keep_ratio, width) if kind in selecting else width,
             count=count,
             visited=visited,
             gate=GATES[model.gate if kind == "routed" else "full"],
             size=replace(model.gate_size, neurons=width),
-            chosen_by_up=mone.enabled and kind in mone.apply_to and _chosen_by_up(model, mone),
-            up_of_active=mone.enabled and kind in mone.apply_to and _up_of_active(model, mone),
+            chosen_by_up=kind in selecting and _chosen_by_up(model, mone),
+            up_of_active=kind in selecting and _up_of_active(model, mone),
         )
         for kind, (width, count, visited) in sizes.items()
     }

@@ -376,16 +376,6 @@ def test_autonomy_is_what_its_authors_compute() -> None:
     torch.testing.assert_close(probs, torch.tensor(AUTONOMY), rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("p", TOP_P)
-def test_top_p_is_what_its_authors_compute(p: float) -> None:
-    router = built("top_p", top_p=p)
-    router.weight.data.copy_(torch.tensor(ROWS))
-    probs, chosen = router(tokens())
-    torch.testing.assert_close(probs, torch.tensor(TOP_P[p]), rtol=0, atol=1e-6)
-    assert torch.equal(chosen, probs > 0)
-
-
 SIGMA = [
     [0.6577346, 0.0, 0.0, 0.6766513],
     [0.0, 0.6408666, 0.5376726, 0.0],
@@ -396,11 +386,17 @@ SIGMA = [
 
 
 @pytest.mark.usefixtures("one_process")
-def test_sigmoid_topk_is_what_its_authors_compute() -> None:
-    router = built("sigmoid_topk")
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [*(("top_p", {"top_p": p}, TOP_P[p]) for p in TOP_P), ("sigmoid_topk", {}, SIGMA)],
+)
+def test_weights_are_what_the_authors_compute(
+    kind: str, options: dict[str, float], expected: list[list[float]]
+) -> None:
+    router = built(kind, **options)
     router.weight.data.copy_(torch.tensor(ROWS))
     weights, chosen = router(tokens())
-    torch.testing.assert_close(weights, torch.tensor(SIGMA), rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights, torch.tensor(expected), rtol=0, atol=1e-6)
     assert torch.equal(chosen, weights > 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping
 
 from mone_megatron.config.convert import Scalar
@@ -36,8 +37,11 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
             told += _part(part, given, latent=config.model.attention == "mla")
     yield from told
     wrong = {line.split(":")[0] for line in told}
-    unread = (_not_computed(config, resources), _without_effect(config, resources))
-    for line in (*unread[0], *unread[1], *_without_a_part(config)):
+    for line in itertools.chain(
+        _not_computed(config, resources),
+        _without_effect(config, resources),
+        _without_a_part(config),
+    ):
         key = line.split(":")[0]
         if key not in wrong:
             wrong.add(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mone_megatron.config.mone import metrics_of
 from mone_megatron.config.schema import Config
 from mone_megatron.planning.budget import (
     Usage,
@@ -30,10 +31,9 @@ def usage_of(config: Config, run: Run) -> Usage:
     active: dict[str, float] = {}
     experts = None
     for kind in config.mone.apply_to:
-        of_kind = "mone/" if kind == "routed" else f"mone/{kind}/"
         if not neurons_are_fixed(config):
-            density[kind] = _mean_of_last(run, f"{of_kind}density")
-        share = f"{of_kind}active_share"
+            density[kind] = _mean_of_last(run, f"{metrics_of(kind)}/density")
+        share = f"{metrics_of(kind)}/active_share"
         if active_are_measured(config) and share in run.columns:
             active[kind] = _mean_of_last(run, share)
     if not experts_are_fixed(config):

@@ -34,8 +34,8 @@ def _sum_of_squares(tensor: torch.Tensor) -> float:
     """Returns the sum of squares, equal to 1e-6 relative or better.
 
     Squares are added up in fp32 within rows, whose rounding mostly averages out (1e-7; less so of
-    bf16 values), and rows in fp64. Where
-    squares are too large or too small for fp32, all is in fp64.
+    bf16 values), and rows in fp64. Where squares are too large or too small for fp32, all is in
+    fp64.
     """
     flat = tensor.detach().reshape(-1)
     whole = len(flat) // _ROW * _ROW

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from mone_megatron.config.mone import metrics_of
 from mone_megatron.config.schema import Config
 from mone_megatron.methods.rule import count_kept
 from mone_megatron.train.panel import LayerUse, Mlp, Panel
@@ -178,7 +179,7 @@ class AlertMonitor:
         neurons = _neurons(self.config, use.mlp)
         kept = count_kept(self.config.mone.keep_ratio_at(step), neurons)
         most, least = self.settings.dead_neurons, self.settings.load_collapse
-        name = "mone" if use.mlp == "routed" else f"mone/{use.mlp}"
+        name = metrics_of(use.mlp)
         for expert, (tokens, dead, entropy) in enumerate(
             zip(
                 use.experts["tokens"],
@@ -233,7 +234,7 @@ class AlertMonitor:
             for expert, (now, then) in enumerate(zip(by_expert, before.by_expert, strict=True))
             if then > 0 and not math.isnan(now)
         }
-        name = "mone" if use.mlp == "routed" else f"mone/{use.mlp}"
+        name = metrics_of(use.mlp)
         yield _Finding(
             Place("shrinking_weights", use.mlp, use.layer, None),
             fall,

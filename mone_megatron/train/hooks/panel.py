@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mone_megatron.config.mone import metrics_of
 from mone_megatron.config.schema import Config
 from mone_megatron.methods.hook import Hook, Record, StepReport
 from mone_megatron.mone.chunk_unions import CHUNK_LENGTHS, summarise_unions
@@ -190,7 +191,7 @@ def _by_layer(
             if mlp != "routed":
                 if key.startswith("router/"):
                     continue
-                key = key.replace("mone/", f"mone/{mlp}/")
+                key = key.replace("mone/", f"{metrics_of(mlp)}/")
             metrics[f"{key}/layer_{layer}"] = value
             collected.setdefault(key, []).append(value)
     return metrics | {key: sum(values) / len(values) for key, values in collected.items()}
@@ -199,11 +200,10 @@ def _by_layer(
 def _unions_by_layer(mlp: Mlp, shares: Tensor, layers: Sequence[int]) -> dict[str, float]:
     """Returns the share of a layer's neurons that chunks keep, and its means over layers."""
     metrics: dict[str, float] = {}
-    part = "mone/" if mlp == "routed" else f"mone/{mlp}/"
     for place, length in enumerate(CHUNK_LENGTHS):
         known = {layer: shares[layer - 1, place].item() for layer in layers}
         known = {layer: share for layer, share in known.items() if not math.isnan(share)}
-        key = f"{part}chunk_union_{length}"
+        key = f"{metrics_of(mlp)}/chunk_union_{length}"
         metrics |= {f"{key}/layer_{layer}": share for layer, share in known.items()}
         if known:
             metrics[key] = sum(known.values()) / len(known)
