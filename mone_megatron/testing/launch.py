@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mone_megatron.testing.ports import free_ports
 from mone_megatron.testing.warm_start import WarmProcess, Worker, imports_as_usual
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,30 +39,6 @@ def start_in_session(command: Sequence[str]) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-
-
-# Below the range that the system gives to outgoing connections (32768 and up on Linux), gloo's
-# own among them.
-_PORTS = range(20000, 32000)
-
-
-def free_ports(count: int) -> list[int]:
-    """Returns distinct TCP ports that were free a moment ago.
-
-    Raises:
-        RuntimeError: when the machine has too few.
-    """
-    ports: list[int] = []
-    for port in random.SystemRandom().sample(_PORTS, k=min(len(_PORTS), 20 * count)):
-        with socket.socket() as candidate:
-            try:
-                candidate.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise RuntimeError(f"no {count} free ports in {_PORTS}")
 
 
 def wait_for_all(workers: Sequence[Worker], timeout: float) -> list[int | None]:

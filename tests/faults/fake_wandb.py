@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-from mone_megatron.testing.launch import free_ports
+from mone_megatron.testing.ports import free_ports
 
 Break = Literal["refuses", "answers 500", "stalls"]
 

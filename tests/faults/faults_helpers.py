@@ -19,7 +19,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from mone_megatron.testing.launch import REPOSITORY, free_ports, rank_variables
+from mone_megatron.testing.launch import REPOSITORY, rank_variables
+from mone_megatron.testing.ports import free_ports
 from mone_megatron.testing.warm_start import WarmProcess
 
 PRETRAIN = ("-m", "mone_megatron.pretrain")

@@ -23,7 +23,7 @@ from faults_helpers import (
 )
 from faults_table import Tally
 
-from mone_megatron.testing.launch import free_ports
+from mone_megatron.testing.ports import free_ports
 from mone_megatron.testing.warm_start import WarmProcess
 
 SCRIPT = Path(__file__).with_name("recorded_run.py")

@@ -12,7 +12,7 @@ import pytest
 from faults_helpers import PATIENCE, QUIET, end, records, start, state_digest, step_folder
 from faults_table import Tally
 
-from mone_megatron.testing.launch import free_ports
+from mone_megatron.testing.ports import free_ports
 
 SCRIPT = Path(__file__).with_name("recorded_run.py")
 TOLERANCE = 1e-6

@@ -25,7 +25,8 @@ from faults_helpers import (
 )
 from faults_table import Tally
 
-from mone_megatron.testing.launch import REPOSITORY, free_ports
+from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.ports import free_ports
 from mone_megatron.train.health.signals import HANG_EXIT_CODE
 
 Count = Callable[[int, str], AbstractContextManager[Tally]]

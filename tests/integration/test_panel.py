@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mone_megatron.testing.launch import REPOSITORY, free_ports, rank_variables, run_layouts
+from mone_megatron.testing.launch import REPOSITORY, rank_variables, run_layouts
+from mone_megatron.testing.ports import free_ports
 from mone_megatron.testing.warm_start import run_python
 from mone_megatron.train.panel import Panel
 

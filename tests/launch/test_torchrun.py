@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mone_megatron.testing.launch import REPOSITORY, free_ports
+from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.ports import free_ports
 
 SCRIPT = REPOSITORY / "launch" / "torchrun.sh"
 RUN = (

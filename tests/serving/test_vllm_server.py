@@ -18,7 +18,7 @@ from reference_answers import Answer
 from transformers import AutoTokenizer
 from vllm_environment import PYTHON, REPOSITORY, run, variables
 
-from mone_megatron.testing.launch import free_ports
+from mone_megatron.testing.ports import free_ports
 
 pytestmark = [
     pytest.mark.vllm,

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mone_megatron.testing.launch import REPOSITORY, free_ports
+from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.ports import free_ports
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "setpriv")

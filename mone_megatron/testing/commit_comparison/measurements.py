@@ -22,8 +22,8 @@ from mone_megatron.testing.commit_comparison.values import (
     run_values,
 )
 from mone_megatron.testing.commit_comparison.version import Version
-from mone_megatron.testing.launch import free_ports
 from mone_megatron.testing.layouts import LAYOUTS, PARTS
+from mone_megatron.testing.ports import free_ports
 from mone_megatron.testing.words import write_words
 
 # Scripts that processes of either version run; they import nothing of ours.

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mone_megatron.testing.launch import free_ports
+from mone_megatron.testing.ports import free_ports
 
 # Set by launchers of this process, and of no concern to the processes that are compared.
 _LEFT_OUT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
