@@ -16,6 +16,7 @@ from mone_megatron.config.schema import DeviceConfig
 from mone_megatron.counting import counted
 from mone_megatron.helpers import HelperError
 from mone_megatron.kernels.te_grouped import have_transformer_engine
+from mone_megatron.parallel.host_memory import keep_freed_memory
 from mone_megatron.parallel.megatron_compat.cpu_backend import install_cpu_backend
 from mone_megatron.parallel.megatron_compat.gradient_norm import fuse_gradient_norm
 from mone_megatron.parallel.megatron_compat.importing import import_megatron
@@ -114,6 +115,7 @@ def open_device(config: DeviceConfig, world: World) -> Device:
     cores = os.cpu_count() or 1
     threads = config.threads or max(1, cores // world.local_size)
     torch.set_num_threads(threads)
+    keep_freed_memory()
     install_cpu_backend()
     processes = f"{counted(world.size, 'process')} of {counted(threads, 'thread')}"
     hardware = f"{_cpu_name()}, {counted(cores, 'core')}, {processes}"
