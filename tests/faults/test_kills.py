@@ -110,7 +110,7 @@ def kill_inside_a_save(
 def end_of_the_others(workers: Workers, victim: int) -> tuple[bool, str]:
     """Whether they ended by themselves soon, and all that was said."""
     others = [worker for rank, worker in enumerate(workers) if rank != victim]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and any(worker.poll() is None for worker in others):
         time.sleep(0.02)
     by_themselves = all(worker.poll() is not None for worker in others)

@@ -166,7 +166,7 @@ def test_problems_are_seen(browser: Browser, tmp_path: Path) -> None:
 
 def _until(tab: Tab, condition: str) -> None:
     """Until a condition holds, also when the page is read again while it is asked."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         with suppress(AssertionError):
             if tab.evaluate(condition):
