@@ -292,6 +292,25 @@ def test_relu_norm_is_torchs_norm_of_the_rectified_logits() -> None:
     assert torch.equal(chosen, expected > 0)
 
 
+BLOCK_FFN = [
+    [0.6625687, 0.0, 0.0, 2.9959936],
+    [0.0, 1.9353056, 0.7567910, 0.0],
+    [0.6743737, 0.0, 0.0, 2.9535472],
+    [0.0, 1.8305999, 1.2082530, 0.0],
+    [0.6901926, 0.0, 0.0, 2.8944817],
+]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_relu_norm_is_what_its_authors_compute() -> None:
+    router = built("relu_norm")
+    router.weight.data.copy_(torch.tensor(ROWS))
+    router.score_norm.weight.data.copy_(torch.tensor([0.5, 1.0, 1.5, 2.0]))
+    weights, chosen = router(tokens())
+    torch.testing.assert_close(weights, torch.tensor(BLOCK_FFN), rtol=0, atol=1e-6)
+    assert torch.equal(chosen, torch.tensor(BLOCK_FFN) > 0)
+
+
 # What the authors' own MLP and losses (github.com/liuyilun2000/RoutingFreeMoE) give for these
 # inputs with a rank of 3, a threshold of 0.25, scales 0.8 + 0.3 e and biases 0.1 e.
 SCORES = [
@@ -338,8 +357,8 @@ def test_autonomy_ranks_by_the_norms_of_projections() -> None:
 
 
 # What the authors' own routines give for tokens() and these projections, or the rows of ROWS
-# (github.com/trestad/Autonomy-of-Experts, ZhenweiAn/Dynamic_MoE, LINs-lab/DynMoE, thunlp/DECO,
-# RobertCsordas/moe; of X-MoE's cosine microsoft/tutel).
+# (github.com/trestad/Autonomy-of-Experts, ZhenweiAn/Dynamic_MoE, LINs-lab/DynMoE, thunlp/BlockFFN,
+# thunlp/DECO, RobertCsordas/moe; of X-MoE's cosine microsoft/tutel).
 ROWS = [[math.cos(1 + 2 * e + 3 * i) for i in range(HIDDEN)] for e in range(FEW)]
 AUTONOMY = [
     [0.1479442, 0.0, 0.6118433, 0.0],

@@ -6,8 +6,9 @@ presses on the number of experts and does nothing for even loads; ``model.router
 its coefficient, as the authors' runs do, from 1e-8 in steps of 1.002 or 1.001.
 
 DECO has NormSiLU beside it, in experts without a gate: SiLU of an RMSNorm over an expert's neurons,
-less the mean over those of all experts, chosen or not. Here experts have a gate, and an activation
-is a function of one neuron alone, so that the router is what there is of DECO.
+from which the mean over those of all experts, chosen or not, was taken before. Here experts have a
+gate, and an activation is a function of one neuron alone, so that the router is what there is of
+DECO (docs/method.md#what-is-not-here).
 """
 
 from __future__ import annotations
