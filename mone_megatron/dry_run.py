@@ -8,6 +8,7 @@ from pathlib import Path
 from mone_megatron.config.layout import Layout
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
+from mone_megatron.config.without_effect import without_effect
 from mone_megatron.counting import counted
 from mone_megatron.data.prepare import PreparedData, check_cache, prepare_data
 from mone_megatron.ownership import live_owner
@@ -56,6 +57,7 @@ def dry_run(
     width = max(map(len, lines))
     return [
         *(f"{name:<{width}}  {line}" for name, line in lines.items()),
+        *without_effect(config, written or {}),
         "all checked, nothing trained; without --dry-run it starts",
     ]
 

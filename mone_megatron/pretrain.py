@@ -44,6 +44,7 @@ from mone_megatron.config.load import (
 )
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
+from mone_megatron.config.without_effect import without_effect
 from mone_megatron.data.prepare import check_cache, prepare_data
 from mone_megatron.display import harmless_output
 from mone_megatron.dry_run import dry_run
@@ -100,6 +101,8 @@ def _pretrain(config: Config, written: Mapping[str, str] | None) -> int:
     if (untried := check_megatron_release()) and world.rank == 0:
         print(f"WARNING: {untried}", file=sys.stderr)
     if world.rank == 0:
+        for line in without_effect(config, written or {}):
+            print(line, file=sys.stderr)
         print(
             f"{config.run.name}: configuration checked; loading torch and megatron-core", flush=True
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mone_megatron.config.group import Group
+from mone_megatron.config.group import Group, names
 from mone_megatron.config.marks import AtLeast
 from mone_megatron.config.wording import near_multiples
 
@@ -59,9 +59,15 @@ class RopeScalingConfig(Group):
     """The weight of log(factor) in the scale of the scores, and the inverse of that of queries and
     keys."""
 
-    def unread(self) -> Collection[str]:
+    def unread(self) -> Mapping[str, str]:
+        """Returns how sequences are stretched where they are not."""
+        if self.type != "none":
+            return {}
+        return {name: "model.rope_scaling.type=none" for name in names(self) if name != "type"}
+
+    def boundless(self) -> Collection[str]:
         """Returns the length before the scaling where there is none."""
-        return {"original_max_position"} if self.type == "none" else ()
+        return ("original_max_position",) if self.type == "none" else ()
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this section alone."""

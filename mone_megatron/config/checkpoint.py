@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -29,6 +29,12 @@ class CheckpointConfig(Group):
     """How many of the newest checkpoints are kept."""
     keep_every: Annotated[int, AtLeast(0)] = 0
     """Checkpoints whose step is a multiple of this are kept as well; 0 for none of those."""
+
+    def unread(self) -> Mapping[str, str]:
+        """Returns how checkpoints are written and kept, where none is."""
+        if self.interval > 0:
+            return {}
+        return dict.fromkeys(("async_save", "keep_last", "keep_every"), "checkpoint.interval=0")
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this group alone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -48,9 +48,17 @@ class DataConfig(Group):
     num_workers: Annotated[int, AtLeast(0)] = 0
     """Loader processes per rank; 0 loads in the training process."""
 
-    def unread(self) -> Collection[str]:
-        """Returns the vocabulary where no tokenizer is trained."""
-        return {"vocab_size"} if SOURCES[self.source].reads_paths else ()
+    def unread(self) -> Mapping[str, str]:
+        """Returns what says how a corpus is made, where none or no tokenizer is."""
+        if SOURCES[self.source].reads_paths:
+            return dict.fromkeys(("vocab_size", "max_megabytes"), f"data.source={self.source}")
+        if self.source == "stdlib" and self.tokenizer:
+            return {"vocab_size": f"data.tokenizer={self.tokenizer}"}
+        return {}
+
+    def boundless(self) -> Collection[str]:
+        """Returns the vocabulary where the source trains no tokenizer."""
+        return ("vocab_size",) if SOURCES[self.source].reads_paths else ()
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this group alone."""

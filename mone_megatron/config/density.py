@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Annotated
 
-from mone_megatron.config.group import Group
+from mone_megatron.config.group import Group, given
 from mone_megatron.config.marks import Above, AtLeast, NameIn, Within
 from mone_megatron.methods.density_steps import DENSITY_STEPS
 
@@ -27,6 +27,11 @@ class DensityConfig(Group):
     cap: Annotated[float, Above(0)] = 1.0
     """The largest coefficient of a loss; the rule says the largest of others."""
 
+    @property
+    def counts_when_off(self) -> tuple[str, ...]:
+        """Returns the fields that have an effect also while ``step`` moves nothing."""
+        return ()
+
 
 @dataclass(frozen=True)
 class NeuronDensityConfig(DensityConfig):
@@ -46,6 +51,11 @@ class RouterDensityConfig(DensityConfig):
     """How a step moves the coefficient of the router's own loss, in kinds that have
     one, such as `relu`; `off` leaves it at `start`."""
 
+    @property
+    def counts_when_off(self) -> tuple[str, ...]:
+        """Returns the coefficient that the router's loss keeps."""
+        return ("start",)
+
 
 def steered_start(density: DensityConfig, own: float) -> float:
     """Returns the first value of the quantity.
@@ -58,12 +68,10 @@ def steered_start(density: DensityConfig, own: float) -> float:
 
 
 def problems(density: DensityConfig, key: str) -> Iterator[str]:
-    """Yields settings of a controller that is off."""
-    if DENSITY_STEPS[density.step].factor is None and density.target:
-        yield (
-            f"{key}.target: {density.target:g} has no effect with {key}.step={density.step}; use "
-            f"{key}.step=alpha, or 0"
-        )
+    """Yields settings of a controller that is off, but for those that count all the same."""
+    if DENSITY_STEPS[density.step].factor is None:
+        why = f"{key}.step={density.step}"
+        yield from without_effect(density, key, why, but=("step", *density.counts_when_off))
 
 
 def coefficient_problems(density: DensityConfig, key: str) -> Iterator[str]:
@@ -75,10 +83,17 @@ def coefficient_problems(density: DensityConfig, key: str) -> Iterator[str]:
         )
 
 
-def without_effect(density: DensityConfig, key: str, why: str) -> Iterator[str]:
-    """Yields the settings of a controller that has nothing to steer."""
-    usual = type(density)()
-    for field in fields(density):
-        value = getattr(density, field.name)
-        if value != getattr(usual, field.name):
-            yield f"{key}.{field.name}: {value} has no effect with {why}; leave it out"
+def without_effect(
+    density: DensityConfig, key: str, why: str, but: Collection[str] = ()
+) -> Iterator[str]:
+    """Yields the settings of a controller that have no effect.
+
+    Args:
+        density: the section.
+        key: of the section.
+        why: the setting that makes it so.
+        but: the fields that have an effect.
+    """
+    for name, value in given(density):
+        if name not in but:
+            yield f"{key}.{name}: {value} has no effect with {why}; leave it out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -29,3 +30,7 @@ class DeviceConfig(Group):
     timeout_seconds: Annotated[int, AtLeast(1)] = 600
     """Seconds without progress after which the run ends, naming the rank at fault
     (docs/reliability.md#hangs)."""
+
+    def unread(self) -> Mapping[str, str]:
+        """Returns the threads of CPUs on a GPU."""
+        return {"threads": "device.kind=cuda"} if self.kind == "cuda" else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
 from functools import cache
 from typing import Annotated, get_args, get_origin, get_type_hints
 
@@ -16,8 +17,16 @@ class Group:
     is one line, ``key: what is wrong; fix``.
     """
 
-    def unread(self) -> Collection[str]:
-        """Returns the fields that have no effect beside the others; their bounds do not count."""
+    def unread(self) -> Mapping[str, str]:
+        """Returns the fields that have no effect beside the others, each with the reason.
+
+        The reason is the setting that makes it so, such as ``data.source=indexed``. What of them is
+        set is told before a run (:mod:`mone_megatron.config.without_effect`).
+        """
+        return {}
+
+    def boundless(self) -> Collection[str]:
+        """Returns the fields whose bounds do not count beside the others."""
         return ()
 
     def rules(self) -> Iterator[str]:
@@ -34,21 +43,48 @@ def problems(group: Group, written: Mapping[str, str], prefix: str = "") -> Iter
             where that is known.
         prefix: what stands before the names of the fields, as in ``model.``.
     """
-    unread = group.unread()
+    found: list[str] = []
+    boundless = group.boundless()
     # Any class can be hashed, which mypy doubts of classes whose objects cannot.
     cls: type = type(group)
     for name, bounds in _bounds(cls).items():
-        if name in unread:
+        if name in boundless:
             continue
         key = f"{prefix}{name}"
         value = getattr(group, name)
         if isinstance(value, Group):
-            yield from problems(value, written, f"{key}.")
+            found += problems(value, written, f"{key}.")
             continue
         for bound in bounds:
             if problem := bound.problem(value):
-                yield f"{key}: {_shown(value, written.get(key, ''))}{problem}"
-    yield from group.rules()
+                found.append(f"{key}: {_shown(value, written.get(key, ''))}{problem}")
+    yield from found
+    # What is wrong by itself is not told again for what it is beside the others.
+    wrong = {line.split(":")[0] for line in found}
+    yield from (line for line in group.rules() if line.split(":")[0] not in wrong)
+
+
+def given(group: Group, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yields the dotted key and the value of each field that is not at its default.
+
+    Args:
+        group: a group, or a section of one.
+        prefix: what stands before the names of the fields, as in ``model.``.
+    """
+    usual = type(group)()
+    for name in names(group):
+        value = getattr(group, name)
+        if isinstance(value, Group):
+            yield from given(value, f"{prefix}{name}.")
+        elif value != getattr(usual, name):
+            yield f"{prefix}{name}", value
+
+
+def names(group: Group) -> Iterator[str]:
+    """Yields the names of a group's fields, in their order."""
+    # A group is a dataclass, which its class does not say to mypy.
+    for field in fields(group):  # type: ignore[arg-type]
+        yield field.name
 
 
 @cache

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from mone_megatron.config.group import Group
+from mone_megatron.config.group import Group, names
 from mone_megatron.config.marks import Above, AtLeast, NotEmpty, Within
 from mone_megatron.config.resources import is_installed
 
@@ -30,6 +30,12 @@ class AlertsConfig(Group):
     """Alert when mean |a| fell by more than this part while the raw balance loss fell and the load
     became no more even; 1 for none."""
 
+    def unread(self) -> Mapping[str, str]:
+        """Returns what judges where nothing is judged."""
+        if self.enabled:
+            return {}
+        return {name: "logging.alerts.enabled=false" for name in names(self) if name != "enabled"}
+
 
 @dataclass(frozen=True)
 class WandbConfig(Group):
@@ -49,9 +55,15 @@ class WandbConfig(Group):
     """The longest wait for the server at the start (then offline) and at the end (then
     unfinished)."""
 
-    def unread(self) -> Collection[str]:
+    def unread(self) -> Mapping[str, str]:
+        """Returns what W&B is told where it is not used."""
+        if self.mode != "disabled":
+            return {}
+        return {name: "logging.wandb.mode=disabled" for name in names(self) if name != "mode"}
+
+    def boundless(self) -> Collection[str]:
         """Returns the project where W&B is not used."""
-        return {"project"} if self.mode == "disabled" else ()
+        return ("project",) if self.mode == "disabled" else ()
 
 
 @dataclass(frozen=True)
@@ -74,9 +86,16 @@ class LoggingConfig(Group):
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
-    def unread(self) -> Collection[str]:
+    def unread(self) -> Mapping[str, str]:
+        """Returns how often the report is written where there is none, and alerts of nothing."""
+        unread = {} if self.report else {"report_seconds": "logging.report=false"}
+        if self.layer_interval == 0:
+            unread["alerts"] = "logging.layer_interval=0"
+        return unread
+
+    def boundless(self) -> Collection[str]:
         """Returns how often the report is written where there is none."""
-        return () if self.report else {"report_seconds"}
+        return () if self.report else ("report_seconds",)
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this group alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -142,18 +142,25 @@ class ModelConfig(Group):
         multiple = self.vocab_padding_multiple
         return -(-vocab_size // multiple) * multiple
 
-    def unread(self) -> Collection[str]:
-        """Returns the sizes of what this model does not have."""
-        unread = set()
+    def unread(self) -> Mapping[str, str]:
+        """Returns the settings of what this model does not have."""
+        unread: dict[str, str] = {}
         if self.num_experts < 1:
-            unread |= {"experts_per_token", "expert_ffn_hidden_size"}
-        if self.dense_layers < 1 or self.experts == "product_key":
-            unread.add("dense_ffn_hidden_size")
-        if self.experts != "product_key":
-            unread.add("product_key")
+            of_experts = ("experts_per_token", "expert_ffn_hidden_size", "router")
+            unread |= dict.fromkeys(of_experts, f"model.num_experts={self.num_experts}")
+        if self.dense_layers < 1:
+            unread["dense_ffn_hidden_size"] = "model.first_dense_layers=0"
+        if self.experts == "product_key":
+            unread["dense_ffn_hidden_size"] = "model.experts=product_key"
+        else:
+            unread["product_key"] = f"model.experts={self.experts}"
         if self.attention != "mla":
-            unread.add("mla")
+            unread["mla"] = f"model.attention={self.attention}"
         return unread
+
+    def boundless(self) -> Collection[str]:
+        """Returns all of them but the router, whose settings models without experts may share."""
+        return self.unread().keys() - {"router"}
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this group alone."""

@@ -11,9 +11,11 @@ from typing import Annotated, Literal
 from mone_megatron.config import density, options
 from mone_megatron.config.convert import Scalar
 from mone_megatron.config.density import NeuronDensityConfig
-from mone_megatron.config.group import Group
+from mone_megatron.config.group import Group, names
 from mone_megatron.config.marks import AtLeast, NameIn, OptionsOf, Within
+from mone_megatron.methods.density_steps import DENSITY_STEPS
 from mone_megatron.methods.losses import LOSSES
+from mone_megatron.methods.rule import Rule
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
 
@@ -78,6 +80,21 @@ class MoNEConfig(Group):
     keep_ratio_steps: int = 0
     """The number of steps after which the ratio is `keep_ratio`."""
 
+    def unread(self) -> Mapping[str, str]:
+        """Returns what neither selects neurons nor says how."""
+        if not self.enabled:
+            return {name: "mone.enabled=false" for name in names(self) if name != "enabled"}
+        if self.keep_ratio == 1:
+            kept = ("keep_ratio", "enabled", "density", "apply_to")
+            return {
+                name: "mone.keep_ratio=1, which keeps all neurons"
+                for name in names(self)
+                if name not in kept
+            }
+        if self.keep_ratio_schedule == "constant":
+            return {"keep_ratio_start": "mone.keep_ratio_schedule=constant"}
+        return {}
+
     def keep_ratio_at(self, step: int) -> float:
         """Returns the keep ratio that a step (from 1) trains with, as its checkpoint is used."""
         if self.keep_ratio_schedule == "constant" or step > self.keep_ratio_steps:
@@ -141,6 +158,26 @@ class MoNEConfig(Group):
             key="mone.rule_options",
             owner=f"mone.rule={self.rule}",
         )
+        yield from self._unmoved(rule)
+
+    def _unmoved(self, rule: Rule) -> Iterator[str]:
+        """Yields options for moving what the rule does not move itself."""
+        steered = DENSITY_STEPS[self.density.step].factor is not None
+        for name, steerable in rule.steerable.items():
+            fixed = steerable.unless
+            if steered and self.density.steers == name:
+                why = f"mone.density, which steers {name}"
+            elif fixed is not None and self.rule_options.get(fixed):
+                why = f"mone.rule_options.{fixed}={self.rule_options[fixed]}, which stays"
+            else:
+                continue
+            for option in steerable.moved_by:
+                value = self.rule_options.get(option)
+                if value is not None and value != getattr(rule.options(), option):
+                    yield (
+                        f"mone.rule_options.{option}: {value} has no effect with {why}; "
+                        "leave it out"
+                    )
 
     def _schedule(self) -> Iterator[str]:
         if self.keep_ratio_schedule == "constant":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -37,6 +37,12 @@ class OptimConfig(Group):
     """What Adam adds to the root of the second moment."""
     clip_grad: Annotated[float, AtLeast(0)] = 1.0
     """The largest global gradient norm; 0 for no clipping."""
+
+    def unread(self) -> Mapping[str, str]:
+        """Returns what is of schedules that are not used."""
+        why = f"optim.schedule={self.schedule}"
+        unread = {} if self.schedule == "wsd" else {"decay_fraction": why}
+        return unread | ({"min_lr": why} if self.schedule == "constant" else {})
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this group alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -20,6 +20,10 @@ class MTPConfig(Group):
     coeff: Annotated[float, AtLeast(0)] = 0.1
     """The coefficient of the mean of their losses, which is added to the loss of the next token."""
 
-    def unread(self) -> Collection[str]:
+    def unread(self) -> Mapping[str, str]:
+        """Returns the coefficient where there is no loss."""
+        return {} if self.depth else {"coeff": "model.mtp.depth=0"}
+
+    def boundless(self) -> Collection[str]:
         """Returns the coefficient where there is no loss."""
         return () if self.depth else ("coeff",)

@@ -67,6 +67,18 @@ class RouterConfig(Group):
     scaling_factor: Annotated[float, AtLeast(0)] = 0.0
     """Multiplies the routing weights (sigmoid or pre-softmax routers); 0 means 1."""
 
+    def unread(self) -> Mapping[str, str]:
+        """Returns what is of ways of routing or balancing that are not used."""
+        unread = {} if self.expert_bias else {"expert_bias_rate": "model.router.expert_bias=false"}
+        if ROUTERS[self.kind].own_weights:
+            return unread  # What it does not read is refused.
+        if "sinkhorn" in self.balance:
+            why = "model.router.balance=[sinkhorn]"
+            unread |= dict.fromkeys(("pre_softmax", "scaling_factor"), why)
+        elif self.score_function != "softmax":
+            unread["pre_softmax"] = f"model.router.score_function={self.score_function}"
+        return unread
+
     @property
     def chosen_options(self) -> dict[str, Scalar]:
         """Returns the options that are given by name, under either of their keys."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -70,9 +70,21 @@ class TrainConfig(Group):
     max_rollbacks: Annotated[int, AtLeast(0)] = 3
     """`rollback` ends the run after so many rollbacks."""
 
-    def unread(self) -> Collection[str]:
+    def unread(self) -> Mapping[str, str]:
+        """Returns how long an evaluation is and how often a step is tried, where none is."""
+        unread = {}
+        if self.eval_interval <= 0:
+            unread["eval_steps"] = "train.eval_interval=0"
+        if not self.eval_tasks:
+            unread["eval_tasks_limit"] = "no train.eval_tasks"
+        for name, of in (("max_skips", "skip"), ("max_rollbacks", "rollback")):
+            if self.on_bad_loss != of:
+                unread[name] = f"train.on_bad_loss={self.on_bad_loss}"
+        return unread
+
+    def boundless(self) -> Collection[str]:
         """Returns the length of an evaluation where there is none."""
-        return () if self.eval_interval > 0 else {"eval_steps"}
+        return () if self.eval_interval > 0 else ("eval_steps",)
 
     def rules(self) -> Iterator[str]:
         """Yields what is wrong between the fields of this group alone."""

@@ -180,6 +180,8 @@ class Steerable:
         raises: whether more of it keeps more neurons.
         beside: the other numbers of the state while it is steered, by name.
         unless: the option that takes its place when it is not at its default.
+        moved_by: the options that say how the rule itself moves it, which nothing reads while it is
+            steered or has a fixed value.
     """
 
     start: float
@@ -187,6 +189,7 @@ class Steerable:
     raises: bool
     beside: Mapping[str, float] = field(default_factory=dict)
     unless: str | None = None
+    moved_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,8 @@ class Rule:
         stateful = {bool(self.state), self.observe is not None, self.advance is not None}
         assert len(stateful) == 1, f"rule {self.name}: state, observe and advance come together"
         assert self.steerable.keys() <= self.state.keys(), f"rule {self.name}: steers its state"
+        moving = {option for each in self.steerable.values() for option in each.moved_by}
+        assert moving <= self._options.keys(), f"rule {self.name}: options move its state"
         assert not (self.state and self.top_k), f"rule {self.name}: kernels see no state"
 
     def budget(

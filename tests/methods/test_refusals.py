@@ -138,6 +138,13 @@ def test_a_controller_where_a_router_has_no_loss(router: Router, key: str) -> No
         ),
         (
             (
+                "model.router.kind=relu", *UNBALANCED, "model.router.density.step=off",
+                "model.router.density.start=0.01", "model.router.density.rate=0.1",
+            ),
+            "model.router.density.rate: 0.1 has no effect with model.router.density.step=off",
+        ),
+        (
+            (
                 "mone.rule=nonzero", "mone.score=abs_product", "model.sparsity_loss=l1",
                 "mone.density.step=alpha", "mone.density.start=3",
             ),

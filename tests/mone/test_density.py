@@ -183,6 +183,10 @@ def test_layouts_agree(runs: Path, layout: str) -> None:
         ),
         (["step=alfa"], "mone.density.step: the text 'alfa' is not one of"),
         (["target=0.2"], "mone.density.target: 0.2 has no effect with mone.density.step=off"),
+        (["start=1"], "mone.density.start: 1.0 has no effect with mone.density.step=off"),
+        (["rate=0.1"], "mone.density.rate: 0.1 has no effect with mone.density.step=off"),
+        (["cap=0.5"], "mone.density.cap: 0.5 has no effect with mone.density.step=off"),
+        (["steers=p"], "mone.density.steers: p has no effect with mone.density.step=off"),
         (["rate=0"], "mone.density.rate: 0 is not positive"),
     ],
 )
@@ -209,6 +213,20 @@ NONZERO = ("mone.density.step=alpha", "mone.rule=nonzero", "mone.score=abs_produ
             ("mone.density.step=alpha", "mone.rule=mass", "mone.density.steers=p",
              "mone.rule_options.p=0.4"),
             "mone.rule_options.p: 0.4 is fixed, and mone.density steers it",
+        ),
+        (
+            ("mone.rule=mass", "mone.rule_options.p=0.4", "mone.rule_options.rate=0.1"),
+            "mone.rule_options.rate: 0.1 has no effect with mone.rule_options.p=0.4, which stays",
+        ),
+        (
+            ("mone.density.step=alpha", "mone.rule=threshold", "mone.density.steers=tau",
+             "mone.rule_options.rate=0.1"),
+            "mone.rule_options.rate: 0.1 has no effect with mone.density, which steers tau",
+        ),
+        (
+            ("mone.density.step=alpha", "mone.rule=mass", "mone.density.steers=p",
+             "mone.density.cap=0.5"),
+            "mone.density.cap: 0.5 has no effect with mone.density.steers=p, whose largest value",
         ),
         (
             ("mone.density.step=alpha", "mone.rule=mass", "mone.density.steers=p",

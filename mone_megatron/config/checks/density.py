@@ -75,6 +75,11 @@ def _state(config: Config) -> Iterator[str]:
             f"mone.rule_options.{option}: {mone.rule_options[option]} is fixed, and mone.density "
             f"steers it; leave it out, and set mone.density.start to begin there"
         )
+    if mone.density.cap != type(mone.density)().cap:
+        yield (
+            f"mone.density.cap: {mone.density.cap:g} has no effect with mone.density.steers="
+            f"{mone.density.steers}, whose largest value the rule says; leave it out"
+        )
     if steered_start(mone.density, steerable.start) > steerable.largest:
         yield (
             f"mone.density.start: {mone.density.start:g} is more than {mone.density.steers} can be "

@@ -97,6 +97,13 @@ METHOD = Rule(
     observe=observe,
     advance=advance,
     steerable={
-        "p": Steerable(start=0.5, largest=1.0, raises=True, beside={"seen": 1.0}, unless="p")
+        "p": Steerable(
+            start=0.5,
+            largest=1.0,
+            raises=True,
+            beside={"seen": 1.0},
+            unless="p",
+            moved_by=("rate",),
+        )
     },
 )

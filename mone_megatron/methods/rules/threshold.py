@@ -81,6 +81,12 @@ METHOD = Rule(
     observe=observe,
     advance=advance,
     steerable={
-        "tau": Steerable(start=0.1, largest=float("inf"), raises=False, beside={"seen": 1.0})
+        "tau": Steerable(
+            start=0.1,
+            largest=float("inf"),
+            raises=False,
+            beside={"seen": 1.0},
+            moved_by=("rate",),
+        )
     },
 )
