@@ -23,7 +23,7 @@ _COMPUTES_THE_SAME = re.compile(
 _OURS = "this project decides it"
 _STATE = "checkpoints do not hold what it keeps"
 _MISSING = "the models of this project have no such part"
-_GRAPHS = "experts get other numbers of rows in each step, and this trainer makes no CUDA graph"
+_GRAPHS = "this trainer makes CUDA graphs of attention only, by cuda_graph_impl=transformer_engine"
 _CPU = "it follows from device.kind"
 _SERVING = "it is for generating text, which this project does from exports"
 _STEP = "the training step of this project does not read it"
@@ -38,6 +38,9 @@ _TESTS = "it is for megatron-core's own tests"
 _KITCHEN = "this project takes no modules of Kitchen"
 _NCCL_EP = "it is for NCCL-EP, which cannot be used"
 _NOWHERE = "megatron-core reads it nowhere"
+
+# The field that asks for CUDA graphs, of attention (:mod:`mone_megatron.parallel.cuda_graphs`).
+GRAPHS = "cuda_graph_impl"
 
 # Part -> field of megatron-core -> the key of ours that sets it, or why it cannot be set. Users may
 # not set these. megatron-core's refusals are told with these keys
@@ -127,7 +130,9 @@ SET_HERE: Mapping[str, Mapping[str, str]] = {
         "masked_softmax_fusion": _OURS,
         "apply_rope_fusion": _OURS,
         "persist_layer_norm": _OURS,
-        "cuda_graph_scope": _OURS,
+        # Of attention, whichever of the two names the installed release has for it.
+        "cuda_graph_scope": f"megatron.transformer.{GRAPHS}",
+        "cuda_graph_modules": f"megatron.transformer.{GRAPHS}",
         "use_cpu_initialization": _CPU,
         "bias_dropout_fusion": _CPU,
         "deallocate_pipeline_outputs": _CPU,
@@ -178,7 +183,8 @@ NOT_READ: Mapping[str, Mapping[str, str]] = {
         "moe_extended_tp": _MISSING,
         "enable_cuda_graph": _GRAPHS,
         "external_cuda_graph": _GRAPHS,
-        "cuda_graph_": _GRAPHS,
+        "cuda_graph_use_single_mempool": _GRAPHS,
+        "cuda_graph_retain_backward_graph": _GRAPHS,
         "inference_": _SERVING,
         "use_inference_optimized_layers": _SERVING,
         "nccl_all_reduce_for_prefill": _SERVING,
@@ -295,6 +301,7 @@ READ_WITH: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "num_layers_at_start_in_bf16": ("first_last_layers_bf16",),
         "num_layers_at_end_in_bf16": ("first_last_layers_bf16",),
         "cpu_offloading_": ("cpu_offloading",),
+        "cuda_graph_warmup_steps": (GRAPHS,),
         "wgrad_deferral_limit": ("defer_embedding_wgrad_compute",),
         "qk_clip_": ("qk_clip",),
         "moe_pad_expert_input_to_capacity": ("moe_expert_capacity_factor",),
@@ -384,6 +391,11 @@ class MegatronConfig(Group):
     def given(self) -> Mapping[str, Mapping[str, Scalar]]:
         """Returns the fields that are set, by part."""
         return {"transformer": self.transformer, "optimizer": self.optimizer, "ddp": self.ddp}
+
+
+def graphs_attention(megatron: MegatronConfig) -> bool:
+    """Returns whether CUDA graphs of attention are asked for."""
+    return megatron.transformer.get(GRAPHS) == "transformer_engine"
 
 
 def with_given(part: str, ours: Mapping[str, Any], given: Mapping[str, Scalar]) -> dict[str, Any]:

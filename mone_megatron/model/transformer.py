@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from mone_megatron.config.megatron import with_given
+from mone_megatron.config.megatron import graphs_attention, with_given
 from mone_megatron.config.schema import Config, ModelConfig, RouterConfig
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.model.megatron_words import megatron_refusals
@@ -64,6 +66,13 @@ def _attention_fields(model: ModelConfig) -> dict[str, object]:
     }
 
 
+def _graphs(config: Config) -> dict[str, object]:
+    """Returns what runs as CUDA graphs: attention or nothing, by the installed release's name."""
+    known = {field.name for field in fields(TransformerConfig)}
+    name = "cuda_graph_modules" if "cuda_graph_modules" in known else "cuda_graph_scope"
+    return {name: ["attn"] if graphs_attention(config.megatron) else []}
+
+
 def moe_layer_pattern(config: Config) -> list[int]:
     """Returns 1 for each layer that is MoE, and 0 for each that is dense."""
     model = config.model
@@ -115,7 +124,7 @@ def transformer_config(
         }
     fused, free = fusions.settings(config, on_cpu=on_cpu)
     kind = MLATransformerConfig if model.attention == "mla" else TransformerConfig
-    fields = dict(
+    values = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -165,10 +174,10 @@ def transformer_config(
         # arrive as gradients, without an error. Separate calls keep the directions apart.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
-        cuda_graph_scope=[],
+        **_graphs(config),
         **fused,
         **_attention_fields(model),
         **experts,
         **recompute,
     )
-    return kind(**with_given("transformer", fields, {**free, **config.megatron.transformer}))
+    return kind(**with_given("transformer", values, {**free, **config.megatron.transformer}))

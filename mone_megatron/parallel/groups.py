@@ -26,8 +26,18 @@ def connects_when_made() -> bool:
     return dist.distributed_c10d._get_default_group().bound_device_id is not None
 
 
-def open_groups(parallel: ParallelConfig, train: TrainConfig, *, timeout_seconds: int) -> None:
-    """Makes megatron-core's groups and seeds its RNG trackers. Collective over all processes."""
+def open_groups(
+    parallel: ParallelConfig, train: TrainConfig, *, timeout_seconds: int, in_graphs: bool = False
+) -> None:
+    """Makes megatron-core's groups and seeds its RNG trackers. Collective over all processes.
+
+    Args:
+        parallel: the layout.
+        train: the seed.
+        timeout_seconds: after which an operation over processes has failed.
+        in_graphs: whether attention runs as CUDA graphs. Transformer Engine's then wants random
+            states that a graph can hold, also where it draws nothing.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     _forget_the_last_run()
@@ -45,7 +55,9 @@ def open_groups(parallel: ParallelConfig, train: TrainConfig, *, timeout_seconds
             create_gloo_process_groups=False,
         )
     # Draws dropout only: initial weights do not depend on these streams.
-    tensor_parallel.model_parallel_cuda_manual_seed(train.seed, force_reset_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        train.seed, te_rng_tracker=in_graphs, force_reset_rng=True
+    )
 
 
 def open_expert_sources(parallel: ParallelConfig) -> ExpertSources:

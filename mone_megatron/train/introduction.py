@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from mone_megatron.config.megatron import graphs_attention
 from mone_megatron.config.schema import Config
 from mone_megatron.counting import counted
 from mone_megatron.data.prepare import PreparedData
@@ -15,7 +16,7 @@ from mone_megatron.kernels import ops
 from mone_megatron.kernels.te_grouped import have_transformer_engine
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
-from mone_megatron.parallel import fusions
+from mone_megatron.parallel import cuda_graphs, fusions
 from mone_megatron.planning.activations import Numerics, keeps_attention_weights
 from mone_megatron.planning.parameters import ParameterCount
 from mone_megatron.train.session import Session
@@ -48,6 +49,8 @@ def introduce(session: Session, data: PreparedData, parameters: ParameterCount) 
     )
     if device.kind == "cuda":
         say(fusions.describe(config))
+    if graphs_attention(config.megatron):
+        say(cuda_graphs.describe(config))
     for line in kept_weights(config, device.kind, device.dtype):
         say(line)
     say(f"data: {data.tokens:,} tokens, vocabulary {data.vocab_size:,}, {data.beginning}")

@@ -18,6 +18,7 @@ from mone_megatron import __version__
 from mone_megatron.checkpoint.names import checkpoint_name
 from mone_megatron.config.layout import Layout
 from mone_megatron.config.load import to_yaml
+from mone_megatron.config.megatron import graphs_attention
 from mone_megatron.config.schema import Config
 from mone_megatron.data.datasets import build_datasets
 from mone_megatron.data.loader import MicrobatchSampler, SampleDataset, build_loader
@@ -136,7 +137,12 @@ def run(
                 computes_on_cpu=device.kind == "cpu",
                 on_failure=stop.helper_failed,
             ) as watchdog:
-                open_groups(config.parallel, config.train, timeout_seconds=backstop)
+                open_groups(
+                    config.parallel,
+                    config.train,
+                    timeout_seconds=backstop,
+                    in_graphs=graphs_attention(config.megatron),
+                )
                 return _run(config, layout, data, device, stop, watchdog)
     finally:
         close_groups()
@@ -190,8 +196,10 @@ def _run(
         except FloatingPointError as error:
             # What was saved before the fault is worth keeping; every rank comes here.
             checkpointer.finish()
+            session.stepper.drop_graphs()
             say(f"training failed: {error}; metrics up to the step before are in {folder}")
             return 1
+        session.stepper.drop_graphs()
         checkpointer.finish()
         ending.status = "completed" if outcome.exit_code is None else "interrupted"
     # A launcher ends the other processes when one has ended: not before rank 0's files are whole.

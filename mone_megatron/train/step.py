@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from mone_megatron.config.layout import Layout
+from mone_megatron.config.megatron import graphs_attention
 from mone_megatron.config.schema import Config
 from mone_megatron.data.loader import DOCUMENTS
 from mone_megatron.mone.selection import NeuronSelector
+from mone_megatron.parallel.cuda_graphs import AttentionGraphs
 from mone_megatron.parallel.device import Device
 from mone_megatron.parallel.megatron_compat.context_parts import part_of_context_rank
 from mone_megatron.parallel.megatron_compat.gradient_norm import clipped_together, norms_apart
@@ -117,6 +119,11 @@ class Stepper:
             grad_sync = [chunk.start_grad_sync for chunk in chunks]
             transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
             transformer.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
+        self.graphs = (
+            AttentionGraphs(config, layout, transformer, chunks, optimizer)
+            if graphs_attention(config.megatron)
+            else None
+        )
         # megatron-core moves them while it finalises gradients, before anything is judged.
         self._expert_biases = [
             module.expert_bias
@@ -165,6 +172,9 @@ class Stepper:
         biases = [bias.clone() for bias in self._expert_biases]
         for chunk in self.chunks:
             chunk.train()
+        if self.graphs is not None:
+            self.graphs.before_step()
+        for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         with record_function("step: forward and backward"):
@@ -184,6 +194,11 @@ class Stepper:
             selector.advance(applied=fault is None)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, sums=sums, fault=fault)
+
+    def drop_graphs(self) -> None:
+        """Drops CUDA graphs, if there are any, before process groups are closed."""
+        if self.graphs is not None:
+            self.graphs.drop()
 
     @torch.no_grad()
     def _update(self) -> float:

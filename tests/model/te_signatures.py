@@ -46,6 +46,7 @@ _SOURCES = {
     "fused_topk_with_score_function": ("router.py", "fused_topk_with_score_function"),
     "fused_compute_score_for_moe_aux_loss": ("router.py", "fused_compute_score_for_moe_aux_loss"),
     "fused_moe_aux_loss": ("router.py", "fused_moe_aux_loss"),
+    "make_graphed_callables": ("graph.py", "make_graphed_callables"),
 }
 
 

@@ -5,14 +5,17 @@ Signatures are recorded from its sources (:mod:`te_signatures`): nothing of it r
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import textwrap
 from collections import Counter
 from typing import Any
 
 import pytest
 import te_signatures
 import torch
+from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from te_signatures import VERSIONS, Call, calls, signature
 
 from mone_megatron.kernels.te_grouped import grouped_mm
@@ -42,8 +45,8 @@ def test_calls_of_megatron_core_are_taken(version: str) -> None:
 def test_all_that_is_recorded_is_called() -> None:
     """What is found in the sources: else nothing is tested above."""
     counted = Counter(call.called for call in found())
-    # We call the first ourselves, and megatron-core the second with what a dictionary holds.
-    apart = {"general_grouped_gemm", "FusedAdam"}
+    # We call the first ourselves, and megatron-core the others with what a dictionary holds.
+    apart = {"general_grouped_gemm", "FusedAdam", "make_graphed_callables"}
     assert set(counted) == set(te_signatures._SOURCES) - apart
     assert sum(len(call.named) + call.positional for call in found()) > 100
 
@@ -66,6 +69,22 @@ def test_what_the_optimizer_is_made_with_is_taken(version: str) -> None:
     precise = ("exp_avg_dtype", "exp_avg_sq_dtype", "use_decoupled_grad", "master_weights",
                "master_weight_dtype", "store_param_remainders")  # fmt: skip
     signature(version, "FusedAdam").bind(None, **dict.fromkeys((*named, *precise)))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_graphs_are_made_with_is_taken(version: str) -> None:
+    """By TECudaGraphHelper, whose arguments are built step by step."""
+    source = textwrap.dedent(inspect.getsource(TECudaGraphHelper._get_cuda_graph_input_data))
+    named = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "kwargs":
+            named.add(ast.literal_eval(node.slice))
+        elif isinstance(node, ast.Dict):
+            named |= {key.value for key in node.keys if isinstance(key, ast.Constant)}
+    assert {"_order", "num_warmup_iters", "sample_kwargs", "fp8_enabled"} <= named
+    # Beside fine_grained_activation_offloading, which is refused.
+    named -= {"pre_warmup_hook", "post_warmup_hook"}
+    signature(version, "make_graphed_callables").bind(None, None, **dict.fromkeys(named))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from mone_megatron.config.checks import (
     batch,
+    cuda_graphs,
     data,
     density,
     dispatch,
@@ -39,6 +40,7 @@ CHECKS: tuple[Check, ...] = (
     hardware.check,
     dispatch.check,
     megatron.check,
+    cuda_graphs.check,
     optimizer.check,
 )
 

@@ -28,6 +28,9 @@ from mone_megatron.mone.megatron_settings import (
     ROUTED_EXPERTS,
 )
 
+# What leaves a field of megatron-core off.
+_OFF = (None, False, 0, "none")
+
 
 def check(config: Config, resources: Resources) -> Iterator[str]:
     """Yields fields that the installed megatron-core lacks, types wrongly, or that we set."""
@@ -91,7 +94,7 @@ def _without_effect(config: Config, resources: Resources) -> Iterator[str]:
             key = f"megatron.{part}.{name}"
             switch = found_in(name, READ_WITH[part])
             switches = () if switch is None else READ_WITH[part][switch]
-            if switches and not any(given.get(one) for one in switches):
+            if switches and all(given.get(one) in _OFF for one in switches):
                 needed = " or ".join(f"megatron.{part}.{one}" for one in switches)
                 yield f"{key}: it is read beside {needed} only; leave it out, or set that, too"
             if part == "transformer" and name in BY_TRANSFORMER_ENGINE and alone and value:

@@ -22,11 +22,22 @@ def random_state() -> dict[str, Any]:
         "numpy_words": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "numpy_rest": [int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+        "tracker": {name: _plain(state) for name, state in _tracked().items()},
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def _tracked() -> dict[str, torch.Tensor | torch.Generator]:
+    """Returns megatron-core's own: beside CUDA graphs they are generators that a graph holds."""
+    tracked: dict[str, torch.Tensor | torch.Generator]
+    tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
+    return tracked
+
+
+def _plain(state: torch.Tensor | torch.Generator) -> torch.Tensor:
+    return state.get_state() if isinstance(state, torch.Generator) else state
 
 
 def missing_streams(state: dict[str, Any]) -> list[str]:
@@ -44,4 +55,12 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    tracked = _tracked()
+    for name, saved in state["tracker"].items():
+        held = tracked.get(name)
+        if isinstance(held, torch.Generator):
+            # In place: graphs that were made draw from this object.
+            held.set_state(saved)
+        else:
+            tracked[name] = saved
+    tensor_parallel.get_cuda_rng_tracker().set_states(tracked)
