@@ -237,7 +237,7 @@ def _dry_run(overrides: list[str], flag: str, world: World) -> int:
     _, given, number = flag.partition("=")
     if given and not (number.isdecimal() and int(number) > 0):
         raise ConfigError(f"{flag}: names no number of processes; write {_DRY_RUN}=8")
-    processes = int(number) if given else world.size
+    processes = int(number) if given else None
     lines = dry_run(compose(overrides), world, processes, typed_values(overrides))
     if world.rank == 0:
         print("\n".join(lines))

@@ -87,6 +87,20 @@ def choose_kind(config: DeviceConfig) -> str:
     return config.kind
 
 
+def import_megatron_for(kind: str) -> None:
+    """Imports megatron-core for ``cuda`` or ``cpu``. No device is opened.
+
+    Raises:
+        ValueError: for a Transformer Engine that cannot be imported.
+    """
+    if kind == "cpu":
+        install_cpu_backend()
+        return
+    have_transformer_engine()  # one that is broken is told before anything is opened
+    import_megatron(compile_fused=True)
+    fuse_gradient_norm()
+
+
 def open_device(config: DeviceConfig, world: World) -> Device:
     """Takes this process's device and imports megatron-core for it.
 
@@ -105,10 +119,8 @@ def open_device(config: DeviceConfig, world: World) -> Device:
                 f"device.kind: {counted(world.local_size, 'process')} on this machine but "
                 f"{counted(torch.cuda.device_count(), 'GPU')}; start fewer with --nproc-per-node"
             )
-        have_transformer_engine()  # one that is broken is told before anything is opened
+        import_megatron_for(kind)
         torch.cuda.set_device(world.local_rank)
-        import_megatron(compile_fused=True)
-        fuse_gradient_norm()
         name = torch.cuda.get_device_name()
         device = torch.device("cuda", world.local_rank)
         return Device("cuda", device, dtype, torch.get_num_threads(), f"{world.size} x {name}")
@@ -116,7 +128,7 @@ def open_device(config: DeviceConfig, world: World) -> Device:
     threads = config.threads or max(1, cores // world.local_size)
     torch.set_num_threads(threads)
     keep_freed_memory()
-    install_cpu_backend()
+    import_megatron_for(kind)
     processes = f"{counted(world.size, 'process')} of {counted(threads, 'thread')}"
     hardware = f"{_cpu_name()}, {counted(cores, 'core')}, {processes}"
     return Device("cpu", torch.device("cpu"), dtype, threads, hardware)

@@ -28,6 +28,24 @@ _RUN_FILES = (
 )
 
 
+def check_can_be_made(folder: Path) -> None:
+    """Checks that a folder is there or could be made, and changes nothing.
+
+    Raises:
+        ValueError: nothing can be written there. One line.
+    """
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    wrong: OSError | None = None
+    if not place.is_dir():
+        wrong = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    elif not os.access(place, os.W_OK | os.X_OK):
+        wrong = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+    if wrong is not None:
+        raise unusable("run.dir", folder, wrong)
+
+
 def check_run_directory(folder: Path) -> None:
     """Checks that what a run would write into ``folder`` can be written. Changes nothing.
 

@@ -41,7 +41,7 @@ from mone_megatron.megatron_release import megatron_release
 from mone_megatron.os_errors import readable
 from mone_megatron.parallel.device import numbers_on
 from mone_megatron.parallel.megatron_compat.checkpoint_forms import own_writer
-from mone_megatron.train.resume.identity import check_same_run, holds_a_run
+from mone_megatron.train.resume.identity import check_same_run, require_run
 from mone_megatron.train.resume.initial_weights import initialize
 from mone_megatron.train.resume.random_state import missing_streams, random_state, set_random_state
 from mone_megatron.train.resume.reading import (
@@ -375,11 +375,7 @@ class Checkpointer:
         if self.config.checkpoint.initialize:
             self.say("checkpoint.initialize: not used, since the run has checkpoints of its own")
         chosen = wanted != "auto"
-        if not holds_a_run(facts):
-            raise ValueError(
-                f"checkpoint {folder} holds weights only and no run to go on with; begin one with "
-                f"checkpoint.resume=never checkpoint.initialize={folder}"
-            )
+        require_run(facts, folder)
         check_same_run(facts["identity"], self.identity, folder, chosen=chosen, say=self.say)
         same_layout = facts["layout"] == self.layout
         model = model_state(self.state.chunks)

@@ -152,6 +152,23 @@ def holds_a_run(facts: Mapping[str, Any]) -> bool:
     return "layout" in facts and any(key.startswith("train.") for key in facts.get("identity", {}))
 
 
+def require_run(facts: Mapping[str, Any], where: Path) -> None:
+    """Refuses to go on from weights alone.
+
+    Args:
+        facts: of the checkpoint.
+        where: the checkpoint, for the message.
+
+    Raises:
+        ValueError: with the key that begins with its weights.
+    """
+    if not holds_a_run(facts):
+        raise ValueError(
+            f"checkpoint {where} holds weights only and no run to go on with; begin one with "
+            f"checkpoint.resume=never checkpoint.initialize={where}"
+        )
+
+
 def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
     """Refuses the weights of another model for the start of a run.
 
