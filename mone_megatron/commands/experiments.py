@@ -24,7 +24,7 @@ def experiments() -> dict[str, str]:
 
 _OPTIONS = {
     "--processes N": "processes on this machine, each on a GPU of its own where there are some",
-    "--dry-run[=N]": "check what the run would, here (or of N processes elsewhere), and train nothing",
+    "--dry-run[=N]": "check what the run (of N processes elsewhere) would, and train nothing",
     "-m, --multirun": "a run for each value of key=A,B, and a page that compares them",
     "--cfg job": "print the configuration; --hydra-help: Hydra's other options",
 }
