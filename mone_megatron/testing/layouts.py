@@ -55,6 +55,7 @@ LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
 # Parts of the model and of the method that the tiny experiments leave out: (settings, layout on
 # two processes that is hardest for them).
 SHARED = ("model.shared_expert_ffn_hidden_size=64", "model.shared_expert_gate=true")
+DENSE_MODEL = ("model.num_experts=0", "mone.apply_to=[dense]", "mone.balance.coeff=0.1")
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tied_embeddings": (("model.tie_embeddings=true",), ("parallel.pipeline=2",)),
     "shared_expert": ((*SHARED, "mone.apply_to=[routed,shared]"), ("parallel.tensor=2",)),
@@ -80,5 +81,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("mone.balance.weights=all", "mone.balance.coeff=0.1"),
         ("parallel.expert=2",),
     ),
+    "dense_model": (DENSE_MODEL, ("parallel.context=2",)),
+    "dense_model_in_two_copies": (DENSE_MODEL, ()),
     "signed_gate": (("mone.score=signed_gate",), ("parallel.expert_tensor=2",)),
 }

@@ -28,6 +28,7 @@ from mone_megatron.data.loader import DOCUMENTS
 from mone_megatron.mone.selection import NeuronSelector
 from mone_megatron.parallel.cuda_graphs import AttentionGraphs
 from mone_megatron.parallel.device import Device
+from mone_megatron.parallel.megatron_compat.auxiliary_losses import scale_layer_losses
 from mone_megatron.parallel.megatron_compat.context_parts import part_of_context_rank
 from mone_megatron.parallel.megatron_compat.gradient_norm import clipped_together, norms_apart
 from mone_megatron.train.resume.saved_state import parameter_states
@@ -259,6 +260,11 @@ class Stepper:
 
     def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> list[Tensor]:
         on_device = [self._to_device(batch) for batch in batches]
+        if self.config.model.num_experts == 0:
+            # Dense layers select neurons, too, and have losses; the schedule forgets about those.
+            scale_layer_losses(
+                microbatches=len(batches), context_ranks=self.config.parallel.context
+            )
         iterators = [iter(on_device) for _ in self.chunks]
         losses: list[Tensor] = self.forward_backward(
             forward_step_func=_forward_step,

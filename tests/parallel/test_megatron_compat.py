@@ -36,6 +36,7 @@ from megatron.core.models.common.embeddings import (
 )
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, clip_grads
 from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
@@ -738,6 +739,37 @@ def test_expert_gradients_are_reduced_over_the_ranks_that_hold_copies(
         expected = our_marks if LATER else upstream_marks
         assert marks["SequentialMLP"] == {expected}
         assert LATER or marks["GroupedMLP"] == {expected}
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("experts", [None, 4])
+def test_upstream_scales_auxiliary_losses_in_models_with_experts_only(experts: int | None) -> None:
+    scaler = moe_utils.MoEAuxLossAutoScaler
+    auxiliary_losses.scale_layer_losses(microbatches=4, context_ranks=2)
+    ours = scaler.main_loss_backward_scale
+    assert ours is not None
+    assert float(ours) == 0.5
+
+    scaler.main_loss_backward_scale = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        config = TransformerConfig(
+            num_layers=1, hidden_size=8, num_attention_heads=1, num_moe_experts=experts
+        )
+    schedules.forward_step_calc_loss(
+        model=None,
+        output_tensor=torch.tensor(1.0),
+        loss_func=lambda output: (output, output.detach()),
+        config=config,
+        vp_stage=None,
+        collect_non_loss_data=False,
+        num_microbatches=4,
+        forward_data_store=[],
+        cp_group_size=2,
+        is_last_stage=True,
+    )
+    theirs = scaler.main_loss_backward_scale
+    assert theirs is None if experts is None else float(theirs) == float(ours)
 
 
 # Differences between releases ----------

@@ -1,4 +1,4 @@
-"""Reads and clears the auxiliary losses that megatron-core's layers have left in a global."""
+"""Reads, clears and scales the auxiliary losses of layers, which megatron-core keeps in globals."""
 
 from __future__ import annotations
 
@@ -36,3 +36,16 @@ def zero_layer_losses() -> None:
     """Sets megatron-core's auxiliary losses of this rank to zero, in place."""
     for values in layer_losses().values():
         values.zero_()
+
+
+def scale_layer_losses(*, microbatches: int, context_ranks: int) -> None:
+    """Sets what the gradients of auxiliary losses are multiplied by in the next backward passes.
+
+    Schedules divide the loss of a microbatch by their number, and multiply it by the ranks that
+    share its tokens, over which gradients are averaged. They do the same for the losses that
+    layers attach to what they return, but in models with experts only; elsewhere such a loss
+    would count once for each microbatch, and differently in each layout.
+    """
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(context_ranks / microbatches))
