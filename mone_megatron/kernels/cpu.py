@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mone_megatron.kernels import reference
+from mone_megatron.kernels.compiled_cpu import compiled
+from mone_megatron.kernels.compiled_glu import CompiledSwiGLU
 from mone_megatron.kernels.reference import TINY, Activate, Keep, TopK, WeightSums
 
 # The score that the function below ranks by itself; torch computes every other one for it.
@@ -147,9 +149,12 @@ def selected_swiglu(
         k = keep.k
     else:
         mask_TF = keep
-    outputs: tuple[Tensor, Tensor | None, Tensor | None] = _SelectedSwiGLU.apply(
-        gate_TF, up_TF, mask_TF, k, scale_T, sums
-    )
+    outputs: tuple[Tensor, Tensor | None, Tensor | None]
+    library = compiled().library
+    if library is not None and (sums is None or mask_TF is not None or k is not None):
+        outputs = CompiledSwiGLU.apply(library, gate_TF, up_TF, mask_TF, k, scale_T, sums)
+    else:
+        outputs = _SelectedSwiGLU.apply(gate_TF, up_TF, mask_TF, k, scale_T, sums)
     return outputs
 
 

@@ -4,18 +4,21 @@ Forward and input gradients are those of ``torch.nn.functional.grouped_mm``, bit
 its bookkeeping. The gradient of the weights can go straight to where gradients are added up
 (megatron-core's ``main_grad``): the product of an expert is added to it while it is made, which
 equals a sum afterwards up to rounding, and experts without rows are passed over, where autograd
-makes, fills and adds a gradient of all experts in every microbatch. Views of all experts are made
-in one call.
+makes, fills and adds a gradient of all experts in every microbatch. Where there is a C compiler all
+experts are one call (:mod:`.compiled_cpu`) of the same products, else each is a call of torch's.
 
 Shape suffixes: T rows, E experts, I values of a row, O values of its product.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from mone_megatron.kernels.compiled_cpu import address, compiled, matrix_product
 
 
 def grouped_product(
@@ -51,9 +54,10 @@ class _GroupedProduct(torch.autograd.Function):
         counts: Sequence[int],
         outputs_first: bool,
     ) -> Tensor:
-        matrix_EIO = _matrices(weight, rows_TI.shape[1], outputs_first)
-        product_TO = rows_TI.new_empty(len(rows_TI), matrix_EIO.shape[2])
-        _multiply(rows_TI, matrix_EIO, counts, product_TO)
+        assert weight.is_contiguous()
+        outputs = weight[0].numel() // rows_TI.shape[1]
+        product_TO = rows_TI.new_empty(len(rows_TI), outputs)
+        _multiply(rows_TI, weight, counts, product_TO, outputs_first=outputs_first)
         ctx.save_for_backward(rows_TI, weight)
         ctx.counts = counts  # type: ignore[attr-defined]
         ctx.outputs_first = outputs_first  # type: ignore[attr-defined]
@@ -66,12 +70,10 @@ class _GroupedProduct(torch.autograd.Function):
         rows_TI, weight = ctx.saved_tensors  # type: ignore[attr-defined]
         counts: Sequence[int] = ctx.counts  # type: ignore[attr-defined]
         outputs_first: bool = ctx.outputs_first  # type: ignore[attr-defined]
-        inputs = rows_TI.shape[1]
         grad_rows_TI = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            matrix_EOI = _matrices(weight, inputs, outputs_first).transpose(1, 2)
-            grad_rows_TI = torch.empty_like(rows_TI)
-            _multiply(grad_TO, matrix_EOI, counts, grad_rows_TI)
+            grad_rows_TI = torch.empty(rows_TI.shape)
+            _multiply(grad_TO, weight, counts, grad_rows_TI, outputs_first=not outputs_first)
         grad_weight = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             # A gradient has the order of the weight's values.
@@ -88,8 +90,24 @@ class _GroupedProduct(torch.autograd.Function):
         return grad_rows_TI, grad_weight, None, None
 
 
-def _multiply(rows_TI: Tensor, matrix_EIO: Tensor, counts: Sequence[int], out_TO: Tensor) -> None:
-    """Writes each expert's rows times its matrix."""
+def _multiply(
+    rows_TI: Tensor,
+    weight: Tensor,
+    counts: Sequence[int],
+    out_TO: Tensor,
+    *,
+    outputs_first: bool,
+) -> None:
+    """Writes each expert's rows times its matrix into ``out_TO``, which is contiguous."""
+    library, product = compiled().library, matrix_product()
+    if library is not None and product is not None:
+        rows_TI = _with_rows(rows_TI)
+        library.grouped_rows(
+            product, len(counts), _numbers(counts), rows_TI.shape[1], out_TO.shape[1],
+            outputs_first, address(rows_TI), rows_TI.stride(0), address(weight), address(out_TO),
+        )  # fmt: skip
+        return
+    matrix_EIO = _matrices(weight, rows_TI.shape[1], outputs_first)
     parts = rows_TI.split_with_sizes(counts), matrix_EIO.unbind(), out_TO.split_with_sizes(counts)
     for count, rows, matrix, out in zip(counts, *parts, strict=True):
         if count:
@@ -98,6 +116,8 @@ def _multiply(rows_TI: Tensor, matrix_EIO: Tensor, counts: Sequence[int], out_TO
 
 def _add_products(from_T: Tensor, into_T: Tensor, counts: Sequence[int], total_E: Tensor) -> None:
     """Adds each expert's gradient to its total; those of experts without rows stay as they are."""
+    if _compiled_products(from_T, into_T, counts, total_E, adding=True):
+        return
     parts = from_T.split_with_sizes(counts), into_T.split_with_sizes(counts), total_E.unbind()
     for count, rows, others, total in zip(counts, *parts, strict=True):
         if count:
@@ -106,7 +126,34 @@ def _add_products(from_T: Tensor, into_T: Tensor, counts: Sequence[int], total_E
 
 def _write_products(from_T: Tensor, into_T: Tensor, counts: Sequence[int], total_E: Tensor) -> None:
     """Writes each expert's gradient: zeros for experts without rows."""
+    if _compiled_products(from_T, into_T, counts, total_E, adding=False):
+        return
     parts = from_T.split_with_sizes(counts), into_T.split_with_sizes(counts), total_E.unbind()
     for rows, others, total in zip(*parts, strict=True):
         # The product of no rows is written, too.
         torch.mm(rows.t(), others, out=total)
+
+
+def _compiled_products(
+    from_T: Tensor, into_T: Tensor, counts: Sequence[int], total_E: Tensor, *, adding: bool
+) -> bool:
+    """Adds or writes all experts' gradients in one call; returns whether there is such a call."""
+    library, product = compiled().library, matrix_product()
+    if library is None or product is None:
+        return False
+    from_T, into_T = _with_rows(from_T), _with_rows(into_T)
+    library.grouped_weights(
+        product, len(counts), _numbers(counts), from_T.shape[1], into_T.shape[1], address(from_T),
+        from_T.stride(0), address(into_T), into_T.stride(0), address(total_E), adding,
+    )  # fmt: skip
+    return True
+
+
+def _numbers(counts: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(counts))(*counts)
+
+
+def _with_rows(rows_T: Tensor) -> Tensor:
+    """Returns the rows, each in one piece and none over another; copied only where they are not."""
+    in_order = rows_T.stride(1) == 1 and rows_T.stride(0) >= rows_T.shape[1]
+    return rows_T if in_order else rows_T.contiguous()

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mone_megatron.kernels import cpu, grouped_cpu, reference, te_grouped
+from mone_megatron.kernels import compiled_cpu, cpu, grouped_cpu, reference, te_grouped
 from mone_megatron.kernels.packed import Outputs, packed_glu, rebuilt_when_needed
 from mone_megatron.kernels.reference import Activate, Keep, Packed, TopK, WeightSums
 
@@ -81,7 +81,8 @@ def _neurons(device: torch.device) -> str:
         return "reference kernels"
     if device.type == "cuda":
         return "Triton kernels" if _HAVE_TRITON else "reference kernels (Triton is not installed)"
-    return "CPU kernels"
+    problem = compiled_cpu.compiled().problem
+    return f"CPU kernels of torch ({problem})" if problem else "CPU kernels, compiled here"
 
 
 def on_triton(tensor: Tensor) -> bool:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mone_megatron.kernels.compiled_cpu import address, compiled, threads
+
 # The angles that came last, with their cosines and sines: they are the same in every layer.
 _last: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -64,6 +66,16 @@ def _turned(x_SBND: Tensor, cos: Tensor, sin_a: Tensor, sin_b: Tensor, *, sign: 
     with ``sign`` times the first half by ``sin_b`` in the second.
     """
     turned = torch.empty(x_SBND.shape)
+    library = compiled().library
+    if library is not None:
+        x_SBND = x_SBND if x_SBND.stride(-1) == 1 else x_SBND.contiguous()
+        # Angles are made from a position's by repetition, or given as many as there are values.
+        strides = cos.expand(x_SBND.shape).stride()[:-1]
+        library.rotate(
+            *x_SBND.shape, address(x_SBND), *x_SBND.stride()[:-1], address(cos), address(sin_a),
+            address(sin_b), *strides, sign, address(turned), threads(),
+        )  # fmt: skip
+        return turned
     torch.mul(x_SBND, cos, out=turned)
     first, second = x_SBND.chunk(2, dim=-1)
     into_first, into_second = turned.chunk(2, dim=-1)

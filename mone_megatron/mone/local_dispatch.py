@@ -16,6 +16,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mone_megatron.kernels.compiled_cpu import address, compiled, threads
+
 
 def can_dispatch_locally(config: TransformerConfig, dispatcher: MoETokenDispatcher) -> bool:
     """Returns whether :class:`LocalTokenDispatcher` does what ``dispatcher`` would do.
@@ -99,23 +101,54 @@ class _Order:
     """Says where each row of a microbatch comes from, and where each token's rows are."""
 
     def __init__(self, map_NA: Tensor) -> None:
+        """Sorts the rows: expert after expert, and the tokens of each in their order.
+
+        Of each row there are then its token and its place in the map; of each token, the rows in
+        the order of their experts, and where they begin.
+        """
         tokens, experts = map_NA.shape
-        # Expert after expert, and the tokens of each in their order.
-        place_T = map_NA.T.contiguous().view(-1).nonzero().view(-1)
-        self.token_T = place_T % tokens
-        self.chosen_T = self.token_T * experts + place_T // tokens
-        self.rows_A = map_NA.sum(dim=0)
-        # The rows of each token, in the order of their experts, and where they begin.
-        self.row_T = self.token_T.argsort(stable=True)
-        rows_N = map_NA.sum(dim=1)
-        self.first_N = rows_N.cumsum(0) - rows_N
+        self.library = library = compiled().library
+        if library is None:
+            place_T = map_NA.T.contiguous().view(-1).nonzero().view(-1)
+            self.token_T = place_T % tokens
+            self.chosen_T = self.token_T * experts + place_T // tokens
+            self.rows_A = map_NA.sum(dim=0)
+            self.row_T = self.token_T.argsort(stable=True)
+            rows_N = map_NA.sum(dim=1)
+            self.first_N = rows_N.cumsum(0) - rows_N
+            return
+        map_NA = map_NA.contiguous()
+        self.rows_A, next_A = torch.empty(2, experts, dtype=torch.int64).unbind()
+        self.first_N = torch.empty(tokens, dtype=torch.int64)
+        sizes = tokens, experts, address(map_NA)
+        rows: int = library.count_rows(*sizes, address(self.rows_A), address(self.first_N))
+        self.token_T, self.chosen_T, self.row_T = torch.empty(3, rows, dtype=torch.int64).unbind()
+        library.order_rows(
+            *sizes, address(self.rows_A), address(next_A), address(self.token_T),
+            address(self.chosen_T), address(self.row_T),
+        )  # fmt: skip
 
     def rows(self, tokens_NH: Tensor) -> Tensor:
-        return tokens_NH.index_select(0, self.token_T)
+        if self.library is None or tokens_NH.dtype is not torch.float32:
+            return tokens_NH.index_select(0, self.token_T)
+        tokens_NH = tokens_NH.contiguous()
+        rows_TH = torch.empty(len(self.token_T), tokens_NH.shape[1])
+        self.library.copy_rows(
+            *rows_TH.shape, address(self.token_T), address(tokens_NH), address(rows_TH), threads()
+        )
+        return rows_TH
 
     def sums(self, rows_TH: Tensor) -> Tensor:
         """Returns the sum of each token's rows, added in the order of their experts."""
-        return F.embedding_bag(self.row_T, rows_TH, self.first_N, mode="sum")
+        if self.library is None or rows_TH.dtype is not torch.float32:
+            return F.embedding_bag(self.row_T, rows_TH, self.first_N, mode="sum")
+        rows_TH = rows_TH.contiguous()
+        sums_NH = torch.empty(len(self.first_N), rows_TH.shape[1])
+        self.library.add_rows(
+            len(sums_NH), *rows_TH.shape, address(self.row_T), address(self.first_N),
+            address(rows_TH), address(sums_NH), threads(),
+        )  # fmt: skip
+        return sums_NH
 
 
 class _Rows(torch.autograd.Function):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mone_megatron.kernels import ops
 
+pytestmark = pytest.mark.usefixtures("cpu_functions")
+
 INPUTS, OUTPUTS = 24, 40
 COUNTS = [[5, 0, 3], [0, 0, 4], [7, 1, 0], [64, 33, 90]]
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from mone_megatron.kernels import cpu, ops, reference
 from mone_megatron.kernels.reference import Keep, TopK, WeightSums
 
+pytestmark = pytest.mark.usefixtures("cpu_functions")
+
 # Rows in which several blocks meet and the last is not full; one block; fewer rows than a block.
 SHAPES = [(1100, 192), (341, 192), (3, 7), (5, 70000)]
 

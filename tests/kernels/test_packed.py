@@ -146,7 +146,7 @@ def test_bits_hold_the_mask(rows: int, neurons: int, seed: int) -> None:
 
 
 def test_the_reference_can_be_asked_for() -> None:
-    assert ops.describe(torch.device("cpu")) == "CPU kernels"
+    assert ops.describe(torch.device("cpu")).startswith("CPU kernels")
     gate, up = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind()
     fast = ops.selected_glu(gate, up, TopK(2, "abs_gate"), None)
     ops.use_kernels("reference")

@@ -94,11 +94,11 @@ def test_it_is_chosen_for_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ops.grouped_mm(rows, weight, groups)
     ops.use_kernels("auto", "transformer_engine")
     try:
-        assert ops.describe(rows.device) == "CPU kernels, Transformer Engine's grouped GEMM"
+        assert ops.describe(rows.device).endswith(", Transformer Engine's grouped GEMM")
         torch.testing.assert_close(ops.grouped_mm(rows, weight, groups), expected)
     finally:
         ops.use_kernels("auto")
-    assert ops.describe(rows.device) == "CPU kernels"
+    assert "Transformer Engine" not in ops.describe(rows.device)
 
 
 @pytest.mark.parametrize("counts", COUNTS)

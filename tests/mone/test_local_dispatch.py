@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
+from mone_megatron.kernels import compiled_cpu
 from mone_megatron.model.transformer import transformer_config
 from mone_megatron.mone.local_dispatch import LocalTokenDispatcher, can_dispatch_locally
 from mone_megatron.mone.row_counts import RowCounts
@@ -74,7 +75,18 @@ def through(dispatcher: MoETokenDispatcher, config: TransformerConfig, name: str
     return [x.detach() for x in (rows, of_rows, counts, row_weights, output, *gradients)]
 
 
-def _both(kind: str) -> list[tuple[str, list[Tensor], list[Tensor]]]:
+def _both(kind: str, compiling: bool) -> list[tuple[str, list[Tensor], list[Tensor]]]:
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiling:
+            patch.setattr(compiled_cpu, "_COMPILERS", ())
+        compiled_cpu.compiled.cache_clear()
+        try:
+            return _through_both(kind)
+        finally:
+            compiled_cpu.compiled.cache_clear()
+
+
+def _through_both(kind: str) -> list[tuple[str, list[Tensor], list[Tensor]]]:
     config = compose(["experiment=tiny_moe", f"parallel.dispatcher={kind}"])
     open_groups(ParallelConfig(dispatcher=kind), TrainConfig(), timeout_seconds=60)
     transformer = transformer_config(
@@ -96,9 +108,12 @@ def one() -> Processes:
         yield processes
 
 
+@pytest.mark.parametrize("compiling", [True, False])
 @pytest.mark.parametrize("kind", ["alltoall", "allgather"])
-def test_rows_sums_and_gradients_are_those_of_megatron_core(one: Processes, kind: str) -> None:
-    for name, ours, theirs in one.run(_both, kind)[0]:
+def test_rows_sums_and_gradients_are_those_of_megatron_core(
+    one: Processes, kind: str, compiling: bool
+) -> None:
+    for name, ours, theirs in one.run(_both, kind, compiling)[0]:
         for mine, other in zip(ours, theirs, strict=True):
             assert torch.equal(mine, other), name
 

@@ -1,0 +1,386 @@
+/* Passes over fp32 activations on CPU, each of which reads and writes a row once.
+
+   compiled_cpu.py compiles and calls them, and says what the arguments are. torch computes what
+   decides which neurons are kept, SiLU, so that masks are the same to the last bit as without these.
+   Rows are independent of one another and of the number of threads; so are the sums over rows, which
+   are made in one order. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Divisors are not smaller, as in reference.py. */
+#define TINY 1.17549435e-38f
+/* Rows whose sum is made by itself; the sums of all such runs are then added up. */
+#define RUN 64
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Returns how many of n numbers are at least `least`. */
+static int32_t count_from(const int32_t *bits, int64_t n, int32_t least)
+{
+    int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int64_t j = 0; j < n; j++)
+        count += bits[j] >= least;
+    return count;
+}
+
+/* Writes 1 at the k largest |values| of a row and 0 elsewhere, ties to the lowest index; a row that
+   holds a NaN has no largest. Floats without signs are in the order of their bits, so the k-th is
+   searched for between two numbers: where a straight line between their counts puts it, and every
+   third time in the middle, which ends the search whatever the row is. */
+static void select_row(const float *values, int64_t n, int64_t k, int32_t *bits, uint8_t *mask)
+{
+    int32_t largest = 0;
+    memcpy(bits, values, n * sizeof(float));
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < n; j++) {
+        bits[j] &= INT32_MAX;
+        largest = bits[j] > largest ? bits[j] : largest;
+    }
+    if (largest > 0x7f800000) { /* above infinity are the NaNs */
+        memset(mask, 0, n);
+        return;
+    }
+    /* At least k are from `low` on and fewer from `high` on. */
+    int32_t low = 0, high = largest + 1;
+    int64_t from_low = n, from_high = 0;
+    int32_t near = largest - (8 << 23); /* the k-th is rarely 2^8 times smaller than the largest */
+    if (near > 0) {
+        int64_t count = count_from(bits, n, near);
+        if (count >= k) {
+            low = near;
+            from_low = count;
+        } else {
+            high = near;
+            from_high = count;
+        }
+    }
+    for (int turn = 1; from_low != k && high - low > 1; turn++) {
+        int64_t width = (int64_t)high - low;
+        int64_t step = width / 2;
+        if (turn % 3)
+            step = (int64_t)((double)width * (from_low - k) / (from_low - from_high));
+        step = step < 1 ? 1 : step > width - 1 ? width - 1 : step;
+        int32_t middle = (int32_t)(low + step);
+        int64_t count = count_from(bits, n, middle);
+        if (count >= k) {
+            low = middle;
+            from_low = count;
+        } else {
+            high = middle;
+            from_high = count;
+        }
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++)
+        mask[j] = bits[j] >= low;
+    for (int64_t j = n - 1; from_low > k; j--) /* ties: the last ones go */
+        if (bits[j] == low) {
+            mask[j] = 0;
+            from_low--;
+        }
+}
+
+/* Of rows [T, F]: activation (in: of all neurons) times the mask, and hidden = activation * up *
+   scale. With k > 0 the mask is chosen and written, else it is read where there is one. inverse_T,
+   where it is wanted: 1 / the sum of a row's |activation|. */
+void glu_forward(
+    int64_t rows, int64_t n, int64_t k, const float *up, int64_t up_stride, float *activation,
+    const float *scale, uint8_t *mask, float *hidden, float *inverse, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < rows; t++) {
+        float *a = activation + t * n, *h = hidden + t * n;
+        const float *u = up + t * up_stride;
+        uint8_t *m = mask ? mask + t * n : 0;
+        float factor = scale ? scale[t] : 1.0f, sum = 0.0f;
+        if (k > 0) /* hidden is not written yet: room for the numbers that are searched */
+            select_row(a, n, k, (int32_t *)h, m);
+        if (m)
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++) /* times 0, so that NaN spreads */
+                a[j] *= (float)m[j];
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++)
+            h[j] = a[j] * u[j] * factor;
+        if (inverse) {
+#pragma omp simd reduction(+ : sum)
+            for (int64_t j = 0; j < n; j++)
+                sum += fabsf(a[j]);
+            inverse[t] = 1.0f / (sum < TINY ? TINY : sum);
+        }
+    }
+}
+
+/* Adds each row's mask, and its |activation| times inverse_T, to its segment's sums [S, F]. */
+void glu_sums(
+    int64_t rows, int64_t n, const float *activation, const uint8_t *mask, const float *inverse,
+    const int64_t *segment, float *kept, float *weight, int threads)
+{
+    int64_t width = (n + threads - 1) / threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t first = 0; first < n; first += width) {
+        int64_t end = smaller(first + width, n);
+        for (int64_t t = 0; t < rows; t++) {
+            const float *a = activation + t * n;
+            const uint8_t *m = mask + t * n;
+            float *of_kept = kept + segment[t] * n, *of_weight = weight + segment[t] * n;
+            float factor = inverse ? inverse[t] : 1.0f;
+#pragma omp simd
+            for (int64_t j = first; j < end; j++) {
+                of_kept[j] += (float)m[j];
+                of_weight[j] += fabsf(a[j]) * factor;
+            }
+        }
+    }
+}
+
+/* The gradients of gate, up and scale from those of hidden values, and of each segment's sums of
+   weights where there are any. `activation` is masked. With w the weights of a row, s their sum and
+   c the gradients of the segment's sums, d/dw_j of sum_k c_k w_k / s is (c_j - sum_k c_k w_k / s) / s;
+   the second term is zero where s is clamped. SiLU's slope is taken from its value. */
+void glu_backward(
+    int64_t rows, int64_t n, const float *gate, int64_t gate_stride, const float *up,
+    int64_t up_stride, const float *activation, const uint8_t *mask, const float *scale,
+    const float *grad, int64_t grad_stride, const float *grad_sums, const int64_t *segment,
+    const float *inverse, float *grad_gate, float *grad_up, int64_t out_stride, float *grad_scale,
+    int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < rows; t++) {
+        const float *g = gate + t * gate_stride, *u = up + t * up_stride, *a = activation + t * n;
+        const float *d = grad + t * grad_stride;
+        float *into_gate = grad_gate + t * out_stride, *into_up = grad_up + t * out_stride;
+        float factor = scale ? scale[t] : 1.0f, of_scale = 0.0f;
+#pragma omp simd reduction(+ : of_scale)
+        for (int64_t j = 0; j < n; j++) {
+            float of_activation = d[j] * u[j];
+            of_scale += of_activation * a[j];
+            into_gate[j] = of_activation * factor;
+            into_up[j] = d[j] * a[j] * factor;
+        }
+        if (grad_scale)
+            grad_scale[t] = of_scale;
+        if (grad_sums) {
+            const float *c = grad_sums + segment[t] * n;
+            float mean = 0.0f, one_over = 1.0f;
+            if (inverse) {
+                one_over = inverse[t];
+#pragma omp simd reduction(+ : mean)
+                for (int64_t j = 0; j < n; j++)
+                    mean += c[j] * fabsf(a[j]);
+                mean = one_over < 1.0f / TINY ? mean * one_over : mean * 0.0f;
+            }
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++) {
+                float sign = (float)(a[j] > 0.0f) - (float)(a[j] < 0.0f);
+                into_gate[j] += sign * (c[j] - mean) * one_over;
+            }
+        }
+        if (mask) {
+            const uint8_t *m = mask + t * n;
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++)
+                into_gate[j] *= (float)m[j];
+        }
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) {
+            float share = g[j] == 0.0f ? 0.5f : a[j] / g[j]; /* the sigmoid of the gate */
+            into_gate[j] *= share * (1.0f + g[j] * (1.0f - share));
+        }
+    }
+}
+
+/* RMSNorm of rows [R, n], which are `inner` at a time `inner_stride` apart and those `outer_stride`.
+   inverse_R is saved: 1 / sqrt(mean square + eps), or no number where squares overflow. */
+void rms_norm_forward(
+    int64_t rows, int64_t n, int64_t inner, int64_t inner_stride, int64_t outer_stride,
+    const float *x, const float *weight, float eps, float *out, float *inverse, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *from = x + r / inner * outer_stride + r % inner * inner_stride;
+        float *into = out + r * n, squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t j = 0; j < n; j++)
+            squares += from[j] * from[j];
+        float scale = 1.0f / sqrtf(squares / (float)n + eps);
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++)
+            into[j] = from[j] * scale * weight[j];
+        inverse[r] = scale * (scale / scale);
+    }
+}
+
+/* The gradients of x, written as [R, n], and of the weight: `parts` holds a row of n for each run. */
+void rms_norm_backward(
+    int64_t rows, int64_t n, int64_t inner, int64_t inner_stride, int64_t outer_stride,
+    const float *x, const float *weight, const float *inverse, const float *grad,
+    int64_t grad_inner_stride, int64_t grad_outer_stride, float *grad_x, float *parts,
+    float *grad_weight, int threads)
+{
+    int64_t runs = (rows + RUN - 1) / RUN;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t run = 0; run < runs; run++) {
+        float *part = parts + run * n;
+        memset(part, 0, n * sizeof(float));
+        for (int64_t r = run * RUN; r < smaller(run * RUN + RUN, rows); r++) {
+            const float *from = x + r / inner * outer_stride + r % inner * inner_stride;
+            const float *d = grad + r / inner * grad_outer_stride + r % inner * grad_inner_stride;
+            float *into = grad_x + r * n, scale = inverse[r], dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+            for (int64_t j = 0; j < n; j++) {
+                float normed = from[j] * scale;
+                float product = d[j] * normed;
+                part[j] += product;
+                dot += product * weight[j];
+            }
+            float mean = dot / (float)n * scale;
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++)
+                into[j] = (d[j] * weight[j] - from[j] * mean) * scale;
+        }
+    }
+    memset(grad_weight, 0, n * sizeof(float));
+    for (int64_t run = 0; run < runs; run++)
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++)
+            grad_weight[j] += parts[run * n + j];
+}
+
+/* Rotates heads [S, B, N, D] by their positions: in the first half x cos - sign * (second half)
+   sin_a, in the second x cos + sign * (first half) sin_b. Each tensor has three strides; sines have
+   those of cosines. */
+void rotate(
+    int64_t length, int64_t batch, int64_t heads, int64_t width, const float *x, int64_t x_s,
+    int64_t x_b, int64_t x_n, const float *cos, const float *sin_a, const float *sin_b, int64_t cos_s,
+    int64_t cos_b, int64_t cos_n, float sign, float *out, int threads)
+{
+    int64_t half = width / 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t head = 0; head < length * batch * heads; head++) {
+        int64_t n = head % heads, b = head / heads % batch, s = head / heads / batch;
+        int64_t angle = s * cos_s + b * cos_b + n * cos_n;
+        const float *first = x + s * x_s + b * x_b + n * x_n, *second = first + half;
+        const float *c = cos + angle, *a = sin_a + angle, *z = sin_b + angle;
+        float *into = out + head * width;
+#pragma omp simd
+        for (int64_t j = 0; j < half; j++) {
+            into[j] = first[j] * c[j] - sign * (second[j] * a[j]);
+            into[half + j] = second[j] * c[half + j] + sign * (first[j] * z[j]);
+        }
+    }
+}
+
+/* Counts the rows of each expert, and says where each token's rows begin in their order. Returns how
+   many there are. `chosen` is [N, A], 0 or 1. */
+int64_t count_rows(
+    int64_t tokens, int64_t experts, const uint8_t *chosen, int64_t *rows_of_expert, int64_t *first)
+{
+    int64_t all = 0;
+    memset(rows_of_expert, 0, experts * sizeof(int64_t));
+    for (int64_t t = 0; t < tokens; t++) {
+        first[t] = all;
+        for (int64_t e = 0; e < experts; e++) {
+            rows_of_expert[e] += chosen[t * experts + e];
+            all += chosen[t * experts + e];
+        }
+    }
+    return all;
+}
+
+/* Sorts rows by expert, those of one by token: of each its token and its place in [N, A], and the
+   rows of each token in the order of experts. `next` is room for a number of each expert. */
+void order_rows(
+    int64_t tokens, int64_t experts, const uint8_t *chosen, const int64_t *rows_of_expert,
+    int64_t *next, int64_t *token, int64_t *place, int64_t *row)
+{
+    int64_t begin = 0;
+    for (int64_t e = 0; e < experts; e++) {
+        next[e] = begin;
+        begin += rows_of_expert[e];
+    }
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t e = 0; e < experts; e++)
+            if (chosen[t * experts + e]) {
+                int64_t r = next[e]++;
+                token[r] = t;
+                place[r] = t * experts + e;
+                *row++ = r;
+            }
+}
+
+/* Copies rows [T, n] from where `from` says. */
+void copy_rows(
+    int64_t rows, int64_t n, const int64_t *from, const float *source, float *out, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; r++)
+        memcpy(out + r * n, source + from[r] * n, n * sizeof(float));
+}
+
+/* Adds up each token's rows, in their order: those that row[first[t]] and its followers name. */
+void add_rows(
+    int64_t tokens, int64_t rows, int64_t n, const int64_t *row, const int64_t *first,
+    const float *source, float *out, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < tokens; t++) {
+        int64_t end = t + 1 < tokens ? first[t + 1] : rows;
+        float *into = out + t * n;
+        memset(into, 0, n * sizeof(float));
+        for (int64_t i = first[t]; i < end; i++) {
+            const float *from = source + row[i] * n;
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++)
+                into[j] += from[j];
+        }
+    }
+}
+
+/* BLAS's matrix product, of matrices stored column after column: torch's own, given by its address. */
+typedef void gemm(
+    const char *, const char *, const int *, const int *, const int *, const float *, const float *,
+    const int *, const float *, const int *, const float *, float *, const int *);
+
+/* Each expert's rows [T, inputs] times its matrix, [inputs, outputs], or [outputs, inputs] if
+   `outputs_first`. As torch does, the transposes are multiplied. */
+void grouped_rows(
+    gemm *product, int64_t experts, const int64_t *counts, int inputs, int outputs,
+    int outputs_first, const float *rows, int rows_stride, const float *matrices, float *out)
+{
+    const float one = 1.0f, zero = 0.0f;
+    int stride = outputs_first ? inputs : outputs;
+    for (int64_t e = 0; e < experts; e++) {
+        int count = (int)counts[e];
+        if (count)
+            product(outputs_first ? "T" : "N", "N", &outputs, &count, &inputs, &one, matrices,
+                    &stride, rows, &rows_stride, &zero, out, &outputs);
+        rows += (int64_t)count * rows_stride;
+        out += (int64_t)count * outputs;
+        matrices += (int64_t)inputs * outputs;
+    }
+}
+
+/* Each expert's left rows, transposed, times its right ones, [left, right], added to `total` or, if
+   not `adding`, written there. */
+void grouped_weights(
+    gemm *product, int64_t experts, const int64_t *counts, int left, int right,
+    const float *left_rows, int left_stride, const float *right_rows, int right_stride, float *total,
+    int adding)
+{
+    const float one = 1.0f, beta = adding ? 1.0f : 0.0f;
+    for (int64_t e = 0; e < experts; e++) {
+        int count = (int)counts[e];
+        if (count)
+            product("N", "T", &right, &left, &count, &one, right_rows, &right_stride, left_rows,
+                    &left_stride, &beta, total, &right);
+        else if (!adding)
+            memset(total, 0, (int64_t)left * right * sizeof(float));
+        left_rows += (int64_t)count * left_stride;
+        right_rows += (int64_t)count * right_stride;
+        total += (int64_t)left * right;
+    }
+}
