@@ -6,11 +6,14 @@ The reference of each is its own run on one process.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from transformers.activations import ACT2FN
 
+from mone_megatron.config import ConfigError, validate
+from mone_megatron.config.load import compose, from_yaml
 from mone_megatron.hf import checks, export
 from mone_megatron.hf.export import Exported
 from mone_megatron.hf.settings import hidden_act
@@ -18,8 +21,10 @@ from mone_megatron.hf.source import open_source
 from mone_megatron.methods.density_steps import DENSITY_STEPS
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.routers import ROUTERS
+from mone_megatron.methods.rule import STATE_PREFIX
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
+from mone_megatron.planning.parameters import count_parameters
 from mone_megatron.testing.each_method import REGISTRIES, needed
 from mone_megatron.testing.launch import run_layouts
 
@@ -54,20 +59,50 @@ BESIDE = {
 METHODS |= {override.replace("=", "-"): override for override in BESIDE}
 
 
-def sharded(override: str) -> bool:
-    key, _, name = override.partition("=")
-    if key == "optim.name":
-        return not OPTIMIZERS[name].whole
-    if key == "model.router.kind" and ROUTERS[name].reads_batch:
-        return False
-    if key == "mone.density.step":
-        return RULES["mass"].exchange != "refused"
-    return key != "mone.rule" or RULES[name].exchange != "refused"
+# On two processes. Each method trains in the first two. The others, which split layers and
+# sequences rather than experts, are tried with each router, and with the rest in `make test-slow`.
+LAYOUTS = {
+    "ep2": ("parallel.expert=2",),
+    "etp2": ("parallel.tensor=2", "parallel.expert_tensor=2"),
+    "pp2": ("parallel.pipeline=2",),
+    "cp2": ("parallel.context=2",),
+}
+OF_ALL = ("ep2", "etp2")
+IN_LAYOUTS = [
+    pytest.param(
+        method,
+        layout,
+        marks=()
+        if layout in OF_ALL or override.startswith("model.router.kind=")
+        else pytest.mark.slow,
+    )
+    for method, override in METHODS.items()
+    for layout in LAYOUTS
+]
 
 
-def pools(override: str) -> bool:
+def refusing_key(override: str, layout: str) -> str | None:
+    """The key by which a method refuses a layout, as the method declares it; None where it fits."""
     key, _, name = override.partition("=")
-    return key == "mone.rule" and RULES[name].pools
+    if key == "optim.name" and OPTIMIZERS[name].whole and layout == "etp2":
+        return "optim.name"
+    if key == "model.router.kind" and ROUTERS[name].reads_batch and layout in ("etp2", "cp2"):
+        return "model.router.kind"
+    if key not in ("mone.rule", "mone.density.step"):
+        return None
+    rule = RULES["mass" if key == "mone.density.step" else name]
+    if rule.exchange == "refused" and layout == "etp2":
+        return "parallel.expert_tensor"
+    if rule.pools and layout == "ep2":
+        return "parallel.expert"
+    return "mone.rule" if rule.reads_batch and layout == "cp2" else None
+
+
+def settings(override: str) -> tuple[str, ...]:
+    """The whole run of a method, but where it goes."""
+    run = (*RUN, override, *BESIDE.get(override, needed(override)))
+    whole = override.startswith("optim.name=") and OPTIMIZERS[override.partition("=")[2]].whole
+    return (*run, "parallel.distributed_optimizer=false") if whole else run
 
 
 def records(folder: Path) -> list[dict[str, float]]:
@@ -76,36 +111,43 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def chosen(request: pytest.FixtureRequest) -> dict[str, str]:
-    """The methods that the chosen tests ask for, so that `-k` trains those alone."""
-    asked = {
-        item.callspec.params["method"]
+def asked(request: pytest.FixtureRequest) -> list[dict[str, str]]:
+    """The parameters of the chosen tests, so that `-k` trains what these need alone."""
+    return [
+        item.callspec.params
         for item in request.session.items
         if isinstance(item, pytest.Function)
         and item.path == request.path
         and hasattr(item, "callspec")
-    }
-    return {name: override for name, override in METHODS.items() if name in asked}
+    ]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, str]) -> Path:
+def chosen(asked: list[dict[str, str]]) -> dict[str, str]:
+    """The methods that the chosen tests ask for."""
+    names = {params["method"] for params in asked}
+    return {name: override for name, override in METHODS.items() if name in names}
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    asked: list[dict[str, str]],
+    chosen: dict[str, str],
+) -> Path:
     folder = tmp_path_factory.mktemp("methods")
     one: dict[str, tuple[str, ...]] = {}
     two: dict[str, tuple[str, ...]] = {}
     for name, override in chosen.items():
-        run = (*RUN, override, *BESIDE.get(override, needed(override)))
-        if override.startswith("optim.name=") and not sharded(override):
-            run = (*run, "parallel.distributed_optimizer=false")
+        run = settings(override)
         one[f"{name}-one"] = run
         saved = folder / f"{name}-one" / "checkpoints" / "step_00000002"
         one[f"{name}-resumed"] = (*run, f"checkpoint.resume={saved}", "checkpoint.interval=0")
-        # What else is of a run is saved by one process in the middle, by two at the end.
-        run = (*run, "checkpoint.interval=4")
-        if not pools(override):
-            two[f"{name}-ep2"] = (*run, "parallel.expert=2")
-        if sharded(override):
-            two[f"{name}-etp2"] = (*run, "parallel.tensor=2", "parallel.expert_tensor=2")
+        for params in asked:
+            layout = params.get("layout", "")
+            if params["method"] == name and layout and not refusing_key(override, layout):
+                # What else is of a run is saved by one process in the middle, by two at the end.
+                two[f"{name}-{layout}"] = (*run, "checkpoint.interval=4", *LAYOUTS[layout])
     # All methods together take longer than the usual limit on a busy machine.
     run_layouts(one, processes=1, folder=folder, timeout=3600)
     if two:
@@ -121,17 +163,73 @@ def test_it_resumes_bitwise(runs: Path, method: str) -> None:
         assert [record[key] for record in resumed] == [record[key] for record in whole[2:]]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layout", ["ep2", "etp2"])
+@pytest.mark.parametrize(("method", "layout"), IN_LAYOUTS)
 def test_layouts_agree(runs: Path, method: str, layout: str) -> None:
-    if layout == "etp2" and not sharded(METHODS[method]):
-        pytest.skip("the method refuses such layouts by its key; tested by itself")
-    if layout == "ep2" and pools(METHODS[method]):
-        pytest.skip("a token's experts are on one rank; tested by itself")
+    """Where a method cannot, it is refused by the key that it declares."""
+    override = METHODS[method]
+    if key := refusing_key(override, layout):
+        with pytest.raises(ConfigError) as refused:
+            validate(compose([*settings(override), *LAYOUTS[layout]]), world_size=2)
+        assert [line.split(":")[0] for line in refused.value.problems] == [key]
+        return
     for expected, record in zip(
         records(runs / f"{method}-one"), records(runs / f"{method}-{layout}"), strict=True
     ):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_planner_counts_its_weights(runs: Path, method: str) -> None:
+    """Planned are those that are there; what a rule learns is no weight."""
+    folder = runs / f"{method}-one"
+    source = open_source(folder, say=lambda message: None)
+    there = sum(
+        math.prod(info.shape)
+        for name, info in source.weights.items()
+        if not name.rpartition(".")[2].startswith(STATE_PREFIX)
+    )
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    counted = count_parameters(source.model, source.mone, facts["vocab_size"], padded=True)
+    assert counted.total == there
+    planned = count_parameters(source.model, source.mone, facts["vocab_size"])
+    assert facts["parameters"]["total"] == planned.total
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_it_used_stands_beside_what_was_planned(runs: Path, method: str) -> None:
+    """Of four steps the last is the last quarter."""
+    folder = runs / f"{method}-one"
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    config, last = from_yaml(folder / "config.yaml"), records(folder)[-1]
+    model, planned = config.model, facts["parameters"]
+    rule, router = RULES[config.mone.rule], ROUTERS[model.router.kind]
+    if rule.fixed_count and router.fixed_count:
+        assert "measured" not in facts
+        return
+    found = facts["measured"]
+    kept, density = round(config.mone.keep_ratio * model.expert_ffn_hidden_size), None
+    experts: float = model.experts_per_token
+    if not rule.fixed_count:
+        density = last["mone/density"]
+        assert found["density"] == {"routed": density}
+    if not router.fixed_count:
+        tokens = config.train.global_batch_size * config.train.seq_length
+        experts = last["router/tokens_per_expert_mean"] * model.num_experts / tokens
+        assert found["experts_per_token"] == pytest.approx(experts)
+    matrix = model.hidden_size * model.expert_ffn_hidden_size
+    share = kept / model.expert_ffn_hidden_size
+
+    def used(share: float, gate: int) -> float:
+        return model.num_layers * matrix * (gate + (3 - gate) * share)
+
+    now = share if density is None else density
+    for name, gate in (("activated_gate_counted", 1), ("activated_neurons_only", 0)):
+        more = experts * used(now, gate) - model.experts_per_token * used(share, gate)
+        assert found["parameters"][name] == pytest.approx(planned[name] + more, abs=1)
+    more = (experts - model.experts_per_token) * used(1, 0)
+    assert found["parameters"]["activated_all_neurons"] == pytest.approx(
+        planned["activated_all_neurons"] + more, abs=1
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
