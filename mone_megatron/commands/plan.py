@@ -231,8 +231,8 @@ def _usage(options: argparse.Namespace, config: Config) -> Usage:
                 "--measured: the rule and the router fix what a token uses; leave it out"
             )
         # Only now: they take their time to import.
-        from mone_megatron.lab.studies.usage import usage_of
         from mone_megatron.report.runs import load_run
+        from mone_megatron.report.usage import usage_of
 
         return usage_of(mone, load_run(options.measured))
     if not neurons_are_fixed(mone):

@@ -55,7 +55,8 @@ class Budget:
 
 def neurons_are_fixed(config: Config) -> bool:
     """Returns whether each token keeps a number of neurons that is set."""
-    return not config.mone.enabled or RULES[config.mone.rule].fixed_count
+    mone = config.mone
+    return not mone.enabled or mone.keep_ratio == 1 or RULES[mone.rule].fixed_count
 
 
 def active_are_measured(config: Config) -> bool:
@@ -68,6 +69,43 @@ def experts_are_fixed(config: Config) -> bool:
     return not config.model.num_experts or ROUTERS[config.model.router.kind].fixed_count
 
 
+@dataclass(frozen=True)
+class Activated:
+    """Holds the parameters that a token activates, by convention (:mod:`.parameters`)."""
+
+    gate_counted: float
+    neurons_only: float
+    all_neurons: float
+
+
+def activated_of(config: Config, vocab_size: int, usage: Usage) -> Activated:
+    """Returns what a token activates in a model whose tokens use what ``usage`` says.
+
+    Args:
+        config: of the model; what is fixed is taken from it.
+        vocab_size: the unpadded size of the vocabulary.
+        usage: what was measured.
+    """
+    counted = count_parameters(config.model, config.mone, vocab_size)
+    gate_counted = float(counted.activated_gate_counted)
+    neurons_only = float(counted.activated_neurons_only)
+    all_neurons = float(counted.activated_all_neurons)
+    for kind, mlp in gated_mlps(config.model, config.mone).items():
+        kept: float = mlp.kept
+        if kind in usage.density:
+            kept = usage.density[kind] * mlp.width
+        visited: float = mlp.visited
+        if usage.experts is not None and kind == "routed":
+            visited *= usage.experts / config.model.experts_per_token
+        ups: float = mlp.width if mlp.chosen_by_up else kept
+        if kind in usage.active and mlp.up_of_active:
+            ups = usage.active[kind] * mlp.width
+        gate_counted += visited * mlp.used(kept, ups) - mlp.visited * mlp.gate_counted
+        neurons_only += visited * mlp.of_neurons(kept) - mlp.visited * mlp.neurons_only
+        all_neurons += (visited - mlp.visited) * mlp.parameters
+    return Activated(gate_counted, neurons_only, all_neurons)
+
+
 def budget_of(config: Config, vocab_size: int, usage: Usage) -> Budget:
     """Returns what a token costs in a model whose tokens use what ``usage`` says.
 
@@ -78,18 +116,7 @@ def budget_of(config: Config, vocab_size: int, usage: Usage) -> Budget:
     """
     model = config.model
     counted = count_parameters(model, config.mone, vocab_size)
-    activated = float(counted.activated_gate_counted)
-    for kind, mlp in gated_mlps(model, config.mone).items():
-        kept: float = mlp.kept
-        if kind in usage.density:
-            kept = usage.density[kind] * mlp.width
-        visited: float = mlp.visited
-        if usage.experts is not None and kind == "routed":
-            visited *= usage.experts / model.experts_per_token
-        ups: float = mlp.width if mlp.chosen_by_up else kept
-        if kind in usage.active and mlp.up_of_active:
-            ups = usage.active[kind] * mlp.width
-        activated += visited * mlp.used(kept, ups) - mlp.visited * mlp.gate_counted
+    activated = activated_of(config, vocab_size, usage).gate_counted
     tokens = config.train.global_batch_size * config.train.seq_length
     more = activated - counted.activated_gate_counted
     # Of the embedding, one row is read, unless the output layer reads it whole.

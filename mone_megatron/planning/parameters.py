@@ -137,7 +137,11 @@ class GatedMLP:
 
         What all its neurons share of a gate is none of theirs.
         """
-        return self.kept * (self.gate.gate_inputs(self.size) + self._up_and_down)
+        return int(self.of_neurons(self.kept))
+
+    def of_neurons(self, kept: float) -> float:
+        """Returns the weights of so many neurons alone."""
+        return kept * (self.gate.gate_inputs(self.size) + self._up_and_down)
 
     @property
     def _up_and_down(self) -> int:

@@ -89,8 +89,8 @@ class RunFigures:
 
     @property
     def parameters(self) -> Mapping[str, int]:
-        """Returns ``run.json``'s parameter counts."""
-        return self.run.summary.parameters
+        """Returns the counts of parameters, of activated ones as measured if they were."""
+        return self.run.parameters
 
 
 @dataclass(frozen=True)

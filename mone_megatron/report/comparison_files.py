@@ -248,6 +248,7 @@ def _verdict_lines(comparison: Comparison) -> list[str]:
 
 def _run_cells(figure: RunFigures) -> list[str]:
     parameters = figure.parameters
+    how = " measured" if figure.run.summary.measured_parameters else ""
     return [
         figure.label,
         format_loss(figure.train_loss),
@@ -257,8 +258,8 @@ def _run_cells(figure: RunFigures) -> list[str]:
         format_count(figure.tokens_per_second),
         format_ratio(figure.step_time_ratio),
         format_count(parameters.get("total")),
-        format_count(parameters.get("activated_gate_counted")),
-        format_count(parameters.get("activated_neurons_only")),
+        format_count(parameters.get("activated_gate_counted")) + how,
+        format_count(parameters.get("activated_neurons_only")) + how,
         figure.run.summary.status,
     ]
 
@@ -326,6 +327,7 @@ def _run_json(figure: RunFigures) -> dict[str, Any]:
         "step_seconds": figure.step_seconds,
         "step_time_ratio_to_first": figure.step_time_ratio,
         "parameters": dict(figure.parameters),
+        "parameters_measured": bool(run.summary.measured_parameters),
         "data_fingerprint": run.summary.data_fingerprint,
     }
 

@@ -255,10 +255,11 @@ def write_loss_plot(run_dir: str | Path) -> Path:
 
 def parameter_line(run: Run) -> str:
     """Returns a line with total and activated parameters, the convention named."""
-    parameters = run.summary.parameters
+    parameters = run.parameters
     line = f"{format_count(parameters.get('total'))} parameters"
     if "activated_gate_counted" in parameters:
-        line += f", {format_count(parameters['activated_gate_counted'])} activated (gate counted)"
+        line += f", {format_count(parameters['activated_gate_counted'])} activated (gate counted"
+        line += ", measured)" if run.summary.measured_parameters else ")"
     return line
 
 

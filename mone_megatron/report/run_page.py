@@ -180,11 +180,14 @@ def _head(page: Page, run: Run, alerts: Sequence[AlertSpan], reload_seconds: flo
         if len(lasting) > len(shown):
             shown.append(f"and {len(lasting) - len(shown)} more, under Alerts")
         page.banner("warn", f"{len(lasting)} alert(s) had not ended:", shown)
-    parameters = summary.parameters
+    parameters = run.parameters
     total = parameters.get("total")
+    how = ", measured over the last quarter" if summary.measured_parameters else ""
 
     def share(key: str) -> str:
-        return f"{parameters[key] / total:.0%} of total" if total and key in parameters else ""
+        if not total or key not in parameters:
+            return ""
+        return f"{parameters[key] / total:.0%} of total{how}"
 
     validation = run.final_validation_loss
     page.tiles(
@@ -502,8 +505,16 @@ def _setup(page: Page, run: Run) -> None:
             for name, value in summary.flops_per_step.items()
         ),
         *(
+            (f"FLOPs per step, {name}, measured", format_count(value))
+            for name, value in summary.measured_flops_per_step.items()
+        ),
+        *(
             (f"parameters, {name.replace('_', ' ')}", f"{value:,}")
             for name, value in summary.parameters.items()
+        ),
+        *(
+            (f"parameters, {name.replace('_', ' ')}, measured", f"{value:,}")
+            for name, value in summary.measured_parameters.items()
         ),
     ]
     page.table(

@@ -103,6 +103,9 @@ class RunSummary:
     vocab_size: int | None
     parameters: Mapping[str, int]
     flops_per_step: Mapping[str, float]
+    # As above, of what tokens used where the method leaves it open; empty where it is set.
+    measured_parameters: Mapping[str, int]
+    measured_flops_per_step: Mapping[str, float]
     seed: int | None
     started: str | None
     seconds: float | None
@@ -191,6 +194,16 @@ class Run:
         if self.has("tokens") and math.isfinite(self.columns["tokens"].values[-1]):
             return int(self.columns["tokens"].values[-1])
         return self.summary.tokens
+
+    @property
+    def parameters(self) -> Mapping[str, int]:
+        """Returns ``run.json``'s counts of parameters, those activated as measured if they were."""
+        return {**self.summary.parameters, **self.summary.measured_parameters}
+
+    @property
+    def flops_per_step(self) -> Mapping[str, float]:
+        """Returns ``run.json``'s operations of a step, as measured if they were."""
+        return {**self.summary.flops_per_step, **self.summary.measured_flops_per_step}
 
     @property
     def seed(self) -> int | None:
@@ -299,9 +312,15 @@ def _read_summary(path: Path) -> RunSummary:
         value = data.get(key)
         return value if isinstance(value, dict) else {}
 
-    def numbers(key: str) -> dict[str, float]:
-        parsed = {name: number(value) for name, value in mapping(key).items()}
-        return {name: value for name, value in parsed.items() if value is not None}
+    def numbers(value: Any) -> dict[str, float]:
+        given = value if isinstance(value, dict) else {}
+        parsed = {name: number(each) for name, each in given.items()}
+        return {name: each for name, each in parsed.items() if each is not None}
+
+    def counts(value: Any) -> dict[str, int]:
+        return {name: int(each) for name, each in numbers(value).items() if math.isfinite(each)}
+
+    measured = mapping("measured")
 
     return RunSummary(
         name=text_or_none("name") or path.parent.name,
@@ -312,12 +331,10 @@ def _read_summary(path: Path) -> RunSummary:
         versions={name: str(value) for name, value in mapping("versions").items()},
         data_fingerprint=text_or_none("data_fingerprint"),
         vocab_size=integer("vocab_size"),
-        parameters={
-            name: int(value)
-            for name, value in numbers("parameters").items()
-            if math.isfinite(value)
-        },
-        flops_per_step=numbers("flops_per_step"),
+        parameters=counts(data.get("parameters")),
+        flops_per_step=numbers(data.get("flops_per_step")),
+        measured_parameters=counts(measured.get("parameters")),
+        measured_flops_per_step=numbers(measured.get("flops_per_step")),
         seed=integer("seed"),
         started=text_or_none("started"),
         seconds=number(data.get("seconds")),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from mone_megatron.config.mone import metrics_of
 from mone_megatron.config.schema import Config
 from mone_megatron.planning.budget import (
     Usage,
+    activated_of,
     active_are_measured,
+    budget_of,
     experts_are_fixed,
     neurons_are_fixed,
 )
@@ -52,3 +56,36 @@ def _mean_of_last(run: Run, metric: str) -> float:
     column = run.columns[metric]
     last = column.values[column.steps > (1 - LAST_SHARE) * column.steps[-1]]
     return float(np.mean(last))
+
+
+def measured(config: Config, vocab_size: int, run: Run) -> dict[str, Any]:
+    """Returns what ``run.json`` has under ``measured``; nothing where all that is used is set.
+
+    Args:
+        config: of the run.
+        vocab_size: the unpadded size of the vocabulary.
+        run: as far as it has come.
+
+    Raises:
+        ValueError: naming the run, when it has not recorded what its tokens use.
+    """
+    usage = usage_of(config, run)
+    if usage == Usage():
+        return {}
+    activated = activated_of(config, vocab_size, usage)
+    budget = budget_of(config, vocab_size, usage)
+    found: dict[str, Any] = {
+        "parameters": {
+            "activated_gate_counted": round(activated.gate_counted),
+            "activated_neurons_only": round(activated.neurons_only),
+            "activated_all_neurons": round(activated.all_neurons),
+        },
+        "flops_per_step": {"ideal": round(budget.step_flops)},
+    }
+    if usage.density:
+        found["density"] = dict(usage.density)
+    if usage.active:
+        found["active_share"] = dict(usage.active)
+    if usage.experts is not None:
+        found["experts_per_token"] = usage.experts
+    return found

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mone_megatron.config.load import from_yaml
 from mone_megatron.kernels import reference
-from mone_megatron.lab.studies.usage import usage_of
 from mone_megatron.methods.activations import ACTIVATIONS, up_function
 from mone_megatron.mone.selection import NeuronSelection, NeuronSelector
 from mone_megatron.mone.straight_through import masked_straight_through
 from mone_megatron.planning.budget import Usage, budget_of
 from mone_megatron.planning.parameters import gated_mlps
 from mone_megatron.report.runs import load_run
+from mone_megatron.report.usage import usage_of
 from mone_megatron.testing.launch import run_layouts
 
 RUN = (

@@ -12,9 +12,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from mone_megatron.lab.scaling_law.run_table import read_runs
 from mone_megatron.report.compare import compare, compared_curves
 from mone_megatron.report.comparison_files import text_report, write_comparison
-from mone_megatron.report.plots import comparison_figure
+from mone_megatron.report.plots import comparison_figure, parameter_line
+from mone_megatron.report.run_page import write_report
 from mone_megatron.report.runs import load_run
 from mone_megatron.testing.launch import import_path
 
@@ -49,6 +51,31 @@ def test_table_hand_checked(make_run: RunBuilder) -> None:
     header = report.splitlines()[2]
     assert "activated (gate counted)" in header
     assert "activated (neurons only)" in header
+
+
+def test_measured_counts_take_the_place_of_planned_ones(make_run: RunBuilder) -> None:
+    planned, measured = make_run("planned", name="planned"), make_run("measured", name="measured")
+    facts = json.loads((measured / "run.json").read_text())
+    facts["measured"] = {
+        "parameters": {"activated_gate_counted": 6_100_000, "activated_neurons_only": 5_100_000},
+        "flops_per_step": {"ideal": 1.7e10},
+        "experts_per_token": 1.9,
+    }
+    (measured / "run.json").write_text(json.dumps(facts))
+    runs = [load_run(planned), load_run(measured)]
+    report = text_report(compare(runs))
+    assert cells(report, "planned")[7:10] == ["12.3M", "5.00M", "4.00M"]
+    row = cells(report, "measured")
+    assert row[7:12] == ["12.3M", "6.10M", "measured", "5.10M", "measured"]
+    assert runs[1].flops_per_step == {"ideal": 1.7e10, "realised": 2e10}
+    assert "6.10M activated (gate counted, measured)" in parameter_line(runs[1])
+    assert "5.00M activated (gate counted)" in parameter_line(runs[0])
+    page = write_report(measured).read_text(encoding="utf-8")
+    assert "49% of total, measured over the last quarter" in page
+    assert ", measured" not in write_report(planned).read_text(encoding="utf-8")
+    table = read_runs([planned, measured], loss_of="train", params_of="activated")
+    assert table.params_R.tolist() == [5_000_000, 6_100_000]
+    assert table.flops_R.tolist() == [40 * 1.5e10, 40 * 1.7e10]
 
 
 @pytest.mark.parametrize(

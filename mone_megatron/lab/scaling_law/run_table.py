@@ -95,8 +95,8 @@ def _params(run: Run, kind: ParamsOf) -> int:
     neurons_only = _count(run, "activated_neurons_only")
     if kind == "neurons_only":
         return neurons_only
-    if "activated_all_neurons" in run.summary.parameters:
-        return run.summary.parameters["activated_all_neurons"]
+    if "activated_all_neurons" in run.parameters:
+        return run.parameters["activated_all_neurons"]
     # An earlier version did not record it, and counted by the gate alone whatever the score was.
     # With h*f parameters in each of an MLP's three matrices, h*(f + 2K) count with the gate and
     # 3*h*K without, so 3 times the one less 2 times the other is 3*h*f, whatever K is; and what is
@@ -105,9 +105,9 @@ def _params(run: Run, kind: ParamsOf) -> int:
 
 
 def _count(run: Run, key: str) -> int:
-    if key not in run.summary.parameters:
+    if key not in run.parameters:
         raise ValueError(f"{run.path}/run.json has no 'parameters.{key}': train the run again")
-    return run.summary.parameters[key]
+    return run.parameters[key]
 
 
 def _tokens(run: Run) -> int:
@@ -125,9 +125,9 @@ def _loss(run: Run, kind: LossOf) -> float:
 
 
 def _flops(run: Run, kind: FlopsOf) -> float:
-    if kind not in run.summary.flops_per_step:
+    if kind not in run.flops_per_step:
         raise ValueError(f"{run.path}/run.json has no 'flops_per_step.{kind}': train the run again")
-    return run.summary.flops_per_step[kind] * run.last_step
+    return run.flops_per_step[kind] * run.last_step
 
 
 def _keep_ratio(run: Run) -> float:

@@ -15,12 +15,12 @@ from mone_megatron.config.schema import Config
 from mone_megatron.counting import counted
 from mone_megatron.lab.studies.definition import EQUAL_WITHIN, Study
 from mone_megatron.lab.studies.runner import Place, places
-from mone_megatron.lab.studies.usage import usage_of
 from mone_megatron.planning.budget import Budget, budget_of
 from mone_megatron.planning.plan import vocabulary_of
 from mone_megatron.report.identified import Doubt, few_samples
 from mone_megatron.report.runs import Run, load_run
 from mone_megatron.report.stats import Interval, mean_interval
+from mone_megatron.report.usage import usage_of
 
 METRIC = "val_loss"
 # Of two seeds the interval rests on one difference between them.

@@ -47,7 +47,7 @@ def hooks_on_rank_0(
         facts: what is known before the first step, for run.json.
         device: that the run computes on.
     """
-    run_file = RunFileHook(folder, facts)
+    run_file = RunFileHook(folder, facts, config)
     hooks: list[Hook] = []
     # Hooks end in reverse, so the report comes last: it reads the others' files.
     if config.logging.report:

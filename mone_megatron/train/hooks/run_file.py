@@ -6,18 +6,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mone_megatron.config.schema import Config
 from mone_megatron.display import lost
 from mone_megatron.methods.hook import Hook, Record
+from mone_megatron.planning.budget import experts_are_fixed, neurons_are_fixed
+from mone_megatron.report.runs import load_run
+from mone_megatron.report.usage import measured
 from mone_megatron.whole_files import write_json
 
 
 class RunFileHook(Hook):
     """Writes ``run.json``: what ran, on what, and how it ended."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, facts: dict[str, Any], config: Config) -> None:
         """Starts from ``facts``: what is known before the first step, and how far a resumed run is
         (``steps``, ``tokens``, ``seconds``)."""
         self.path = folder / "run.json"
+        self.config = config
         self.facts = facts | {"status": "running"}
         self.missed: set[str] = set()
 
@@ -54,7 +59,14 @@ class RunFileHook(Hook):
         self.facts.setdefault("faults", []).append({"step": step, "why": fault, "action": action})
 
     def on_end(self, status: str) -> None:
-        """Writes how it ended."""
+        """Writes how it ended, and what its tokens used where its method leaves that open."""
         self.facts["status"] = status
         self._note_streams()
         write_json(self.path, self.facts)
+        if neurons_are_fixed(self.config) and experts_are_fixed(self.config):
+            return
+        # A run that recorded nothing of it (logging.layer_interval=0) has its planned counts alone.
+        with suppress(ValueError):
+            run = load_run(self.path.parent)
+            self.facts["measured"] = measured(self.config, self.facts["vocab_size"], run)
+            write_json(self.path, self.facts)
