@@ -31,7 +31,9 @@ _WEIGHTS = "this project draws the initial weights itself"
 _GROUPS = "this project makes no process groups for it"
 _FP16 = "it is for fp16, which this project does not train in"
 _OPTIMIZER = "the optimizers of optim.name do not read it"
-_FSDP = "it is for Megatron-FSDP, which cannot be used: checkpoints do not hold what that keeps"
+_FSDP = "it is for Megatron-FSDP, which cannot be used: its checkpoints would not hold our experts"
+# docs/parallelism.md#not-run-here
+_UNSAVED = "its checkpoints would keep the experts of one rank only, without a word"
 _BUFFERS = "this project makes no buffers for it"
 _RANDOM = "this project keeps the random states itself"
 _TESTS = "it is for megatron-core's own tests"
@@ -270,8 +272,8 @@ NOT_READ: Mapping[str, Mapping[str, str]] = {
         "adaptive_muon_": _OPTIMIZER,
     },
     "ddp": {
-        "use_megatron_fsdp": _STATE,
-        "use_custom_fsdp": _STATE,
+        "use_megatron_fsdp": _UNSAVED,
+        "use_custom_fsdp": _UNSAVED,
         "fsdp_": _FSDP,
         "megatron_fsdp_": _FSDP,
         "data_parallel_sharding_strategy": _FSDP,

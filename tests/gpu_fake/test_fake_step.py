@@ -69,6 +69,16 @@ REST = {
 }  # fmt: skip
 
 
+# Whose lines attention, its norms and RoPE are, without Transformer Engine.
+IN_GRAPHS = (
+    "mone_megatron/model/",
+    "megatron/core/transformer/attention.py",
+    "megatron/core/transformer/multi_latent_attention.py",
+    "megatron/core/models/common/embeddings/",
+    "megatron/core/fusions/",
+)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fake_cuda")
@@ -99,6 +109,10 @@ def test_a_step_is_one_that_a_gpu_would_take(run: FakeRun) -> None:
     assert len(pipeline) <= 2 * run.written["microbatches"]
     forwards = 2 if any("recompute" in key for key in run.written["overrides"]) else 1
     assert len(waits) - len(outside) - len(pipeline) <= 3 * run.dispatches * forwards
+    # What a CUDA graph of attention would refuse (parallel/cuda_graphs.py).
+    held = [found for kind in ("wait", "copy") for found in run.found("step", kind=kind)
+            if found.place.startswith(IN_GRAPHS)]  # fmt: skip
+    assert held == []
     assert run.launches("forward_kernel") > 0
     # In training, evaluation, steps that count and after a resume: all was compiled before.
     assert run.written["compiled_later"] == []

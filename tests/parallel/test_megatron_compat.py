@@ -43,6 +43,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.fsdp_dtensor_checkpoint import handle_experts_in_state_dict
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe import experts as upstream_experts
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -51,6 +52,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.profiler import ProfilerActivity, profile
 
 from mone_megatron.config.schema import ParallelConfig, TrainConfig
@@ -889,6 +893,33 @@ def test_megatron_fsdp_has_one_form_of_its_own_for_an_optimizers_state() -> None
         "raise",
         "NotImplementedError(f'sharding_type",
     ]
+
+
+def _experts_saved_as_megatron_fsdp_would(folder: Path) -> tuple[float, float]:
+    """Returns the expert of this rank, one of two, and what is loaded of it again."""
+    open_groups(ParallelConfig(expert=2), TrainConfig(), timeout_seconds=60)
+    ours = "module.decoder.layers.0.mlp.experts.down_weight"
+    theirs = "module.decoder.layers.0.mlp.experts.linear_fc2.weight"
+    rank = dist.get_rank()
+    named = handle_experts_in_state_dict({ours: 0, f"{theirs}0": 0}, num_experts=2)
+    assert set(named) == {ours, f"{theirs}{rank}"}
+    # An expert-parallel rank's mesh has the ranks with the same experts: itself alone, here.
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    mesh = DeviceMesh.from_group(groups[rank], "cpu")
+    weight = DTensor.from_local(torch.full((2, 2), float(rank)), mesh, [Shard(0)])
+    checkpoint.save({ours: weight}, checkpoint_id=folder)
+    loaded = DTensor.from_local(torch.full((2, 2), -1.0), mesh, [Shard(0)])
+    checkpoint.load({ours: loaded}, checkpoint_id=folder)
+    return float(weight.to_local()[0, 0]), float(loaded.to_local()[0, 0])
+
+
+def test_megatron_fsdp_saves_the_experts_of_one_rank_over_those_of_another(
+    two_processes: Processes, tmp_path: Path
+) -> None:
+    """Why it is refused, too: it tells experts of ranks apart by names of its own modules."""
+    saved = two_processes.run(_experts_saved_as_megatron_fsdp_would, tmp_path)
+    assert [before for before, _ in saved] == [0.0, 1.0]
+    assert len({after for _, after in saved}) == 1
 
 
 def _attention(kind: type, *, norm: type | ModuleSpec) -> nn.Module:

@@ -109,7 +109,7 @@ def check(config: Config, resources: Resources) -> Iterator[str]:
         )
     if not graphs_attention(config.megatron):
         return
-    if not resources.have_transformer_engine():
+    if not resources.is_cpu(config.device) and not resources.have_transformer_engine():
         yield f"{_KEY}: Transformer Engine makes the graphs, and is not installed; leave it out"
     warm_up = given.get("cuda_graph_warmup_steps", 1)
     if isinstance(warm_up, int) and warm_up < 1:

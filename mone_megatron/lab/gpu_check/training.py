@@ -80,6 +80,18 @@ def resume(
     return {"equal to the last bit": bits, "losses apart": apart}, apart < 1e-3
 
 
+def graphs(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, Any], bool]:
+    """Trains eight steps, and again with attention as CUDA graphs after two: the same is wanted."""
+    steps = ("experiment=tiny_mone", "train.steps=8", f"device.kind={device}", *overrides)
+    field = "megatron.transformer.cuda_graph"
+    asked = (f"{field}_impl=transformer_engine", f"{field}_warmup_steps=2")
+    without, graphed = train(folder / "without", *steps), train(folder / "graphs", *steps, *asked)
+    loss, norm = (_apart(without, graphed, key) for key in ("loss", "grad_norm"))
+    seconds = [records[-1]["step_seconds"] for records in (without, graphed)]
+    found = {"losses apart": loss, "gradient norms apart": norm, "seconds of a step": seconds}
+    return found, loss < 1e-3
+
+
 def speed(folder: Path, device: str, overrides: list[str]) -> tuple[dict[str, Any], bool]:
     """Measures a configuration's steps: seconds, tokens a second, the share of the GPU's peak."""
     records = train(folder / "run", f"device.kind={device}", *overrides)
@@ -130,6 +142,7 @@ CHECKS: dict[str, Callable[[Path, str, list[str]], tuple[dict[str, Any], bool]]]
     "agree": agree,
     "resume": resume,
     "resume_te": partial(resume, adam="transformer_engine"),
+    "graphs": graphs,
     "speed": speed,
     "waits": waits,
 }
