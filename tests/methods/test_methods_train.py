@@ -7,22 +7,32 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from mone_megatron.config import ConfigError, validate
+from mone_megatron.config import Config, ConfigError, validate
 from mone_megatron.config.load import compose, from_yaml
-from mone_megatron.hf import checks, export
+from mone_megatron.config.mone import MoNEConfig
+from mone_megatron.hf import checks, decode_mone, export
+from mone_megatron.hf.experts_mone import ExpertsModule, experts_modules
 from mone_megatron.hf.export import Exported
 from mone_megatron.hf.settings import hidden_act
 from mone_megatron.hf.source import open_source
 from mone_megatron.methods.density_steps import DENSITY_STEPS
+from mone_megatron.methods.losses import LOSSES
 from mone_megatron.methods.optimizers import OPTIMIZERS
 from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rule import STATE_PREFIX
 from mone_megatron.methods.rules import RULES
+from mone_megatron.methods.scores import SCORES
 from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 from mone_megatron.planning.parameters import count_parameters
 from mone_megatron.testing.each_method import REGISTRIES, needed
@@ -105,6 +115,26 @@ def settings(override: str) -> tuple[str, ...]:
     return (*run, "parallel.distributed_optimizer=false") if whole else run
 
 
+def forbids_packed(override: str) -> bool:
+    """Whether a method needs what packed memory forgets, or may keep all of it."""
+    key, _, name = override.partition("=")
+    if key == "mone.balance.kind":
+        return LOSSES[name].signed
+    if key in ("mone.rule", "mone.density.step"):
+        rule = RULES["mass" if key == "mone.density.step" else name]
+        return rule.most_kept(rule.budget(0.25, 64)) == 64
+    return override == "mone.straight_through=true"
+
+
+def problems_of(config: Config, world_size: int = 1) -> Sequence[str]:
+    """What is refused of a configuration."""
+    try:
+        validate(config, world_size=world_size)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
 def records(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -168,14 +198,34 @@ def test_layouts_agree(runs: Path, method: str, layout: str) -> None:
     """Where a method cannot, it is refused by the key that it declares."""
     override = METHODS[method]
     if key := refusing_key(override, layout):
-        with pytest.raises(ConfigError) as refused:
-            validate(compose([*settings(override), *LAYOUTS[layout]]), world_size=2)
-        assert [line.split(":")[0] for line in refused.value.problems] == [key]
+        found = problems_of(compose([*settings(override), *LAYOUTS[layout]]), world_size=2)
+        assert [line.split(":")[0] for line in found] == [key]
         return
     for expected, record in zip(
         records(runs / f"{method}-one"), records(runs / f"{method}-{layout}"), strict=True
     ):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_memory_is_refused_where_it_cannot_be(method: str) -> None:
+    override = METHODS[method]
+    packed = compose([*settings(override), "mone.memory=packed"])
+    told = {line.split(":")[0] for line in problems_of(packed)}
+    assert told == ({"mone.memory"} if forbids_packed(override) else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", [name for name, override in METHODS.items() if not forbids_packed(override)]
+)
+def test_packed_memory_trains_the_same(runs: Path, method: str, tmp_path: Path) -> None:
+    packed = (*settings(METHODS[method]), "mone.memory=packed", "checkpoint.interval=0")
+    run_layouts({method: packed}, processes=1, folder=tmp_path)
+    for key in ("loss", "grad_norm"):
+        assert [record[key] for record in records(tmp_path / method)] == [
+            record[key] for record in records(runs / f"{method}-one")
+        ]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -233,8 +283,13 @@ def test_what_it_used_stands_beside_what_was_planned(runs: Path, method: str) ->
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_its_export_is_the_same_model(runs: Path, method: str, tmp_path: Path) -> None:
-    """Logits and kept neurons of the export are those of the training model."""
+def test_its_export_is_the_same_model(
+    runs: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits and kept neurons of the export are those of the training model.
+
+    Decoding by the rows of kept neurons writes the same text, or is refused by its name.
+    """
     source = open_source(runs / f"{method}-one", say=lambda message: None)
 
     def exported() -> Exported:
@@ -265,6 +320,47 @@ def test_its_export_is_the_same_model(runs: Path, method: str, tmp_path: Path) -
         exported()
         found = checks.check_export(source, tmp_path / "hf", dtype=None)
         assert found.holds, found.describe()
+        check_decoding(checks.load_for_check(tmp_path / "hf"), source.mone, monkeypatch)
+
+
+def check_decoding(
+    model: PreTrainedModel, mone: MoNEConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writes a text by whole matrices, and by rows where a rule and a score have them."""
+    monkeypatch.setattr(decode_mone, "WORTH_IT", 0.0)
+    monkeypatch.setattr(decode_mone, "OVERHEAD_BYTES", 0)
+    by_rows = []
+    sparse_experts = decode_mone.sparse_experts
+
+    def counted(*arguments: Any) -> Tensor:
+        by_rows.append(len(arguments[0]))
+        return sparse_experts(*arguments)
+
+    monkeypatch.setattr(decode_mone, "sparse_experts", counted)
+    prompt = torch.arange(1, 9).unsqueeze(0)
+    asked: dict[str, Any] = {
+        "max_new_tokens": 4, "do_sample": False, "output_logits": True,
+        "return_dict_in_generate": True, "attention_mask": torch.ones_like(prompt),
+    }  # fmt: skip
+    model.set_experts_implementation("mone")
+    expected = model.generate(prompt, **asked)
+    model.set_experts_implementation(decode_mone.MONE_SPARSE)
+    reads_rows = RULES[mone.rule].top_k and "down_norm" not in SCORES[mone.score].reads
+    reasons = {
+        decode_mone.unsupported(cast(ExpertsModule, each)) for each in experts_modules(model)
+    }
+    if reads_rows and reasons != {None}:
+        (reason,) = reasons
+        with pytest.raises(
+            ValueError, match=rf"mone_sparse: \w+ {re.escape(str(reason))}; use mone"
+        ):
+            model.generate(prompt, **asked)
+        return
+    found = model.generate(prompt, **asked)
+    assert bool(by_rows) == reads_rows
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
