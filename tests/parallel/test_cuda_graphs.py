@@ -198,13 +198,20 @@ def _trained(overrides: list[str], *, graphs: bool) -> tuple[list[float], list[A
     return numbers, [replays, len(batches), captures.order, weights, waits]
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, list[str]] = {
     "mone": [],
     "ep2": ["parallel.expert=2"],
     "tp2": ["parallel.tensor=2", "parallel.expert=2"],
     "dense_layer_and_shared": [
         "model.first_dense_layers=1",
         "model.shared_expert_ffn_hidden_size=64",
+    ],
+    # No experts: what selects is the MLP of each layer.
+    "dense": [
+        "model.num_experts=0",
+        "model.router.balance=[none]",
+        "model.router.balance_coeff=[0.0]",
+        "mone.apply_to=[dense]",
     ],
     "latent": ["model.attention=mla", "model.qk_norm=false", "model.num_query_groups=4"],
     "sink_and_norms": [
