@@ -12,10 +12,19 @@ the end of the block.
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mone_megatron.kernels.attention_blocks import blocks, keeps_weights, weights_of_head
+from mone_megatron.kernels.attention_blocks import (
+    QUERIES,
+    blocks,
+    keeps_weights,
+    weights_of_head,
+)
+from mone_megatron.kernels.compiled_cpu import address, compiled, matrix_product, threads
 
 
 def supports(query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> bool:
@@ -42,8 +51,71 @@ def causal_attention(
         value_SBGD: fp32 values.
         scale: multiplies scores.
     """
-    context: Tensor = _CausalAttention.apply(query_SBND, key_SBGD, value_SBGD, scale)
+    library, product = compiled().library, matrix_product()
+    context: Tensor
+    if library is not None and product is not None:
+        context = _CompiledAttention.apply(
+            library, product, query_SBND, key_SBGD, value_SBGD, scale
+        )
+    else:
+        context = _CausalAttention.apply(query_SBND, key_SBGD, value_SBGD, scale)
     return context
+
+
+class _CompiledAttention(torch.autograd.Function):
+    """Does the same by compiled functions, of which each head's block stays in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        library: Any,
+        product: int,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        scale: float,
+    ) -> Tensor:
+        length, batch, heads, width = query_SBND.shape
+        groups, count = key_SBGD.shape[2], threads()
+        per_key = heads // groups
+        operands = tuple(_with_heads(x) for x in (query_SBND, key_SBGD, value_SBGD))
+        keeps = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+        kept = heads * batch * weights_of_head(length)
+        weights = torch.empty(kept if keeps else count * per_key * QUERIES * length)
+        room = torch.empty(count * per_key * QUERIES * width)
+        context_SBND = torch.empty(query_SBND.shape)
+        library.attention_forward(
+            product, length, batch, groups, per_key, width, QUERIES, scale,
+            *itertools.chain(*((address(x), *x.stride()[:-1]) for x in operands)),
+            address(weights), keeps, address(room), address(context_SBND), count,
+        )  # fmt: skip
+        ctx.save_for_backward(*operands, weights)
+        ctx.others = library, product, scale  # type: ignore[attr-defined]
+        return context_SBND.flatten(2)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_context: Tensor
+    ) -> tuple[None, None, Tensor, Tensor, Tensor, None]:
+        *operands, weights = ctx.saved_tensors  # type: ignore[attr-defined]
+        library, product, scale = ctx.others  # type: ignore[attr-defined]
+        length, batch, groups, width = operands[1].shape
+        per_key, count = operands[0].shape[2] // groups, threads()
+        grad_context = grad_context.contiguous()
+        grads = [torch.empty(x.shape) for x in operands]
+        room = torch.empty(count * per_key * QUERIES * (3 * width + length))
+        library.attention_backward(
+            product, length, batch, groups, per_key, width, QUERIES, scale,
+            *itertools.chain(*((address(x), *x.stride()[:-1]) for x in operands)),
+            address(weights), address(grad_context), address(room), *map(address, grads), count,
+        )  # fmt: skip
+        return None, None, grads[0], grads[1], grads[2], None
+
+
+def _with_heads(x_SBND: Tensor) -> Tensor:
+    """Returns heads as they are where each one's values are in one piece, and positions apart."""
+    apart = x_SBND.stride(-1) == 1 and x_SBND.stride(0) >= x_SBND.shape[-1]
+    return x_SBND if apart else x_SBND.contiguous()
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -13,6 +13,13 @@
 #define TINY 1.17549435e-38f
 /* Rows whose sum is made by itself; the sums of all such runs are then added up. */
 #define RUN 64
+/* Numbers of the widest registers: loops over so many at a time need no slow rest. */
+#define LANES 16
+
+/* BLAS's matrix product, of matrices stored column after column: torch's own, given by its address. */
+typedef void gemm(
+    const char *, const char *, const int *, const int *, const int *, const float *, const float *,
+    const int *, const float *, const int *, const float *, float *, const int *);
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -340,11 +347,6 @@ void add_rows(
     }
 }
 
-/* BLAS's matrix product, of matrices stored column after column: torch's own, given by its address. */
-typedef void gemm(
-    const char *, const char *, const int *, const int *, const int *, const float *, const float *,
-    const int *, const float *, const int *, const float *, float *, const int *);
-
 /* Each expert's rows [T, inputs] times its matrix, [inputs, outputs], or [outputs, inputs] if
    `outputs_first`. As torch does, the transposes are multiplied. */
 void grouped_rows(
@@ -382,5 +384,205 @@ void grouped_weights(
         left_rows += (int64_t)count * left_stride;
         right_rows += (int64_t)count * right_stride;
         total += (int64_t)left * right;
+    }
+}
+
+/* Returns e^x for x of at most 0, within 2 units of the last place; 0 below e^-87. NaN stays one.
+   Cephes' polynomial, after x = n ln 2 + rest. */
+static inline float exponential(float x)
+{
+    const float round = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to whole numbers */
+    float bounded = x < -87.0f ? -87.0f : x;
+    float shifted = bounded * 1.44269504f + round, n = shifted - round, scale;
+    float rest = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * rest + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * (rest * rest) + rest + 1.0f;
+    int32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (int32_t)((uint32_t)(bits + 127) << 23);
+    memcpy(&scale, &bits, sizeof bits);
+    return x < -87.0f ? 0.0f : p * scale;
+}
+
+/* Overwrites a row with e^(x - its largest), and returns the largest and the sum. */
+static void exponentials(float *row, int64_t n, float *largest, float *sum)
+{
+    float most = -INFINITY, all = 0.0f;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < n; j++)
+        most = row[j] > most ? row[j] : most;
+    *largest = most;
+    if (isinf(most)) /* an infinity less itself is no number */
+        most = 0.0f;
+#pragma omp simd reduction(+ : all)
+    for (int64_t j = 0; j < n; j++) {
+        row[j] = exponential(row[j] - most);
+        all += row[j];
+    }
+    *sum = all;
+}
+
+/* Where heads [S, B, N, D] lie, and how far apart positions, sequences and heads are. */
+struct heads {
+    const float *values;
+    int64_t position, sequence, head;
+};
+
+/* Copies the rows of a block of queries together, heads of one key one after the other. */
+static void gather(
+    struct heads from, int64_t b, int64_t head, int64_t per_key, int64_t first, int64_t end,
+    int64_t width, float *block)
+{
+    for (int64_t r = 0; r < per_key; r++)
+        for (int64_t s = first; s < end; s++, block += width)
+            memcpy(block,
+                   from.values + s * from.position + b * from.sequence + (head + r) * from.head,
+                   width * sizeof(float));
+}
+
+/* The other way round, into contiguous [S, B, N, D]. */
+static void scatter(
+    const float *block, int64_t b, int64_t head, int64_t per_key, int64_t first, int64_t end,
+    int64_t width, int64_t batch, int64_t all_heads, float *into)
+{
+    for (int64_t r = 0; r < per_key; r++)
+        for (int64_t s = first; s < end; s++, block += width)
+            memcpy(into + ((s * batch + b) * all_heads + head + r) * width, block,
+                   width * sizeof(float));
+}
+
+#ifdef _OPENMP
+int omp_get_thread_num(void);
+#else
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+/* Causal attention of [S, B, N, D], to keys and values [S, B, G, D]. Weights of a block of `step`
+   queries, up to its last key, are kept one block after the other, [B * G, N / G * queries, keys]
+   each; where `keeping` is 0 there is room for one block and head of each thread. */
+void attention_forward(
+    gemm *product, int64_t length, int64_t batch, int64_t groups, int64_t per_key, int64_t width,
+    int64_t step, float scale, const float *query, int64_t q_s, int64_t q_b, int64_t q_n,
+    const float *key, int64_t k_s, int64_t k_b, int64_t k_n, const float *value, int64_t v_s,
+    int64_t v_b, int64_t v_n, float *weights, int keeping, float *room, float *context, int threads)
+{
+    int64_t heads = groups * per_key;
+    struct heads queries = {query, q_s, q_b, q_n};
+    const float one = 1.0f, zero = 0.0f;
+    int d = (int)width, key_stride = (int)k_s, value_stride = (int)v_s;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t m = 0; m < batch * groups; m++) {
+        int64_t b = m / groups, g = m % groups;
+        const float *k = key + b * k_b + g * k_n, *v = value + b * v_b + g * v_n;
+        float *block = room + omp_get_thread_num() * per_key * step * width, *kept = weights;
+        for (int64_t first = 0; first < length; first += step) {
+            int64_t end = smaller(first + step, length), n = per_key * (end - first);
+            float *w = keeping ? kept + m * n * end
+                               : weights + omp_get_thread_num() * per_key * step * length;
+            int rows = (int)n, keys = (int)end;
+            gather(queries, b, g * per_key, per_key, first, end, width, block);
+            product("T", "N", &keys, &rows, &d, &scale, k, &key_stride, block, &d, &zero, w, &keys);
+            for (int64_t r = 0; r < n; r++) {
+                int64_t seen = first + r % (end - first) + 1;
+                int64_t whole = smaller((seen + LANES - 1) / LANES * LANES, end);
+                float *row = w + r * end, largest, sum;
+                for (int64_t j = seen; j < whole; j++)
+                    row[j] = -INFINITY;
+                exponentials(row, whole, &largest, &sum);
+                sum = 1.0f / sum;
+#pragma omp simd
+                for (int64_t j = 0; j < whole; j++)
+                    row[j] *= sum;
+                memset(row + whole, 0, (end - whole) * sizeof(float));
+            }
+            product("N", "N", &d, &rows, &keys, &one, v, &value_stride, w, &keys, &zero, block, &d);
+            scatter(block, b, g * per_key, per_key, first, end, width, batch, heads, context);
+            kept += batch * groups * n * end;
+        }
+    }
+}
+
+/* Gradients of queries [S, B, N, D], keys and values [S, B, G, D] from that of the context. `room`
+   holds (3 * width + length) numbers for each query of a block and head of a key, for each thread. */
+void attention_backward(
+    gemm *product, int64_t length, int64_t batch, int64_t groups, int64_t per_key, int64_t width,
+    int64_t step, float scale, const float *query, int64_t q_s, int64_t q_b, int64_t q_n,
+    const float *key, int64_t k_s, int64_t k_b, int64_t k_n, const float *value, int64_t v_s,
+    int64_t v_b, int64_t v_n, const float *weights, const float *grad, float *room,
+    float *grad_query, float *grad_key, float *grad_value, int threads)
+{
+    int64_t heads = groups * per_key, most = per_key * step;
+    struct heads queries = {query, q_s, q_b, q_n};
+    struct heads grads = {grad, batch * heads * width, heads * width, width};
+    const float one = 1.0f, zero = 0.0f;
+    int d = (int)width, key_stride = (int)k_s, value_stride = (int)v_s;
+    int out_stride = (int)(batch * groups * width);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t m = 0; m < batch * groups; m++) {
+        int64_t b = m / groups, g = m % groups, after = 0;
+        const float *k = key + b * k_b + g * k_n, *v = value + b * v_b + g * v_n;
+        float *into_key = grad_key + m * width, *into_value = grad_value + m * width;
+        float *block = room + omp_get_thread_num() * most * (3 * width + length);
+        float *of_context = block + most * width, *of_query = of_context + most * width;
+        float *of_weights = of_query + most * width;
+        for (int64_t first = 0; first < length; first += step) {
+            int64_t end = smaller(first + step, length);
+            after += batch * heads * (end - first) * end;
+        }
+        /* The last block sees all keys and comes first: it writes what the others add to. */
+        for (int64_t first = (length - 1) / step * step; first >= 0; first -= step) {
+            int64_t end = smaller(first + step, length), n = per_key * (end - first);
+            after -= batch * groups * n * end;
+            const float *w = weights + after + m * n * end, *beta = end == length ? &zero : &one;
+            int rows = (int)n, keys = (int)end;
+            gather(queries, b, g * per_key, per_key, first, end, width, block);
+            gather(grads, b, g * per_key, per_key, first, end, width, of_context);
+            product("N", "T", &d, &keys, &rows, &one, of_context, &d, w, &keys, beta, into_value,
+                    &out_stride);
+            product("T", "N", &keys, &rows, &d, &one, v, &value_stride, of_context, &d, &zero,
+                    of_weights, &keys);
+            for (int64_t r = 0; r < n; r++) {
+                const float *weight = w + r * end;
+                float *row = of_weights + r * end, dot = 0.0f;
+                int64_t seen = first + r % (end - first) + 1; /* the weights of all others are 0 */
+                int64_t whole = smaller((seen + LANES - 1) / LANES * LANES, end);
+#pragma omp simd reduction(+ : dot)
+                for (int64_t j = 0; j < whole; j++)
+                    dot += row[j] * weight[j];
+#pragma omp simd
+                for (int64_t j = 0; j < whole; j++)
+                    row[j] = weight[j] * (row[j] - dot);
+                memset(row + whole, 0, (end - whole) * sizeof(float));
+            }
+            product("N", "T", &d, &keys, &rows, &scale, block, &d, of_weights, &keys, beta, into_key,
+                    &out_stride);
+            product("N", "N", &d, &rows, &keys, &scale, k, &key_stride, of_weights, &keys, &zero,
+                    of_query, &d);
+            scatter(of_query, b, g * per_key, per_key, first, end, width, batch, heads, grad_query);
+        }
+    }
+}
+
+/* Of rows of logits [T, stride], n of each: the largest (0 for an infinite one), and the logarithm of
+   the sum of e^logit. The logits are overwritten with e^(logit - largest), unless there is `room`,
+   for a row of each thread. */
+void cross_entropy_forward(
+    int64_t rows, int64_t n, int64_t stride, float *logits, float *room, float *largest,
+    float *log_sum, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < rows; t++) {
+        float *row = logits + t * stride, sum;
+        if (room)
+            row = memcpy(room + omp_get_thread_num() * n, row, n * sizeof(float));
+        exponentials(row, n, largest + t, &sum);
+        if (isinf(largest[t]))
+            largest[t] = 0.0f;
+        log_sum[t] = logf(sum) + largest[t];
     }
 }

@@ -52,6 +52,15 @@ _ARGUMENTS = {
     "order_rows": [_N, _N, _P, _P, _P, _P, _P, _P],
     "copy_rows": [_N, _N, _P, _P, _P, _T],
     "add_rows": [_N, _N, _N, _P, _P, _P, _P, _T],
+    "attention_forward": [
+        _P, _N, _N, _N, _N, _N, _N, _F, _P, _N, _N, _N, _P, _N, _N, _N, _P, _N, _N, _N, _P, _T, _P,
+        _P, _T,
+    ],
+    "attention_backward": [
+        _P, _N, _N, _N, _N, _N, _N, _F, _P, _N, _N, _N, _P, _N, _N, _N, _P, _N, _N, _N, _P, _P, _P,
+        _P, _P, _P, _T,
+    ],
+    "cross_entropy_forward": [_N, _N, _N, _P, _P, _P, _P, _T],
     "grouped_rows": [_P, _N, _P, _T, _T, _T, _P, _T, _P, _P],
     "grouped_weights": [_P, _N, _P, _T, _T, _P, _T, _P, _T, _P, _T],
 }  # fmt: skip

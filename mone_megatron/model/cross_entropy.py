@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mone_megatron.kernels.compiled_cpu import address, compiled, threads
+
 # Elements of a block: in a core's cache, or large enough to fill a GPU and small beside its memory.
 _ON_CPU, _ON_GPU = 2**18, 2**25
 
@@ -76,7 +78,9 @@ class _CrossEntropy(torch.autograd.Function):
             chosen_T = logits_TV.gather(-1, column_T.unsqueeze(-1)).squeeze(-1).float() * here_T
             if in_place:
                 largest_T = _exponentials(logits_TV[:, :valid], log_sum_T)
-            else:
+            elif not _compiled(
+                logits_TV[:, :valid], torch.empty_like(log_sum_T), log_sum_T, overwriting=False
+            ):
                 for block in _blocks(logits_TV):
                     torch.logsumexp(logits_TV[block, :valid].float(), dim=-1, out=log_sum_T[block])
         if group is not None:
@@ -121,6 +125,8 @@ def _exponentials(logits_TV: Tensor, log_sum_T: Tensor) -> Tensor:
     The log of each row's sum of exponentials is written into ``log_sum_T``.
     """
     largest_T = torch.empty_like(log_sum_T)
+    if _compiled(logits_TV, largest_T, log_sum_T, overwriting=True):
+        return largest_T
     for block in _blocks(logits_TV):
         logits_BV, largest_B = logits_TV[block], largest_T[block]
         torch.amax(logits_BV, dim=-1, out=largest_B)
@@ -130,3 +136,22 @@ def _exponentials(logits_TV: Tensor, log_sum_T: Tensor) -> Tensor:
         torch.sum(logits_BV, dim=-1, out=log_sum_T[block])
     log_sum_T.log_().add_(largest_T)
     return largest_T
+
+
+def _compiled(
+    logits_TV: Tensor, largest_T: Tensor, log_sum_T: Tensor, *, overwriting: bool
+) -> bool:
+    """Does :func:`_exponentials` in one pass, and leaves the logits alone if they are to stay.
+
+    Returns:
+        Whether it did: there is a compiled function, and it knows such logits.
+    """
+    library = compiled().library
+    if library is None or logits_TV.is_cuda or logits_TV.dtype is not torch.float32:
+        return False
+    room = None if overwriting else torch.empty(threads(), logits_TV.shape[1])
+    library.cross_entropy_forward(
+        *logits_TV.shape, logits_TV.stride(0), address(logits_TV), address(room),
+        address(largest_T), address(log_sum_T), threads(),
+    )  # fmt: skip
+    return True

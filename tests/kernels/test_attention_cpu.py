@@ -10,6 +10,8 @@ from torch import Tensor
 from mone_megatron.kernels import attention_cpu
 from mone_megatron.kernels.attention_blocks import FEWEST_TOKENS, MOST_TOKENS, weights_of_head
 
+pytestmark = pytest.mark.usefixtures("cpu_functions")
+
 # Tokens, sequences, query heads, key heads, width: whole blocks and a last one that is not.
 SHAPES = [
     (256, 2, 6, 2, 32),
