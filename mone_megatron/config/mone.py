@@ -91,9 +91,13 @@ class MoNEConfig(Group):
                 for name in names(self)
                 if name not in kept
             }
+        unread = {}
         if self.keep_ratio_schedule == "constant":
-            return {"keep_ratio_start": "mone.keep_ratio_schedule=constant"}
-        return {}
+            unread["keep_ratio_start"] = "mone.keep_ratio_schedule=constant"
+        if RULES[self.rule].keeps_nonzero:
+            why = f"mone.rule={self.rule}, whose other neurons are 0 and have no gradients"
+            unread["straight_through"] = why
+        return unread
 
     def keep_ratio_at(self, step: int) -> float:
         """Returns the keep ratio that a step (from 1) trains with, as its checkpoint is used."""

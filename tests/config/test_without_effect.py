@@ -39,6 +39,10 @@ def lines(*overrides: str) -> list[str]:
           "mone.balance.coeff=0.1", "mone.memory=packed"),
          "mone.keep_ratio=1, which keeps all neurons: mone.score=abs_gate, mone.memory=packed, "
          "mone.balance.coeff=0.1"),
+        (("mone.enabled=true", "mone.rule=nonzero", "model.activation=relu",
+          "mone.straight_through=true"),
+         "mone.rule=nonzero, whose other neurons are 0 and have no gradients: "
+         "mone.straight_through=true"),
         (("model.num_experts=0", "model.router.z_loss_coeff=0.1", "model.experts_per_token=4",
           "parallel.dispatcher=allgather"),
          "model.num_experts=0: model.experts_per_token=4, model.router.z_loss_coeff=0.1, "
