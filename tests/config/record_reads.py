@@ -17,7 +17,7 @@ from mone_megatron.pretrain import pretrain
 
 # What looks at every field, whatever it is.
 _CHECKS = ("/mone_megatron/config/", "/train/resume/identity.py")
-_OF_CHECKS = {"problems", "rules", "validate", "check", "to_yaml", "unread", "given"}
+_OF_CHECKS = {"validate", "without_effect", "to_yaml", "flatten"}
 
 
 def prefixes(group: Group, prefix: str = "") -> dict[int, tuple[Group, str]]:
