@@ -294,7 +294,8 @@ class NeuronSelector(nn.Module):
         if self.rule.observe is None or self.rule.advance is None:
             return
         observed, self._observed = self._observed, {}
-        if not applied:
+        # Nothing was selected where all neurons are kept (mone.keep_ratio_schedule).
+        if not applied or not observed:
             return
         if self.replica_group is not None:
             for name in sorted(observed):

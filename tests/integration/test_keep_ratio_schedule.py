@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mone_megatron.hf.source import open_source
+from mone_megatron.methods.rules import RULES
 from mone_megatron.testing.launch import run_layouts
 
 _QUICK = [
@@ -21,6 +22,8 @@ _QUICK = [
     "checkpoint.interval=3",
     "checkpoint.keep_last=9",
 ]
+# All neurons in the first step, half of them from the second on: ratios that every rule takes.
+_HALVED = ["mone.keep_ratio=0.5", "mone.keep_ratio_schedule=linear", "mone.keep_ratio_steps=1"]
 _SCHEDULE = ["mone.keep_ratio_schedule=linear", "mone.keep_ratio_steps=4"]
 # A balance loss that has a gradient also when all neurons are kept.
 _SCHEDULE += ["mone.balance.normalize=false", "mone.balance.coeff=0.1"]
@@ -83,3 +86,17 @@ def test_a_checkpoint_is_used_with_its_own_ratio(runs: Path) -> None:
     for step, ratio in ((3, 0.625), (6, 0.25)):
         source = open_source(store / f"step_{step:08d}", say=lambda message: None)
         assert source.mone.keep_ratio == pytest.approx(ratio)
+
+
+def test_rules_that_learn_begin_when_neurons_are_left_out(tmp_path: Path) -> None:
+    names = [rule.name for rule in RULES if rule.advance is not None]
+    jobs = {
+        name: ["experiment=tiny_mone", *_QUICK, "train.steps=3", *_HALVED, f"mone.rule={name}"]
+        for name in names
+    }
+    run_layouts(jobs, processes=1, folder=tmp_path)
+    for name in names:
+        kept = [record.get("mone/density") for record in records(tmp_path / name)]
+        assert kept[0] is None
+        assert all(0.3 < density < 0.9 for density in kept[1:] if density is not None)
+        assert None not in kept[1:], name
