@@ -18,6 +18,8 @@ _OF_VARIANTS = frozenset(
         "model.dense_ffn_hidden_size",
         "model.expert_ffn_hidden_size",
         "model.experts_per_token",
+        "data.vocab_size",
+        "data.max_megabytes",
         "optim.min_lr",
         "logging.wandb.project",
         "logging.wandb.group",
@@ -35,9 +37,21 @@ def without_effect(config: Config, written: Collection[str] = ()) -> list[str]:
     unread = unread_keys(config)
     by_reason: dict[str, list[str]] = {}
     for key, value in given(config):
-        if key in unread and (key in written or key not in _OF_VARIANTS):
+        if key in unread and _is_news(key, unread[key], written):
             by_reason.setdefault(unread[key], []).append(f"{key}={_written(value)}")
     return [f"no effect with {why}: {', '.join(each)}" for why, each in by_reason.items()]
+
+
+def _is_news(key: str, why: str, written: Collection[str]) -> bool:
+    """Returns whether the user may not know that a setting has no effect.
+
+    Who switches something off on the command line knows of what an experiment sets for it.
+    """
+    if key in written:
+        return True
+    switch = why.split("=")[0]
+    switched = any(switch == given or switch.startswith(f"{given}.") for given in written)
+    return not switched and key not in _OF_VARIANTS
 
 
 def unread_keys(config: Config) -> dict[str, str]:

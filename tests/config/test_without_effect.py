@@ -93,6 +93,20 @@ def test_shipped_experiments_tell_nothing(experiment: str) -> None:
         assert without_effect(compose([f"experiment={experiment}", *overrides])) == []
 
 
+def test_what_an_experiment_sets_for_what_is_switched_off_is_not_told() -> None:
+    coefficient = "mone.balance.coeff=0.01"
+    assert lines("experiment=tiny_mone", "mone.enabled=false") == []
+    assert lines("experiment=tiny_mone", "mone.keep_ratio=1") == []
+    assert lines("experiment=tiny_mone", "data=indexed", "data.paths=[a]") == []
+    assert lines("experiment=tiny_mone", "mone.enabled=false", coefficient) == [
+        f"no effect with mone.enabled=false: {coefficient}"
+    ]
+    # Nobody wrote that neurons are not selected: an experiment forgot to.
+    assert without_effect(compose(["experiment=tiny_moe", coefficient])) == [
+        f"no effect with mone.enabled=false: {coefficient}"
+    ]
+
+
 def test_a_size_of_another_variant_is_told_of_who_sets_it() -> None:
     """What experiments and shapes set for all of their variants is told of a command line alone."""
     dense = ("experiment=tiny_moe", "model.num_experts=0", "model.router.z_loss_coeff=0")
