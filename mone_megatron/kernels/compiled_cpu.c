@@ -598,3 +598,28 @@ void cross_entropy_forward(
         log_sum[t] = logf(sum) + largest[t];
     }
 }
+
+/* Whether a is ranked before b: a NaN is the largest, as it is to torch. */
+static inline int before(float a, float b)
+{
+    return a != a ? b == b : a > b;
+}
+
+/* Of rows [R, n], the places of the k largest [R, k], the largest first; ties in their order. */
+void largest_places(
+    int64_t rows, int64_t n, int64_t k, const float *values, int64_t *places, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *row = values + r * n;
+        int64_t *found = places + r * k, count = 0;
+        for (int64_t j = 0; j < n; j++) {
+            if (count == k && !before(row[j], row[found[k - 1]]))
+                continue;
+            int64_t at = count < k ? count++ : k - 1;
+            for (; at > 0 && before(row[j], row[found[at - 1]]); at--)
+                found[at] = found[at - 1];
+            found[at] = j;
+        }
+    }
+}

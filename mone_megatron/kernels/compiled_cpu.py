@@ -61,6 +61,7 @@ _ARGUMENTS = {
         _P, _P, _P, _T,
     ],
     "cross_entropy_forward": [_N, _N, _N, _P, _P, _P, _P, _T],
+    "largest_places": [_N, _N, _N, _P, _P, _T],
     "grouped_rows": [_P, _N, _P, _T, _T, _T, _P, _T, _P, _P],
     "grouped_weights": [_P, _N, _P, _T, _T, _P, _T, _P, _T, _P, _T],
 }  # fmt: skip

@@ -146,8 +146,10 @@ def _compiled(
     Returns:
         Whether it did: there is a compiled function, and it knows such logits.
     """
+    if logits_TV.is_cuda or logits_TV.dtype is not torch.float32:
+        return False
     library = compiled().library
-    if library is None or logits_TV.is_cuda or logits_TV.dtype is not torch.float32:
+    if library is None:
         return False
     room = None if overwriting else torch.empty(threads(), logits_TV.shape[1])
     library.cross_entropy_forward(

@@ -14,6 +14,7 @@ from mone_megatron.parallel.megatron_compat.importing import import_megatron
 from mone_megatron.parallel.megatron_compat.master_weights import copy_no_parameter_onto_itself
 from mone_megatron.parallel.megatron_compat.random_state import track_cpu_generator
 from mone_megatron.parallel.megatron_compat.rotary_embedding import rotate_without_copies
+from mone_megatron.parallel.megatron_compat.router_topk import choose_experts_in_one_pass
 from mone_megatron.parallel.megatron_compat.token_exchange import exchange_over_gloo
 from mone_megatron.parallel.megatron_compat.weight_gradients import provide_weight_gradients_on_cpu
 
@@ -40,4 +41,5 @@ def install_cpu_backend() -> None:
     rotate_without_copies()
     cut_angles_on_cpu()
     provide_weight_gradients_on_cpu()
+    choose_experts_in_one_pass()
     rewrite_all_constants()
