@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader
 
-import mone_megatron.forked_children  # noqa: F401
+from mone_megatron.forked_children import FORK
 from mone_megatron.helpers import HelperError, HelperThread, ending, one_line, starting
 
 Batch = dict[str, torch.Tensor]
@@ -149,6 +149,7 @@ class _FromProcesses(Iterator[Batch]):
             dataset,  # type: ignore[arg-type]  # a Protocol, not a subclass of Dataset
             batch_sampler=sampler,
             num_workers=num_workers,
+            multiprocessing_context=FORK,
             collate_fn=_collate_arrays,
             worker_init_fn=_outlive_group_signals,
             # Without a generator of its own the loader draws from torch's global stream, and

@@ -12,7 +12,6 @@ host (pages are shared until written to) and no room in /dev/shm.
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import queue
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +25,11 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-import mone_megatron.forked_children  # noqa: F401
 from mone_megatron.checkpoint import CheckpointWriteError, FileDigest, digest_file, write_error
+from mone_megatron.forked_children import FORK
 from mone_megatron.helpers import HelperError, HelperThread, ending, one_line, starting
 from mone_megatron.train.health.signals import REQUESTS
 
-_FORK = multiprocessing.get_context("fork")
 # (where to write, name in the checkpoint, what to write) of one file: megatron-core's WriteBucket.
 _Bucket = tuple[str, str, Any]
 
@@ -101,8 +99,8 @@ class BackgroundSave:
             self._outcome = self._failure(str(error))
 
     def _start(self, transforms: list[Any], buckets: list[_Bucket]) -> None:
-        receive, send = _FORK.Pipe(duplex=False)
-        process = _FORK.Process(target=_write, args=(transforms, buckets, send), daemon=True)
+        receive, send = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=_write, args=(transforms, buckets, send), daemon=True)
         try:
             process.start()
             # Only the child may hold its end, or its death would not close the pipe.
