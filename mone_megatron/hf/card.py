@@ -10,7 +10,8 @@ from mone_megatron import __version__
 from mone_megatron.hf.architectures import MONE, Architecture
 from mone_megatron.hf.source import Source
 from mone_megatron.hf.text_format import describe
-from mone_megatron.planning.parameters import count_parameters
+from mone_megatron.planning.budget import experts_are_fixed, neurons_are_fixed
+from mone_megatron.planning.parameters import ParameterCount, count_parameters
 
 _LOAD_STOCK = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,8 +48,7 @@ def model_card(
     facts = {
         "architecture": f"`{architecture.class_name}`, {str(dtype).removeprefix('torch.')}",
         "parameters": f"{count.total:,}",
-        "activated a token (gate counted)": f"{count.activated_gate_counted:,}",
-        "activated a token (neurons only)": f"{count.activated_neurons_only:,}",
+        **_activated(source, count),
         "layers, hidden size": f"{model.num_layers}, {model.hidden_size}",
         "experts, a token": f"{model.num_experts}, {model.experts_per_token}",
         "vocabulary": f"{source.vocab_size:,}",
@@ -102,6 +102,25 @@ Checked at export: {verified}.
 
 The recipe is in `training_config.yaml`.
 """
+
+
+def _activated(source: Source, planned: ParameterCount) -> dict[str, str]:
+    """Returns what a token activates, as measured at the run's end if the method leaves it open."""
+    counts, how = planned.recorded, ""
+    if not (neurons_are_fixed(source.config) and experts_are_fixed(source.config)):
+        how = ", planned"
+        # run.dir/checkpoints/step_N
+        path = source.checkpoint.path.parent.parent / "run.json"
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if facts.get("measured") and facts.get("steps") == source.checkpoint.step:
+            counts, how = facts["measured"]["parameters"], ", measured"
+    return {
+        f"activated a token ({words}{how})": f"{counts[name]:,}"
+        for words, name in (
+            ("gate counted", "activated_gate_counted"),
+            ("neurons only", "activated_neurons_only"),
+        )
+    }
 
 
 def _metrics(source: Source) -> dict[str, str]:

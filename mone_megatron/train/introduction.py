@@ -18,6 +18,7 @@ from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.parallel import cuda_graphs, fusions
 from mone_megatron.planning.activations import Numerics, keeps_attention_weights
+from mone_megatron.planning.budget import experts_are_fixed, neurons_are_fixed
 from mone_megatron.planning.parameters import ParameterCount
 from mone_megatron.train.session import Session
 
@@ -35,10 +36,11 @@ def introduce(session: Session, data: PreparedData, parameters: ParameterCount) 
     modules = (
         "Transformer Engine" if device.kind == "cuda" and have_transformer_engine() else "torch"
     )
+    is_set = neurons_are_fixed(config) and experts_are_fixed(config)
     say(
         f"{config.run.name}: {parameters.total:,} parameters, "
-        f"{parameters.activated_gate_counted:,} activated a token (gate counted; "
-        f"{parameters.activated_neurons_only:,} by neurons only)"
+        f"{parameters.activated_gate_counted:,} {'' if is_set else 'planned to be '}activated a "
+        f"token (gate counted; {parameters.activated_neurons_only:,} by neurons only)"
     )
     say(
         f"on {device.hardware}; {device.dtype}, {modules} modules, "

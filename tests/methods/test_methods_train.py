@@ -22,6 +22,7 @@ from mone_megatron.config import Config, ConfigError, validate
 from mone_megatron.config.load import compose, from_yaml
 from mone_megatron.config.mone import MoNEConfig
 from mone_megatron.hf import checks, decode_mone, export
+from mone_megatron.hf.card import model_card
 from mone_megatron.hf.experts_mone import ExpertsModule, experts_modules
 from mone_megatron.hf.export import Exported
 from mone_megatron.hf.settings import hidden_act
@@ -318,6 +319,16 @@ def test_its_export_is_the_same_model(
             exported()
     else:
         exported()
+        card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+        facts = json.loads((runs / f"{method}-one" / "run.json").read_text(encoding="utf-8"))
+        used = facts.get("measured", facts)["parameters"]["activated_gate_counted"]
+        how = ", measured" if "measured" in facts else ""
+        assert f"| activated a token (gate counted{how}) | {used:,} |" in card
+        # What was measured is of the end.
+        before = open_source(runs / f"{method}-one" / "checkpoints" / "step_00000002", say=print)
+        how, used = how and ", planned", facts["parameters"]["activated_gate_counted"]
+        card = model_card(before, source.architecture, torch.float32, "")
+        assert f"| activated a token (gate counted{how}) | {used:,} |" in card
         found = checks.check_export(source, tmp_path / "hf", dtype=None)
         assert found.holds, found.describe()
         check_decoding(checks.load_for_check(tmp_path / "hf"), source.mone, monkeypatch)
