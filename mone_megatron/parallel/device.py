@@ -96,7 +96,7 @@ def import_megatron_for(kind: str) -> None:
     if kind == "cpu":
         install_cpu_backend()
         return
-    have_transformer_engine()  # one that is broken is told before anything is opened
+    have_transformer_engine()  # raises where it is broken
     import_megatron(compile_fused=True)
     fuse_gradient_norm()
 
@@ -119,8 +119,9 @@ def open_device(config: DeviceConfig, world: World) -> Device:
                 f"device.kind: {counted(world.local_size, 'process')} on this machine but "
                 f"{counted(torch.cuda.device_count(), 'GPU')}; start fewer with --nproc-per-node"
             )
-        import_megatron_for(kind)
+        have_transformer_engine()  # one that is broken is told before anything is opened
         torch.cuda.set_device(world.local_rank)
+        import_megatron_for(kind)
         name = torch.cuda.get_device_name()
         device = torch.device("cuda", world.local_rank)
         return Device("cuda", device, dtype, torch.get_num_threads(), f"{world.size} x {name}")
