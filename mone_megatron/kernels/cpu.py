@@ -2,7 +2,8 @@
 
 The k-th largest score comes from numpy's vectorised partial sort (4 to 5 times faster than
 ``torch.topk`` for rows of a few hundred). One autograd function takes a block of rows after the
-other through selection, SwiGLU and the balance loss's sums.
+other through selection, SwiGLU and the balance loss's sums. Where there is a C compiler,
+:mod:`.compiled_glu` does so instead.
 docs/performance.md has the figures.
 
 Shape suffixes: T tokens (rows), F neurons of one expert on this rank, S segments of rows; B the
@@ -151,6 +152,7 @@ def selected_swiglu(
         mask_TF = keep
     outputs: tuple[Tensor, Tensor | None, Tensor | None]
     library = compiled().library
+    # Sums are of selected neurons; where nothing selects, torch's function says what they are.
     if library is not None and (sums is None or mask_TF is not None or k is not None):
         outputs = CompiledSwiGLU.apply(library, gate_TF, up_TF, mask_TF, k, scale_T, sums)
     else:
