@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mone_megatron.kernels import compiled_cpu, cpu, reference, rms_norm_cpu
+from mone_megatron.kernels import (
+    attention_cpu,
+    compiled_cpu,
+    cpu,
+    reference,
+    rms_norm_cpu,
+    rotary_cpu,
+    topk_cpu,
+)
 from mone_megatron.kernels.compiled_cpu import compiled
 from mone_megatron.kernels.reference import TopK, WeightSums
+from mone_megatron.model.cross_entropy import vocab_parallel_cross_entropy
+
+# Gives a tensor of a shape, of which gradients can be asked.
+Random = Callable[..., Tensor]
 
 needs_compiler = pytest.mark.skipif(compiled().library is None, reason=compiled().problem)
 
@@ -62,28 +75,67 @@ def test_masks_equal_the_reference(
     assert torch.equal(_mask(gate, k), expected)
 
 
+def _random() -> Random:
+    """The same tensors each time that it is called."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator).requires_grad_()
+
+
+def _gated_unit(random: Random) -> list[Tensor]:
+    leaves = [random(333, 40), random(333, 40), random(333)]
+    segment = torch.arange(333) // 100
+    hidden, weights, kept = cpu.selected_swiglu(
+        *leaves, TopK(10, "abs_activation"), WeightSums(segment, 4, in_order=True)
+    )
+    assert weights is not None
+    assert kept is not None
+    loss = (hidden * random(333, 40)).sum() + weights.square().sum()
+    return [hidden, weights, kept, *torch.autograd.grad(loss, leaves)]
+
+
+def _norm(random: Random) -> list[Tensor]:
+    leaves = [random(333, 40), random(40)]
+    normed = rms_norm_cpu.rms_norm(*leaves, 1e-5)
+    return [normed, *torch.autograd.grad(normed, leaves, random(333, 40))]
+
+
+def _rotation(random: Random) -> list[Tensor]:
+    heads = random(33, 2, 3, 8)
+    rotated = rotary_cpu.rotate(heads, random(33, 1, 1, 8).detach())
+    return [rotated, *torch.autograd.grad(rotated, [heads], random(33, 2, 3, 8))]
+
+
+def _attention(random: Random) -> list[Tensor]:
+    leaves = [random(200, 2, 6, 16), random(200, 2, 3, 16), random(200, 2, 3, 16)]
+    context = attention_cpu.causal_attention(*leaves, scale=0.25)
+    return [context, *torch.autograd.grad(context, leaves, random(*context.shape))]
+
+
+def _losses(random: Random) -> list[Tensor]:
+    logits = random(333, 77)
+    target = torch.arange(333) % 70
+    losses = vocab_parallel_cross_entropy(logits.clone(), target, first=0, valid=75, group=None)
+    return [losses, *torch.autograd.grad(losses.sum(), [logits])]
+
+
+def _experts_of_a_token(random: Random) -> list[Tensor]:
+    return list(topk_cpu.topk(random(333, 32).detach(), 4))
+
+
 @needs_compiler
 @pytest.mark.parametrize("threads", [2, 5])
-def test_results_do_not_depend_on_threads(threads: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    gate, up, grad = torch.randn(3, 333, 40, generator=generator)
-    segment, scale = torch.arange(333) // 100, torch.rand(333, generator=generator)
+@pytest.mark.parametrize(
+    "function", [_gated_unit, _norm, _rotation, _attention, _losses, _experts_of_a_token]
+)
+def test_results_do_not_depend_on_threads(
+    function: Callable[[Random], list[Tensor]], threads: int
+) -> None:
     results: list[list[Tensor]] = []
     before = torch.get_num_threads()
     for count in (1, threads):
         torch.set_num_threads(count)
         try:
-            leaves = [one.clone().requires_grad_() for one in (gate, up, scale)]
-            hidden, weights, kept = cpu.selected_swiglu(
-                *leaves, TopK(10, "abs_activation"), WeightSums(segment, 4, in_order=True)
-            )
-            assert weights is not None
-            assert kept is not None
-            loss = (hidden * grad).sum() + weights.square().sum()
-            results.append([hidden, weights, kept, *torch.autograd.grad(loss, leaves)])
-            x, weight = gate.clone().requires_grad_(), up[0].clone().requires_grad_()
-            normed = rms_norm_cpu.rms_norm(x, weight, 1e-5)
-            results[-1] += [normed, *torch.autograd.grad(normed, (x, weight), grad)]
+            results.append(function(_random()))
         finally:
             torch.set_num_threads(before)
     for one, other in zip(*results, strict=True):
