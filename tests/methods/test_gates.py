@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from own_methods import own_names
 from test_each_rule import problems
 from torch import Tensor
 
 from mone_megatron.config.load import compose
-from mone_megatron.config.schema import ParallelConfig, TrainConfig
+from mone_megatron.config.schema import Config, ParallelConfig, TrainConfig
 from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.decode_mone import unsupported
 from mone_megatron.hf.modeling_mone import MoneExperts
@@ -162,31 +163,43 @@ def test_ranks_that_share_experts_add_up_to_one(two_processes: Processes, gate: 
     assert_equal(combined, run(make_experts(gate, 8)))
 
 
+def planned(gate: str, rank: int) -> Config:
+    """The run whose experts :func:`make_experts` makes."""
+    return compose(
+        ["experiment=tiny_mone", f"model.gate={gate}", f"model.gate_rank={rank}",
+         f"model.hidden_size={HIDDEN}", f"model.expert_ffn_hidden_size={NEURONS}"]
+    )  # fmt: skip
+
+
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("gate", [gate.name for gate in GATES])
 def test_the_planner_counts_the_weights_that_there_are(gate: str) -> None:
     rank = 0 if gate == "full" else 8
-    config = compose(
-        ["experiment=tiny_mone", f"model.gate={gate}", f"model.gate_rank={rank}",
-         f"model.hidden_size={HIDDEN}", f"model.expert_ffn_hidden_size={NEURONS}"]
-    )  # fmt: skip
-    experts = make_experts(gate, rank)
-    one = {name: weight[0] for name, weight in experts.named_parameters()}
+    config = planned(gate, rank)
+    weights = make_experts(gate, rank).parameters()
     mlp = gated_mlps(config.model, config.mone)["routed"]
-    assert mlp.parameters == sum(weight.numel() for weight in one.values())
-    # What a token of KEPT neurons reads: gates whole, of the rest the rows of kept neurons.
+    assert mlp.parameters == sum(weight[0].numel() for weight in weights)
+    assert mlp.kept == KEPT
+    counted = count_parameters(config.model, config.mone, 100)
+    assert counted.routed_experts == mlp.parameters * mlp.count
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("gate", own_names(GATES))
+def test_the_planner_counts_what_a_token_of_kept_neurons_reads(gate: str) -> None:
+    """Gates whole, and of the rest the rows of kept neurons."""
+    rank = 0 if gate == "full" else 8
+    config = planned(gate, rank)
+    one = {name: weight[0] for name, weight in make_experts(gate, rank).named_parameters()}
     read = {
         "full": lambda: one["gate_up_weight"][0].numel() + one["gate_up_weight"][1, :KEPT].numel(),
         "low_rank": lambda: one["gate_in_weight"].numel() + one["gate_out_weight"].numel()
         + one["up_weight"][:KEPT].numel(),
         "split": lambda: one["gate_weight"].numel() + one["up_weight"][:KEPT].numel(),
     }[gate]() + one["down_weight"][:KEPT].numel()  # fmt: skip
-    assert mlp.kept == KEPT
-    assert mlp.gate_counted == read
+    assert gated_mlps(config.model, config.mone)["routed"].gate_counted == read
     if gate == "low_rank":
         assert read == HIDDEN * 8 + 8 * NEURONS + 2 * HIDDEN * KEPT
-    counted = count_parameters(config.model, config.mone, 100)
-    assert counted.routed_experts == mlp.parameters * mlp.count
 
 
 @pytest.mark.parametrize("gate", [gate.name for gate in GATES])
