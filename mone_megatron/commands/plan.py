@@ -26,6 +26,7 @@ from mone_megatron.planning.budget import (
     active_are_measured,
     experts_are_fixed,
     neurons_are_fixed,
+    usage_is_fixed,
 )
 from mone_megatron.planning.hardware import GPUS, Assumptions, find_gpu
 from mone_megatron.planning.match import COUNTS, DIMENSIONS, SIDES, TOLERANCE, Pair, match
@@ -226,7 +227,7 @@ def _usage(options: argparse.Namespace, config: Config) -> Usage:
     """Returns what tokens use of the pair's MoNE model, where its method does not fix it."""
     mone = replace(config, mone=replace(config.mone, enabled=True))
     if options.measured is not None:
-        if neurons_are_fixed(mone) and experts_are_fixed(mone):
+        if usage_is_fixed(mone):
             raise ConfigError(
                 "--measured: the rule and the router fix what a token uses; leave it out"
             )

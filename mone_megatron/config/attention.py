@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mone_megatron.config.group import Group, names
+from mone_megatron.config.group import Group, all_but
 from mone_megatron.config.marks import AtLeast
 from mone_megatron.config.wording import near_multiples
 
@@ -63,7 +63,7 @@ class RopeScalingConfig(Group):
         """Returns how sequences are stretched where they are not."""
         if self.type != "none":
             return {}
-        return {name: "model.rope_scaling.type=none" for name in names(self) if name != "type"}
+        return all_but(self, ["type"], "model.rope_scaling.type=none")
 
     def boundless(self) -> Collection[str]:
         """Returns the length before the scaling where there is none."""

@@ -80,6 +80,11 @@ def given(group: Group, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{name}", value
 
 
+def all_but(group: Group, kept: Collection[str], why: str) -> dict[str, str]:
+    """Returns all fields of a group but those that have an effect, each with the same reason."""
+    return {name: why for name in names(group) if name not in kept}
+
+
 def names(group: Group) -> Iterator[str]:
     """Yields the names of a group's fields, in their order."""
     # A group is a dataclass, which its class does not say to mypy.

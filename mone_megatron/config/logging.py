@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from mone_megatron.config.group import Group, names
+from mone_megatron.config.group import Group, all_but
 from mone_megatron.config.marks import Above, AtLeast, NotEmpty, Within
 from mone_megatron.config.resources import is_installed
 
@@ -34,7 +34,7 @@ class AlertsConfig(Group):
         """Returns what judges where nothing is judged."""
         if self.enabled:
             return {}
-        return {name: "logging.alerts.enabled=false" for name in names(self) if name != "enabled"}
+        return all_but(self, ["enabled"], "logging.alerts.enabled=false")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class WandbConfig(Group):
         """Returns what W&B is told where it is not used."""
         if self.mode != "disabled":
             return {}
-        return {name: "logging.wandb.mode=disabled" for name in names(self) if name != "mode"}
+        return all_but(self, ["mode"], "logging.wandb.mode=disabled")
 
     def boundless(self) -> Collection[str]:
         """Returns the project where W&B is not used."""

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from mone_megatron.config import density, options
 from mone_megatron.config.convert import Scalar
 from mone_megatron.config.density import NeuronDensityConfig
-from mone_megatron.config.group import Group, names
+from mone_megatron.config.group import Group, all_but
 from mone_megatron.config.marks import AtLeast, NameIn, OptionsOf, Within
 from mone_megatron.methods.density_steps import DENSITY_STEPS
 from mone_megatron.methods.losses import LOSSES
@@ -83,14 +83,10 @@ class MoNEConfig(Group):
     def unread(self) -> Mapping[str, str]:
         """Returns what neither selects neurons nor says how."""
         if not self.enabled:
-            return {name: "mone.enabled=false" for name in names(self) if name != "enabled"}
+            return all_but(self, ["enabled"], "mone.enabled=false")
         if self.keep_ratio == 1:
             kept = ("keep_ratio", "enabled", "density", "apply_to")
-            return {
-                name: "mone.keep_ratio=1, which keeps all neurons"
-                for name in names(self)
-                if name not in kept
-            }
+            return all_but(self, kept, "mone.keep_ratio=1, which keeps all neurons")
         unread = {}
         if self.keep_ratio_schedule == "constant":
             unread["keep_ratio_start"] = "mone.keep_ratio_schedule=constant"

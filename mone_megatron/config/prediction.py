@@ -26,4 +26,4 @@ class MTPConfig(Group):
 
     def boundless(self) -> Collection[str]:
         """Returns the coefficient where there is no loss."""
-        return () if self.depth else ("coeff",)
+        return self.unread()

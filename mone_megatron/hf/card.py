@@ -10,7 +10,7 @@ from mone_megatron import __version__
 from mone_megatron.hf.architectures import MONE, Architecture
 from mone_megatron.hf.source import Source
 from mone_megatron.hf.text_format import describe
-from mone_megatron.planning.budget import experts_are_fixed, neurons_are_fixed
+from mone_megatron.planning.budget import usage_is_fixed
 from mone_megatron.planning.parameters import ParameterCount, count_parameters
 
 _LOAD_STOCK = """\
@@ -107,7 +107,7 @@ The recipe is in `training_config.yaml`.
 def _activated(source: Source, planned: ParameterCount) -> dict[str, str]:
     """Returns what a token activates, as measured at the run's end if the method leaves it open."""
     counts, how = planned.recorded, ""
-    if not (neurons_are_fixed(source.config) and experts_are_fixed(source.config)):
+    if not usage_is_fixed(source.config):
         how = ", planned"
         # run.dir/checkpoints/step_N
         path = source.checkpoint.path.parent.parent / "run.json"

@@ -24,7 +24,7 @@ from mone_megatron.kernels.attention_blocks import (
     keeps_weights,
     weights_of_head,
 )
-from mone_megatron.kernels.compiled_cpu import address, compiled, matrix_product, threads
+from mone_megatron.kernels.compiled_cpu import address, compiled_products, threads, with_rows
 
 
 def supports(query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> bool:
@@ -51,12 +51,9 @@ def causal_attention(
         value_SBGD: fp32 values.
         scale: multiplies scores.
     """
-    library, product = compiled().library, matrix_product()
     context: Tensor
-    if library is not None and product is not None:
-        context = _CompiledAttention.apply(
-            library, product, query_SBND, key_SBGD, value_SBGD, scale
-        )
+    if functions := compiled_products():
+        context = _CompiledAttention.apply(*functions, query_SBND, key_SBGD, value_SBGD, scale)
     else:
         context = _CausalAttention.apply(query_SBND, key_SBGD, value_SBGD, scale)
     return context
@@ -78,7 +75,7 @@ class _CompiledAttention(torch.autograd.Function):
         length, batch, heads, width = query_SBND.shape
         groups, count = key_SBGD.shape[2], threads()
         per_key = heads // groups
-        operands = tuple(_with_heads(x) for x in (query_SBND, key_SBGD, value_SBGD))
+        operands = tuple(with_rows(x) for x in (query_SBND, key_SBGD, value_SBGD))
         keeps = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
         kept = heads * batch * weights_of_head(length)
         weights = torch.empty(kept if keeps else count * per_key * QUERIES * length)
@@ -110,12 +107,6 @@ class _CompiledAttention(torch.autograd.Function):
             address(weights), address(grad_context), address(room), *map(address, grads), count,
         )  # fmt: skip
         return None, None, grads[0], grads[1], grads[2], None
-
-
-def _with_heads(x_SBND: Tensor) -> Tensor:
-    """Returns heads as they are where each one's values are in one piece, and positions apart."""
-    apart = x_SBND.stride(-1) == 1 and x_SBND.stride(0) >= x_SBND.shape[-1]
-    return x_SBND if apart else x_SBND.contiguous()
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -53,24 +53,16 @@ static void select_row(const float *values, int64_t n, int64_t k, int32_t *bits,
     /* At least k are from `low` on and fewer from `high` on. */
     int32_t low = 0, high = largest + 1;
     int64_t from_low = n, from_high = 0;
-    int32_t near = largest - (8 << 23); /* the k-th is rarely 2^8 times smaller than the largest */
-    if (near > 0) {
-        int64_t count = count_from(bits, n, near);
-        if (count >= k) {
-            low = near;
-            from_low = count;
-        } else {
-            high = near;
-            from_high = count;
+    int32_t middle = largest - (8 << 23); /* the k-th is rarely 2^8 times smaller than the largest */
+    for (int turn = middle > 0 ? 0 : 1; from_low != k && high - low > 1; turn++) {
+        if (turn > 0) {
+            int64_t width = (int64_t)high - low;
+            int64_t step = width / 2;
+            if (turn % 3)
+                step = (int64_t)((double)width * (from_low - k) / (from_low - from_high));
+            step = step < 1 ? 1 : step > width - 1 ? width - 1 : step;
+            middle = (int32_t)(low + step);
         }
-    }
-    for (int turn = 1; from_low != k && high - low > 1; turn++) {
-        int64_t width = (int64_t)high - low;
-        int64_t step = width / 2;
-        if (turn % 3)
-            step = (int64_t)((double)width * (from_low - k) / (from_low - from_high));
-        step = step < 1 ? 1 : step > width - 1 ? width - 1 : step;
-        int32_t middle = (int32_t)(low + step);
         int64_t count = count_from(bits, n, middle);
         if (count >= k) {
             low = middle;

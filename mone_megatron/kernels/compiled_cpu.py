@@ -114,9 +114,28 @@ def compiled() -> Compiled:
         return Compiled(None, f"{Path(compiler).name} failed: {said.strip().splitlines()[0]}")
 
 
+def compiled_products() -> tuple[Any, int] | None:
+    """Returns the functions, and the matrix product that some of them call, for those that do; None
+    where either is missing.
+    """
+    library, product = compiled().library, matrix_product()
+    return None if library is None or product is None else (library, product)
+
+
 def address(tensor: Tensor | None) -> int | None:
     """Returns where a tensor's values begin; None for none."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def with_rows(tensor: Tensor) -> Tensor:
+    """Returns a tensor as the functions and BLAS take it, which is copied only where it is not so.
+
+    Args:
+        tensor: its last dimension must lie in one piece, and its first one must not lie within that
+            (the rows of an expanded tensor are all in one place).
+    """
+    in_order = tensor.stride(-1) == 1 and tensor.stride(0) >= tensor.shape[-1]
+    return tensor if in_order else tensor.contiguous()
 
 
 def threads() -> int:

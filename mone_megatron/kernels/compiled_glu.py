@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mone_megatron.kernels.compiled_cpu import address, threads
+from mone_megatron.kernels.compiled_cpu import address, threads, with_rows
 from mone_megatron.kernels.reference import WeightSums
 
 # Elements that torch and the functions work on in turn: few enough for a core's cache.
@@ -40,7 +40,7 @@ class CompiledSwiGLU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns hidden values, and with ``sums`` sums of weights and counts (see :mod:`.ops`)."""
         rows, neurons = gate_TF.shape
-        gate_TF, up_TF = _with_rows(gate_TF), _with_rows(up_TF)
+        gate_TF, up_TF = with_rows(gate_TF), with_rows(up_TF)
         scale_T = None if scale_T is None else scale_T.contiguous()
         if k is not None:
             mask_TF = torch.empty(rows, neurons, dtype=torch.bool)
@@ -96,7 +96,7 @@ class CompiledSwiGLU(torch.autograd.Function):
         rows, neurons = gate_TF.shape
         if grad_hidden_TF is None:
             grad_hidden_TF = torch.zeros(rows, neurons)
-        grad_hidden_TF = _with_rows(grad_hidden_TF)
+        grad_hidden_TF = with_rows(grad_hidden_TF)
         grad_sum_SF = None if grad_sum_SF is None else grad_sum_SF.contiguous()
         grad_gate_TF, grad_up_TF = torch.empty(rows, 2 * neurons).chunk(2, dim=-1)
         grad_scale_T = torch.empty(rows) if scale_T is not None else None
@@ -108,8 +108,3 @@ class CompiledSwiGLU(torch.autograd.Function):
             grad_gate_TF.stride(0), address(grad_scale_T), threads(),
         )  # fmt: skip
         return None, grad_gate_TF, grad_up_TF, None, None, grad_scale_T, None
-
-
-def _with_rows(tensor_TF: Tensor) -> Tensor:
-    """Returns the tensor with each row in one piece, copied only where it is not."""
-    return tensor_TF if tensor_TF.stride(1) == 1 else tensor_TF.contiguous()

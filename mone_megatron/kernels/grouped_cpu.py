@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mone_megatron.kernels.compiled_cpu import address, compiled, matrix_product
+from mone_megatron.kernels.compiled_cpu import address, compiled_products, with_rows
 
 
 def grouped_product(
@@ -99,9 +99,9 @@ def _multiply(
     outputs_first: bool,
 ) -> None:
     """Writes each expert's rows times its matrix into ``out_TO``, which is contiguous."""
-    library, product = compiled().library, matrix_product()
-    if library is not None and product is not None:
-        rows_TI = _with_rows(rows_TI)
+    if functions := compiled_products():
+        library, product = functions
+        rows_TI = with_rows(rows_TI)
         library.grouped_rows(
             product, len(counts), _numbers(counts), rows_TI.shape[1], out_TO.shape[1],
             outputs_first, address(rows_TI), rows_TI.stride(0), address(weight), address(out_TO),
@@ -138,10 +138,11 @@ def _compiled_products(
     from_T: Tensor, into_T: Tensor, counts: Sequence[int], total_E: Tensor, *, adding: bool
 ) -> bool:
     """Adds or writes all experts' gradients in one call; returns whether there is such a call."""
-    library, product = compiled().library, matrix_product()
-    if library is None or product is None:
+    functions = compiled_products()
+    if functions is None:
         return False
-    from_T, into_T = _with_rows(from_T), _with_rows(into_T)
+    library, product = functions
+    from_T, into_T = with_rows(from_T), with_rows(into_T)
     library.grouped_weights(
         product, len(counts), _numbers(counts), from_T.shape[1], into_T.shape[1], address(from_T),
         from_T.stride(0), address(into_T), into_T.stride(0), address(total_E), adding,
@@ -151,9 +152,3 @@ def _compiled_products(
 
 def _numbers(counts: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(counts))(*counts)
-
-
-def _with_rows(rows_T: Tensor) -> Tensor:
-    """Returns the rows, each in one piece and none over another; copied only where they are not."""
-    in_order = rows_T.stride(1) == 1 and rows_T.stride(0) >= rows_T.shape[1]
-    return rows_T if in_order else rows_T.contiguous()

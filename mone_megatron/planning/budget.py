@@ -69,6 +69,11 @@ def experts_are_fixed(config: Config) -> bool:
     return not config.model.num_experts or ROUTERS[config.model.router.kind].fixed_count
 
 
+def usage_is_fixed(config: Config) -> bool:
+    """Returns whether what a token uses of the model is set, not measured in training."""
+    return neurons_are_fixed(config) and experts_are_fixed(config)
+
+
 @dataclass(frozen=True)
 class Activated:
     """Holds the parameters that a token activates, by convention (:mod:`.parameters`)."""

@@ -18,7 +18,7 @@ from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.rules import RULES
 from mone_megatron.parallel import cuda_graphs, fusions
 from mone_megatron.planning.activations import Numerics, keeps_attention_weights
-from mone_megatron.planning.budget import experts_are_fixed, neurons_are_fixed
+from mone_megatron.planning.budget import usage_is_fixed
 from mone_megatron.planning.parameters import ParameterCount
 from mone_megatron.train.session import Session
 
@@ -36,10 +36,10 @@ def introduce(session: Session, data: PreparedData, parameters: ParameterCount) 
     modules = (
         "Transformer Engine" if device.kind == "cuda" and have_transformer_engine() else "torch"
     )
-    is_set = neurons_are_fixed(config) and experts_are_fixed(config)
+    planned = "" if usage_is_fixed(config) else "planned to be "
     say(
         f"{config.run.name}: {parameters.total:,} parameters, "
-        f"{parameters.activated_gate_counted:,} {'' if is_set else 'planned to be '}activated a "
+        f"{parameters.activated_gate_counted:,} {planned}activated a "
         f"token (gate counted; {parameters.activated_neurons_only:,} by neurons only)"
     )
     say(

@@ -36,6 +36,7 @@ class Refusal:
 
 
 def _unless(value: object, harmless: object) -> object:
+    """Returns a value that is in the way; None for the one that is not."""
     return None if value == harmless else value
 
 
@@ -54,19 +55,19 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "model.attention_dropout",
-        lambda config, _: config.model.attention_dropout or None,
+        lambda config, _: _unless(config.model.attention_dropout, 0),
         "what a graph draws was not tried",
         "0",
     ),
     Refusal(
         "model.hidden_dropout",
-        lambda config, _: config.model.hidden_dropout or None,
+        lambda config, _: _unless(config.model.hidden_dropout, 0),
         "what a graph draws was not tried",
         "0",
     ),
     Refusal(
         "data.reset_attention",
-        lambda config, _: config.data.reset_attention or None,
+        lambda config, _: _unless(config.data.reset_attention, False),
         "a graph would keep the documents that it was captured with",
         "false",
     ),
@@ -78,20 +79,20 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "parallel.pipeline",
-        lambda config, _: config.parallel.pipeline if config.parallel.pipeline > 1 else None,
+        lambda config, _: _unless(config.parallel.pipeline, 1),
         "graphs of several microbatches share memory, of which some is being sent to the next "
         "stage; that was not tried",
         "1",
     ),
     Refusal(
         "parallel.context",
-        lambda config, _: config.parallel.context if config.parallel.context > 1 else None,
+        lambda config, _: _unless(config.parallel.context, 1),
         "keys and values are exchanged on streams of their own, which was not tried in a graph",
         "1",
     ),
     Refusal(
         "model.mtp.depth",
-        lambda config, _: config.model.mtp.depth or None,
+        lambda config, _: _unless(config.model.mtp.depth, 0),
         "releases of megatron-core call its layers differently, which was not tried in a graph",
         "0",
     ),

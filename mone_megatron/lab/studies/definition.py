@@ -28,7 +28,7 @@ from mone_megatron.config.errors import ConfigError
 from mone_megatron.config.load import compose
 from mone_megatron.config.schema import Config
 from mone_megatron.config.validate import validate
-from mone_megatron.planning.budget import experts_are_fixed, neurons_are_fixed
+from mone_megatron.planning.budget import usage_is_fixed
 from mone_megatron.planning.match import Count, value_of
 
 CLAIMS_DIR = Path(__file__).parent / "claims"
@@ -84,7 +84,7 @@ class Study:
                     f"{self.name}: {variant}: train.eval_interval: 0 gives no validation loss to "
                     "compare; use a number of steps"
                 )
-            if not _is_fixed(config) and not config.logging.layer_interval:
+            if not usage_is_fixed(config) and not config.logging.layer_interval:
                 raise ValueError(
                     f"{self.name}: {variant}: logging.layer_interval: 0 does not record how many "
                     "neurons or experts its tokens use; use a number of steps"
@@ -134,12 +134,7 @@ class Study:
         """Returns whether the count is known before training; what else must be equal is judged by
         what was measured (:mod:`mone_megatron.lab.studies.outcome`).
         """
-        return self.equal == "total" or _is_fixed(config)
-
-
-def _is_fixed(config: Config) -> bool:
-    """Returns whether what a token uses of the model is set, not measured in training."""
-    return neurons_are_fixed(config) and experts_are_fixed(config)
+        return self.equal == "total" or usage_is_fixed(config)
 
 
 def shipped_studies() -> list[Path]:

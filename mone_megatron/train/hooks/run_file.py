@@ -9,7 +9,7 @@ from typing import Any
 from mone_megatron.config.schema import Config
 from mone_megatron.display import lost
 from mone_megatron.methods.hook import Hook, Record
-from mone_megatron.planning.budget import experts_are_fixed, neurons_are_fixed
+from mone_megatron.planning.budget import usage_is_fixed
 from mone_megatron.report.runs import load_run
 from mone_megatron.report.usage import measured
 from mone_megatron.whole_files import write_json
@@ -63,7 +63,7 @@ class RunFileHook(Hook):
         self.facts["status"] = status
         self._note_streams()
         write_json(self.path, self.facts)
-        if neurons_are_fixed(self.config) and experts_are_fixed(self.config):
+        if usage_is_fixed(self.config):
             return
         # A run that recorded nothing of it (logging.layer_interval=0) has its planned counts alone.
         with suppress(ValueError):
