@@ -31,6 +31,7 @@ Batch = dict[str, torch.Tensor]
 # As loader processes send it.
 _Arrays = dict[str, npt.NDArray[Any]]
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+_SECONDS_TO_DIE = 10  # after a SIGKILL; more only where a disk does not answer
 # What samples of :mod:`mone_megatron.data.apart` have beside them.
 DOCUMENTS = "documents"
 
@@ -206,9 +207,16 @@ class _FromProcesses(Iterator[Batch]):
 
 
 def _kill(processes: Iterable[BaseProcess]) -> None:
-    """Ends loader processes, which may be in no state to take a SIGTERM."""
-    for process in processes:
+    """Ends loader processes, which may be in no state to take a SIGTERM, and waits until they have.
+
+    One that is not waited for stays as a zombie, and torch looks at those of all loaders: the next
+    loader's wait for a batch would end with the death of this one's.
+    """
+    killed = list(processes)
+    for process in killed:
         process.kill()
+    for process in killed:
+        process.join(_SECONDS_TO_DIE)
 
 
 class _Deaths:
