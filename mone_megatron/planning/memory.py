@@ -183,19 +183,6 @@ def _expert_temporaries(config: Config, numerics: Numerics) -> dict[str, int]:
     return work
 
 
-def worst_rank(
-    config: Config,
-    layout: Layout,
-    vocab_size: int,
-    numerics: Numerics,
-    *,
-    reserve: int,
-) -> RankMemory:
-    """Returns the rank that needs the most memory; of equals the first."""
-    stages = worst_of_stages(config, layout, vocab_size, numerics, reserve=reserve)
-    return max(stages, key=lambda memory: memory.total)
-
-
 def worst_of_stages(
     config: Config, layout: Layout, vocab_size: int, numerics: Numerics, *, reserve: int
 ) -> list[RankMemory]:

@@ -84,11 +84,6 @@ class ParameterCount:
             "activated_all_neurons": self.activated_all_neurons,
         }
 
-    @property
-    def total_non_embedding(self) -> int:
-        """Returns the number of all parameters but the embedding's and the output layer's."""
-        return self.total - self.embedding - self.output
-
 
 @dataclass(frozen=True)
 class GatedMLP:
