@@ -32,6 +32,7 @@ _LINE_STYLES = ("-", "--", ":", "-.")
 _MARKERS = ("D", "s", "^", "v")
 # Beyond this many curves a legend beside the plot would squeeze the plot itself.
 _MAX_LEGEND_ROWS = 24
+_SMOOTHED = "smoothed train loss; dots are validation"
 
 
 def color_of(index: int) -> str:
@@ -138,29 +139,39 @@ def comparison_figure(curves: Sequence[ComparedCurve], heading: str, warning: st
         warning: a red line under the title; "" for none.
     """
     figure = new_figure()
-    differences = [(i, curve) for i, curve in enumerate(curves) if curve.difference is not None]
-    if differences:
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
-    else:
-        top, bottom = figure.subplots(1, 1), None
+    if not any(curve.difference is not None for curve in curves):
+        axes = figure.subplots(1, 1)
+        _draw_losses(axes, curves)
+        title_axes(axes, heading, warning or _SMOOTHED, bool(warning))
+        axes.set_xlabel("step")
+        return figure
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
+    _draw_losses(top, curves)
+    title_axes(top, heading, warning or _SMOOTHED, bool(warning))
+    _draw_differences(bottom, curves)
+    bottom.set_xlabel("step")
+    figure.align_ylabels([top, bottom])
+    return figure
+
+
+def _draw_losses(axes: Axes, curves: Sequence[ComparedCurve]) -> None:
     for index, curve in enumerate(curves):
-        color, style = color_of(index), line_style_of(index)
-        single = len(curve.loss) == 1
-        top.plot(
+        color = color_of(index)
+        axes.plot(
             curve.loss.steps,
             curve.loss.values,
             color=color,
-            linestyle=style,
+            linestyle=line_style_of(index),
             linewidth=2,
-            marker="o" if single else "",
+            marker="o" if len(curve.loss) == 1 else "",
             label=_plain(curve.label),
         )
         if curve.low is not None and curve.high is not None:
-            top.fill_between(
+            axes.fill_between(
                 curve.loss.steps, curve.low, curve.high, color=color, alpha=0.18, linewidth=0
             )
         if curve.validation is not None:
-            top.plot(
+            axes.plot(
                 curve.validation.steps,
                 curve.validation.values,
                 color=color,
@@ -171,23 +182,28 @@ def comparison_figure(curves: Sequence[ComparedCurve], heading: str, warning: st
                 markeredgewidth=1,
                 zorder=3,
             )
-    style_axes(top)
-    top.set_ylabel("loss (nats per token)")
+    style_axes(axes)
+    axes.set_ylabel("loss (nats per token)")
     shown = [curve.loss for curve in curves]
     shown += [curve.validation for curve in curves if curve.validation is not None]
     for curve in curves:
         if curve.low is not None and curve.high is not None:
             shown += [Series(curve.loss.steps, edge) for edge in (curve.low, curve.high)]
-    _limit_losses(top, shown)
+    _limit_losses(axes, shown)
     if any(curve.validation is not None for curve in curves):
-        top.plot([], [], color=_SOFT, linestyle="none", marker="o", label="validation")
-    handles, labels = top.get_legend_handles_labels()
+        axes.plot([], [], color=_SOFT, linestyle="none", marker="o", label="validation")
+    _add_legend(axes, len(curves))
+
+
+def _add_legend(axes: Axes, curves: int) -> None:
+    """Names so many curves, and what else has a label, as far as there is room."""
+    handles, labels = axes.get_legend_handles_labels()
     if len(handles) > _MAX_LEGEND_ROWS:
         handles, labels = handles[:_MAX_LEGEND_ROWS], labels[:_MAX_LEGEND_ROWS]
-        labels[-1] = f"... {len(curves) - _MAX_LEGEND_ROWS + 1} more"
+        labels[-1] = f"... {curves - _MAX_LEGEND_ROWS + 1} more"
     # Beside the plot when it would cover the curves.
     beside = len(handles) > 8
-    top.legend(
+    axes.legend(
         handles,
         labels,
         frameon=False,
@@ -196,14 +212,15 @@ def comparison_figure(curves: Sequence[ComparedCurve], heading: str, warning: st
         loc="upper left" if beside else "upper right",
         bbox_to_anchor=(1.0, 1.0) if beside else None,
     )
-    title_axes(top, heading, warning or "smoothed train loss; dots are validation", bool(warning))
-    if bottom is None:
-        top.set_xlabel("step")
-        return figure
-    bottom.axhline(0, color=color_of(0), linestyle=line_style_of(0), linewidth=1.6)
-    for index, curve in differences:
-        assert curve.difference is not None
-        bottom.plot(
+
+
+def _draw_differences(axes: Axes, curves: Sequence[ComparedCurve]) -> None:
+    axes.axhline(0, color=color_of(0), linestyle=line_style_of(0), linewidth=1.6)
+    settled = []
+    for index, curve in enumerate(curves):
+        if curve.difference is None:
+            continue
+        axes.plot(
             curve.difference.steps,
             curve.difference.values,
             color=color_of(index),
@@ -211,24 +228,22 @@ def comparison_figure(curves: Sequence[ComparedCurve], heading: str, warning: st
             linewidth=1.8,
             marker="o" if len(curve.difference) == 1 else "",
         )
-    style_axes(bottom)
-    settled = [_settled(curve.difference.values) for _, curve in differences if curve.difference]
-    finite = np.concatenate([values[np.isfinite(values)] for values in settled])
+        settled.append(_settled(curve.difference.values))
+    style_axes(axes)
+    values = np.concatenate(settled)
+    finite = values[np.isfinite(values)]
     if len(finite):
         low, high = min(float(finite.min()), 0.0), max(float(finite.max()), 0.0)
         room = 0.12 * (high - low) or 0.01
-        bottom.set_ylim(low - room, high + room)
-    bottom.locator_params(axis="y", nbins=5)
-    bottom.set_ylabel("difference")
-    bottom.set_title(
+        axes.set_ylim(low - room, high + room)
+    axes.locator_params(axis="y", nbins=5)
+    axes.set_ylabel("difference")
+    axes.set_title(
         f"loss minus {_plain(_shorten(curves[0].label, 80))}, common steps, smoothed",
         loc="left",
         fontsize=12,
         color=_SOFT,
     )
-    bottom.set_xlabel("step")
-    figure.align_ylabels([top, bottom])
-    return figure
 
 
 def png_bytes(figure: Figure) -> bytes:
