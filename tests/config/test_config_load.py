@@ -13,6 +13,7 @@ import pytest
 from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from mone_megatron.config import Config, ConfigError
 from mone_megatron.config.convert import flatten, from_dict, keys
@@ -258,6 +259,7 @@ def test_any_value_survives_yaml(
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(to_yaml(config))
     assert from_yaml(path) == config
+    assert to_yaml(config) == OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 @pytest.mark.parametrize(
