@@ -30,7 +30,7 @@ def child():
 
 process = FORK.Process(target=child)
 process.start()
-process.join(60)
+process.join(300)
 print("ENDED", process.exitcode)
 if process.exitcode is None:
     process.kill()

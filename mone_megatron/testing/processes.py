@@ -42,6 +42,8 @@ _READY = pickle.dumps((True, None))
 _START_SECONDS = 300.0
 # After one rank's failure, how long the others may take to report theirs.
 _GRACE_SECONDS = 0.5
+# How long the exit code of one that is gone may take to be told, on a busy machine.
+_DEATH_SECONDS = 60.0
 
 
 class RankFailedError(RuntimeError):
@@ -171,7 +173,8 @@ class Processes:
                 try:
                     succeeded, result = pickle.loads(pipe.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    self._workers[rank][0].join(1.0)
+                    # Its end of the pipe is closed: it is gone, and the fork server tells how soon.
+                    self._workers[rank][0].join(_DEATH_SECONDS)
                     code = self._workers[rank][0].exitcode
                     succeeded, result = False, f"it {ending(code or 0)}"
                 (results if succeeded else failures)[rank] = result

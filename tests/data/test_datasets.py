@@ -145,11 +145,9 @@ def test_refuses_counts(make_corpus: MakeCorpus, make_config: MakeConfig) -> Non
         build(make_config(make_corpus()), train=0)
 
 
-def _distributed(
-    rank: int, port: int, config: Config, prepared: PreparedData, results: str
-) -> None:
+def _distributed(rank: int, config: Config, prepared: PreparedData, results: str) -> None:
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3
+        "gloo", init_method=f"file://{results}/rendezvous", rank=rank, world_size=3
     )
     train, valid = build_datasets(
         config, prepared, num_train_samples=64, num_valid_samples=8, build_here=rank < 2
@@ -168,21 +166,16 @@ def _distributed(
 def test_under_torch_distributed(
     tmp_path: Path, make_corpus: MakeCorpus, make_config: MakeConfig, blend: bool
 ) -> None:
-    import socket
-
     prefixes = [make_corpus("a")] + ([make_corpus("b", 30, seed=1)] if blend else [])
     config = make_config(*prefixes)
     prepared = prepare_data(config)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    arguments = (port, config, prepared, str(tmp_path))
+    arguments = (config, prepared, str(tmp_path))
     processes = [context.Process(target=_distributed, args=(rank, *arguments)) for rank in range(3)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=300)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     alone = replace(config, data=replace(config.data, cache_dir=config.data.cache_dir + "2"))
     train, valid = build(alone)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from faults_helpers import PATIENCE
 from faults_table import Tally
 from megatron.core import dist_checkpointing
 
@@ -146,7 +147,7 @@ def kill_a_writer(folder: str, layout: tuple[str, ...], rank: int) -> tuple[str,
             waiting = beside.read(torch.device("cpu"))
             dist.all_reduce(waiting)
             beside.advance(waiting)
-            if time.monotonic() - killed > 60:
+            if time.monotonic() - killed > PATIENCE:
                 return "nothing", time.monotonic() - killed
             time.sleep(0.05)
     except CheckpointWriteError as error:

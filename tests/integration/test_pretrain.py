@@ -19,6 +19,8 @@ from mone_megatron.testing.warm_start import run_python
 from mone_megatron.train.health.signals import INTERRUPTED_EXIT_CODE
 
 QUIET = ("logging.wandb.mode=disabled", "logging.report=false", "logging.progress=none")
+# A machine under load may be 20 times slower than an idle one.
+PATIENCE = 300.0
 
 
 def _records(folder: Path) -> list[dict[str, float]]:
@@ -274,13 +276,13 @@ def test_ctrl_c_leaves_readable_metrics_and_says_so(tmp_path: Path) -> None:
         start_new_session=True,
     )
     metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= 3):
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no step within two minutes"
+        assert time.monotonic() < deadline, "no step in time"
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal sends on Ctrl-C
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode != 0
     assert "stopped by SIGINT after step" in output
     assert (
@@ -305,12 +307,12 @@ def test_an_interrupted_process_saves_and_ends_with_the_documented_code(tmp_path
         stderr=subprocess.DEVNULL,
     )
     metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == INTERRUPTED_EXIT_CODE
+    assert process.wait(timeout=PATIENCE) == INTERRUPTED_EXIT_CODE
     last = int(_records(tmp_path)[-1]["step"])
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == [f"step_{last:08d}"]

@@ -105,7 +105,7 @@ def test_a_killed_run_resumes_bitwise(uninterrupted: Path, tmp_path: Path) -> No
             command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
         )
         metrics = tmp_path / "metrics.jsonl"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= wait_for_step):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline

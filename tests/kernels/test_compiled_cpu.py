@@ -149,7 +149,7 @@ def _said(code: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     )
     return done.stdout.strip()
 
@@ -196,7 +196,7 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path: Path
         for _ in range(3)
     ]
     for process in running:
-        assert process.communicate(timeout=120)[0].strip() == "CPU kernels, compiled here"
+        assert process.communicate(timeout=300)[0].strip() == "CPU kernels, compiled here"
     assert len(list((tmp_path / ".cache").rglob("*"))) == 3  # two folders and the library
 
 

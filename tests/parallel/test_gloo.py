@@ -40,7 +40,7 @@ def _said(code: str) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     )
     return done.stdout.strip()
 

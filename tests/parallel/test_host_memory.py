@@ -31,7 +31,7 @@ def _said(prepare: str, code: str) -> int:
         {code}
     """)
     done = subprocess.run(
-        [sys.executable, "-c", whole], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", whole], capture_output=True, text=True, check=True, timeout=300
     )
     return int(done.stdout)
 

@@ -26,12 +26,12 @@ def _fail_on_rank_1() -> None:
 def _die_on_rank_1() -> None:
     if dist.get_rank() == 1:
         os._exit(7)
-    time.sleep(60)
+    time.sleep(600)
 
 
 def _hang_on_rank_0() -> None:
     if dist.get_rank() == 0:
-        time.sleep(60)
+        time.sleep(600)
 
 
 def _backend_is_installed() -> bool:
