@@ -25,7 +25,7 @@ ON_NEXT    := $(TESTED) $(NEXT_VENV)/bin/python $(BY_FILE) -n 2 --megatron $(LAT
 # Processes on one machine need no more than a free port.
 TRAIN  := OMP_NUM_THREADS=1 $(BIN)/python -m mone_megatron.launcher --nproc-per-node 2 --standalone -m mone_megatron.pretrain device=cpu
 
-.PHONY: quickstart quickstart-moe quickstart-mone claims neurons ablation test check test-slow test-gpu \
+.PHONY: quickstart quickstart-moe quickstart-mone claims neurons ablation test check fuzz test-slow test-gpu \
 	test-megatron-next test-transformers test-vllm test-real anneal-real faults slurm-test lint docs bench clean
 
 quickstart: $(VENV)/installed
@@ -82,6 +82,10 @@ check: $(VENV)/installed-dev
 	@$(BIN)/mypy & types=$$!; \
 	tests=$$($(BIN)/python -m mone_megatron.testing.changed_tests $(BASE)) || exit 2; \
 	$(TESTED) $(BIN)/python $(BY_FILE) -n 2 --within 50 --maxfail 10 $$tests; failed=$$?; wait $$types && [ $$failed -eq 0 ]
+
+# Random configurations, and what must be so of each: make fuzz ARGS='--seconds 600 --seed 7'.
+fuzz: $(NEXT_VENV)/installed
+	$(TESTED) $(BIN)/python -m mone_megatron.testing.fuzz --later $(NEXT_VENV)/bin/python $(ARGS)
 
 # The whole suite on it (make test runs the parts that touch megatron-core most).
 test-megatron-next: $(NEXT_VENV)/installed
