@@ -6,10 +6,14 @@ import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mone_megatron.command_line import Parser, exit_status, print_error, say
 from mone_megatron.display import harmless
 from mone_megatron.ownership import owned_folder
+
+if TYPE_CHECKING:
+    from mone_megatron.lab.studies.definition import Study
 
 _DESCRIPTION = """\
 Train every variant of a study with the same seeds, and compare the last validation losses seed by
@@ -58,8 +62,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     from mone_megatron.lab.studies.definition import load_study, shipped_studies
 
     if options.list:
@@ -67,6 +69,19 @@ def _run(options: argparse.Namespace) -> None:
             study = load_study(path)
             print(f"{study.name:<20} {study.question} ({', '.join(study.variants)})")
         return
+    _check(options)
+    studies = _asked_for(options)
+    if not options.report:
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--output: {options.output}: {error.strerror}; choose a folder that can be written"
+            ) from error
+    _train_and_report(studies, options)
+
+
+def _check(options: argparse.Namespace) -> None:
     if not options.study:
         raise ValueError("STUDY: give at least one file or name; --list shows the names")
     if options.jobs < 1:
@@ -75,19 +90,24 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError("--seeds: one is named twice")
     if any("=" not in text for text in options.set):
         raise ValueError(f"--set: {options.set} is not a list of key=value")
+
+
+def _asked_for(options: argparse.Namespace) -> list[Study]:
+    """Returns the studies with what the options change, all of their configurations checked."""
+    from dataclasses import replace
+
+    from mone_megatron.lab.studies.definition import load_study
+
     studies = [load_study(where) for where in options.study]
     studies = [replace(each, overrides=(*each.overrides, *options.set)) for each in studies]
     if options.variants:
         studies = [each.only(options.variants) for each in studies]
     for study in studies:
-        _ = study.configs  # all of them are checked before the first is trained
-    if not options.report:
-        try:
-            options.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"--output: {options.output}: {error.strerror}; choose a folder that can be written"
-            ) from error
+        _ = study.configs  # before the first of them is trained
+    return studies
+
+
+def _train_and_report(studies: Sequence[Study], options: argparse.Namespace) -> None:
     from mone_megatron.counting import counted
     from mone_megatron.lab.studies import outcome, outcome_files, page, run_reports, runner
     from mone_megatron.whole_files import write_whole

@@ -84,6 +84,43 @@ def _names(text: str, names: Iterable[str]) -> bool:
     return any(re.search(rf"""["'/ ]{re.escape(name)}(\.py|\.sh)?["'/ ]""", text) for name in names)
 
 
+class _Change:
+    """Knows what was changed, in the words in which tests name it."""
+
+    def __init__(self, changed: Sequence[str], tests: Sequence[str]) -> None:
+        code = [path for path in changed if path.startswith(f"{PACKAGE}/")]
+        others = [path for path in changed if not path.startswith((f"{PACKAGE}/", "tests/"))]
+        self.files = set(changed)
+        self.helpers = [path for path in changed if path.startswith("tests/") and path not in tests]
+        self.modules = {_module(path) for path in code if path.endswith(".py")}
+        self.folders = {Path(path).parts[0] for path in others if len(Path(path).parts) > 1}
+        # The folders of tests, or the files in tests/, that are named for what was changed.
+        self.parts = {Path(path).parts[1].removesuffix(".py") for path in code}
+        self.parts |= {_READ_BY.get(folder, folder) for folder in self.folders}
+        self.commands = {Path(path).stem for path in changed if path.startswith(_COMMANDS)}
+        self.names = {Path(path).name for path in others} - {f"{name}.py" for name in self.commands}
+
+    def distance(self, path: str, text: str) -> int | None:
+        """Returns how far a test file is from it: 0 is the change itself, None not concerned."""
+        imports = imported_modules(text)
+        if path in self.files:
+            return 0
+        # tests/NAME/ and tests/test_NAME.py.
+        part = Path(path).parts[1].removeprefix("test_").removesuffix(".py")
+        its_own = path == f"tests/test_{part}.py" and part in self.parts
+        if imports & self.modules or its_own or _names(text, self.commands | self.names):
+            return 1
+        if any(_helps(helper, path, imports) for helper in self.helpers):
+            return 1
+        # Nearly all tests of commands name tools/, whichever they are of.
+        return 2 if part in self.parts or _names(text, self.folders - {"tools"}) else None
+
+
+def _helps(helper: str, test: str, imports: set[str]) -> bool:
+    beside = Path(helper).parent == Path(test).parent
+    return beside and (Path(helper).stem in imports or helper.endswith("conftest.py"))
+
+
 def belonging_tests(repository: Path, changed: Sequence[str]) -> list[str]:
     """Returns the test files that belong to changed files, the closest first; paths as those.
 
@@ -93,43 +130,13 @@ def belonging_tests(repository: Path, changed: Sequence[str]) -> list[str]:
     """
     files = sorted(str(path.relative_to(repository)) for path in repository.glob("tests/**/*.py"))
     tests = [path for path in files if Path(path).name.startswith("test_")]
-    imports = {
-        path: imported_modules((repository / path).read_text(encoding="utf-8")) for path in tests
-    }
-    code = [path for path in changed if path.startswith(f"{PACKAGE}/")]
-    modules = {_module(path) for path in code if path.endswith(".py")}
-    parts = {Path(path).parts[1].removesuffix(".py") for path in code}
-    helpers = [path for path in changed if path.startswith("tests/") and path not in tests]
-    others = [path for path in changed if not path.startswith((f"{PACKAGE}/", "tests/"))]
-    folders = {Path(path).parts[0] for path in others if len(Path(path).parts) > 1}
-    parts |= {_READ_BY.get(folder, folder) for folder in folders}
-    commands = {Path(path).stem for path in changed if path.startswith(_COMMANDS)}
-    files_named = {Path(path).name for path in others} - {f"{name}.py" for name in commands}
-    closeness: dict[str, int] = {}
-
-    def belongs(path: str, how_close: int) -> None:
-        closeness[path] = min(closeness.get(path, how_close), how_close)
-
+    change = _Change(changed, tests)
+    found: list[tuple[int, str]] = []
     for path in tests:
-        text = (repository / path).read_text(encoding="utf-8")
-        if path in changed:
-            belongs(path, 0)
-        if imports[path] & modules or _names(text, commands) or _names(text, files_named):
-            belongs(path, 1)
-        for helper in helpers:
-            beside = Path(helper).parent == Path(path).parent
-            if beside and (Path(helper).stem in imports[path] or helper.endswith("conftest.py")):
-                belongs(path, 1)
-        # tests/NAME/ and tests/test_NAME.py.
-        part = Path(path).parts[1].removeprefix("test_").removesuffix(".py")
-        if part in parts:
-            belongs(path, 1 if path == f"tests/test_{part}.py" else 2)
-        # Nearly all tests of commands name tools/, whichever they are of.
-        if _names(text, folders - {"tools"}):
-            belongs(path, 2)
-    if not closeness:
-        return [path for path in tests if path.startswith(CORE)]
-    return sorted(closeness, key=lambda path: (closeness[path], path))
+        distance = change.distance(path, (repository / path).read_text(encoding="utf-8"))
+        if distance is not None:
+            found.append((distance, path))
+    return [path for _, path in sorted(found)] or [path for path in tests if path.startswith(CORE)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
