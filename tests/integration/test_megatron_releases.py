@@ -21,7 +21,8 @@ from mone_megatron.testing.layouts import LAYOUTS
 from mone_megatron.testing.warm_start import run_python
 
 NEXT = os.environ.get("MEGATRON_NEXT", "")
-HALF, WHOLE = 10, 20
+# As many as are recorded, where any are; a difference in the last bit shows in the first few.
+STEPS = {"one": 20, "ep2": 20, "prediction": 10, "tp2_ep1_etp1": 10, "pp2": 10}
 ON_TWO = ("ep2", "tp2_ep1_etp1", "pp2")
 # Whose layers the releases name, number and log differently.
 PREDICTION = "model.mtp.depth=1"
@@ -48,14 +49,17 @@ class Trained:
     folder: Path
     corpus: tuple[str, ...]
 
-    def job(self, *overrides: str) -> tuple[str, ...]:
+    def job(self, layout: str, *overrides: str) -> tuple[str, ...]:
         """A run's overrides; it saves in the middle and at the end."""
-        saving = (f"checkpoint.interval={HALF}", "checkpoint.keep_last=2")
-        return ("experiment=tiny_mone", *SETTINGS, *self.corpus, *saving, *overrides)
+        steps = STEPS[layout]
+        saving = (f"checkpoint.interval={steps // 2}", "checkpoint.keep_last=2")
+        settings = (*SETTINGS, f"train.steps={steps}", *saving)
+        return ("experiment=tiny_mone", *settings, *self.corpus, *overrides)
 
-    def checkpoint(self, run: str, step: int) -> Path:
-        """The folder of one checkpoint."""
-        return self.folder / run / "checkpoints" / f"step_{step:08d}"
+    def middle(self, release: str, layout: str) -> Path:
+        """The checkpoint in the middle of a run."""
+        step = f"step_{STEPS[layout] // 2:08d}"
+        return self.folder / f"{release}-{layout}" / "checkpoints" / step
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +72,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         2: {name: LAYOUTS[2][name] for name in ON_TWO},
     }
     for processes, named in settings.items():
-        old = {f"old-{name}": trained.job(*overrides) for name, overrides in named.items()}
+        old = {f"old-{name}": trained.job(name, *overrides) for name, overrides in named.items()}
         run_layouts(old, processes=processes, folder=folder)
-        new = {f"new-{name}": trained.job(*overrides) for name, overrides in named.items()}
+        new = {f"new-{name}": trained.job(name, *overrides) for name, overrides in named.items()}
         for name in GOES_ON[processes]:
-            resume = f"checkpoint.resume={trained.checkpoint(f'old-{name}', HALF)}"
-            new[f"resumed-{name}"] = trained.job(*named[name], resume)
+            resume = f"checkpoint.resume={trained.middle('old', name)}"
+            new[f"resumed-{name}"] = trained.job(name, *named[name], resume)
         run_layouts(new, processes=processes, folder=folder, variables=with_next())
     return trained
 
@@ -81,20 +85,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.mark.parametrize("layout", ["one", "prediction", *ON_TWO])
 def test_both_releases_train_the_same(trained: Trained, layout: str) -> None:
     old, new = (read_records(trained.folder / f"{kind}-{layout}") for kind in ("old", "new"))
-    assert len(old) == WHOLE
+    assert len(old) == STEPS[layout]
     assert essence(new) == essence(old)
     # Sums over the layers' auxiliary losses, which 0.19 keeps elsewhere.
     for name in ("router/load_balancing_loss", "mone/balance_loss", "mtp/loss"):
         assert [record.get(name) for record in new] == [record.get(name) for record in old]
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))["runs"]
     if expected := recorded.get(f"tiny_mone {layout}"):
-        assert_close_until_a_flip(expected[:WHOLE], essence(new), loss=RECORDED_TOLERANCE)
+        assert_close_until_a_flip(expected, essence(new), loss=RECORDED_TOLERANCE)
 
 
 def test_each_checkpoint_names_its_release(trained: Trained) -> None:
     named = {}
     for kind in ("old", "new"):
-        text = (trained.checkpoint(f"{kind}-one", HALF) / "manifest.json").read_text("utf-8")
+        text = (trained.middle(kind, "one") / "manifest.json").read_text("utf-8")
         named[kind] = json.loads(text)["manifest"]["facts"]["megatron-core"]
     assert named["old"] == "0.16.1"
     assert named["new"].startswith("0.19.")
@@ -103,18 +107,19 @@ def test_each_checkpoint_names_its_release(trained: Trained) -> None:
 def test_a_run_goes_on_with_the_later_release_to_the_last_bit(trained: Trained) -> None:
     for name in (*GOES_ON[1], *GOES_ON[2]):
         resumed, whole = (read_records(trained.folder / f"{run}-{name}") for run in RESUMED)
-        assert essence(resumed) == essence(whole)[HALF:]
+        rest = whole[STEPS[name] // 2 :]
+        assert essence(resumed) == essence(rest)
         assert [record.get("mtp/loss") for record in resumed] == [
-            record.get("mtp/loss") for record in whole[HALF:]
+            record.get("mtp/loss") for record in rest
         ]
 
 
 def test_the_earlier_release_says_that_it_cannot_read_the_later_ones(trained: Trained) -> None:
-    checkpoint = trained.checkpoint("new-one", HALF)
+    checkpoint = trained.middle("new", "one")
     done = run_python(
         [
             *("-m", "mone_megatron.pretrain"),
-            *trained.job(f"checkpoint.resume={checkpoint}", "device=cpu"),
+            *trained.job("one", f"checkpoint.resume={checkpoint}", "device=cpu"),
             f"run.dir={trained.folder / 'back'}",
         ],
         environment={"OMP_NUM_THREADS": "1"},
