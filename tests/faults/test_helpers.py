@@ -343,7 +343,8 @@ def test_a_run_whose_loader_process_is_killed_ends_with_one_line(tmp_path: Path)
 
 def test_a_run_whose_wandb_service_is_killed_trains_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run = start_run(folder, "train.steps=150", "logging.wandb.mode=offline")
+    steps = ("train.steps=300", "train.global_batch_size=2")
+    run = start_run(folder, *steps, "logging.wandb.mode=offline")
 
     def services() -> list[psutil.Process]:
         found = psutil.Process(run.pid).children(recursive=True)
@@ -354,7 +355,7 @@ def test_a_run_whose_wandb_service_is_killed_trains_on(tmp_path: Path) -> None:
         process.kill()
     (code,), said = end([run])
     assert code == 0, said
-    assert len(records(folder)) == 150
+    assert len(records(folder)) == 300
     assert said.count("WARNING: W&B: ") == 1
     assert "Traceback" not in said
 

@@ -29,7 +29,13 @@ QUIET = (
     "logging.progress=none",
     "device.threads=1",
 )
-RUN = ("experiment=tiny_mone", *QUIET, "train.steps=12", "checkpoint.interval=3")
+RUN = (
+    "experiment=tiny_mone",
+    *QUIET,
+    "train.steps=12",
+    "train.global_batch_size=4",
+    "checkpoint.interval=3",
+)
 KEEP_ALL = "checkpoint.keep_last=10"
 MAINS = REPOSITORY / "tests" / "faults" / "many_mains.py"
 

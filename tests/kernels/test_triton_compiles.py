@@ -111,56 +111,64 @@ for name, kernel in list(vars(fused).items()):
     if hasattr(kernel, "device_caches"):
         setattr(fused, name, Asked(name, kernel))
 fused.scores_equal_torch = lambda *args: True
-dtype, neurons, width, expected = sys.argv[1], *map(int, sys.argv[2:])
-fused.expect_rows(expected or None)
-rows_seen = {}
-for rows in (0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 48, 64, 77, 128, 255, 1024, 1025, 1056, 3000):
-    before = len(launched)
-    for packed in (None, Packed(width)):
-        gate_up = torch.zeros(rows, 2 * neurons, dtype=getattr(torch, dtype), requires_grad=True)
-        gate, up = gate_up.chunk(2, dim=-1)
-        scale = torch.zeros(rows, requires_grad=True)
-        segment = torch.zeros(rows, dtype=torch.int64)
-        sums = WeightSums(segment, 3, "selected", True, in_order=True)
-        hidden, weights, _ = fused.fused_glu(gate, up, scale, TopK(width, "abs_activation"),
-            activate=torch.nn.functional.silu, packed=packed, sums=sums)
-        (hidden.sum() + weights.sum()).backward()
-        if packed is not None:
-            packed.rebuild()
-        fused.topk_mask(gate, width)
-    if len(launched) > before:
-        rows_seen[rows] = len(launched) - before
-print(json.dumps(rows_seen))
+
+def new_variants(dtype, neurons, width, expected):
+    dtype = getattr(torch, dtype)
+    launched.clear()
+    fused.expect_rows(expected or None)
+    rows_seen = {}
+    for rows in (0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 48, 64, 77, 128, 255, 1024, 1025, 1056, 3000):
+        before = len(launched)
+        for packed in (None, Packed(width)):
+            gate_up = torch.zeros(rows, 2 * neurons, dtype=dtype, requires_grad=True)
+            gate, up = gate_up.chunk(2, dim=-1)
+            scale = torch.zeros(rows, requires_grad=True)
+            segment = torch.zeros(rows, dtype=torch.int64)
+            sums = WeightSums(segment, 3, "selected", True, in_order=True)
+            hidden, weights, _ = fused.fused_glu(gate, up, scale, TopK(width, "abs_activation"),
+                activate=torch.nn.functional.silu, packed=packed, sums=sums)
+            (hidden.sum() + weights.sum()).backward()
+            if packed is not None:
+                packed.rebuild()
+            fused.topk_mask(gate, width)
+        if len(launched) > before:
+            rows_seen[rows] = len(launched) - before
+    return rows_seen
+
+print(json.dumps([new_variants(*case) for case in json.loads(sys.argv[1])]))
 """
+USUAL = [("bfloat16", 1408, 352), ("bfloat16", 64, 19), ("bfloat16", 72, 1), ("float32", 96, 33)]
 
 
-def _variants_by_rows(dtype: str, neurons: int, width: int, expected: int) -> dict[str, int]:
-    """Returns how many new variants calls of each number of rows need, where they need any."""
+@pytest.fixture(scope="module")
+def variants_by_rows() -> list[dict[str, int]]:
+    """How many new variants calls of each number of rows need, where they need any: of each case
+    with 4096 rows expected, and of one with no number. One process imports Triton for all.
+    """
+    cases = [*((*case, 4096) for case in USUAL), ("bfloat16", 64, 16, 0)]
     done = subprocess.run(
-        [sys.executable, "-c", VARIANTS, dtype, str(neurons), str(width), str(expected)],
+        [sys.executable, "-c", VARIANTS, json.dumps(cases)],
         env=os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    found: list[dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-@pytest.mark.parametrize(
-    ("dtype", "neurons", "width"),
-    [("bfloat16", 1408, 352), ("bfloat16", 64, 19), ("bfloat16", 72, 1), ("float32", 96, 33)],
-)
-def test_no_number_of_rows_makes_another_kernel(dtype: str, neurons: int, width: int) -> None:
+@pytest.mark.parametrize("case", range(len(USUAL)), ids=[f"{d}-{n}-{w}" for d, n, w in USUAL])
+def test_no_number_of_rows_makes_another_kernel(
+    variants_by_rows: list[dict[str, int]], case: int
+) -> None:
     """A rank with few rows, one, or an odd number would compile while all others wait for it."""
-    found = _variants_by_rows(dtype, neurons, width, expected=4096)
     # Nothing to launch but the addition of no sums, then everything at once.
-    assert list(found) == ["0", "1"]
+    assert list(variants_by_rows[case]) == ["0", "1"]
 
 
-def test_how_many_rows_are_usual_does() -> None:
-    assert len(_variants_by_rows("bfloat16", 64, 16, expected=0)) > 2
+def test_how_many_rows_are_usual_does(variants_by_rows: list[dict[str, int]]) -> None:
+    assert len(variants_by_rows[-1]) > 2
 
 
 def test_what_was_compiled_keeps_what_the_reference_does() -> None:

@@ -199,11 +199,11 @@ def test_fp32_is_noted(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_pair_is_not_written_over_another(
     main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    arguments = ["experiment=mone_2.8b", "--match", "activated", "--write", str(tmp_path)]
+    arguments = ["experiment=tiny_mone", "--match", "activated", "--write", str(tmp_path)]
     assert main(arguments) == main(arguments) == 0
     written = {path: path.read_text() for path in tmp_path.iterdir()}
     assert main([*arguments, "--side", "moe"]) == 2
-    assert "2.8b_equal_activated_moe.yaml is there and differs" in capsys.readouterr().err
+    assert "tiny_equal_activated_moe.yaml is there and differs" in capsys.readouterr().err
     assert {path: path.read_text() for path in tmp_path.iterdir()} == written
 
 

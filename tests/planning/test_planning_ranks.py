@@ -40,6 +40,8 @@ SHAPE = [
     "model.qkv_bias=true",
     "train.micro_batch_size=1",
     "train.seq_length=16",
+    # One microbatch on each of four ranks.
+    "train.global_batch_size=4",
 ]
 LATENT = [
     "model.attention=mla", "model.num_query_groups=4", "model.qk_norm=false",
@@ -337,7 +339,8 @@ def predicted_traffic(overrides: Sequence[str], world_size: int, rank: int) -> d
     ids=str,
 )
 def test_a_real_step_sends_what_is_planned(two_processes: Processes, layout: list[str]) -> None:
-    overrides = ["experiment=tiny_mone", *MIXED, *layout]
+    # Two microbatches, or one on each rank.
+    overrides = ["experiment=tiny_mone", "train.global_batch_size=4", *MIXED, *layout]
     for rank, real in enumerate(two_processes.run(sent_in_a_step, overrides)):
         planned = predicted_traffic(overrides, 2, rank)
         assert real.keys() == planned.keys()
