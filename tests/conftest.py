@@ -190,7 +190,7 @@ def one_process() -> Iterator[None]:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    open_groups(ParallelConfig(), TrainConfig(), timeout_seconds=60)
+    open_groups(ParallelConfig(), TrainConfig(), timeout_seconds=300)
     forget_layer_losses()
     yield
     # Two process-wide globals of megatron-core.

@@ -63,7 +63,7 @@ def build_trainer(
     if data_fingerprint is None:
         data_fingerprint = prepare_data(config).fingerprint
     device = Device("cpu", torch.device("cpu"), dtype, 1, "")
-    open_groups(config.parallel, config.train, timeout_seconds=60)
+    open_groups(config.parallel, config.train, timeout_seconds=300)
     state = build_state(config, layout, device, VOCABULARY)
     identity = run_identity(
         config, data_fingerprint=data_fingerprint, vocab_size=VOCABULARY, dtype=device.dtype

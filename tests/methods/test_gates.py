@@ -143,7 +143,7 @@ def test_split_is_the_full_gate_with_zeros() -> None:
 
 
 def _on_two(gate: str, rank: int) -> dict[str, Tensor]:
-    open_groups(ParallelConfig(tensor=2, expert_tensor=2), TrainConfig(), timeout_seconds=60)
+    open_groups(ParallelConfig(tensor=2, expert_tensor=2), TrainConfig(), timeout_seconds=300)
     split = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
     experts = make_experts(gate, rank, **split)
     return run(experts) | {"dims": {n: p.partition_dim for n, p in experts.named_parameters()}}

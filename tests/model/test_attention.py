@@ -252,7 +252,7 @@ LONG = 12
 
 def _context_parallel(window: int | None, sink: str) -> list[Tensor]:
     """This rank's output and gradients, and those that one process would have in their place."""
-    open_groups(ParallelConfig(context=2), TrainConfig(), timeout_seconds=60)
+    open_groups(ParallelConfig(context=2), TrainConfig(), timeout_seconds=300)
     config = _config(2)
     config.softmax_type = sink
     config.window_size = None if window is None else (window, 0)

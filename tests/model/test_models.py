@@ -170,7 +170,7 @@ def weights_of(config: Config) -> list[Part]:
 
 
 def _weights_in_layout(config: Config) -> list[Part]:
-    open_groups(config.parallel, config.train, timeout_seconds=60)
+    open_groups(config.parallel, config.train, timeout_seconds=300)
     return weights_of(config)
 
 
@@ -415,7 +415,7 @@ SPLIT_MLPS = ("mlp.linear_fc1", "mlp.linear_fc2", "shared_experts.linear_fc")
 
 
 def _run_in_layout(config: Config) -> tuple[float, list[Part], dict[str, Tensor], float]:
-    open_groups(config.parallel, config.train, timeout_seconds=60)
+    open_groups(config.parallel, config.train, timeout_seconds=300)
     found = open_expert_sources(config.parallel)
     model = build(config, MicrobatchSources(found.microbatch_of_source, found.shared_group)).train()
     forget_layer_losses()

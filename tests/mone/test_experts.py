@@ -268,7 +268,7 @@ def _partial_results(
     counts: tuple[int, ...], neurons: int, settings: NeuronSettings | None
 ) -> tuple[Tensor, ...]:
     parallel = ParallelConfig(tensor=2, expert_tensor=2)
-    open_groups(parallel, TrainConfig(), timeout_seconds=60)
+    open_groups(parallel, TrainConfig(), timeout_seconds=300)
     assert dist.get_world_size() == 2
     experts = make_experts(
         neurons, len(counts), settings, tensor_model_parallel_size=2, expert_tensor_parallel_size=2

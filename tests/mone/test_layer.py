@@ -81,7 +81,7 @@ def run_layer(layer: MoNELayer, hidden_states: Tensor) -> LayerResult:
 def _run_in_layout(config: Config) -> tuple[LayerResult, tuple[int, ...], bool]:
     """This rank's part of its data-parallel rank's microbatch, then whole gradients."""
     parallel = config.parallel
-    open_groups(parallel, config.train, timeout_seconds=60)
+    open_groups(parallel, config.train, timeout_seconds=300)
     found = open_expert_sources(parallel)
     sources = MicrobatchSources(
         found.microbatch_of_source,

@@ -88,7 +88,7 @@ def _both(kind: str, compiling: bool) -> list[tuple[str, list[Tensor], list[Tens
 
 def _through_both(kind: str) -> list[tuple[str, list[Tensor], list[Tensor]]]:
     config = compose(["experiment=tiny_moe", f"parallel.dispatcher={kind}"])
-    open_groups(ParallelConfig(dispatcher=kind), TrainConfig(), timeout_seconds=60)
+    open_groups(ParallelConfig(dispatcher=kind), TrainConfig(), timeout_seconds=300)
     transformer = transformer_config(
         config, dtype=torch.float32, on_cpu=True, sequence_parallel=False
     )
@@ -120,7 +120,7 @@ def test_rows_sums_and_gradients_are_those_of_megatron_core(
 
 def _local(overrides: tuple[str, ...], **changes: object) -> bool:
     config = compose(["experiment=tiny_moe", *overrides])
-    open_groups(config.parallel, config.train, timeout_seconds=60)
+    open_groups(config.parallel, config.train, timeout_seconds=300)
     transformer = transformer_config(
         config, dtype=torch.float32, on_cpu=True, sequence_parallel=False
     )

@@ -43,7 +43,7 @@ def made_by(rank: int, world: int, sizes: dict[str, int], *, shared: bool, bound
     bound_or_not = patch.object(groups, "connects_when_made", lambda: bound)
     sharing = nullcontext() if shared else alone
     with patch.object(dist, "new_group", counted), bound_or_not, sharing:
-        groups.open_groups(ParallelConfig(**sizes), TrainConfig(), timeout_seconds=60)
+        groups.open_groups(ParallelConfig(**sizes), TrainConfig(), timeout_seconds=300)
     named = {
         name: group
         for name, group in sorted(vars(parallel_state).items())

@@ -17,7 +17,7 @@ from mone_megatron.testing.processes import Processes
 
 
 def _sources(parallel: ParallelConfig) -> tuple[tuple[int, ...], list[int], int]:
-    open_groups(parallel, TrainConfig(), timeout_seconds=60)
+    open_groups(parallel, TrainConfig(), timeout_seconds=300)
     found = open_expert_sources(parallel)
     shared = dist.get_process_group_ranks(found.shared_group) if found.shared_group else []
     return found.microbatch_of_source, shared, parallel_state.get_data_parallel_rank()

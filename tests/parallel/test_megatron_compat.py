@@ -666,7 +666,7 @@ def test_upstreams_norm_refuses_sequence_parallelism_and_ours_marks_its_weight()
 
 def _expert_marks(parallel: ParallelConfig) -> dict[str, set[bool]]:
     """``allreduce`` of expert parameters: True when reduced like dense ones, over all of DP."""
-    open_groups(parallel, TrainConfig(), timeout_seconds=60)
+    open_groups(parallel, TrainConfig(), timeout_seconds=300)
     config = TransformerConfig(
         num_layers=1,
         hidden_size=8,
@@ -897,7 +897,7 @@ def test_megatron_fsdp_has_one_form_of_its_own_for_an_optimizers_state() -> None
 
 def _experts_saved_as_megatron_fsdp_would(folder: Path) -> tuple[float, float]:
     """Returns the expert of this rank, one of two, and what is loaded of it again."""
-    open_groups(ParallelConfig(expert=2), TrainConfig(), timeout_seconds=60)
+    open_groups(ParallelConfig(expert=2), TrainConfig(), timeout_seconds=300)
     ours = "module.decoder.layers.0.mlp.experts.down_weight"
     theirs = "module.decoder.layers.0.mlp.experts.linear_fc2.weight"
     rank = dist.get_rank()

@@ -66,7 +66,7 @@ def check(rank: int, world_size: int, overrides: Sequence[str]) -> str:
 
     config = compose(overrides)
     layout = validate(config, world_size=world_size, num_devices=8, local_world_size=8)
-    open_groups(config.parallel, config.train, timeout_seconds=60)
+    open_groups(config.parallel, config.train, timeout_seconds=300)
     place = place_of(rank, config.parallel, layout)
     assert (
         place.tensor,

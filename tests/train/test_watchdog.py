@@ -157,7 +157,7 @@ def _pipeline_group_is_called() -> str:
     from megatron.core import parallel_state
 
     config = compose(["experiment=tiny_mone", "device=cpu", "parallel.pipeline=2"])
-    open_groups(config.parallel, config.train, timeout_seconds=60)
+    open_groups(config.parallel, config.train, timeout_seconds=300)
     name: str = parallel_state.get_pipeline_model_parallel_group().group_desc
     return name
 

@@ -204,7 +204,7 @@ def _steps(config: Config, layout: Layout, device: Any, findings: Findings) -> d
     setattr(builder, "initialize_weights", lambda *args, **options: None)  # noqa: B010
     ops.use_kernels(config.device.kernels, config.device.grouped_gemm)
     ops.expect_rows(usual_rows(config), device.torch_device)
-    open_groups(config.parallel, config.train, timeout_seconds=60)
+    open_groups(config.parallel, config.train, timeout_seconds=300)
     state = build_state(config, layout, device, vocabulary_of(config))
     for chunk in state.chunks:
         for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]:
