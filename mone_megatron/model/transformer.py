@@ -8,8 +8,9 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from mone_megatron.config.megatron import graphs_attention, with_given
-from mone_megatron.config.schema import Config, ModelConfig, RouterConfig
+from mone_megatron.config.schema import Config, ModelConfig
 from mone_megatron.methods.activations import ACTIVATIONS
+from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.model.megatron_words import megatron_refusals
 from mone_megatron.parallel import fusions
 
@@ -22,7 +23,11 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _router_fields(router: RouterConfig) -> dict[str, object]:
+def _router_fields(model: ModelConfig) -> dict[str, object]:
+    router = model.router
+    # Routers that weigh experts by themselves do not read it, and with one expert a token
+    # megatron-core would refuse that it is off.
+    not_read = ROUTERS[router.kind].own_weights and model.experts_per_token == 1
     kinds = list(router.balance) or ["none"]
     coefficients = list(router.balance_coeff) or [0.0]
     several = len(kinds) > 1
@@ -31,7 +36,7 @@ def _router_fields(router: RouterConfig) -> dict[str, object]:
         "moe_aux_loss_coeff": coefficients if several else coefficients[0],
         "moe_z_loss_coeff": router.z_loss_coeff or None,
         "moe_router_score_function": router.score_function,
-        "moe_router_pre_softmax": router.pre_softmax,
+        "moe_router_pre_softmax": router.pre_softmax or not_read,
         "moe_router_enable_expert_bias": router.expert_bias,
         "moe_router_bias_update_rate": router.expert_bias_rate,
         "moe_router_dtype": None if router.dtype == "model" else router.dtype,
@@ -120,7 +125,7 @@ def transformer_config(
             "moe_layer_freq": moe_layer_pattern(config),
             "moe_token_dispatcher_type": parallel.dispatcher,
             "moe_grouped_gemm": True,
-            **_router_fields(model.router),
+            **_router_fields(model),
         }
     fused, free = fusions.settings(config, on_cpu=on_cpu)
     kind = MLATransformerConfig if model.attention == "mla" else TransformerConfig

@@ -22,6 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from test_each_rule import problems
 from torch import Tensor
 
+from mone_megatron.config.load import compose
+from mone_megatron.config.validate import validate
 from mone_megatron.hf.configuration_mone import MoneConfig
 from mone_megatron.hf.modeling_mone import MoneRouter
 from mone_megatron.methods.router import RoutedWeights, Router, RouterSettings
@@ -31,6 +33,7 @@ from mone_megatron.methods.routers.expert_choice import expert_choice
 from mone_megatron.methods.routers.relu import relu
 from mone_megatron.methods.routers.sigmoid_topk import largest_sigmoids
 from mone_megatron.methods.routers.top_p import top_p
+from mone_megatron.model.transformer import transformer_config
 from mone_megatron.testing.launch import run_layouts
 
 TOKENS, EXPERTS = 24, 8
@@ -633,3 +636,18 @@ def test_relu_comes_to_the_target_density(tmp_path: Path) -> None:
         alpha = 1.2 if record["router/step_density"] > 0.25 else 1 / 1.2
         assert after["router/steered"] == pytest.approx(min(1, record["router/steered"] * alpha))
     assert found[-1]["router/sparsity_loss"] < found[0]["router/sparsity_loss"]
+
+
+@pytest.mark.parametrize("kind", [router.name for router in ROUTERS if router.own_weights])
+def test_routers_that_weigh_by_themselves_train_with_one_expert_a_token(kind: str) -> None:
+    """megatron-core refuses one expert without pre-softmax, which these do not read."""
+    config = compose(
+        [
+            "experiment=tiny_mone",
+            f"model.router.kind={kind}",
+            "model.experts_per_token=1",
+            *(UNBALANCED if ROUTERS[kind].loss is not None else ()),
+        ]
+    )
+    validate(config, world_size=1)
+    transformer_config(config, dtype=torch.float32, on_cpu=True, sequence_parallel=False)
