@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mone_megatron.config.errors import ConfigError
-from mone_megatron.config.marks import Bound, NameIn, OptionsOf
+from mone_megatron.config.marks import Bound, NameIn, OptionsOf, Reserved
 
 T = TypeVar("T")
 Scalar = str | int | float | bool
@@ -226,9 +226,15 @@ def _build(
         else:
             try:
                 values[name] = _convert(_Given(value, typed.get(key)), types[name])
+            except _HeldError as error:
+                problems.append(f"{key}.{error}")
             except ValueError as error:
                 problems.append(f"{key}: {error}")
     return cls(**values)
+
+
+class _HeldError(ValueError):
+    """Says what is wrong with one of the names that an open field holds: ``NAME: what; fix``."""
 
 
 def _convert(given: _Given, kind: Any) -> Any:
@@ -240,12 +246,14 @@ def _convert(given: _Given, kind: Any) -> Any:
         plain, *marks = get_args(kind)
         for mark in marks:
             # Bounds and options are checked with the whole configuration (config/group.py).
-            if not isinstance(mark, (Bound, OptionsOf)):
+            if not isinstance(mark, (Bound, OptionsOf, Reserved)):
                 assert isinstance(mark, NameIn), f"the schema has an unknown mark: {mark}"
                 _convert_literal(given, tuple(mark.registry.names))
+        if _is_open(plain):
+            return _convert_mapping(given, [mark for mark in marks if isinstance(mark, Reserved)])
         return _convert(given, plain)
     if _is_open(kind):
-        return _convert_mapping(given)
+        return _convert_mapping(given, ())
     if get_origin(kind) is tuple:
         return _convert_tuple(given, get_args(kind))
     if kind is bool:
@@ -280,15 +288,16 @@ def _convert_literal(given: _Given, options: tuple[str, ...]) -> str:
     raise ValueError(f"{given.shown} is not one of {', '.join(options)}; {hint}")
 
 
-def _convert_mapping(given: _Given) -> dict[str, Scalar]:
+def _convert_mapping(given: _Given, reserved: Sequence[Reserved]) -> dict[str, Scalar]:
     value = given.value
     if not isinstance(value, Mapping):
         raise ValueError(f"expected names with values, got {given.shown}; write {{name: value}}")
     for name, held in value.items():
         if not isinstance(held, Scalar):
-            raise ValueError(
-                f"{name} is {_Given(held).shown}; give a text, a number, true or false"
-            )
+            # That it may not be there at all comes before what it may be.
+            refusals = filter(None, (mark.refusal(str(name)) for mark in reserved))
+            wrong = f"{_Given(held).shown} is no single value; give a text, a number, true or false"
+            raise _HeldError(f"{name}: {next(refusals, wrong)}")
     return {str(name): held for name, held in value.items()}
 
 

@@ -13,7 +13,7 @@ configuration (:mod:`mone_megatron.config.group`). All are shown in ``docs/confi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,7 @@ __all__ = [
     "NameIn",
     "NotEmpty",
     "OptionsOf",
+    "Reserved",
     "Within",
 ]
 
@@ -61,6 +62,17 @@ class HasOptions(Protocol):
     @property
     def options(self) -> type:
         """Returns the dataclass of its options."""
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """Says which names an open field may not hold, whatever their values are.
+
+    Attributes:
+        refusal: returns what is wrong with a name and the fix; None for one that it may hold.
+    """
+
+    refusal: Callable[[str], str | None]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 from mone_megatron.config.convert import Scalar
 from mone_megatron.config.group import Group
+from mone_megatron.config.marks import Reserved
 
 # Fields that say how something is computed, where, or in training alone, and not what.
 _COMPUTES_THE_SAME = re.compile(
@@ -365,17 +367,38 @@ def why_not_settable(part: str, name: str) -> str | None:
     return None if entry is None else NOT_READ[part][entry]
 
 
+def refusal(part: str, name: str) -> str | None:
+    """Returns why a field of megatron-core may not be set, and what to do; None for one that may.
+
+    Args:
+        part: "transformer", "optimizer" or "ddp".
+        name: the field.
+    """
+    reason = why_not_settable(part, name)
+    if reason is None:
+        return None
+    if "." in reason and " " not in reason:
+        return f"{reason} sets it; use that key"
+    return f"it cannot be set ({reason}); leave it out"
+
+
 @dataclass(frozen=True)
 class MegatronConfig(Group):
     """Sets fields of the installed megatron-core, by its own names
     (docs/parallelism.md#megatron).
     """
 
-    transformer: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
+    transformer: Annotated[Mapping[str, Scalar], Reserved(partial(refusal, "transformer"))] = field(
+        default_factory=dict, hash=False
+    )
     """Fields of its TransformerConfig (MLATransformerConfig with `model.attention=mla`)."""
-    optimizer: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
+    optimizer: Annotated[Mapping[str, Scalar], Reserved(partial(refusal, "optimizer"))] = field(
+        default_factory=dict, hash=False
+    )
     """Fields of its OptimizerConfig."""
-    ddp: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
+    ddp: Annotated[Mapping[str, Scalar], Reserved(partial(refusal, "ddp"))] = field(
+        default_factory=dict, hash=False
+    )
     """Fields of its DistributedDataParallelConfig."""
 
     def changing(self) -> list[str]:

@@ -444,3 +444,19 @@ def test_hybrid_ep_needs_a_deep_ep_that_has_it(
     else:
         (line,) = found
         assert says in line
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        # A list is no single value, and may not be there whatever it is.
+        ("transformer.cuda_graph_scope=[moe]", "megatron.transformer.cuda_graph_impl sets it; use"),
+        ("transformer.num_layers=[3]", "model.num_layers sets it; use that key"),
+        ("optimizer.lr={a: 1}", "optim.lr sets it; use that key"),
+        ("transformer.softmax_scale=[3]", "[3] is no single value; give a text, a number, true or"),
+    ],
+)
+def test_what_may_not_be_set_is_told_before_its_type(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose([f"megatron.{override}"])
+    assert refused.value.problems[0].startswith(f"megatron.{override.split('=')[0]}: {told}")

@@ -14,6 +14,7 @@ from mone_megatron.config.megatron import (
     READ_WITH,
     SET_HERE,
     found_in,
+    refusal,
     why_not_settable,
 )
 from mone_megatron.config.resources import Resources
@@ -141,8 +142,8 @@ def _part(part: str, given: Mapping[str, Scalar], *, latent: bool) -> Iterator[s
     for name, value in given.items():
         key = f"megatron.{part}.{name}"
         known = name in fields or name in SET_HERE[part]
-        if known and (reason := why_not_settable(part, name)):
-            yield f"{key}: {_set_here(reason)}"
+        if known and (wrong := refusal(part, name)):
+            yield f"{key}: {wrong}"
         elif name not in fields:
             free = [other for other in fields if why_not_settable(part, other) is None]
             near = difflib.get_close_matches(name, free, n=2, cutoff=0.6)
@@ -151,12 +152,6 @@ def _part(part: str, given: Mapping[str, Scalar], *, latent: bool) -> Iterator[s
         elif not fields[name].takes(value):
             field = fields[name]
             yield f"{key}: {value!r} is not {_expected(field)} ({where}); {_fix(field)}"
-
-
-def _set_here(reason: str) -> str:
-    if "." in reason and " " not in reason:
-        return f"{reason} sets it; use that key"
-    return f"it cannot be set ({reason}); leave it out"
 
 
 def _expected(field: Field) -> str:
