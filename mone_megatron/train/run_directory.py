@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -29,7 +30,10 @@ _RUN_FILES = (
 
 
 def check_can_be_made(folder: Path) -> None:
-    """Checks that a folder is there or could be made, and changes nothing.
+    """Checks that a folder is there or could be made.
+
+    An empty folder is made where it would be, and taken away again: what a system says of rights
+    does not tell where nothing can be made, such as /proc, to one who may write everywhere.
 
     Raises:
         ValueError: nothing can be written there. One line.
@@ -40,8 +44,12 @@ def check_can_be_made(folder: Path) -> None:
     wrong: OSError | None = None
     if not place.is_dir():
         wrong = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
-    elif not os.access(place, os.W_OK | os.X_OK):
-        wrong = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+    else:
+        try:
+            Path(tempfile.mkdtemp(prefix=".dry-run-", dir=place)).rmdir()
+        except OSError as error:
+            wrong = error
+            wrong.filename = str(place)
     if wrong is not None:
         raise unusable("run.dir", folder, wrong)
 
