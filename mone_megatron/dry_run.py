@@ -18,6 +18,7 @@ from mone_megatron.large_imports import first_import_of
 from mone_megatron.megatron_release import check_megatron_release
 from mone_megatron.ownership import live_owner
 from mone_megatron.parallel.world import World
+from mone_megatron.train.named_checkpoints import check_named_checkpoints
 from mone_megatron.train.run_directory import check_can_be_made, check_run_directory
 
 
@@ -60,6 +61,7 @@ def dry_run(
     folder = Path(config.run.dir)
     check_can_be_made(folder)
     check_run_directory(folder)
+    check_named_checkpoints(config)
     if world.rank == 0:
         check_cache(config.data)
     resources = Resources(size)

@@ -54,6 +54,7 @@ from mone_megatron.local_sweep import LocalSweep
 from mone_megatron.megatron_release import check_megatron_release
 from mone_megatron.ownership import await_owner, owned_folder
 from mone_megatron.parallel.world import World
+from mone_megatron.train.named_checkpoints import check_named_checkpoints
 from mone_megatron.train.run_directory import check_run_directory
 
 FAILED_EXIT_CODE = 1
@@ -148,6 +149,7 @@ def _own_run_directory(config: Config, world: World) -> Iterator[None]:
         return
     with owned_folder("run.dir", folder, job=world.job, allocation=world.allocation):
         check_run_directory(folder)
+        check_named_checkpoints(config)
         yield
 
 

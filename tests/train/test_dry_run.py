@@ -10,6 +10,7 @@ import torch
 
 from mone_megatron.testing.launch import REPOSITORY
 from mone_megatron.testing.warm_start import run_python
+from mone_megatron.train.run_directory import check_can_be_made
 
 RUN = (
     "experiment=tiny_mone", "device.threads=1", "train.steps=2", "data.max_megabytes=0.2",
@@ -81,7 +82,12 @@ def test_the_checkpoint_that_it_would_begin_with(tmp_path: Path) -> None:
         (("checkpoint.resume=auto", "train.seed=2"), "train.seed: 1234 saved, 2 configured"),
         (("checkpoint.resume=auto", "mone.keep_ratio=0.5"), "mone.keep_ratio: 0.25 saved, 0.5"),
         ((f"checkpoint.resume={saved}", "device.dtype=bf16"), "dtype: 'torch.float32' saved"),
-        (("checkpoint.resume=no",), "checkpoint no is damaged: no: missing"),
+        (("checkpoint.resume=no",), "checkpoint.resume: no is not there; name a checkpoint"),
+        (
+            (f"checkpoint.resume={saved}/manifest.json",),
+            f"checkpoint.resume: {saved}/manifest.json is no folder",
+        ),
+        (("checkpoint.initialize=no",), "checkpoint.initialize: no is not there"),
         (
             (f"checkpoint.initialize={saved}", "model.num_experts=4"),
             "model.num_experts: 8 in the checkpoint, 4 configured",
@@ -91,3 +97,17 @@ def test_the_checkpoint_that_it_would_begin_with(tmp_path: Path) -> None:
         assert dry.returncode == real.returncode == 2
         assert dry.stderr.startswith(f"error: {told}")
         assert dry.stderr in real.stderr
+
+
+@pytest.mark.parametrize("folder", ["/proc/here/run", "/dev/null/run"])
+def test_where_no_folder_can_be_made(folder: str) -> None:
+    """Also to root, who may write everywhere and still cannot."""
+    with pytest.raises(
+        ValueError, match=rf"^run\.dir: cannot use '{folder}' \(.*\); name another$"
+    ):
+        check_can_be_made(Path(folder))
+
+
+def test_looking_whether_a_folder_can_be_made_leaves_nothing(tmp_path: Path) -> None:
+    check_can_be_made(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
