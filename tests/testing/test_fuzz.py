@@ -15,6 +15,7 @@ import pytest
 from mone_megatron.config.marks import NameIn
 from mone_megatron.config.reference import fields
 from mone_megatron.config.schema import Config
+from mone_megatron.testing.fuzz import fuzzing
 from mone_megatron.testing.fuzz.__main__ import main
 from mone_megatron.testing.fuzz.agreement import different, disagreement
 from mone_megatron.testing.fuzz.corpora import make_corpora
@@ -30,7 +31,7 @@ from mone_megatron.testing.fuzz.drawing import (
 )
 from mone_megatron.testing.fuzz.faults import Fault
 from mone_megatron.testing.fuzz.fields import NOT_DRAWN, keys
-from mone_megatron.testing.fuzz.fuzzing import Fuzzer, fuzz
+from mone_megatron.testing.fuzz.fuzzing import Fuzzer, fuzz, refusal_faults
 from mone_megatron.testing.fuzz.server import Server
 from mone_megatron.testing.fuzz.shrink import shrunk
 
@@ -148,6 +149,15 @@ def test_a_resumed_run_may_lack_what_is_of_two_steps(tmp_path: Path) -> None:
     assert different(whole, wrong) == "step 3 mone/load_overlap/layer_1 is nothing, not 0.5"
     other = write(tmp_path / "other", [record(2, 2.5, **fewer)])
     assert different(whole, other) == "step 2 loss is 2.5, not 2.0"
+
+
+def test_refusals_name_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = Random(0)
+    assert [one for _ in range(40) for one in refusal_faults(random, CORPORA)] == []
+    told = ["mone.rule: wrong; fix it", "something is wrong"]
+    monkeypatch.setattr(fuzzing, "refusals", lambda drawing, corpora, ranks: told)
+    ((_, fault),) = refusal_faults(random, CORPORA)
+    assert fault == Fault("refusals", "no key is named: something is wrong")
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ BASE: Mapping[str, str] = {
 EXPERIMENTS = ("tiny_mone", "tiny_mone", "tiny_moe")
 # Corpus -> the overrides that read it (:mod:`.corpora`).
 Corpora = Mapping[str, Mapping[str, str]]
-_AXES = ("tensor", "pipeline", "context", "expert", "expert_tensor")
+AXES = ("tensor", "pipeline", "context", "expert", "expert_tensor")
 _ADVISED = re.compile(r"\b((?:[a-z_]+\.)+[a-z_]+)=(\[[^\]]*\]|[^\s,;\]]+)")
 _USE = re.compile(r"; (?:use|set) (?:at least |at most )?(\[[^\]]*\]|[\w.+-]+)")
 _NAMES = re.compile(r"\b(?:[a-z_]+\.)+[a-z_]+")
@@ -265,7 +265,7 @@ def draw_layout(drawing: Drawing, random: Random, corpora: Corpora, *, most: int
     for _ in range(12):
         ranks = random.choice([count for count in (2, 2, 4) if count <= most])
         layout: dict[str, str] = {}
-        for axis in random.sample(_AXES, random.randint(0, 2)):
+        for axis in random.sample(AXES, random.randint(0, 2)):
             layout[f"parallel.{axis}"] = text(random.choice((2, 2, ranks)))
         if layout.get("parallel.pipeline") and random.random() < 0.3:
             layout["parallel.virtual_pipeline"] = "2"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 from mone_megatron.testing.commit_comparison.values import flatten
 from mone_megatron.testing.fuzz.agreement import disagreement, read_records
 from mone_megatron.testing.fuzz.drawing import (
+    AXES,
     Corpora,
     Drawing,
     draw_layout,
     draw_valid,
+    draw_wild,
     refusals,
 )
 from mone_megatron.testing.fuzz.faults import Fault
@@ -38,6 +41,9 @@ SHARES: Mapping[str, float] = {
     "releases": 0.5,
 }
 CHECKS = tuple(SHARES)
+# How many drawings are asked for their refusals alone, for each that is trained.
+_WILD = 10
+_KEYED = re.compile(r"[a-z_]+(\.\w+)+: ")
 _IN_TRIAL = ("resume", "counts", "tools", "studies", "export")
 # What a run does not do again in another layout, by what documents it.
 _NO_LAYOUT = {
@@ -150,6 +156,23 @@ def _other_release(one: Path, other: Path) -> str:
     return ""
 
 
+def refusal_faults(random: Random, corpora: Corpora) -> list[tuple[Drawing, Fault]]:
+    """Returns what is wrong with the refusals of a drawing that nobody has mended.
+
+    It takes milliseconds, so it is asked of many more drawings than are trained.
+    """
+    drawing = draw_wild(random)
+    ranks = random.choice((1, 2, 3, 4, 8, 64))
+    layout = {f"parallel.{axis}": str(random.choice((1, 2, 3, 4))) for axis in AXES}
+    drawing = replace(drawing, layout=layout, ranks=ranks)
+    try:
+        lines = refusals(drawing, corpora, ranks=ranks)
+    except Exception as error:
+        return [(drawing, Fault("refusals", f"a traceback: {type(error).__name__}: {error}"))]
+    nameless = [line for line in lines if not _KEYED.match(line)]
+    return [(drawing, Fault("refusals", f"no key is named: {line}")) for line in nameless]
+
+
 @dataclass
 class Report:
     """Says what was tried and found.
@@ -193,6 +216,12 @@ def fuzz(
     report = Report()
     end = time.monotonic() + seconds
     while time.monotonic() < end and report.drawings != drawings:
+        for _ in range(_WILD):
+            fuzzer.made["refusals"] += 1
+            for drawn, fault in refusal_faults(random, fuzzer.corpora):
+                if fault.kind not in report.found:
+                    show(f"{fault.check}: {fault.what}\n  drawn: {drawn.words}")
+                report.found.setdefault(fault.kind, (drawn, fault))
         drawing = draw_valid(random, fuzzer.corpora)
         checks = [name for name in fuzzer.checks if random.random() < SHARES[name]]
         if "layout" in checks and may_have_layout(drawing):
