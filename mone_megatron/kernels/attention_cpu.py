@@ -12,7 +12,9 @@ the end of the block.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +26,14 @@ from mone_megatron.kernels.attention_blocks import (
     keeps_weights,
     weights_of_head,
 )
-from mone_megatron.kernels.compiled_cpu import address, compiled_products, threads, with_rows
+from mone_megatron.kernels.compiled_cpu import (
+    HeadsArguments,
+    address,
+    compiled_products,
+    threads,
+    with_rows,
+)
+from mone_megatron.kernels.rotary_cpu import cosines_and_sines
 
 
 def supports(query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> bool:
@@ -107,6 +116,144 @@ class _CompiledAttention(torch.autograd.Function):
             address(weights), address(grad_context), address(room), *map(address, grads), count,
         )  # fmt: skip
         return None, None, grads[0], grads[1], grads[2], None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Says how heads are made of projections ``[S, B, G, (R + 2) * D]``: of each key/value head its
+    queries, the key and the value.
+
+    Attributes:
+        per_key: R.
+        query_eps: of the RMSNorm of queries.
+        key_eps: of the RMSNorm of keys.
+        scale: multiplies scores.
+    """
+
+    per_key: int
+    query_eps: float
+    key_eps: float
+    scale: float
+
+
+def makes_heads(
+    hidden_SBH: Tensor, query_weight_D: Tensor, key_weight_D: Tensor, angles: Tensor
+) -> bool:
+    """Returns whether :func:`attention_of_projections` is to be used: where there is a compiler,
+    fp32 on a CPU, short sequences, one angle for each position and value of a head.
+
+    Args:
+        hidden_SBH: what the projections are to be made of.
+        query_weight_D: see :func:`attention_of_projections`.
+        key_weight_D: likewise.
+        angles: likewise.
+    """
+    tensors = hidden_SBH, query_weight_D, key_weight_D, angles
+    length, width = len(hidden_SBH), len(query_weight_D)
+    return (
+        all(x.dtype is torch.float32 and not x.is_cuda for x in tensors)
+        and keeps_weights(length)
+        and angles.shape == (length, 1, 1, width)
+        and not angles.requires_grad
+        and compiled_products() is not None
+    )
+
+
+def attention_of_projections(
+    mixed_SBP: Tensor,
+    query_weight_D: Tensor,
+    key_weight_D: Tensor,
+    angles: Tensor,
+    heads: Heads,
+) -> Tensor:
+    """Returns the causal attention of heads that are normalised and rotated, ``[S, B, N * D]``.
+
+    Queries and keys are made where they are used, in a core's cache, and again in the backward
+    pass: no tensor of them is ever written, nor of their gradients.
+
+    Args:
+        mixed_SBP: fp32 projections, see :class:`Heads`.
+        query_weight_D: fp32, of the RMSNorm of queries.
+        key_weight_D: fp32, of the RMSNorm of keys.
+        angles: fp32, of each position and value, ``[S, 1, 1, D]``; the same tensor always holds the
+            same angles.
+        heads: how they are made.
+    """
+    functions = compiled_products()
+    assert functions is not None, "asked where makes_heads says so"
+    context: Tensor = _ProjectedAttention.apply(
+        *functions, mixed_SBP, query_weight_D, key_weight_D, *cosines_and_sines(angles), heads
+    )
+    return context
+
+
+class _ProjectedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        library: Any,
+        product: int,
+        mixed_SBP: Tensor,
+        query_weight_D: Tensor,
+        key_weight_D: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: Heads,
+    ) -> Tensor:
+        mixed_SBP, cos, sin = mixed_SBP.contiguous(), cos.contiguous(), sin.contiguous()
+        length, batch, width = *mixed_SBP.shape[:2], len(query_weight_D)
+        per_key, count = heads.per_key, threads()
+        groups = mixed_SBP.shape[2] // ((per_key + 2) * width)
+        keeps = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+        kept = batch * groups * per_key * weights_of_head(length)
+        weights = torch.empty(kept if keeps else count * per_key * QUERIES * length)
+        inverse = torch.empty(batch * groups * (per_key + 1) * length)
+        room = torch.empty(count * (per_key * QUERIES + length) * width)
+        context_SBD = torch.empty(length, batch, groups * per_key * width)
+        sizes = dict(
+            length=length, batch=batch, groups=groups, per_key=per_key, width=width, step=QUERIES,
+            scale=heads.scale, query_eps=heads.query_eps, key_eps=heads.key_eps,
+        )  # fmt: skip
+        library.attend_forward(
+            ctypes.byref(
+                HeadsArguments(
+                    product=product, mixed=address(mixed_SBP),
+                    query_weight=address(query_weight_D), key_weight=address(key_weight_D),
+                    cos=address(cos), sin=address(sin), inverse=address(inverse),
+                    weights=address(weights), room=address(room), context=address(context_SBD),
+                    keeping=keeps, threads=count, **sizes,
+                )
+            )
+        )  # fmt: skip
+        ctx.save_for_backward(mixed_SBP, query_weight_D, key_weight_D, cos, sin, inverse, weights)
+        ctx.others = library, product, sizes  # type: ignore[attr-defined]
+        return context_SBD
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_context: Tensor
+    ) -> tuple[None, None, Tensor, Tensor, Tensor, None, None, None]:
+        mixed_SBP, query_weight_D, key_weight_D, cos, sin, inverse, weights = ctx.saved_tensors  # type: ignore[attr-defined]
+        library, product, sizes = ctx.others  # type: ignore[attr-defined]
+        grad_context, count = grad_context.contiguous(), threads()
+        length, width, rows = sizes["length"], sizes["width"], sizes["per_key"] * QUERIES
+        grad_mixed_SBP = torch.empty(mixed_SBP.shape)
+        parts_M2D = torch.empty(sizes["batch"] * sizes["groups"], 2, width)
+        room = torch.empty(count * (rows * (3 * width + length) + 2 * length * width))
+        library.attend_backward(
+            ctypes.byref(
+                HeadsArguments(
+                    product=product, mixed=address(mixed_SBP),
+                    query_weight=address(query_weight_D), key_weight=address(key_weight_D),
+                    cos=address(cos), sin=address(sin), inverse=address(inverse),
+                    weights=address(weights), room=address(room), grad=address(grad_context),
+                    grad_mixed=address(grad_mixed_SBP), parts=address(parts_M2D), keeping=True,
+                    threads=count, **sizes,
+                )
+            )
+        )  # fmt: skip
+        of_query, of_key = parts_M2D.sum(dim=0).unbind()
+        return None, None, grad_mixed_SBP, of_query, of_key, None, None, None
 
 
 class _CausalAttention(torch.autograd.Function):

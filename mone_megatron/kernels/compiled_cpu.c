@@ -113,7 +113,8 @@ void glu_forward(
     }
 }
 
-/* Adds each row's mask, and its |activation| times inverse_T, to its segment's sums [S, F]. */
+/* Adds each row's mask, and its |activation| times inverse_T, to its segment's sums [S, F]; without
+   `segment` all rows are of one. */
 void glu_sums(
     int64_t rows, int64_t n, const float *activation, const uint8_t *mask, const float *inverse,
     const int64_t *segment, float *kept, float *weight, int threads)
@@ -125,7 +126,8 @@ void glu_sums(
         for (int64_t t = 0; t < rows; t++) {
             const float *a = activation + t * n;
             const uint8_t *m = mask + t * n;
-            float *of_kept = kept + segment[t] * n, *of_weight = weight + segment[t] * n;
+            int64_t at = segment ? segment[t] * n : 0;
+            float *of_kept = kept + at, *of_weight = weight + at;
             float factor = inverse ? inverse[t] : 1.0f;
 #pragma omp simd
             for (int64_t j = first; j < end; j++) {
@@ -137,7 +139,8 @@ void glu_sums(
 }
 
 /* The gradients of gate, up and scale from those of hidden values, and of each segment's sums of
-   weights where there are any. `activation` is masked. With w the weights of a row, s their sum and
+   weights where there are any; without `segment` all rows are of one. `activation` is masked. The
+   hidden values are computed again where there is room for them. With w the weights of a row, s their sum and
    c the gradients of the segment's sums, d/dw_j of sum_k c_k w_k / s is (c_j - sum_k c_k w_k / s) / s;
    the second term is zero where s is clamped. SiLU's slope is taken from its value. */
 void glu_backward(
@@ -145,7 +148,7 @@ void glu_backward(
     int64_t up_stride, const float *activation, const uint8_t *mask, const float *scale,
     const float *grad, int64_t grad_stride, const float *grad_sums, const int64_t *segment,
     const float *inverse, float *grad_gate, float *grad_up, int64_t out_stride, float *grad_scale,
-    int threads)
+    float *hidden, int threads)
 {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < rows; t++) {
@@ -162,8 +165,12 @@ void glu_backward(
         }
         if (grad_scale)
             grad_scale[t] = of_scale;
+        if (hidden)
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++)
+                hidden[t * n + j] = a[j] * u[j] * factor;
         if (grad_sums) {
-            const float *c = grad_sums + segment[t] * n;
+            const float *c = grad_sums + (segment ? segment[t] * n : 0);
             float mean = 0.0f, one_over = 1.0f;
             if (inverse) {
                 one_over = inverse[t];
@@ -379,6 +386,115 @@ void grouped_weights(
     }
 }
 
+/* Adds rows [T, n] to those of `sums` that `into` names, each sum in the order of the rows. */
+static void add_into(
+    int64_t rows, int64_t n, const int64_t *into, const float *source, float *sums, int threads)
+{
+    int64_t width = (n + threads - 1) / threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t first = 0; first < n; first += width) {
+        int64_t end = smaller(first + width, n);
+        for (int64_t r = 0; r < rows; r++) {
+            const float *from = source + r * n;
+            float *sum = sums + into[r] * n;
+#pragma omp simd
+            for (int64_t j = first; j < end; j++)
+                sum[j] += from[j];
+        }
+    }
+}
+
+/* What the experts of a rank read and write. Rows lie by expert, `counts` of each; `token` and
+   `place` say where each comes from in tokens [N, H] and weights [N, A]. gate_up is [T, 2F], other
+   values of all rows [T, F]; `rows`, `grads` [B, H] and `hidden`, `grad_hidden` [B, F] and
+   `grad_gate_up` [B, 2F] are room for a block of rows. What is not wanted is 0. */
+struct experts {
+    gemm *product;
+    const int64_t *counts, *token, *place;
+    const float *tokens, *probs, *gate_up_weight, *down_weight;
+    float *scale, *scale_grad, *gate_up, *activation;
+    uint8_t *mask;
+    float *inverse, *rows, *hidden, *out, *kept, *weight;
+    const float *grad_out, *grad_sums;
+    float *grads, *grad_hidden, *grad_gate_up, *grad_tokens, *grad_probs, *of_gate_up, *of_down;
+    int64_t width, neurons, k, adding, threads;
+};
+
+/* Computes gate and up projections of the experts' rows, and copies the rows' weights. */
+void experts_begin(const struct experts *x, int64_t expert, int64_t experts, int64_t row, int64_t rows)
+{
+    int64_t h = x->width, f = x->neurons;
+    for (int64_t r = row; r < row + rows; r++)
+        x->scale[r] = x->probs[x->place[r]];
+    copy_rows(rows, h, x->token + row, x->tokens, x->rows, (int)x->threads);
+    grouped_rows(x->product, experts, x->counts + expert, (int)h, (int)(2 * f), 1, x->rows, (int)h,
+                 x->gate_up_weight + expert * 2 * f * h, x->gate_up + row * 2 * f);
+}
+
+/* Given the activations of those rows, adds their outputs to those of their tokens. */
+void experts_end(const struct experts *x, int64_t expert, int64_t experts, int64_t row, int64_t rows)
+{
+    int64_t h = x->width, f = x->neurons;
+    float *a = x->activation + row * f, *inverse = x->inverse ? x->inverse + row : 0;
+    uint8_t *m = x->mask ? x->mask + row * f : 0;
+    int threads = (int)x->threads;
+    glu_forward(rows, f, x->k, x->gate_up + row * 2 * f + f, 2 * f, a, x->scale + row, m, x->hidden,
+                inverse, threads);
+    if (x->kept)
+        for (int64_t e = expert; e < expert + experts; e++) {
+            int64_t count = x->counts[e];
+            glu_sums(count, f, a, m, inverse, 0, x->kept + e * f, x->weight + e * f, threads);
+            a += count * f;
+            m += count * f;
+            inverse = inverse ? inverse + count : 0;
+        }
+    grouped_rows(x->product, experts, x->counts + expert, (int)f, (int)h, 0, x->hidden, (int)f,
+                 x->down_weight + expert * f * h, x->rows);
+    add_into(rows, h, x->token + row, x->rows, x->out, threads);
+}
+
+/* Computes the gradients, of blocks of experts that end before those that `ends` names. */
+void experts_backward(const struct experts *x, int64_t blocks, const int64_t *ends)
+{
+    int64_t h = x->width, f = x->neurons, expert = 0, row = 0;
+    int threads = (int)x->threads, adding = (int)x->adding;
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t experts = ends[b] - expert, rows = 0;
+        const int64_t *counts = x->counts + expert, *token = x->token + row;
+        const float *up_weight = x->gate_up_weight + expert * 2 * f * h;
+        const float *down_weight = x->down_weight + expert * f * h;
+        for (int64_t e = 0; e < experts; e++)
+            rows += counts[e];
+        copy_rows(rows, h, token, x->grad_out, x->grads, threads);
+        grouped_rows(x->product, experts, counts, (int)h, (int)f, 1, x->grads, (int)h, down_weight,
+                     x->grad_hidden);
+        for (int64_t e = 0, done = 0; e < experts; done += counts[e], e++) {
+            int64_t at = row + done;
+            const float *gate = x->gate_up + at * 2 * f, *of_sums = x->grad_sums;
+            float *grad = x->grad_gate_up + done * 2 * f;
+            glu_backward(counts[e], f, gate, 2 * f, gate + f, 2 * f, x->activation + at * f,
+                         x->mask ? x->mask + at * f : 0, x->scale + at, x->grad_hidden + done * f, f,
+                         of_sums ? of_sums + (expert + e) * f : 0, 0, x->inverse ? x->inverse + at : 0,
+                         grad, grad + f, 2 * f, x->scale_grad + at, x->hidden + done * f, threads);
+        }
+        for (int64_t r = row; r < row + rows; r++)
+            x->grad_probs[x->place[r]] = x->scale_grad[r];
+        if (x->of_down)
+            grouped_weights(x->product, experts, counts, (int)f, (int)h, x->hidden, (int)f, x->grads,
+                            (int)h, x->of_down + expert * f * h, adding);
+        if (x->of_gate_up) {
+            copy_rows(rows, h, token, x->tokens, x->rows, threads);
+            grouped_weights(x->product, experts, counts, (int)(2 * f), (int)h, x->grad_gate_up,
+                            (int)(2 * f), x->rows, (int)h, x->of_gate_up + expert * 2 * f * h, adding);
+        }
+        grouped_rows(x->product, experts, counts, (int)(2 * f), (int)h, 0, x->grad_gate_up,
+                     (int)(2 * f), up_weight, x->rows);
+        add_into(rows, h, token, x->rows, x->grad_tokens, threads);
+        expert = ends[b];
+        row += rows;
+    }
+}
+
 /* a * b + c, rounded once where the processor does so as fast. */
 #ifdef __FMA__
 #define MULTIPLY_ADD(a, b, c) __builtin_fmaf(a, b, c)
@@ -466,6 +582,44 @@ int omp_get_thread_num(void);
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
+/* Overwrites the scores of n rows, those of queries from `first` on once for each head, with their
+   weights: of keys up to the query's own, 0 for the others before `end`. */
+static void weights_of_scores(float *scores, int64_t n, int64_t first, int64_t end)
+{
+    for (int64_t r = 0; r < n; r++) {
+        int64_t seen = first + r % (end - first) + 1;
+        int64_t whole = smaller((seen + LANES - 1) / LANES * LANES, end);
+        float *row = scores + r * end, largest, sum;
+        for (int64_t j = seen; j < whole; j++)
+            row[j] = -INFINITY;
+        exponentials(row, whole, &largest, &sum);
+        sum = 1.0f / sum;
+#pragma omp simd
+        for (int64_t j = 0; j < whole; j++)
+            row[j] *= sum;
+        memset(row + whole, 0, (end - whole) * sizeof(float));
+    }
+}
+
+/* Overwrites the gradients of those weights with the gradients of the scores. */
+static void grads_of_scores(
+    const float *weights, float *grads, int64_t n, int64_t first, int64_t end)
+{
+    for (int64_t r = 0; r < n; r++) {
+        const float *weight = weights + r * end;
+        float *row = grads + r * end, dot = 0.0f;
+        int64_t seen = first + r % (end - first) + 1; /* the weights of all others are 0 */
+        int64_t whole = smaller((seen + LANES - 1) / LANES * LANES, end);
+#pragma omp simd reduction(+ : dot)
+        for (int64_t j = 0; j < whole; j++)
+            dot += row[j] * weight[j];
+#pragma omp simd
+        for (int64_t j = 0; j < whole; j++)
+            row[j] = weight[j] * (row[j] - dot);
+        memset(row + whole, 0, (end - whole) * sizeof(float));
+    }
+}
+
 /* Causal attention of [S, B, N, D], to keys and values [S, B, G, D]. Weights of a block of `step`
    queries, up to its last key, are kept one block after the other, [B * G, N / G * queries, keys]
    each; where `keeping` is 0 there is room for one block and head of each thread. */
@@ -491,19 +645,7 @@ void attention_forward(
             int rows = (int)n, keys = (int)end;
             gather(queries, b, g * per_key, per_key, first, end, width, block);
             product("T", "N", &keys, &rows, &d, &scale, k, &key_stride, block, &d, &zero, w, &keys);
-            for (int64_t r = 0; r < n; r++) {
-                int64_t seen = first + r % (end - first) + 1;
-                int64_t whole = smaller((seen + LANES - 1) / LANES * LANES, end);
-                float *row = w + r * end, largest, sum;
-                for (int64_t j = seen; j < whole; j++)
-                    row[j] = -INFINITY;
-                exponentials(row, whole, &largest, &sum);
-                sum = 1.0f / sum;
-#pragma omp simd
-                for (int64_t j = 0; j < whole; j++)
-                    row[j] *= sum;
-                memset(row + whole, 0, (end - whole) * sizeof(float));
-            }
+            weights_of_scores(w, n, first, end);
             product("N", "N", &d, &rows, &keys, &one, v, &value_stride, w, &keys, &zero, block, &d);
             scatter(block, b, g * per_key, per_key, first, end, width, batch, heads, context);
             kept += batch * groups * n * end;
@@ -550,25 +692,195 @@ void attention_backward(
                     &out_stride);
             product("T", "N", &keys, &rows, &d, &one, v, &value_stride, of_context, &d, &zero,
                     of_weights, &keys);
-            for (int64_t r = 0; r < n; r++) {
-                const float *weight = w + r * end;
-                float *row = of_weights + r * end, dot = 0.0f;
-                int64_t seen = first + r % (end - first) + 1; /* the weights of all others are 0 */
-                int64_t whole = smaller((seen + LANES - 1) / LANES * LANES, end);
-#pragma omp simd reduction(+ : dot)
-                for (int64_t j = 0; j < whole; j++)
-                    dot += row[j] * weight[j];
-#pragma omp simd
-                for (int64_t j = 0; j < whole; j++)
-                    row[j] = weight[j] * (row[j] - dot);
-                memset(row + whole, 0, (end - whole) * sizeof(float));
-            }
+            grads_of_scores(w, of_weights, n, first, end);
             product("N", "T", &d, &keys, &rows, &scale, block, &d, of_weights, &keys, beta, into_key,
                     &out_stride);
             product("N", "N", &d, &rows, &keys, &scale, k, &key_stride, of_weights, &keys, &zero,
                     of_query, &d);
             scatter(of_query, b, g * per_key, per_key, first, end, width, batch, heads, grad_query);
         }
+    }
+}
+
+/* One head of one token: normalised (RMSNorm) and turned by its position (RoPE). */
+static inline void turn_row(
+    const float *x, const float *weight, float scale, const float *cos, const float *sin,
+    int64_t width, float *out)
+{
+    int64_t half = width / 2;
+#pragma omp simd
+    for (int64_t j = 0; j < half; j++) {
+        float first = x[j] * scale * weight[j];
+        float second = x[half + j] * scale * weight[half + j];
+        out[j] = first * cos[j] - second * sin[j];
+        out[half + j] = second * cos[half + j] + first * sin[half + j];
+    }
+}
+
+/* What a row is divided by, and that for the gradient, which is no number where squares overflow. */
+static inline float scale_of_row(const float *x, int64_t width, float eps, float *inverse)
+{
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t j = 0; j < width; j++)
+        squares += x[j] * x[j];
+    float scale = 1.0f / sqrtf(squares / (float)width + eps);
+    *inverse = scale * (scale / scale);
+    return scale;
+}
+
+/* The gradient of x from that of what turn_row made, which is overwritten; `part` adds up the
+   weight's. */
+static inline void turn_row_back(
+    float *grad, const float *x, const float *weight, float scale, const float *cos,
+    const float *sin, int64_t width, float *into, float *part)
+{
+    int64_t half = width / 2;
+    float dot = 0.0f;
+#pragma omp simd
+    for (int64_t j = 0; j < half; j++) {
+        float first = grad[j], second = grad[half + j];
+        grad[j] = first * cos[j] + second * sin[half + j];
+        grad[half + j] = second * cos[half + j] - first * sin[j];
+    }
+#pragma omp simd reduction(+ : dot)
+    for (int64_t j = 0; j < width; j++) {
+        float product = grad[j] * (x[j] * scale);
+        part[j] += product;
+        dot += product * weight[j];
+    }
+    float mean = dot / (float)width * scale;
+#pragma omp simd
+    for (int64_t j = 0; j < width; j++)
+        into[j] = (grad[j] * weight[j] - x[j] * mean) * scale;
+}
+
+/* What heads are made of: projections [S, B, G, R + 2, D], of each key's queries, of the key and of
+   the value; weights [D] of the norms; cosines and sines [S, D]. inverse is [B * G, R + 1, S]. */
+struct heads_made {
+    gemm *product;
+    const float *mixed, *query_weight, *key_weight, *cos, *sin;
+    float *inverse, *weights, *room;
+    float *context;                       /* [S, B, G, R, D] */
+    const float *grad;                    /* of it */
+    float *grad_mixed, *parts;            /* parts [B * G, 2, D]: of the weights, queries' first */
+    int64_t length, batch, groups, per_key, width, step, keeping, threads;
+    float scale, query_eps, key_eps;
+};
+
+/* Causal attention as attention_forward, of heads that are normalised and turned here. `room` holds
+   (step * R + S) * D numbers for each thread. */
+void attend_forward(const struct heads_made *x)
+{
+    int64_t length = x->length, batch = x->batch, groups = x->groups, per_key = x->per_key;
+    int64_t width = x->width, step = x->step, heads = groups * per_key;
+    int64_t position = batch * groups * (per_key + 2) * width;
+    const float one = 1.0f, zero = 0.0f;
+    int d = (int)width, value_stride = (int)position, threads = (int)x->threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t m = 0; m < batch * groups; m++) {
+        int64_t b = m / groups, g = m % groups;
+        const float *from = x->mixed + m * (per_key + 2) * width;
+        const float *key = from + per_key * width, *v = key + width;
+        float *inverse = x->inverse + m * (per_key + 1) * length, *kept = x->weights;
+        float *block = x->room + omp_get_thread_num() * (per_key * step + length) * width;
+        float *keys_turned = block + per_key * step * width;
+        for (int64_t s = 0; s < length; s++) {
+            const float *row = key + s * position;
+            float scale = scale_of_row(row, width, x->key_eps, inverse + per_key * length + s);
+            turn_row(row, x->key_weight, scale, x->cos + s * width, x->sin + s * width, width,
+                     keys_turned + s * width);
+        }
+        for (int64_t first = 0; first < length; first += step) {
+            int64_t end = smaller(first + step, length), n = per_key * (end - first);
+            float *w = x->keeping ? kept + m * n * end
+                                  : x->weights + omp_get_thread_num() * per_key * step * length;
+            int rows = (int)n, keys = (int)end;
+            float *into = block;
+            for (int64_t r = 0; r < per_key; r++)
+                for (int64_t s = first; s < end; s++, into += width) {
+                    const float *row = from + s * position + r * width;
+                    float scale = scale_of_row(row, width, x->query_eps, inverse + r * length + s);
+                    turn_row(row, x->query_weight, scale, x->cos + s * width, x->sin + s * width,
+                             width, into);
+                }
+            x->product("T", "N", &keys, &rows, &d, &x->scale, keys_turned, &d, block, &d, &zero, w,
+                       &keys);
+            weights_of_scores(w, n, first, end);
+            x->product("N", "N", &d, &rows, &keys, &one, v, &value_stride, w, &keys, &zero, block,
+                       &d);
+            scatter(block, b, g * per_key, per_key, first, end, width, batch, heads, x->context);
+            kept += batch * groups * n * end;
+        }
+    }
+}
+
+/* Its gradients. `room` holds (step * R * (3 * D + S) + 2 * S * D) numbers for each thread. */
+void attend_backward(const struct heads_made *x)
+{
+    int64_t length = x->length, batch = x->batch, groups = x->groups, per_key = x->per_key;
+    int64_t width = x->width, step = x->step, heads = groups * per_key, most = per_key * step;
+    int64_t position = batch * groups * (per_key + 2) * width;
+    struct heads grads = {x->grad, batch * heads * width, heads * width, width};
+    const float one = 1.0f, zero = 0.0f;
+    int d = (int)width, value_stride = (int)position, threads = (int)x->threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t m = 0; m < batch * groups; m++) {
+        int64_t b = m / groups, g = m % groups, after = 0;
+        const float *from = x->mixed + m * (per_key + 2) * width;
+        const float *key = from + per_key * width, *v = key + width;
+        const float *inverse = x->inverse + m * (per_key + 1) * length;
+        float *into = x->grad_mixed + m * (per_key + 2) * width;
+        float *into_key = into + per_key * width, *into_value = into_key + width;
+        float *of_query_weight = x->parts + m * 2 * width, *of_key_weight = of_query_weight + width;
+        float *block = x->room
+                       + omp_get_thread_num() * (most * (3 * width + length) + 2 * length * width);
+        float *of_context = block + most * width, *of_query = of_context + most * width;
+        float *of_weights = of_query + most * width, *keys_turned = of_weights + most * length;
+        float *of_keys = keys_turned + length * width;
+        memset(of_query_weight, 0, 2 * width * sizeof(float));
+        for (int64_t s = 0; s < length; s++)
+            turn_row(key + s * position, x->key_weight, inverse[per_key * length + s],
+                     x->cos + s * width, x->sin + s * width, width, keys_turned + s * width);
+        for (int64_t first = 0; first < length; first += step) {
+            int64_t end = smaller(first + step, length);
+            after += batch * heads * (end - first) * end;
+        }
+        /* The last block sees all keys and comes first: it writes what the others add to. */
+        for (int64_t first = (length - 1) / step * step; first >= 0; first -= step) {
+            int64_t end = smaller(first + step, length), n = per_key * (end - first);
+            after -= batch * groups * n * end;
+            const float *w = x->weights + after + m * n * end, *beta = end == length ? &zero : &one;
+            int rows = (int)n, keys = (int)end;
+            float *turned = block;
+            for (int64_t r = 0; r < per_key; r++)
+                for (int64_t s = first; s < end; s++, turned += width)
+                    turn_row(from + s * position + r * width, x->query_weight,
+                             inverse[r * length + s], x->cos + s * width, x->sin + s * width, width,
+                             turned);
+            gather(grads, b, g * per_key, per_key, first, end, width, of_context);
+            x->product("N", "T", &d, &keys, &rows, &one, of_context, &d, w, &keys, beta, into_value,
+                       &value_stride);
+            x->product("T", "N", &keys, &rows, &d, &one, v, &value_stride, of_context, &d, &zero,
+                       of_weights, &keys);
+            grads_of_scores(w, of_weights, n, first, end);
+            x->product("N", "T", &d, &keys, &rows, &x->scale, block, &d, of_weights, &keys, beta,
+                       of_keys, &d);
+            x->product("N", "N", &d, &rows, &keys, &x->scale, keys_turned, &d, of_weights, &keys,
+                       &zero, of_query, &d);
+            turned = of_query;
+            for (int64_t r = 0; r < per_key; r++)
+                for (int64_t s = first; s < end; s++, turned += width) {
+                    int64_t at = s * position + r * width;
+                    turn_row_back(turned, from + at, x->query_weight, inverse[r * length + s],
+                                  x->cos + s * width, x->sin + s * width, width, into + at,
+                                  of_query_weight);
+                }
+        }
+        for (int64_t s = 0; s < length; s++)
+            turn_row_back(of_keys + s * width, key + s * position, x->key_weight,
+                          inverse[per_key * length + s], x->cos + s * width, x->sin + s * width,
+                          width, into_key + s * position, of_key_weight);
     }
 }
 

@@ -43,7 +43,7 @@ _ARGUMENTS = {
     "glu_forward": [_N, _N, _N, _P, _N, _P, _P, _P, _P, _P, _T],
     "glu_sums": [_N, _N, _P, _P, _P, _P, _P, _P, _T],
     "glu_backward": [
-        _N, _N, _P, _N, _P, _N, _P, _P, _P, _P, _N, _P, _P, _P, _P, _P, _N, _P, _T,
+        _N, _N, _P, _N, _P, _N, _P, _P, _P, _P, _N, _P, _P, _P, _P, _P, _N, _P, _P, _T,
     ],
     "rms_norm_forward": [_N, _N, _N, _N, _N, _P, _P, _F, _P, _P, _T],
     "rms_norm_backward": [_N, _N, _N, _N, _N, _P, _P, _P, _P, _N, _N, _P, _P, _P, _T],
@@ -64,8 +64,41 @@ _ARGUMENTS = {
     "largest_places": [_N, _N, _N, _P, _P, _T],
     "grouped_rows": [_P, _N, _P, _T, _T, _T, _P, _T, _P, _P],
     "grouped_weights": [_P, _N, _P, _T, _T, _P, _T, _P, _T, _P, _T],
+    "attend_forward": [_P],
+    "attend_backward": [_P],
+    "experts_begin": [_P, _N, _N, _N, _N],
+    "experts_end": [_P, _N, _N, _N, _N],
+    "experts_backward": [_P, _N, _P],
 }  # fmt: skip
 _RESULTS = {"count_rows": _N}
+
+
+def _fields(**kinds: str) -> list[tuple[str, Any]]:
+    """Returns fields of a structure: names by kind, in the order in which they are given."""
+    of_kind = {"addresses": _P, "numbers": _N, "floats": _F}
+    return [(name, of_kind[kind]) for kind, names in kinds.items() for name in names.split()]
+
+
+class ExpertsArguments(ctypes.Structure):
+    """Is ``struct experts``: what the functions of whole experts read and write."""
+
+    _fields_ = _fields(
+        addresses="product counts token place tokens probs gate_up_weight down_weight scale "
+        "scale_grad gate_up activation mask inverse rows hidden out kept weight grad_out grad_sums "
+        "grads grad_hidden grad_gate_up grad_tokens grad_probs of_gate_up of_down",
+        numbers="width neurons k adding threads",
+    )
+
+
+class HeadsArguments(ctypes.Structure):
+    """Is ``struct heads_made``: what attention reads and writes that makes its heads itself."""
+
+    _fields_ = _fields(
+        addresses="product mixed query_weight key_weight cos sin inverse weights room context grad "
+        "grad_mixed parts",
+        numbers="length batch groups per_key width step keeping threads",
+        floats="scale query_eps key_eps",
+    )
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,6 @@ class CompiledSwiGLU(torch.autograd.Function):
             address(activation_TF), address(mask_TF), address(scale_T), address(grad_hidden_TF),
             grad_hidden_TF.stride(0), address(grad_sum_SF), address(segment_T),
             address(inverse_T), address(grad_gate_TF), address(grad_up_TF),
-            grad_gate_TF.stride(0), address(grad_scale_T), threads(),
+            grad_gate_TF.stride(0), address(grad_scale_T), None, threads(),
         )  # fmt: skip
         return None, grad_gate_TF, grad_up_TF, None, None, grad_scale_T, None

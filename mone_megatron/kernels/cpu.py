@@ -26,7 +26,7 @@ from mone_megatron.kernels.compiled_glu import CompiledSwiGLU
 from mone_megatron.kernels.reference import TINY, Activate, Keep, TopK, WeightSums
 
 # The score that the function below ranks by itself; torch computes every other one for it.
-_FUSED_SCORE = "abs_activation"
+FUSED_SCORE = "abs_activation"
 # Elements a thread works on at a time: few enough for a core's share of the cache, enough for the
 # calls not to count.
 _BLOCK_ELEMENTS = 131072
@@ -142,7 +142,7 @@ def selected_swiglu(
     sums: WeightSums | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns hidden values, and with ``sums`` sums of weights and counts (see :mod:`.ops`)."""
-    if isinstance(keep, TopK) and keep.score != _FUSED_SCORE:
+    if isinstance(keep, TopK) and keep.score != FUSED_SCORE:
         with torch.no_grad():
             keep = topk_mask(reference.neuron_scores(gate_TF, up_TF, keep.score), keep.k)
     mask_TF = k = None

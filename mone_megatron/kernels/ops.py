@@ -25,11 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mone_megatron.kernels import compiled_cpu, cpu, grouped_cpu, reference, te_grouped
+from mone_megatron.kernels.experts_cpu import Choice, Rows, TokensThroughExperts
 from mone_megatron.kernels.packed import Outputs, packed_glu, rebuilt_when_needed
 from mone_megatron.kernels.reference import Activate, Keep, Packed, TopK, WeightSums
 
 __all__ = [
+    "KERNEL_SCORE",
+    "Choice",
     "RowGroups",
+    "Rows",
     "compiled_variants",
     "describe",
     "expert_product",
@@ -39,10 +43,13 @@ __all__ = [
     "rebuilt_when_needed",
     "selected_glu",
     "selected_glu_and_sums",
+    "through_experts",
     "topk_mask",
     "use_kernels",
 ]
 
+# The score by which a kernel of whole experts selects.
+KERNEL_SCORE = cpu.FUSED_SCORE
 Kernels = Literal["auto", "reference"]
 GroupedGemm = Literal["torch", "transformer_engine"]
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
@@ -180,6 +187,36 @@ def expert_product(
     if _grouped_gemm == "transformer_engine":
         return te_grouped.grouped_mm(rows_TI, matrix_EIO, groups.counts_E, parameter=weight)
     return grouped_mm(rows_TI, matrix_EIO, groups)
+
+
+def through_experts(
+    tokens_NH: Tensor,
+    probs_NA: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    rows: Rows,
+    choice: Choice,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Returns all that the experts of one rank make of its tokens; None where nothing does so.
+
+    That is on CPU in fp32, where there is a compiler (:mod:`.experts_cpu`, which says what is
+    given and returned).
+    """
+    weights = gate_up_weight, down_weight
+    plain = all(
+        tensor.dtype is torch.float32 and not tensor.is_cuda
+        for tensor in (tokens_NH, probs_NA, *weights)
+    )
+    alike = len({getattr(weight, "adds_to_main_grad", False) for weight in weights}) == 1
+    if not (plain and alike and _chosen == "auto" and _grouped_gemm == "torch"):
+        return None
+    functions = compiled_cpu.compiled_products()
+    if functions is None:
+        return None
+    outputs: tuple[Tensor, Tensor | None, Tensor | None] = TokensThroughExperts.apply(
+        functions, tokens_NH, probs_NA, *weights, rows, choice
+    )
+    return outputs
 
 
 def leaves_gradients_unwritten(device: torch.device) -> bool:

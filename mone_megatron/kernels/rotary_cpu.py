@@ -35,11 +35,16 @@ def rotate(x_SBND: Tensor, angles: Tensor) -> Tensor:
         angles: fp32, of each position and value, broadcasting to ``x_SBND``; the same tensor
             always holds the same angles.
     """
+    rotated: Tensor = _Rotation.apply(x_SBND, *cosines_and_sines(angles))
+    return rotated
+
+
+def cosines_and_sines(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns both of the angles, which came last in most cases."""
     global _last
     if _last is None or _last[0] is not angles:
         _last = angles, angles.cos(), angles.sin()
-    rotated: Tensor = _Rotation.apply(x_SBND, *_last[1:])
-    return rotated
+    return _last[1:]
 
 
 class _Rotation(torch.autograd.Function):

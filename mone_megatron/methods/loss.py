@@ -66,6 +66,8 @@ class NeuronLoss:
         linear: whether it is linear in the weights, so that ranks with different tokens of a
             segment need not know each other's weights.
         signed: whether weights are activations with their sign instead of their size.
+        slope: of a linear loss, the factor of each neuron's sum of weights, fp32 ``[S, F]``: with
+            it the gradient is known without autograd. None where autograd is to find it.
         normalized: the value of ``mone.balance.normalize`` that it is written for; None for either.
     """
 
@@ -74,5 +76,6 @@ class NeuronLoss:
     source: str
     function: Callable[[SelectionSums], Tensor]
     linear: bool = True
+    slope: Callable[[SelectionSums], Tensor] | None = None
     signed: bool = False
     normalized: bool | None = None

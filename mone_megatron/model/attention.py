@@ -216,6 +216,13 @@ class SDPAttention(MegatronModule):
             context_BNSW = context_BNSW[:, :, 1:]
         return context_BNSW[..., :value_dim].permute(2, 0, 1, 3).flatten(2)
 
+    @property
+    def plain(self) -> bool:
+        """Returns whether, without a mask, this is causal attention and nothing else."""
+        limited = self.window is not None or self.context_group is not None
+        dropping = self.training and self.dropout
+        return not limited and not dropping and self.config.softmax_type == "vanilla"
+
     def _sink(self, query_SBND: Tensor) -> Tensor | None:
         if self.config.softmax_type == "vanilla":
             return None

@@ -42,6 +42,7 @@ from mone_megatron.methods.routers import ROUTERS
 from mone_megatron.methods.sparsity_losses import SPARSITY_LOSSES
 from mone_megatron.model.attention import SDPAttention
 from mone_megatron.model.norm import AllHeadsRMSNorm, RMSNorm
+from mone_megatron.model.self_attention import SelfAttention
 from mone_megatron.mone.balance import NeuronBalance
 from mone_megatron.mone.experts import GroupedExperts
 from mone_megatron.mone.layer import MicrobatchSources, MoNELayer
@@ -52,7 +53,6 @@ from mone_megatron.mone.selection import NeuronSelection
 from mone_megatron.mone.sparsity import Sparsity
 from mone_megatron.parallel.megatron_compat.attention_modules import (
     latent_attention,
-    self_attention,
 )
 
 
@@ -222,7 +222,7 @@ def _attention(backend: BackendSpecProvider, model: ModelConfig) -> ModuleSpec:
     if model.attention == "mla":
         return _latent_attention(backend, model)
     return ModuleSpec(
-        module=self_attention(),
+        module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from mone_megatron.kernels.reference import TINY
@@ -48,6 +49,35 @@ class _AllReduceSum(torch.autograd.Function):
         grad = grad.clone()
         dist.all_reduce(grad, group=ctx.group)  # type: ignore[attr-defined]
         return grad, None
+
+
+class AttachedLinear(torch.autograd.Function):
+    """Gives sums of weights the gradient of a loss that is linear in them, times megatron-core's
+    scale of auxiliary losses, when ``hidden``, which is passed on, gets its own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight_sum_SF: Tensor,
+        slope_SF: Tensor,
+        coeff: float,
+    ) -> Tensor:
+        """Returns ``hidden``; the gradient of the sums will be ``slope_SF * coeff``, scaled."""
+        ctx.save_for_backward(slope_SF)
+        ctx.coeff = coeff  # type: ignore[attr-defined]
+        return hidden
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        """Returns the gradients of ``hidden``, as it is, and of the sums."""
+        (slope_SF,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        scale = MoEAuxLossAutoScaler.main_loss_backward_scale
+        factor = ctx.coeff if scale is None else scale * ctx.coeff  # type: ignore[attr-defined]
+        return grad, slope_SF * factor, None, None
 
 
 def sum_over_ranks(weight_sum: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -169,6 +169,38 @@ class GroupedExperts(MegatronModule):
         )
         return output_TH, None
 
+    def through(
+        self,
+        tokens_NH: Tensor,
+        probs_NA: Tensor,
+        rows: ops.Rows,
+        shared_group: dist.ProcessGroup | None,
+        microbatches: int,
+    ) -> Tensor | None:
+        """Returns each token's sum over its experts, ``[N, H]``; None where no kernel does so.
+
+        Args:
+            tokens_NH: tokens, all of whose experts are on this rank.
+            probs_NA: the router's probability of each expert, 0 for those that are not chosen.
+            rows: of the experts.
+            shared_group: see :class:`~.neurons.Segments`.
+            microbatches: whose tokens these are.
+        """
+        choice = self.neuron_gate.choice()
+        watched = self._forward_hooks or self._forward_pre_hooks
+        if choice is None or watched or self.gate.name != "full":
+            return None
+        weights = self.get_parameter("gate_up_weight"), self.down_weight
+        done = ops.through_experts(tokens_NH, probs_NA, *weights, rows, choice)
+        if done is None:
+            return None
+        sums_NH, weight_sum_AF, kept_AF = done
+        if weight_sum_AF is None or kept_AF is None:
+            return sums_NH
+        return self.neuron_gate.attach_balance(
+            sums_NH, weight_sum_AF, kept_AF, rows.counts_A.float(), shared_group, microbatches
+        )
+
     def project(self, tokens_TH: Tensor, groups: ops.RowGroups) -> tuple[Tensor, Tensor]:
         """Returns gate and up projections ``[T, F]`` of some rows ``[T, H]``, sorted by expert."""
         return self._project(

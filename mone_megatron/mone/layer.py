@@ -116,6 +116,18 @@ class MoNELayer(MoELayer):
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Applies this rank's experts to the dispatched rows."""
+        dispatcher = self.token_dispatcher
+        if isinstance(dispatcher, LocalTokenDispatcher) and self.sources.num_parts == 1:
+            sums_NH = self.experts.through(
+                hidden_states,
+                probs,
+                dispatcher.rows(),
+                self.sources.shared_group,
+                self.sources.num_microbatches,
+            )
+            if sums_NH is not None:
+                dispatcher.combined()
+                return sums_NH, None
         rows_TH, rows_per_expert_E, row_probs_T = self.token_dispatcher.dispatch_postprocess(
             hidden_states, probs
         )

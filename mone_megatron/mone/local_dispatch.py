@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mone_megatron.kernels.compiled_cpu import address, compiled, threads
+from mone_megatron.kernels.experts_cpu import Rows
 
 
 def can_dispatch_locally(config: TransformerConfig, dispatcher: MoETokenDispatcher) -> bool:
@@ -43,6 +44,7 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         """Takes what megatron-core's dispatchers take, but which experts are here: all are."""
         super().__init__(config, pg_collection)
         self._order: _Order | None = None
+        self._combined = False
         self.hidden_shape = torch.Size()
 
     @property
@@ -81,6 +83,15 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         rows_TH: Tensor = _Rows.apply(hidden_states, order)
         return rows_TH, order.rows_A, probs.reshape(-1).index_select(0, order.chosen_T)
 
+    def rows(self) -> Rows:
+        """Returns where the rows come from, for who copies them without this dispatcher."""
+        assert self._order is not None, "asked after dispatch_preprocess"
+        return Rows(self._order.rows_A, self._order.token_T, self._order.chosen_T)
+
+    def combined(self) -> None:
+        """Is told that tokens' sums will come, not the experts' outputs."""
+        self._order, self._combined = None, True
+
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Returns the experts' outputs as they are."""
         return hidden_states
@@ -91,6 +102,9 @@ class LocalTokenDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Returns each token's sum over its experts' outputs, ``[s, b, H]``."""
+        if self._combined:
+            self._combined = False
+            return hidden_states.view(self.hidden_shape)
         order, self._order = self._order, None
         assert order is not None, "asked once after each dispatch"
         tokens_NH: Tensor = _Sums.apply(hidden_states, order)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
@@ -34,6 +35,7 @@ from mone_megatron.methods.activations import up_function
 from mone_megatron.methods.loss import SelectionSums
 from mone_megatron.methods.losses import LOSSES
 from mone_megatron.mone.balance import (
+    AttachedLinear,
     NeuronBalance,
     neuron_weights,
     sum_over_ranks,
@@ -199,6 +201,30 @@ class NeuronGate(MegatronModule):
         with ops.rebuilt_when_needed(hidden_TF, packed):
             return project(hidden_TF)
 
+    def choice(self) -> ops.Choice | None:
+        """Returns what a kernel of whole experts needs to know of this unit, as it is used now.
+
+        None where this module has something to do between the projections.
+        """
+        plain = self.activate is F.silu and self.activate_up is None and self.sparsity is None
+        watched = self._forward_hooks or self._forward_pre_hooks
+        observing = self.training and torch.is_grad_enabled()
+        if not plain or watched or (observing and self.usage.collecting):
+            return None
+        if not self._selecting:
+            return ops.Choice()
+        assert self.selector is not None
+        keep, balance = self.selector.for_kernels, self.balance
+        if self.selector.shifts or self.selector.watched or self.straight_through:
+            return None
+        if self.memory == "packed" or keep is None or keep.score != ops.KERNEL_SCORE:
+            return None
+        if not observing or not self._balancing:
+            return ops.Choice(keep.k)
+        if self.loss.signed or balance.weights != "selected":
+            return None
+        return ops.Choice(keep.k, sums=True, normalize=balance.normalize)
+
     def run_each_kernel(
         self,
         gate_TF: Tensor,
@@ -347,7 +373,11 @@ class NeuronGate(MegatronModule):
                 if segments.order is not None and self.neuron_group is None:
                     expert_T = segments.index_T % self.num_local_experts
                     self.unions.add(keep, expert_T, segments.order, self.num_experts)
-        return self._attach_balance(hidden_TF, weight_sum_SF, kept_SF, segments)
+        ones_T = torch.ones_like(segments.index_T, dtype=torch.float32)
+        tokens_S = kept_SF.new_zeros(len(kept_SF)).scatter_add_(0, segments.index_T, ones_T)
+        return self.attach_balance(
+            hidden_TF, weight_sum_SF, kept_SF, tokens_S, segments.shared_group, segments.weight
+        )
 
     def _glu(
         self,
@@ -492,38 +522,55 @@ class NeuronGate(MegatronModule):
             expert_ET=segment_ST.view(by_expert).sum(dim=0),
         )
 
-    def _attach_balance(
+    def attach_balance(
         self,
-        hidden_TF: Tensor,
+        hidden: Tensor,
         weight_sum_SF: Tensor,
         kept_SF: Tensor,
-        segments: Segments,
+        tokens_S: Tensor,
+        shared_group: dist.ProcessGroup | None,
+        weight: int,
     ) -> Tensor:
-        """Logs the balance loss and lets it backpropagate with ``hidden_TF``."""
+        """Logs the balance loss and lets it backpropagate with ``hidden``, which is returned.
+
+        Args:
+            hidden: what depends on the same gate projections.
+            weight_sum_SF: of each segment, the sums of the neurons' weights.
+            kept_SF: how many of its rows keep each neuron.
+            tokens_S: how many rows it has, fp32.
+            shared_group: see :class:`Segments`.
+            weight: see :class:`Segments`.
+        """
         assert self.selector is not None
-        ones_T = torch.ones_like(segments.index_T, dtype=torch.float32)
-        tokens_S = kept_SF.new_zeros(len(kept_SF)).scatter_add_(0, segments.index_T, ones_T)
-        if segments.shared_group is not None:
+        if shared_group is not None:
             counts = torch.cat([kept_SF, tokens_S.unsqueeze(-1)], dim=-1)
-            dist.all_reduce(counts, group=segments.shared_group)
+            dist.all_reduce(counts, group=shared_group)
             kept_SF, tokens_S = counts[:, :-1], counts[:, -1]
             if not self.loss.linear:
-                weight_sum_SF = sum_over_ranks(weight_sum_SF, segments.shared_group)
-        loss = self.loss.function(
-            SelectionSums(
-                weight_sum_SF=weight_sum_SF,
-                kept_SF=kept_SF,
-                tokens_S=tokens_S,
-                kept_share=self.selector.kept / self.selector.neurons,
-                num_experts=self.num_experts,
-                neurons=self.selector.neurons,
-            )
+                weight_sum_SF = sum_over_ranks(weight_sum_SF, shared_group)
+        sums = SelectionSums(
+            weight_sum_SF=weight_sum_SF,
+            kept_SF=kept_SF,
+            tokens_S=tokens_S,
+            kept_share=self.selector.kept / self.selector.neurons,
+            num_experts=self.num_experts,
+            neurons=self.selector.neurons,
         )
-        if segments.shared_group is not None and not self.loss.linear:
-            loss = loss / dist.get_world_size(segments.shared_group)
-        if segments.weight != 1:
-            loss = loss * segments.weight
+        coeff = self.balance.coeff
+        if self.loss.slope is not None:
+            slope_SF = self.loss.slope(sums)
+            loss = torch.dot(slope_SF.flatten(), weight_sum_SF.detach().flatten())
+            if weight != 1:
+                loss *= weight
+            if coeff > 0:
+                hidden = AttachedLinear.apply(hidden, weight_sum_SF, slope_SF, coeff * weight)
+        else:
+            loss = self.loss.function(sums)
+            if shared_group is not None and not self.loss.linear:
+                loss = loss / dist.get_world_size(shared_group)
+            if weight != 1:
+                loss = loss * weight
+            if coeff > 0:
+                hidden = MoEAuxLossAutoScaler.apply(hidden, loss * coeff)
         save_to_aux_losses_tracker(NEURON_BALANCE_LOSS, loss, self.layer_number, self.num_layers)
-        if self.balance.coeff > 0:
-            hidden_TF = MoEAuxLossAutoScaler.apply(hidden_TF, loss * self.balance.coeff)
-        return hidden_TF
+        return hidden

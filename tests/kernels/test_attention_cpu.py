@@ -103,3 +103,96 @@ def test_what_it_is_used_for() -> None:
                          (MOST_TOKENS + 1, False)):  # fmt: skip
         shape = length, 1, 2, 8
         assert attention_cpu.supports(*(torch.zeros(shape) for _ in range(3))) is used
+
+
+MADE = [shape for shape in SHAPES if attention_cpu.keeps_weights(shape[0])]
+
+
+def _projections(
+    length: int, batch: int, heads: int, groups: int, width: int
+) -> tuple[list[Tensor], Tensor, attention_cpu.Heads]:
+    """Returns projections and the weights of both norms, angles, and how heads are made."""
+    generator = torch.Generator().manual_seed(length)
+    per_key = heads // groups
+    mixed = torch.randn(length, batch, groups * (per_key + 2) * width, generator=generator)
+    norms = [torch.rand(width, generator=generator) + 0.5 for _ in range(2)]
+    half = torch.arange(length).unsqueeze(-1) * 10.0 ** -torch.linspace(0, 3, width // 2)
+    angles = torch.cat([half, half], dim=-1).view(length, 1, 1, width)
+    leaves = [leaf.requires_grad_() for leaf in (mixed, *norms)]
+    return leaves, angles, attention_cpu.Heads(per_key, 1e-5, 1e-3, 0.3)
+
+
+def _one_after_the_other(
+    mixed: Tensor, query_norm: Tensor, key_norm: Tensor, angles: Tensor, made: attention_cpu.Heads
+) -> Tensor:
+    """Norms, rotation and attention, in fp64."""
+    width = len(query_norm)
+    parts = mixed.double().unflatten(-1, (-1, made.per_key + 2, width))
+    query, key, value = parts.split([made.per_key, 1, 1], dim=3)
+
+    def turned(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed = F.rms_norm(x.flatten(2, 3), (width,), weight.double(), eps)
+        first, second = normed.chunk(2, dim=-1)
+        wide = angles.double()
+        return normed * wide.cos() + torch.cat([-second, first], dim=-1) * wide.sin()
+
+    return _torchs(
+        turned(query, query_norm, made.query_eps),
+        turned(key, key_norm, made.key_eps),
+        value.flatten(2, 3),
+        made.scale,
+    )
+
+
+@pytest.mark.parametrize("shape", MADE, ids=str)
+def test_heads_made_within_are_those_made_before(
+    shape: tuple[int, ...], cpu_functions: str
+) -> None:
+    leaves, angles, made = _projections(*shape)
+    usable = attention_cpu.makes_heads(leaves[0], *leaves[1:], angles)
+    assert usable == (cpu_functions == "compiled")
+    if not usable:
+        return
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(*shape[:2], shape[2] * shape[4], generator=generator)
+    theirs = _one_after_the_other(*leaves, angles, made)
+    expected = torch.autograd.grad(theirs, leaves, grad.double())
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            ours = attention_cpu.attention_of_projections(*leaves, angles, made)
+            with torch.no_grad():
+                alone = attention_cpu.attention_of_projections(*leaves, angles, made)
+            assert torch.equal(alone, ours)
+            found.append((ours, *torch.autograd.grad(ours, leaves, grad)))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[0][0], theirs.float(), rtol=1e-5, atol=3e-6)
+    for mine, other in zip(found[0][1:], expected, strict=True):
+        # Sums over all rows for the weights of the norms.
+        torch.testing.assert_close(mine, other, rtol=2e-5, atol=2e-4)
+    # BLAS's products round otherwise where several threads compute one each.
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-4)
+
+
+def test_squares_that_overflow_leave_no_gradient(cpu_functions: str) -> None:
+    if cpu_functions == "torch":
+        return  # heads are made before: tests of the norm
+    leaves, angles, made = _projections(200, 1, 2, 1, 8)
+    with torch.no_grad():
+        leaves[0][7, 0, :8] = 1e30
+    ours = attention_cpu.attention_of_projections(*leaves, angles, made)
+    assert ours.isfinite().all()
+    assert torch.autograd.grad(ours.sum(), leaves)[0].isnan().any()
+
+
+def test_heads_of_another_kind_are_made_before() -> None:
+    leaves, angles, _ = _projections(200, 1, 2, 1, 8)
+    hidden, *norms = leaves
+    assert not attention_cpu.makes_heads(hidden.bfloat16(), *norms, angles)
+    assert not attention_cpu.makes_heads(hidden[:100], *norms, angles[:100])
+    assert not attention_cpu.makes_heads(hidden, *norms, angles[..., :4])
+    assert not attention_cpu.makes_heads(hidden, *norms, angles.expand(-1, 2, -1, -1))
+    assert not attention_cpu.makes_heads(hidden, *norms, angles.clone().requires_grad_())

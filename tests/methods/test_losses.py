@@ -49,6 +49,23 @@ def computed(name: str, activation: Tensor, mask: Tensor, index: Tensor) -> Tens
     )
 
 
+@pytest.mark.parametrize("name", [name for name in own_names(LOSSES) if LOSSES[name].slope])
+def test_slopes_are_the_gradients(name: str) -> None:
+    loss = LOSSES[name]
+    assert loss.linear
+    assert loss.slope is not None
+    activation, mask, index = inputs()
+    segment_ST = segment_matrix(index, EXPERTS)
+    weight_sum_SF = (segment_ST @ (activation.float() * mask).abs()).requires_grad_()
+    kept_SF, tokens_S = segment_ST @ mask.float(), segment_ST.sum(-1)
+    sums = SelectionSums(weight_sum_SF, kept_SF, tokens_S, KEPT / NEURONS, EXPERTS, NEURONS)
+    (gradient,) = torch.autograd.grad(loss.function(sums), weight_sum_SF)
+    slope_SF = loss.slope(sums)
+    assert not slope_SF.requires_grad
+    torch.testing.assert_close(slope_SF, gradient)
+    torch.testing.assert_close((slope_SF * weight_sum_SF).sum(), loss.function(sums))
+
+
 def expected(name: str, activation: Tensor, mask: Tensor, index: Tensor) -> float:
     total = 0.0
     for expert in range(EXPERTS):

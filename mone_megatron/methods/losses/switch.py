@@ -20,11 +20,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def slope(sums: SelectionSums) -> Tensor:
+    """Returns what the loss multiplies each sum of weights by, fp32 ``[S, F]``."""
+    tokens_S = sums.tokens_S.clamp_min(1).float()
+    return sums.kept_SF.float() / (
+        tokens_S.square() * (sums.kept_share * sums.num_experts)
+    ).unsqueeze(-1)
+
+
 def switch(sums: SelectionSums) -> Tensor:
     """Returns the loss of this rank's tokens, an fp32 scalar."""
-    tokens_S1 = sums.tokens_S.clamp_min(1).unsqueeze(-1).float()
-    load_SF = sums.kept_SF.float() / tokens_S1 / sums.kept_share
-    return (load_SF.detach() * sums.weight_sum_SF / tokens_S1).sum() / sums.num_experts
+    return (slope(sums).detach() * sums.weight_sum_SF).sum()
 
 
 METHOD = NeuronLoss(
@@ -32,4 +38,5 @@ METHOD = NeuronLoss(
     formula="load times mean weight, summed over neurons",
     source="arXiv 2510.05781, after arXiv 2101.03961",
     function=switch,
+    slope=slope,
 )

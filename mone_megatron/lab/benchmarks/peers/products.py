@@ -1,8 +1,8 @@
 """Computes the matrix products of a training step and nothing else: what no step can be below.
 
 Those are the projections of attention, the router, the experts (evenly used) and the output layer,
-each with the products for both of its gradients, into memory that is there. Attention itself is
-left out.
+each with the products for both of its gradients, into memory that is there, in huge pages as ours.
+Attention itself is left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from mone_megatron.config.schema import Config, ModelConfig
 from mone_megatron.lab.benchmarks.peers.task import PeerTask
+from mone_megatron.parallel.host_memory import keep_freed_memory
 from mone_megatron.planning.attention import score_flops
 from mone_megatron.planning.flops import forward_flops_per_token
 
@@ -78,6 +79,8 @@ class ProductsWork:
         """Allocates the matrices, filled with random numbers."""
         config = task.config
         self.device = torch.device(config.device.kind)
+        if self.device.type == "cpu":
+            keep_freed_memory()  # as our steps do
         if config.device.threads:
             torch.set_num_threads(config.device.threads)
         bf16 = config.device.dtype == "bf16" or (
