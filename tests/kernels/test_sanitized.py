@@ -16,7 +16,8 @@ SANITIZERS = ("libasan.so", "libubsan.so")
 TESTS = (
     "tests/kernels/test_compiled_cpu.py", "tests/kernels/test_attention_cpu.py",
     "tests/kernels/test_lean_cpu.py", "tests/kernels/test_topk_cpu.py",
-    "tests/kernels/test_grouped_product.py", "tests/mone/test_local_dispatch.py",
+    "tests/kernels/test_grouped_product.py", "tests/kernels/test_experts_cpu.py",
+    "tests/mone/test_local_dispatch.py",
 )  # fmt: skip
 
 
