@@ -14,11 +14,12 @@ from typing import Any
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from mone_megatron.kernels.attention_cpu import Heads, attention_of_projections, makes_heads
 from mone_megatron.model.attention import SDPAttention
 from mone_megatron.model.norm import RMSNorm
+from mone_megatron.module_calls import calls_only
 from mone_megatron.parallel.megatron_compat.attention_modules import self_attention
 
 
@@ -56,8 +57,8 @@ class SelfAttention(self_attention()):  # type: ignore[misc]
         usual = (
             isinstance(core, SDPAttention)
             and core.plain
-            and all(type(norm) is RMSNorm for norm in norms)
-            and not any(_watched(module) for module in (core, *norms))
+            and calls_only(core, SDPAttention)
+            and all(calls_only(norm, RMSNorm) for norm in norms)
             and not (self.training and self.checkpoint_core_attention)
             and not (config.no_rope_freq or config.rotary_interleaved or config.test_mode)
             # Heads that ranks share are gathered; gates are heads, too.
@@ -74,8 +75,3 @@ class SelfAttention(self_attention()):  # type: ignore[misc]
             key_eps=self.k_layernorm.eps,
             scale=width**-0.5 if core.softmax_scale is None else core.softmax_scale,
         )
-
-
-def _watched(module: nn.Module) -> bool:
-    """Returns whether a hook wants to see what the module is given or gives."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)

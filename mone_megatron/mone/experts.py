@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from mone_megatron.kernels import ops
 from mone_megatron.methods.gate import GateSize, Product, Products
 from mone_megatron.methods.gates import GATES
+from mone_megatron.module_calls import calls_only
 from mone_megatron.mone.megatron_settings import ROUTED_EXPERTS, refuse_unread
 from mone_megatron.mone.neurons import NeuronGate, NeuronSettings, Segments
 from mone_megatron.mone.sparsity import Sparsity
@@ -187,8 +188,8 @@ class GroupedExperts(MegatronModule):
             microbatches: whose tokens these are.
         """
         choice = self.neuron_gate.choice()
-        watched = self._forward_hooks or self._forward_pre_hooks
-        if choice is None or watched or self.gate.name != "full":
+        usual = calls_only(self, GroupedExperts) and self.gate.name == "full"
+        if choice is None or not usual:
             return None
         weights = self.get_parameter("gate_up_weight"), self.down_weight
         done = ops.through_experts(tokens_NH, probs_NA, *weights, rows, choice)

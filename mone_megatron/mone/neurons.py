@@ -34,6 +34,7 @@ from mone_megatron.kernels.reference import (
 from mone_megatron.methods.activations import up_function
 from mone_megatron.methods.loss import SelectionSums
 from mone_megatron.methods.losses import LOSSES
+from mone_megatron.module_calls import calls_only
 from mone_megatron.mone.balance import (
     AttachedLinear,
     NeuronBalance,
@@ -207,9 +208,9 @@ class NeuronGate(MegatronModule):
         None where this module has something to do between the projections.
         """
         plain = self.activate is F.silu and self.activate_up is None and self.sparsity is None
-        watched = self._forward_hooks or self._forward_pre_hooks
         observing = self.training and torch.is_grad_enabled()
-        if not plain or watched or (observing and self.usage.collecting):
+        busy = observing and self.usage.collecting
+        if not plain or busy or not calls_only(self, NeuronGate):
             return None
         if not self._selecting:
             return ops.Choice()

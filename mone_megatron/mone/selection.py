@@ -24,6 +24,7 @@ from mone_megatron.kernels.reference import Activate, TopK, neuron_scores
 from mone_megatron.methods.rule import STATE_PREFIX, Budget, Rows
 from mone_megatron.methods.rules import RULES
 from mone_megatron.methods.scores import SCORES
+from mone_megatron.module_calls import calls_only
 from mone_megatron.mone.balance import sum_over_ranks
 from mone_megatron.mone.density import DensityMeter
 
@@ -190,8 +191,8 @@ class NeuronSelector(nn.Module):
 
     @property
     def watched(self) -> bool:
-        """Returns whether a forward hook wants to see the mask."""
-        return bool(self._forward_hooks)
+        """Returns whether a hook or another forward wants to see the scores or the mask."""
+        return not calls_only(self, NeuronSelector)
 
     @property
     def state(self) -> dict[str, Tensor]:

@@ -51,9 +51,9 @@ def _run(mone: MoNEConfig, train: bool = True) -> tuple[Tensor, Tensor, dict[str
 
 
 def _counting(calls: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **named: Any) -> Any:
         calls.append(name)
-        return function(*arguments)
+        return function(*arguments, **named)
 
     return counted
 
@@ -95,15 +95,42 @@ def test_attention_of_projections_is_the_same_up_to_rounding(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("place", ["core_attention", "q_layernorm", "experts", "neuron_gate"])
-def test_who_is_watched_is_called(place: str) -> None:
+def _hook(module: Any, seen: list[str]) -> None:
+    module.register_forward_hook(lambda *call: seen.append("hook"))
+
+
+def _see_before(module: Any, seen: list[str]) -> None:
+    module.register_forward_pre_hook(lambda *call: seen.append("before"))
+
+
+def _wrap(module: Any, seen: list[str]) -> None:
+    module.forward = _counting(seen, "wrapper", module.forward)
+
+
+def _override(module: Any, seen: list[str]) -> None:
+    kind = type(module)
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        seen.append("subclass")
+        return kind.forward(self, *arguments, **named)
+
+    module.__class__ = type(f"My{kind.__name__}", (kind,), {"forward": forward})
+
+
+@pytest.mark.parametrize("way", [_hook, _see_before, _wrap, _override])
+@pytest.mark.parametrize(
+    "place", ["core_attention", "q_layernorm", "k_layernorm", "experts", "neuron_gate", "selector"]
+)
+def test_who_is_watched_or_changed_is_called(
+    place: str, way: Callable[[Any, list[str]], None]
+) -> None:
     config = tiny(MODELS["mone"])
     config = replace(config, train=replace(config.train, seq_length=LENGTH))
     model = build(config).train()
-    seen = []
+    seen: list[str] = []
     for name, module in model.named_modules():
         if name.endswith(place):
-            module.register_forward_hook(lambda *call: seen.append(call[0]))
+            way(module, seen)
     tokens = torch.randint(0, 500, (1, LENGTH), generator=torch.Generator().manual_seed(2))
     model(tokens, torch.arange(LENGTH).expand(1, -1), None, labels=tokens)
     assert seen
