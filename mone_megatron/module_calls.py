@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 
-def calls_only(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Returns whether calling a module does what ``kind.forward`` does, and nothing else.
+def calls_only(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Returns whether there is a module whose call does what ``kind.forward`` does, and no more.
 
     A hook may want to see what it is given or gives, and a subclass or a wrapper may have put a
     forward of its own in the place of that.
     """
+    if not isinstance(module, kind):
+        return False
     hooks = (
         module._forward_pre_hooks,
         module._forward_hooks,

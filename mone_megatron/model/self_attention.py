@@ -55,9 +55,8 @@ class SelfAttention(self_attention()):  # type: ignore[misc]
         """Returns how heads are made of projections; None where megatron-core is to make them."""
         config, norms, core = self.config, (self.q_layernorm, self.k_layernorm), self.core_attention
         usual = (
-            isinstance(core, SDPAttention)
+            calls_only(core, SDPAttention)
             and core.plain
-            and calls_only(core, SDPAttention)
             and all(calls_only(norm, RMSNorm) for norm in norms)
             and not (self.training and self.checkpoint_core_attention)
             and not (config.no_rope_freq or config.rotary_interleaved or config.test_mode)

@@ -4,7 +4,9 @@ Each entry is a tensor that autograd saves (of several views of one storage, the
 after what it is. Two sets of kernels differ: on CPU SwiGLU with selection is one function in fp32
 only, where norms keep their input alone and all layers share the cosines and sines of RoPE, and in
 bf16 RMSNorm keeps fp32 copies; on CUDA selection and gated unit are Triton's
-(:mod:`mone_megatron.kernels.fused`), and RMSNorm is torch's fused one.
+(:mod:`mone_megatron.kernels.fused`), and RMSNorm is torch's fused one. Of a run in fp32 on a CPU
+the steps are meant that count layers (``logging.layer_interval``): in the others experts keep less
+(:mod:`mone_megatron.kernels.experts_cpu`).
 
 Symbols: n tokens of a microbatch on this context-parallel rank, s of them on a rank where they are
 split over the tensor-parallel ranks, e bytes of an activation, h hidden size, T rows that the
@@ -162,6 +164,44 @@ def _norm(numerics: Numerics, tokens: int, width: int, *, heads: int, copied: bo
 def _attention(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved:
     if config.model.attention == "mla":
         return _latent_attention(config, numerics, n, tensor)
+    if _makes_heads(config, numerics):
+        return _attention_of_projections(config, numerics, n)
+    return _attention_of_heads(config, numerics, n, tensor)
+
+
+def _makes_heads(config: Config, numerics: Numerics) -> bool:
+    """Returns whether layers without a window make their queries and keys where they use them
+    (:func:`mone_megatron.kernels.attention_cpu.attention_of_projections`).
+    """
+    model = config.model
+    return (
+        keeps_attention_weights(config, numerics)
+        and config.parallel.tensor == 1
+        and config.train.recompute != "selective"
+        and model.qk_norm
+        and model.qk_norm_scope == "head"
+        and model.rope_scaling.type == "none"
+    )
+
+
+def _attention_of_projections(config: Config, numerics: Numerics, n: int) -> Saved:
+    """Returns what layers keep that make their queries and keys twice: projections, scales of
+    norms, weights and the output. Those with a window keep the usual, and each gets its share.
+    """
+    model, e = config.model, numerics.bytes
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    head_dim = head_dim_of(model)
+    usual = _attention_of_heads(config, numerics, n, 1)
+    saved = usual | {
+        "attention operands": n * heads * head_dim * e,
+        "query and key norms": n * (heads + groups) * 4,
+    }
+    near = windowed_layers(model) / model.num_layers
+    # The weights, and the masks of layers with a window, are shares of all layers already.
+    return {name: round(near * usual[name] + (1 - near) * size) for name, size in saved.items()}
+
+
+def _attention_of_heads(config: Config, numerics: Numerics, n: int, tensor: int) -> Saved:
     model, e = config.model, numerics.bytes
     head_dim = head_dim_of(model)
     heads, groups = model.num_attention_heads // tensor, model.num_query_groups // tensor

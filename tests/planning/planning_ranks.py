@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mone_megatron.mone.neurons import NeuronGate
 from mone_megatron.parallel.device import Device
 from mone_megatron.planning.shards import StateBytes
 from mone_megatron.testing import trainer as testing
@@ -60,7 +61,8 @@ def state_bytes(overrides: Sequence[str], *, bf16: bool) -> tuple[StateBytes, in
 def saved_bytes(overrides: Sequence[str], *, bf16: bool) -> int:
     """Bytes of the distinct storages that one forward pass saves for backward on this rank.
 
-    Weights are not activations and are left out.
+    It is that of a step that counts layers, which saves most: on CPUs the experts of other steps
+    save their projections and activations only. Weights are not activations and are left out.
     """
     trainer = build(overrides, torch.bfloat16 if bf16 else torch.float32)
     # Addresses name storages only as long as these live: all tensors saved are kept.
@@ -73,6 +75,9 @@ def saved_bytes(overrides: Sequence[str], *, bf16: bool) -> int:
     # With context parallelism, this rank's part of each sequence.
     batches = [trainer.stepper._to_device(batch) for batch in random_batches(trainer)]
     (chunk,) = trainer.chunks
+    for module in chunk.modules():
+        if isinstance(module, NeuronGate):
+            module.usage.collecting = True
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         _forward_step(iter(batches), chunk)
     weights = {tensor.untyped_storage().data_ptr() for tensor in _weights(chunk)}
