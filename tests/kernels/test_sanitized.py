@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mone_megatron.testing.launch import REPOSITORY
+from mone_megatron.testing.launch import REPOSITORY, import_path
 
 SANITIZERS = ("libasan.so", "libubsan.so")
 TESTS = (
@@ -45,7 +45,7 @@ def test_compiled_passes_stay_within_their_tensors(tmp_path: Path) -> None:
         # Python and torch never give all back.
         "ASAN_OPTIONS": f"detect_leaks=0:log_path={log}",
         "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={log}",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(REPOSITORY)]),
+        "PYTHONPATH": import_path(Path(__file__).parent, REPOSITORY),
         "OMP_NUM_THREADS": "2",
         "HOME": str(tmp_path),  # where they are kept once compiled
     }
