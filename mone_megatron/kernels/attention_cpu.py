@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,6 +188,29 @@ def attention_of_projections(
     return context
 
 
+def _given(
+    product: int,
+    tensors: Sequence[Tensor],
+    sizes: Mapping[str, float],
+    *,
+    keeping: bool,
+    **others: Tensor,
+) -> HeadsArguments:
+    """Returns what both passes of :class:`_ProjectedAttention` are given.
+
+    Args:
+        product: the address of the matrix product.
+        tensors: projections, weights of both norms, cosines, sines, the rows' scales and weights.
+        sizes: what is not a tensor, by name.
+        keeping: whether the weights are kept.
+        others: the tensors of one pass, by name; they must outlive the call.
+    """
+    names = ("mixed", "query_weight", "key_weight", "cos", "sin", "inverse", "weights")
+    places = dict(zip(names, map(address, tensors), strict=True))
+    places |= {name: address(tensor) for name, tensor in others.items()}
+    return HeadsArguments(product=product, keeping=keeping, threads=threads(), **places, **sizes)
+
+
 class _ProjectedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -214,18 +238,10 @@ class _ProjectedAttention(torch.autograd.Function):
             length=length, batch=batch, groups=groups, per_key=per_key, width=width, step=QUERIES,
             scale=heads.scale, query_eps=heads.query_eps, key_eps=heads.key_eps,
         )  # fmt: skip
-        library.attend_forward(
-            ctypes.byref(
-                HeadsArguments(
-                    product=product, mixed=address(mixed_SBP),
-                    query_weight=address(query_weight_D), key_weight=address(key_weight_D),
-                    cos=address(cos), sin=address(sin), inverse=address(inverse),
-                    weights=address(weights), room=address(room), context=address(context_SBD),
-                    keeping=keeps, threads=count, **sizes,
-                )
-            )
-        )  # fmt: skip
-        ctx.save_for_backward(mixed_SBP, query_weight_D, key_weight_D, cos, sin, inverse, weights)
+        kept_tensors = mixed_SBP, query_weight_D, key_weight_D, cos, sin, inverse, weights
+        given = _given(product, kept_tensors, sizes, room=room, context=context_SBD, keeping=keeps)
+        library.attend_forward(ctypes.byref(given))
+        ctx.save_for_backward(*kept_tensors)
         ctx.others = library, product, sizes  # type: ignore[attr-defined]
         return context_SBD
 
@@ -233,25 +249,18 @@ class _ProjectedAttention(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad_context: Tensor
     ) -> tuple[None, None, Tensor, Tensor, Tensor, None, None, None]:
-        mixed_SBP, query_weight_D, key_weight_D, cos, sin, inverse, weights = ctx.saved_tensors  # type: ignore[attr-defined]
+        kept_tensors = ctx.saved_tensors  # type: ignore[attr-defined]
         library, product, sizes = ctx.others  # type: ignore[attr-defined]
-        grad_context, count = grad_context.contiguous(), threads()
+        grad_context = grad_context.contiguous()
         length, width, rows = sizes["length"], sizes["width"], sizes["per_key"] * QUERIES
-        grad_mixed_SBP = torch.empty(mixed_SBP.shape)
+        grad_mixed_SBP = torch.empty(kept_tensors[0].shape)
         parts_M2D = torch.empty(sizes["batch"] * sizes["groups"], 2, width)
-        room = torch.empty(count * (rows * (3 * width + length) + 2 * length * width))
-        library.attend_backward(
-            ctypes.byref(
-                HeadsArguments(
-                    product=product, mixed=address(mixed_SBP),
-                    query_weight=address(query_weight_D), key_weight=address(key_weight_D),
-                    cos=address(cos), sin=address(sin), inverse=address(inverse),
-                    weights=address(weights), room=address(room), grad=address(grad_context),
-                    grad_mixed=address(grad_mixed_SBP), parts=address(parts_M2D), keeping=True,
-                    threads=count, **sizes,
-                )
-            )
+        room = torch.empty(threads() * (rows * (3 * width + length) + 2 * length * width))
+        given = _given(
+            product, kept_tensors, sizes, room=room, grad=grad_context,
+            grad_mixed=grad_mixed_SBP, parts=parts_M2D, keeping=True,
         )  # fmt: skip
+        library.attend_backward(ctypes.byref(given))
         of_query, of_key = parts_M2D.sum(dim=0).unbind()
         return None, None, grad_mixed_SBP, of_query, of_key, None, None, None
 

@@ -140,9 +140,10 @@ void glu_sums(
 
 /* The gradients of gate, up and scale from those of hidden values, and of each segment's sums of
    weights where there are any; without `segment` all rows are of one. `activation` is masked. The
-   hidden values are computed again where there is room for them. With w the weights of a row, s their sum and
-   c the gradients of the segment's sums, d/dw_j of sum_k c_k w_k / s is (c_j - sum_k c_k w_k / s) / s;
-   the second term is zero where s is clamped. SiLU's slope is taken from its value. */
+   hidden values are computed again where there is room for them. With w the weights of a row, s
+   their sum and c the gradients of the segment's sums, d/dw_j of sum_k c_k w_k / s is
+   (c_j - sum_k c_k w_k / s) / s; the second term is zero where s is clamped. SiLU's slope is taken
+   from its value. */
 void glu_backward(
     int64_t rows, int64_t n, const float *gate, int64_t gate_stride, const float *up,
     int64_t up_stride, const float *activation, const uint8_t *mask, const float *scale,
@@ -620,6 +621,39 @@ static void grads_of_scores(
     }
 }
 
+/* Returns how many weights of so many heads are kept: of each query, those of its block's keys. */
+static int64_t weights_kept(int64_t heads, int64_t length, int64_t step)
+{
+    int64_t all = 0;
+    for (int64_t first = 0; first < length; first += step) {
+        int64_t end = smaller(first + step, length);
+        all += heads * (end - first) * end;
+    }
+    return all;
+}
+
+/* The gradients of n queries [n, d], from `first` on once for each head, and of the keys and values
+   before `end`, from those of the queries' contexts [n, d]. Those of keys and values are added to
+   what there is if `adding`, else written. `grads` is room for those of the weights. */
+static void grads_of_block(
+    gemm *product, float scale, int adding, int d, int64_t n, int64_t first, int64_t end,
+    const float *queries, const float *of_contexts, const float *keys, int key_stride,
+    const float *values, int value_stride, const float *weights, float *grads, float *of_queries,
+    float *of_keys, int of_key_stride, float *of_values, int of_value_stride)
+{
+    const float one = 1.0f, zero = 0.0f, *beta = adding ? &one : &zero;
+    int rows = (int)n, seen = (int)end;
+    product("N", "T", &d, &seen, &rows, &one, of_contexts, &d, weights, &seen, beta, of_values,
+            &of_value_stride);
+    product("T", "N", &seen, &rows, &d, &one, values, &value_stride, of_contexts, &d, &zero, grads,
+            &seen);
+    grads_of_scores(weights, grads, n, first, end);
+    product("N", "T", &d, &seen, &rows, &scale, queries, &d, grads, &seen, beta, of_keys,
+            &of_key_stride);
+    product("N", "N", &d, &rows, &seen, &scale, keys, &key_stride, grads, &seen, &zero, of_queries,
+            &d);
+}
+
 /* Causal attention of [S, B, N, D], to keys and values [S, B, G, D]. Weights of a block of `step`
    queries, up to its last key, are kept one block after the other, [B * G, N / G * queries, keys]
    each; where `keeping` is 0 there is room for one block and head of each thread. */
@@ -665,38 +699,27 @@ void attention_backward(
     int64_t heads = groups * per_key, most = per_key * step;
     struct heads queries = {query, q_s, q_b, q_n};
     struct heads grads = {grad, batch * heads * width, heads * width, width};
-    const float one = 1.0f, zero = 0.0f;
     int d = (int)width, key_stride = (int)k_s, value_stride = (int)v_s;
     int out_stride = (int)(batch * groups * width);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t m = 0; m < batch * groups; m++) {
-        int64_t b = m / groups, g = m % groups, after = 0;
+        int64_t b = m / groups, g = m % groups;
         const float *k = key + b * k_b + g * k_n, *v = value + b * v_b + g * v_n;
         float *into_key = grad_key + m * width, *into_value = grad_value + m * width;
         float *block = room + omp_get_thread_num() * most * (3 * width + length);
         float *of_context = block + most * width, *of_query = of_context + most * width;
         float *of_weights = of_query + most * width;
-        for (int64_t first = 0; first < length; first += step) {
-            int64_t end = smaller(first + step, length);
-            after += batch * heads * (end - first) * end;
-        }
+        int64_t after = weights_kept(batch * heads, length, step);
         /* The last block sees all keys and comes first: it writes what the others add to. */
         for (int64_t first = (length - 1) / step * step; first >= 0; first -= step) {
             int64_t end = smaller(first + step, length), n = per_key * (end - first);
             after -= batch * groups * n * end;
-            const float *w = weights + after + m * n * end, *beta = end == length ? &zero : &one;
-            int rows = (int)n, keys = (int)end;
+            const float *w = weights + after + m * n * end;
             gather(queries, b, g * per_key, per_key, first, end, width, block);
             gather(grads, b, g * per_key, per_key, first, end, width, of_context);
-            product("N", "T", &d, &keys, &rows, &one, of_context, &d, w, &keys, beta, into_value,
-                    &out_stride);
-            product("T", "N", &keys, &rows, &d, &one, v, &value_stride, of_context, &d, &zero,
-                    of_weights, &keys);
-            grads_of_scores(w, of_weights, n, first, end);
-            product("N", "T", &d, &keys, &rows, &scale, block, &d, of_weights, &keys, beta, into_key,
-                    &out_stride);
-            product("N", "N", &d, &rows, &keys, &scale, k, &key_stride, of_weights, &keys, &zero,
-                    of_query, &d);
+            grads_of_block(product, scale, end < length, d, n, first, end, block, of_context, k,
+                           key_stride, v, value_stride, w, of_weights, of_query, into_key,
+                           out_stride, into_value, out_stride);
             scatter(of_query, b, g * per_key, per_key, first, end, width, batch, heads, grad_query);
         }
     }
@@ -822,11 +845,10 @@ void attend_backward(const struct heads_made *x)
     int64_t width = x->width, step = x->step, heads = groups * per_key, most = per_key * step;
     int64_t position = batch * groups * (per_key + 2) * width;
     struct heads grads = {x->grad, batch * heads * width, heads * width, width};
-    const float one = 1.0f, zero = 0.0f;
     int d = (int)width, value_stride = (int)position, threads = (int)x->threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t m = 0; m < batch * groups; m++) {
-        int64_t b = m / groups, g = m % groups, after = 0;
+        int64_t b = m / groups, g = m % groups;
         const float *from = x->mixed + m * (per_key + 2) * width;
         const float *key = from + per_key * width, *v = key + width;
         const float *inverse = x->inverse + m * (per_key + 1) * length;
@@ -842,16 +864,12 @@ void attend_backward(const struct heads_made *x)
         for (int64_t s = 0; s < length; s++)
             turn_row(key + s * position, x->key_weight, inverse[per_key * length + s],
                      x->cos + s * width, x->sin + s * width, width, keys_turned + s * width);
-        for (int64_t first = 0; first < length; first += step) {
-            int64_t end = smaller(first + step, length);
-            after += batch * heads * (end - first) * end;
-        }
+        int64_t after = weights_kept(batch * heads, length, step);
         /* The last block sees all keys and comes first: it writes what the others add to. */
         for (int64_t first = (length - 1) / step * step; first >= 0; first -= step) {
             int64_t end = smaller(first + step, length), n = per_key * (end - first);
             after -= batch * groups * n * end;
-            const float *w = x->weights + after + m * n * end, *beta = end == length ? &zero : &one;
-            int rows = (int)n, keys = (int)end;
+            const float *w = x->weights + after + m * n * end;
             float *turned = block;
             for (int64_t r = 0; r < per_key; r++)
                 for (int64_t s = first; s < end; s++, turned += width)
@@ -859,15 +877,9 @@ void attend_backward(const struct heads_made *x)
                              inverse[r * length + s], x->cos + s * width, x->sin + s * width, width,
                              turned);
             gather(grads, b, g * per_key, per_key, first, end, width, of_context);
-            x->product("N", "T", &d, &keys, &rows, &one, of_context, &d, w, &keys, beta, into_value,
-                       &value_stride);
-            x->product("T", "N", &keys, &rows, &d, &one, v, &value_stride, of_context, &d, &zero,
-                       of_weights, &keys);
-            grads_of_scores(w, of_weights, n, first, end);
-            x->product("N", "T", &d, &keys, &rows, &x->scale, block, &d, of_weights, &keys, beta,
-                       of_keys, &d);
-            x->product("N", "N", &d, &rows, &keys, &x->scale, keys_turned, &d, of_weights, &keys,
-                       &zero, of_query, &d);
+            grads_of_block(x->product, x->scale, end < length, d, n, first, end, block, of_context,
+                           keys_turned, d, v, value_stride, w, of_weights, of_query, of_keys, d,
+                           into_value, value_stride);
             turned = of_query;
             for (int64_t r = 0; r < per_key; r++)
                 for (int64_t s = first; s < end; s++, turned += width) {

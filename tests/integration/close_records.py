@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from mone_megatron.testing.flips import first_flip
+
 # Of losses and gradient norms; from a flip on, of each.
 TOLERANCE = 1e-5
 LOSS_AFTER_FLIP = 1e-4
@@ -19,24 +21,6 @@ def names_in_all_layouts(record: dict[str, float]) -> set[str]:
     has all neurons of a layer.
     """
     return {name for name in record if "/chunk_union_" not in name}
-
-
-def first_flip(reference: Sequence[dict[str, float]], records: Sequence[dict[str, float]]) -> int:
-    """The first step whose use of experts or neurons differs; one past the last if none does."""
-    counted = ("router/tokens_per_expert", "mone/load_entropy", "mone/load_max_over_mean")
-    for expected, actual in zip(reference, records, strict=True):
-        for key, value in expected.items():
-            # Two flips may cancel in the counts of a step, and show in its microbatches: one token
-            # moves their balance by 1e-5, rounding by 1e-7.
-            if key.startswith(counted):
-                least = 1e-9
-            elif key.endswith("load_balancing_loss"):
-                least = 5e-6 * value
-            else:
-                continue  # not every layout has it, or it follows from these
-            if abs(actual[key] - value) > least:
-                return int(expected["step"])
-    return len(reference) + 1
 
 
 def assert_close_until_a_flip(

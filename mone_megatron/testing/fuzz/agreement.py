@@ -13,6 +13,7 @@ from mone_megatron.testing.commit_comparison.values import (
     flatten,
     newest_checkpoint,
 )
+from mone_megatron.testing.flips import first_flip
 
 Record = dict[str, float]
 # Of losses and gradient norms over layouts, up to a token that chooses otherwise by rounding
@@ -20,8 +21,6 @@ Record = dict[str, float]
 TOLERANCE = 1e-5
 LOSS_AFTER_FLIP = 1e-3
 GRAD_NORM_AFTER_FLIP = 1e-1
-# What two flips may hide from the counts of a step shows in these (:func:`first_flip`).
-_COUNTED = ("router/tokens_per_expert", "mone/load_entropy", "mone/load_max_over_mean")
 
 # What compares a step with the one that was logged before, and what is logged with it.
 _OF_TWO, _OF_LAYERS = "/load_overlap", "/load_entropy"
@@ -72,23 +71,6 @@ def _first(one: Values, other: Values) -> str:
         if one.get(name, "nothing") != other.get(name, "nothing"):
             return f"{name} is {other.get(name, 'nothing')}, not {one.get(name, 'nothing')}"
     return ""
-
-
-def first_flip(reference: Sequence[Record], records: Sequence[Record]) -> int:
-    """Returns the first step whose use of experts or neurons differs; one past the last if none."""
-    for expected, actual in zip(reference, records, strict=True):
-        for key, value in expected.items():
-            # Two flips may cancel in the counts of a step, and show in its microbatches: one token
-            # moves their balance by 1e-5, rounding by 1e-7.
-            if key.startswith(_COUNTED):
-                least = 1e-9
-            elif key.endswith("load_balancing_loss"):
-                least = 5e-6 * value
-            else:
-                continue  # not every layout has it, or it follows from these
-            if abs(actual[key] - value) > least:
-                return int(expected["step"])
-    return len(reference) + 1
 
 
 def disagreement(reference: Sequence[Record], records: Sequence[Record]) -> str:
