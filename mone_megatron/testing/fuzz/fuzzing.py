@@ -27,6 +27,7 @@ from mone_megatron.testing.fuzz.drawing import (
 from mone_megatron.testing.fuzz.faults import Fault
 from mone_megatron.testing.fuzz.server import Server
 from mone_megatron.testing.fuzz.shrink import shrunk
+from mone_megatron.testing.ports import free_ports
 
 _TRIAL = "mone_megatron.testing.fuzz.trial"
 _LAYOUT = "mone_megatron.testing.many_runs"
@@ -123,18 +124,12 @@ class Fuzzer:
         self.made[f"layout on {drawing.ranks}"] += 1
         run = folder / "layout"
         overrides = drawing.settings(self.corpora[drawing.data], drawing.layout)
-        job = [{"overrides": [*overrides, f"run.dir={run}"], "port": _port()}]
+        job = [{"overrides": [*overrides, f"run.dir={run}"], "port": free_ports(1)[0]}]
         codes = self.server.run(_LAYOUT, job, folder / "ranks", ranks=drawing.ranks)
         if any(codes):
             return [Fault("layout", f"ended with {codes}: {_last_words(folder / 'ranks')}")]
         what = disagreement(read_records(folder / "one"), read_records(run))
         return [Fault("layout", f"not as on one rank: {what}")] if what else []
-
-
-def _port() -> int:
-    from mone_megatron.testing.ports import free_ports
-
-    return free_ports(1)[0]
 
 
 def _last_words(folder: Path) -> str:
