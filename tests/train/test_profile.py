@@ -35,7 +35,8 @@ def test_two_steps_are_traced_on_rank_0(tmp_path: Path) -> None:
     ]
     assert names.count("step: optimizer") == 2
     table = (folder / "operations.txt").read_text(encoding="utf-8")
-    assert "_GroupedProduct" in table
+    # The experts' products: one compiled function, or one a product where nothing compiles.
+    assert "TokensThroughExperts" in table or "_GroupedProduct" in table
     assert "step: forward and backward" in table
     # One rank's trace; and the run is the same.
     assert sorted(path.name for path in folder.iterdir()) == ["operations.txt", "trace.json.gz"]
