@@ -65,6 +65,7 @@ def _measure(options: argparse.Namespace) -> Outcome:
 
 
 def _ties_in_training(options: argparse.Namespace) -> Outcome:
+    from mone_megatron.data.prepare import prepare_data
     from mone_megatron.lab.benchmarks import ranks, result_files, result_plots
     from mone_megatron.lab.benchmarks.ties import TieWay
     from mone_megatron.methods.rules import RULES
@@ -73,7 +74,7 @@ def _ties_in_training(options: argparse.Namespace) -> Outcome:
         raise ValueError(
             f"--counted-steps: {options.counted_steps} is more than --steps={options.steps}"
         )
-    config = ranks.prepare([f"experiment={options.experiment}", "parallel=data",
+    config = ranks.checked([f"experiment={options.experiment}", "parallel=data",
                             *options.overrides], 1)  # fmt: skip
     if not config.mone.enabled:
         raise ValueError(
@@ -85,6 +86,7 @@ def _ties_in_training(options: argparse.Namespace) -> Outcome:
             f"mone.rule: {config.mone.rule} does not keep the K largest, so ties decide nothing of "
             "the kind; use mone.rule=topk"
         )
+    prepare_data(config)
     result = ranks.run_ties(
         config,
         ways=TieWay.all_of(options.orders, fp32=not options.no_fp32),

@@ -42,10 +42,20 @@ def prepare(overrides: Sequence[str], processes: int, *, device: str = "cpu") ->
     Raises:
         ValueError: for a configuration or data that cannot work.
     """
+    config = checked(overrides, processes, device=device)
+    prepare_data(config)
+    return config
+
+
+def checked(overrides: Sequence[str], processes: int, *, device: str = "cpu") -> Config:
+    """Returns the configuration for ``processes`` ranks; its data is not made yet.
+
+    Raises:
+        ValueError: for a configuration that cannot work.
+    """
     config = compose([*overrides, f"device.kind={device}"])
     devices = torch.cuda.device_count() if device == "cuda" else 0
     validate(config, world_size=processes, num_devices=devices, local_world_size=processes)
-    prepare_data(config)
     return config
 
 
