@@ -15,6 +15,8 @@
 #define RUN 64
 /* Numbers of the widest registers: loops over so many at a time need no slow rest. */
 #define LANES 16
+/* Experts of a token, at most (few_largest.py). */
+#define MOST_LARGEST 16
 
 /* BLAS's matrix product, of matrices stored column after column: torch's own, given by its address. */
 typedef void gemm(
@@ -921,21 +923,115 @@ static inline int before(float a, float b)
     return a != a ? b == b : a > b;
 }
 
-/* Of rows [R, n], the places of the k largest [R, k], the largest first; ties in their order. */
+/* Writes the places of the k largest of n numbers, the largest first; ties in their order. */
+static void places_of_row(int64_t n, int64_t k, const float *row, int64_t *places)
+{
+    int64_t count = 0;
+    for (int64_t j = 0; j < n; j++) {
+        if (count == k && !before(row[j], row[places[k - 1]]))
+            continue;
+        int64_t at = count < k ? count++ : k - 1;
+        for (; at > 0 && before(row[j], row[places[at - 1]]); at--)
+            places[at] = places[at - 1];
+        places[at] = j;
+    }
+}
+
+/* Of rows [R, n], the places of the k largest [R, k]. */
 void largest_places(
     int64_t rows, int64_t n, int64_t k, const float *values, int64_t *places, int threads)
 {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < rows; r++) {
-        const float *row = values + r * n;
-        int64_t *found = places + r * k, count = 0;
+    for (int64_t r = 0; r < rows; r++)
+        places_of_row(n, k, values + r * n, places + r * k);
+}
+
+/* What a router reads and writes: tokens [N], experts [A]. */
+struct routed {
+    const float *logits;   /* [N, A] */
+    float *scores;         /* [N, A], the softmax of all logits */
+    float *log_sum;        /* [N], the logarithm of the sum of e^logit */
+    float *probs;          /* [N, A], the weight of each chosen expert, else 0 */
+    uint8_t *chosen;       /* [N, A] */
+    float *counts;         /* [A], the tokens of each expert */
+    float *z_loss;         /* the mean square of log_sum, times z_factor */
+    float *balance_loss;   /* the sum over experts of tokens times scores, times balance_factor */
+    const float *grad_probs, *grad_z_loss, *grad_balance_loss; /* each 0 where there is none */
+    float *grad_logits;    /* [N, A] */
+    int64_t tokens, experts, k, of_all, threads; /* of_all: weights are scores of all experts */
+    float scaling, z_factor, balance_factor;     /* scaling: of the weights */
+};
+
+/* Chooses the k experts with the largest logits. Their weights are a softmax of all logits or of the
+   chosen ones. Sums over tokens are made in their order, whatever the threads. */
+void route_forward(const struct routed *x)
+{
+    int64_t n = x->experts, k = x->k;
+#pragma omp parallel for schedule(static) num_threads((int)x->threads) if (x->threads > 1)
+    for (int64_t t = 0; t < x->tokens; t++) {
+        float *scores = memcpy(x->scores + t * n, x->logits + t * n, n * sizeof(float));
+        float *probs = memset(x->probs + t * n, 0, n * sizeof(float));
+        uint8_t *chosen = memset(x->chosen + t * n, 0, n);
+        float largest, sum, of_chosen = 0.0f;
+        int64_t places[MOST_LARGEST];
+        places_of_row(n, k, scores, places);
+        exponentials(scores, n, &largest, &sum);
+        for (int64_t i = 0; i < k; i++)
+            of_chosen += scores[places[i]];
+        for (int64_t i = 0; i < k; i++) {
+            chosen[places[i]] = 1;
+            probs[places[i]] = scores[places[i]] / (x->of_all ? sum : of_chosen) * x->scaling;
+        }
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++)
+            scores[j] /= sum;
+        x->log_sum[t] = logf(sum) + (isinf(largest) ? 0.0f : largest);
+    }
+    double squares = 0.0, balance = 0.0;
+    for (int64_t t = 0; t < x->tokens; t++) {
+        squares += (double)x->log_sum[t] * x->log_sum[t];
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++)
+            x->counts[j] += (float)x->chosen[t * n + j];
+    }
+    for (int64_t t = 0; t < x->tokens; t++)
+        for (int64_t j = 0; j < n; j++)
+            balance += (double)x->scores[t * n + j] * x->counts[j];
+    *x->z_loss = (float)(squares / x->tokens * x->z_factor);
+    *x->balance_loss = (float)(balance * x->balance_factor);
+}
+
+/* The gradient of the logits by those of the weights and of both losses. */
+void route_backward(const struct routed *x)
+{
+    int64_t n = x->experts;
+    float of_z = 0.0f, of_balance = 0.0f;
+    if (x->grad_z_loss)
+        of_z = *x->grad_z_loss * x->z_factor * 2.0f / (float)x->tokens;
+    if (x->grad_balance_loss)
+        of_balance = *x->grad_balance_loss * x->balance_factor;
+#pragma omp parallel for schedule(static) num_threads((int)x->threads) if (x->threads > 1)
+    for (int64_t t = 0; t < x->tokens; t++) {
+        const float *scores = x->scores + t * n, *probs = x->probs + t * n;
+        float *grad = x->grad_logits + t * n, mean = 0.0f, sum = 0.0f;
+        float from_scores = of_z * x->log_sum[t];
+#pragma omp simd reduction(+ : mean)
+        for (int64_t j = 0; j < n; j++)
+            mean += scores[j] * x->counts[j];
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++)
+            grad[j] = scores[j] * (of_balance * (x->counts[j] - mean) + from_scores);
+        if (!x->grad_probs)
+            continue;
+        const float *of_probs = x->grad_probs + t * n;
+        for (int64_t j = 0; j < n; j++)
+            sum += x->chosen[t * n + j] ? of_probs[j] * probs[j] : 0.0f;
+        const float *shares = x->of_all ? scores : probs;
+        float factor = x->of_all ? 1.0f : 1.0f / x->scaling;
         for (int64_t j = 0; j < n; j++) {
-            if (count == k && !before(row[j], row[found[k - 1]]))
-                continue;
-            int64_t at = count < k ? count++ : k - 1;
-            for (; at > 0 && before(row[j], row[found[at - 1]]); at--)
-                found[at] = found[at - 1];
-            found[at] = j;
+            if (x->chosen[t * n + j])
+                grad[j] += probs[j] * of_probs[j];
+            grad[j] -= shares[j] * factor * sum;
         }
     }
 }

@@ -69,6 +69,8 @@ _ARGUMENTS = {
     "experts_begin": [_P, _N, _N, _N, _N],
     "experts_end": [_P, _N, _N, _N, _N],
     "experts_backward": [_P, _N, _P],
+    "route_forward": [_P],
+    "route_backward": [_P],
 }  # fmt: skip
 _RESULTS = {"count_rows": _N}
 
@@ -98,6 +100,17 @@ class HeadsArguments(ctypes.Structure):
         "grad_mixed parts",
         numbers="length batch groups per_key width step keeping threads",
         floats="scale query_eps key_eps",
+    )
+
+
+class RoutedArguments(ctypes.Structure):
+    """Is ``struct routed``: what the functions of a router read and write."""
+
+    _fields_ = _fields(
+        addresses="logits scores log_sum probs chosen counts z_loss balance_loss grad_probs "
+        "grad_z_loss grad_balance_loss grad_logits",
+        numbers="tokens experts k of_all threads",
+        floats="scaling z_factor balance_factor",
     )
 
 

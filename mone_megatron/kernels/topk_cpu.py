@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from mone_megatron.kernels.compiled_cpu import address, compiled, threads
-
-# Each number is compared with the largest so far: for more of them sorting is the better way.
-_MOST = 16
+from mone_megatron.kernels.few_largest import MOST_LARGEST
 
 
 def topk(values: Tensor, k: int, dim: int = -1, **others: Any) -> tuple[Tensor, Tensor]:
@@ -30,7 +28,7 @@ def topk(values: Tensor, k: int, dim: int = -1, **others: Any) -> tuple[Tensor, 
     """
     plain = values.dtype is torch.float32 and not values.is_cuda and values.dim() == 2
     library = compiled().library if plain and not others and dim in (-1, 1) else None
-    if library is None or not 0 < k <= min(_MOST, values.shape[1]):
+    if library is None or not 0 < k <= min(MOST_LARGEST, values.shape[1]):
         found = torch.topk(values, k, dim, **others)
         return found.values, found.indices
     rows = values.detach().contiguous()

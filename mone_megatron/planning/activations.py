@@ -21,6 +21,7 @@ from typing import Literal
 
 from mone_megatron.config.schema import Config, MoNEConfig
 from mone_megatron.kernels.attention_blocks import keeps_weights, weights_of_head
+from mone_megatron.kernels.few_largest import MOST_LARGEST
 from mone_megatron.methods.activations import ACTIVATIONS
 from mone_megatron.methods.gates import GATES
 from mone_megatron.methods.routers import ROUTERS
@@ -416,7 +417,7 @@ def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
     selecting = selects_neurons(config, "routed", model.expert_ffn_hidden_size)
     kept = _selected_glu(config, numerics, width, selecting=selecting, scaled=True)
     saved: Saved = {
-        "router": s * _router(config),
+        "router": s * _router(config, numerics),
         "MoE dispatch": s * experts * 5 + _dispatch(config, numerics, s, rows),
         "experts' gate, up and products": rows * ((kept + gate_latent(config)) * e + 4),
     }
@@ -445,10 +446,31 @@ def _moe(config: Config, numerics: Numerics, n: int, s: int) -> Saved:
     return saved
 
 
-def _router(config: Config) -> int:
+def _routes_in_one_pass(config: Config, numerics: Numerics) -> bool:
+    """Returns whether routing is one function of autograd
+    (:mod:`mone_megatron.kernels.router_cpu`).
+    """
+    router, parallel = config.model.router, config.parallel
+    return (
+        numerics.kernels == "cpu"
+        and ROUTERS[router.kind].stock
+        and (router.dtype == "fp32" or (router.dtype == "model" and numerics.bytes == 4))
+        and router.score_function == "softmax"
+        and list(router.balance) in ([], ["none"], ["aux_loss"])
+        and not router.expert_bias
+        and not router.group_topk
+        and parallel.tensor * parallel.context == 1
+        and config.model.experts_per_token <= MOST_LARGEST
+    )
+
+
+def _router(config: Config, numerics: Numerics) -> int:
     """Returns the bytes per token of the router's logits, probabilities and choices."""
     model, router = config.model, config.model.router
     experts, chosen = model.num_experts, model.experts_per_token
+    if _routes_in_one_pass(config, numerics):
+        # Scores, weights, their log-sum-exp, and which are chosen.
+        return 4 * experts + 4 * experts + 4 + experts
     wide = 8 if router.dtype == "fp64" else 4
     size = 8 * chosen  # indices
     size += wide * ROUTERS[router.kind].latent(model.router_settings)

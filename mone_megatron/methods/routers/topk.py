@@ -6,6 +6,6 @@ METHOD = Router(
     name="topk",
     formula="the k experts with the largest logits",
     source="megatron-core",
-    reference="megatron.core.transformer.moe.router:TopKRouter",
+    reference="mone_megatron.mone.topk_router:ShorterTopKRouter",
     stock=True,
 )
