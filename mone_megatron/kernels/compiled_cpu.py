@@ -1,8 +1,8 @@
 """Compiles ``compiled_cpu.c`` with the C compiler of this machine, and gives its functions.
 
 torch passes over memory once for each of its operations; these functions once for all of a row. As
-Triton's for GPUs, they are compiled where they run, for the processor that is there: once (half a
-second), into the user's cache. Where there is no compiler, torch's operations compute.
+Triton's for GPUs, they are compiled where they run, for the processor that is there: once (two
+seconds), into the user's cache. Where there is no compiler, torch's operations compute.
 
 The functions share torch's threads: they are compiled for OpenMP, but find it in torch.
 """

@@ -184,7 +184,7 @@ class Router:
         reference: ``module:Class`` of a subclass of megatron-core's ``TopKRouter`` for a router
             that is more than these functions; it is built with ``config`` and ``pg_collection``.
             No export holds such a router. None takes the class that computes the functions.
-        stock: whether it is megatron-core's own.
+        stock: whether it says what megatron-core's own says, by a shorter way where there is one.
     """
 
     name: str
