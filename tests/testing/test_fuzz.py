@@ -15,7 +15,7 @@ import pytest
 from mone_megatron.config.marks import NameIn
 from mone_megatron.config.reference import fields
 from mone_megatron.config.schema import Config
-from mone_megatron.testing.fuzz import fuzzing
+from mone_megatron.testing.fuzz import fuzzing, trial
 from mone_megatron.testing.fuzz.__main__ import main
 from mone_megatron.testing.fuzz.agreement import different, disagreement
 from mone_megatron.testing.fuzz.corpora import make_corpora
@@ -158,6 +158,29 @@ def test_refusals_name_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzzing, "refusals", lambda drawing, corpora, ranks: told)
     ((_, fault),) = refusal_faults(random, CORPORA)
     assert fault == Fault("refusals", "no key is named: something is wrong")
+
+
+@pytest.mark.parametrize(
+    ("said", "wrong"),
+    [
+        ("model.router.kind: gives tokens different numbers of experts", False),
+        ("the two models differ: lm_head.weight", True),
+        ("model.norm.weight is missing", True),
+    ],
+)
+def test_what_a_tool_refuses_is_no_fault(
+    said: str, wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tool(arguments: Sequence[str]) -> int:
+        print(f"error: {said}", file=sys.stderr)
+        return 2
+
+    monkeypatch.setattr(trial, "load_tool", lambda name: tool)
+    monkeypatch.setenv("MASTER_PORT", "0")
+    tried = trial.Trial([], tmp_path, ["studies"])
+    tried.studies()
+    assert bool(tried.found) == wrong
+    assert bool([made for made in tried.made if made.endswith(" refused")]) != wrong
 
 
 @pytest.fixture(scope="module")

@@ -130,8 +130,8 @@ class _Layer:
         self.experts = cast(ExpertsModule, experts)
         if fills_places(experts):
             raise ValueError(
-                f"{type(experts).__name__}: its router gives tokens different numbers of experts "
-                "(model.router.kind), which a trace of as many for each token cannot hold"
+                "model.router.kind: this model's router gives tokens different numbers of experts, "
+                "which a trace of as many for each token cannot hold"
             )
         self.selects = selects(self.experts)
         self.settings = settings_of(self.experts) if self.selects else otherwise

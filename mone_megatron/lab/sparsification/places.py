@@ -166,8 +166,8 @@ class ExpertsPlace:
             raise ValueError(f"{type(module).__name__} has no gate projection to rank neurons by")
         if fills_places(module):
             raise ValueError(
-                f"{type(module).__name__}: its router gives tokens different numbers of experts "
-                "(model.router.kind), which is not written for pruning"
+                "model.router.kind: this model's router gives tokens different numbers of experts, "
+                "which is not written for pruning"
             )
         self.neurons = int(self.module.down_proj.shape[1 if self.module.is_transposed else 2])
         self.defines_activation = getattr_static(type(module), "_apply_gate") is _default_apply_gate

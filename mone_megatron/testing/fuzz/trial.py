@@ -30,6 +30,8 @@ from mone_megatron.testing.ports import free_ports
 from mone_megatron.testing.tools import load_tool
 
 _KEY = re.compile(r"^error: (\S+/)?[\w./-]*\b[a-z_]+(\.[a-z_]+)+\b")
+# What tools say of a copy that is not what it is a copy of: no refusal, but a finding.
+_WRONG_COPY = re.compile(r"\b(differ|is missing|no place)\b")
 _HALF = "step_00000002"
 _TEXT = "def main():\n"
 
@@ -174,7 +176,7 @@ class Trial:
             return True
         elif said.code != 2 or not said.error_lines:
             self.fault(name, f"ended with {said.code}: {_told(said)}")
-        elif any(wrong in said.errors for wrong in ("differ", "is missing", "no place")):
+        elif _WRONG_COPY.search(said.errors):
             self.fault(name, _told(said))
         else:
             self.made[-1] = f"{name} refused"
