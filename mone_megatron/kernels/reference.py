@@ -69,6 +69,8 @@ class WeightSums:
         weights: |a| at the kept neurons and 0 at others, or |a| at all.
         normalize: divide the weights of each row by their sum.
         in_order: whether ``segment_T`` never decreases.
+        differentiable: whether a loss is made of them; sums that are only counted keep nothing for
+            a backward pass.
     """
 
     segment_T: Tensor
@@ -76,6 +78,7 @@ class WeightSums:
     weights: Literal["selected", "all"] = "selected"
     normalize: bool = True
     in_order: bool = False
+    differentiable: bool = True
 
 
 def neuron_scores(
@@ -188,12 +191,14 @@ def weight_sums(
         activate: the function that gives the activation a of the gate projection g.
 
     Returns:
-        ``[S, F]`` fp32 each. Gradients flow through the first.
+        ``[S, F]`` fp32 each. Gradients flow through the first, if they are asked for.
     """
-    weights_TF = activate(gate_TF).float().abs()
-    if sums.weights == "selected":
-        weights_TF = weights_TF * mask_TF
-    if sums.normalize:
-        weights_TF = weights_TF / weights_TF.sum(dim=-1, keepdim=True).clamp_min(TINY)
     segment_ST = segment_matrix(sums.segment_T, sums.segments)
-    return segment_ST @ weights_TF, segment_ST @ mask_TF.float()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and sums.differentiable):
+        weights_TF = activate(gate_TF).float().abs()
+        if sums.weights == "selected":
+            weights_TF = weights_TF * mask_TF
+        if sums.normalize:
+            weights_TF = weights_TF / weights_TF.sum(dim=-1, keepdim=True).clamp_min(TINY)
+        weight_sum_SF = segment_ST @ weights_TF
+    return weight_sum_SF, segment_ST @ mask_TF.float()

@@ -471,6 +471,7 @@ class NeuronGate(MegatronModule):
                 balance.weights,
                 balance.normalize,
                 segments.in_order,
+                differentiable=balance.coeff > 0,
             )
             return ops.selected_glu_and_sums(
                 gate_TF, up_TF, keep, scale_T, sums, self.activate, packed=packed
