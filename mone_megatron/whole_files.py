@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> P
     """Writes a file so that others see the old one, or the new one whole, and returns its path.
 
     The content goes to a temporary file in the same folder, which then takes the name. The folder
-    is made when it is missing.
+    is made when it is missing. What a link names is written and the link stays; a device or a pipe
+    (``/dev/null``, ``/dev/stdout``) is written into, and stays what it is.
 
     Args:
         path: what to write.
@@ -32,7 +34,12 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> P
     raw = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        if _is_to_stay(path):
+            with path.open("wb") as stream:
+                stream.write(raw)
+            return path
+        place = Path(os.path.realpath(path))
+        handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(raw)
@@ -41,11 +48,25 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> P
                     os.fsync(file.fileno())
             # mkstemp makes private files; what a run writes is as readable as its other files.
             os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            os.replace(temporary, place)
         except BaseException:
             os.unlink(temporary)
             raise
     return path
+
+
+def _is_to_stay(path: Path) -> bool:
+    """Returns whether no file may take the place of what is there.
+
+    As root one would: then /dev/null is a file, and everything that is thrown away fills it.
+    """
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    # A process's own standard output may be a file, which others still write into.
+    own = path.parent in (Path("/dev"), Path("/dev/fd")) or path.is_relative_to("/proc")
+    return own or not stat.S_ISREG(there.st_mode)
 
 
 def write_json(path: Path, value: Any, *, indent: int = 2) -> Path:

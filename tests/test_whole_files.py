@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,41 @@ def test_a_failure_keeps_the_old_file_and_names_it(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_pipe_is_written_into_and_stays(tmp_path: Path) -> None:
+    """So does a device: as root a file took the place of /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert write_json(pipe, {"a": 1}, indent=0) == pipe
+        assert json.loads(os.read(reader, 100)) == {"a": 1}
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc")
+def test_a_file_that_others_have_open_as_their_output_is_written_into(tmp_path: Path) -> None:
+    path = tmp_path / "output.txt"
+    with path.open("w") as stream:
+        inode = path.stat().st_ino
+        write_whole(Path(f"/proc/self/fd/{stream.fileno()}"), "a line\n")
+    assert path.read_text() == "a line\n"
+    assert path.stat().st_ino == inode
+
+
+def test_what_a_link_names_is_written_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    target, link = tmp_path / "kept" / "a.txt", tmp_path / "a.txt"
+    link.symlink_to(target)
+    for text in ("new", "again"):
+        write_whole(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    assert os.listdir(target.parent) == ["a.txt"]
 
 
 def test_what_is_not_finite_is_null_at_any_depth() -> None:
