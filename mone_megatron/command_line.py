@@ -94,6 +94,18 @@ def once(tell: Callable[[str], None]) -> Callable[[str], None]:
     return tell_once
 
 
+def seed(text: str) -> int:
+    """Returns the number that an argument of a seed gives.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not one that every generator takes.
+    """
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return number
+
+
 def check_at_least_1(options: argparse.Namespace, *names: str) -> None:
     """Checks the options of these names that are given.
 

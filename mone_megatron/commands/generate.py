@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mone_megatron.command_line import Parser, exit_status, say
+from mone_megatron.command_line import Parser, exit_status, say, seed
 from mone_megatron.data.lines import (
     BYTE_ORDER_MARK,
     NotUTF8Error,
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 for no limit")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="for sampling")
+    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="for sampling")
     parser.add_argument("--dtype", choices=("saved", "fp32", "bf16"), default="saved")
     parser.add_argument("--device", default="cpu", help="as torch names it (cpu)")
     parser.add_argument(
@@ -115,6 +115,7 @@ def _generate(options: argparse.Namespace) -> None:
     with first_import_of("torch"):
         import torch
 
+        from mone_megatron.evaluation.models import choose_device
         from mone_megatron.hf.generation import Sampling, choose_experts, generate
         from mone_megatron.hf.loading import load_model
 
@@ -125,10 +126,11 @@ def _generate(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         seed=options.seed,
     )
+    device = choose_device(options.device)
     loaded = load_model(
         options.model,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}.get(options.dtype),
-        device=options.device,
+        device=device,
         trust_remote_code=options.trust_remote_code,
         say=say,
     )

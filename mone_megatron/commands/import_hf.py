@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mone_megatron.command_line import Parser, exit_status, say
+from mone_megatron.command_line import Parser, exit_status, say, seed
 from mone_megatron.display import harmless
 from mone_megatron.large_imports import first_import_of
 from mone_megatron.ownership import owned_path
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="experts a token visits in it (default: 2)",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="for the routers of such a model")
+    parser.add_argument("--seed", type=seed, default=1234, help="for the routers of such a model")
     parser.add_argument(
         "--no-check",
         action="store_true",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mone_megatron.command_line import Parser, check_at_least_1, exit_status, once, say
+from mone_megatron.command_line import Parser, check_at_least_1, exit_status, once, say, seed
 from mone_megatron.data.reading_options import add_reading, check_reading_used, reading_settings
 from mone_megatron.display import harmless
 from mone_megatron.evaluation.command_line import add_placement, labels_of
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "--all-neurons", action="store_true",
         help="a model that selects neurons computes all of them; otherwise it prunes on top",
     )  # fmt: skip
-    prune.add_argument("--seed", type=int, default=1234, help="of random scores (1234)")
+    prune.add_argument("--seed", type=seed, default=1234, help="of random scores (1234)")
     prune.add_argument(
         "--top", nargs="+", type=float, default=[0.5], metavar="SHARE",
         help="thresholds of |a| for these shares of the largest (0.5)",

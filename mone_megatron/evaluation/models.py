@@ -130,9 +130,14 @@ def choose_device(name: str) -> str:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device: {name} is no device; use cpu or cuda") from None
+        raise ValueError(f"--device: {name!r} is no device; use cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: {name} was asked for, but torch sees no GPU; use cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        # A GPU that is not there, a device without values (meta), one of another build of torch.
+        raise ValueError(f"--device: torch cannot compute on {name}; use cpu or cuda") from None
     return name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,10 @@ class Sampling:
         """
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens: {self.max_new_tokens} is not 1 or more")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature: {self.temperature:g} is negative; 0 is greedy")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"--temperature: {self.temperature:g} is not a number from 0 on; 0 is greedy"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p: {self.top_p:g} is not in (0, 1]")
         if self.top_k < 0:

@@ -78,7 +78,11 @@ def test_standard_input(
         (["FOLDER", "--prompt", ""], "prompt 1: is empty"),
         (["FOLDER", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: 0 is not 1"),
         (["FOLDER", "--prompt", "x", "--max-new-tokens", "128"], "more than the 128 the model was"),
-        (["FOLDER", "--prompt", "x", "--temperature", "-1"], "--temperature: -1 is negative"),
+        (["FOLDER", "--prompt", "x", "--temperature", "-1"], "--temperature: -1 is not a number"),
+        (["FOLDER", "--prompt", "x", "--temperature", "nan"], "--temperature: nan is not a number"),
+        (["FOLDER", "--prompt", "x", "--temperature", "inf"], "--temperature: inf is not a number"),
+        (["FOLDER", "--prompt", "x", "--device", "nowhere"], "--device: 'nowhere' is no device"),
+        (["FOLDER", "--prompt", "x", "--device", "meta"], "torch cannot compute on meta"),
         (["FOLDER", "--prompt", "x", "--top-p", "0.5"], "need a --temperature above 0"),
         (["FOLDER", "--prompts", "nowhere.txt"], "--prompts: nowhere.txt cannot be read"),
         (["conf", "--prompt", "x"], "conf: is neither a run, a checkpoint nor a model"),
@@ -91,6 +95,17 @@ def test_bad_input_gets_one_line(
     errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+@pytest.mark.parametrize("name", ["generate", "import_hf", "sparsify_hf"])
+@pytest.mark.parametrize("seed", ["-1", "1.5", "x", "", "4294967296", "1" + 30 * "0"])
+def test_a_seed_is_one_that_every_generator_takes(
+    name: str, seed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load_tool(name)(["model", f"--seed={seed}"])
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: --seed: {seed!r} is not a whole number from 0 to 4294967295")
 
 
 def test_the_clock_counts_to_the_end_of_each_text() -> None:

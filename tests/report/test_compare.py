@@ -347,6 +347,7 @@ def test_tool_names_bad_input_in_one_line(make_run: RunBuilder, tmp_path: Path) 
     for arguments, words in (
         ((tmp_path / "absent",), "absent is not a folder"),
         ((empty,), "metrics.jsonl holds no step"),
+        ((empty, "--page", ""), "--page: is empty"),
     ):
         done = tool(*arguments, "--output", tmp_path / "out")
         assert done.returncode == 2

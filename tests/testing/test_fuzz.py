@@ -31,7 +31,7 @@ from mone_megatron.testing.fuzz.drawing import (
 )
 from mone_megatron.testing.fuzz.faults import Fault
 from mone_megatron.testing.fuzz.fields import NOT_DRAWN, keys
-from mone_megatron.testing.fuzz.fuzzing import Fuzzer, fuzz, refusal_faults
+from mone_megatron.testing.fuzz.fuzzing import Fuzzer, _other_release, fuzz, refusal_faults
 from mone_megatron.testing.fuzz.server import Server
 from mone_megatron.testing.fuzz.shrink import shrunk
 
@@ -149,6 +149,16 @@ def test_a_resumed_run_may_lack_what_is_of_two_steps(tmp_path: Path) -> None:
     assert different(whole, wrong) == "step 3 mone/load_overlap/layer_1 is nothing, not 0.5"
     other = write(tmp_path / "other", [record(2, 2.5, **fewer)])
     assert different(whole, other) == "step 2 loss is 2.5, not 2.0"
+
+
+def test_releases_are_compared_before_the_first_step_and_after_it(tmp_path: Path) -> None:
+    begun = {"step": 0, "val_loss": 3.0}
+    whole = write(tmp_path / "whole", [begun, record(1, 2.0)])
+    assert _other_release(whole, whole) == ""
+    other = write(tmp_path / "other", [begun | {"val_loss": 4.0}, record(1, 2.0)])
+    assert _other_release(whole, other) == "step 0: val_loss is 4.0, not 3.0"
+    less = write(tmp_path / "less", [begun, {"step": 1, "loss": 2.0}])
+    assert _other_release(whole, less) == "step 1: grad_norm is None, not 1.0"
 
 
 def test_refusals_name_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mone_megatron.command_line import say
+from mone_megatron.command_line import say, seed
 from mone_megatron.commands.benchmarks import arguments
 from mone_megatron.commands.benchmarks.benchmark import Benchmark, Outcome
 
@@ -22,7 +22,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-fp32", action="store_true", help="leave the fp32 model out")
     training = parser.add_argument_group("training, the default")
     training.add_argument("--experiment", metavar="NAME", help="default quickstart_mone")
-    training.add_argument("--seeds", type=arguments.not_negative, nargs="+", help="default 1")
+    training.add_argument("--seeds", type=seed, nargs="+", help="default 1")
     training.add_argument("--steps", type=arguments.positive, help="of each model (default 200)")
     training.add_argument(
         "--counted-steps",

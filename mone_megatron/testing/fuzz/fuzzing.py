@@ -145,9 +145,11 @@ def _other_release(one: Path, other: Path) -> str:
     """Returns where the later release computes other bits; it may record fewer names."""
     for expected, actual in zip(read_records(one), read_records(other), strict=True):
         there, here = (flatten("", record) for record in (expected, actual))
-        for key in ("loss", "grad_norm", *sorted(there.keys() & here.keys())):
-            if there[key] != here[key]:
-                return f"step {expected['step']}: {key} is {here[key]}, not {there[key]}"
+        # What is recorded before the first step has neither.
+        trained = [key for key in ("loss", "grad_norm") if key in there]
+        for key in (*trained, *sorted(there.keys() & here.keys())):
+            if there[key] != here.get(key):
+                return f"step {expected['step']}: {key} is {here.get(key)}, not {there[key]}"
     return ""
 
 
