@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from random import Random
 
@@ -18,6 +19,7 @@ from mone_megatron.config.schema import Config
 from mone_megatron.testing.fuzz import fuzzing, trial
 from mone_megatron.testing.fuzz.__main__ import main
 from mone_megatron.testing.fuzz.agreement import different, disagreement
+from mone_megatron.testing.fuzz.arguments import TOOLS, draw_call, odd_places, problem
 from mone_megatron.testing.fuzz.corpora import make_corpora
 from mone_megatron.testing.fuzz.drawing import (
     Corpora,
@@ -191,6 +193,36 @@ def test_what_a_tool_refuses_is_no_fault(
     tried.studies()
     assert bool(tried.found) == wrong
     assert bool([made for made in tried.made if made.endswith(" refused")]) != wrong
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_odd_arguments_reach_every_option_of_a_tool(tool: str, tmp_path: Path) -> None:
+    parser = import_module(f"mone_megatron.commands.{tool}")._parser()
+    parser.parse_args(TOOLS[tool]("run", "text", "new"))
+    (odd := tmp_path / "odd").mkdir()
+    places, random = odd_places(odd), Random(1)
+    drawn = [draw_call(random, "run", "text", places, "new") for _ in range(4000)]
+    wanted = {
+        action.option_strings[-1] if action.option_strings else action.dest
+        for action in parser._actions
+        if action.nargs != 0
+    }
+    assert {one.option for one in drawn if one.tool == tool} == wanted
+    assert all(one.value in one.arguments for one in drawn)
+
+
+def test_what_is_wrong_with_an_answer_to_odd_arguments(tmp_path: Path) -> None:
+    (odd := tmp_path / "odd").mkdir()
+    odd_places(odd)
+    assert problem(0, [], "", odd) == problem(2, ["error: a"], "", odd) == ""
+    assert problem(None, [], "KeyError: 'a' (run.py)", odd).startswith("a traceback")
+    assert problem(3, [], "", odd) == "ended with 3"
+    assert problem(2, [], "", odd) == "0 lines of errors"
+    assert problem(2, ["error: a", "error: b"], "", odd) == "2 lines of errors"
+    device = next(path for path in odd.iterdir() if path.is_char_device())
+    device.unlink()
+    device.touch()
+    assert problem(0, [], "", odd) == "a file took the place of a device"
 
 
 @pytest.fixture(scope="module")

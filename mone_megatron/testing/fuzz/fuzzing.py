@@ -37,6 +37,7 @@ SHARES: Mapping[str, float] = {
     "counts": 1.0,
     "tools": 0.35,
     "studies": 0.12,
+    "arguments": 0.25,
     "export": 0.6,
     "layout": 0.6,
     "releases": 0.5,
@@ -45,7 +46,7 @@ CHECKS = tuple(SHARES)
 # How many drawings are asked for their refusals alone, for each that is trained.
 _WILD = 10
 _KEYED = re.compile(r"[a-z_]+(\.\w+)+: ")
-_IN_TRIAL = ("resume", "counts", "tools", "studies", "export")
+_IN_TRIAL = ("resume", "counts", "tools", "studies", "arguments", "export")
 # What a run does not do again in another layout, by what documents it.
 _NO_LAYOUT = {
     "model.attention_dropout": "each rank draws for its own part",

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch.distributed as dist
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from mone_megatron.pretrain import main as pretrain
 from mone_megatron.testing.fuzz import counts, exports
 from mone_megatron.testing.fuzz.agreement import different, different_states
+from mone_megatron.testing.fuzz.arguments import draw_call, odd_places, problem
 from mone_megatron.testing.fuzz.faults import Fault
 from mone_megatron.testing.ports import free_ports
 from mone_megatron.testing.tools import load_tool
@@ -34,6 +36,7 @@ _KEY = re.compile(r"^error: (\S+/)?[\w./-]*\b[a-z_]+(\.[a-z_]+)+\b")
 _WRONG_COPY = re.compile(r"\b(differ|is missing|no place)\b")
 _HALF = "step_00000002"
 _TEXT = "def main():\n"
+_ODD_CALLS = 10
 
 
 @dataclass
@@ -141,6 +144,22 @@ class Trial:
         out = ["--output", str(self.folder / "pruned"), "--shares", "0.5"]
         self._tool("sparsify_hf", [run, "--perplexity", run, *few, *out])
 
+    def arguments(self) -> None:
+        """Calls tools with arguments that cannot be: the same ones whenever it is this run."""
+        self.made.append("arguments")
+        random = Random(" ".join(self.overrides))
+        odd, text = self.folder / "odd", self.folder / "text.txt"
+        odd.mkdir()
+        places = odd_places(odd)
+        text.write_text(_TEXT * 40, encoding="utf-8")
+        for number in range(_ODD_CALLS):
+            output = str(self.folder / f"answer-{number}")
+            drawn = draw_call(random, str(self.run), str(text), places, output)
+            said = call(load_tool(drawn.tool), drawn.arguments)
+            if what := problem(said.code, said.error_lines, said.traceback, odd):
+                value = Path(drawn.value).name or repr(drawn.value)
+                self.fault("arguments", f"{drawn.tool} {drawn.option} {value}: {what}")
+
     def _elsewhere(self) -> list[str]:
         """Returns the overrides but for the device, as a plan for a cluster has them."""
         return [one for one in self.overrides if not one.startswith(("device=", "device.threads="))]
@@ -241,6 +260,7 @@ def _try(trial: Trial) -> None:
         "counts": trial.count,
         "tools": trial.tools,
         "studies": trial.studies,
+        "arguments": trial.arguments,
         "export": trial.export,
     }
     if trial.train():
