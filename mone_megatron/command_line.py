@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from mone_megatron.os_errors import explained
 
@@ -24,6 +24,23 @@ class Parser(argparse.ArgumentParser):
         """Ends the process with exit status 2."""
         print_error(f"{message.removeprefix('argument ')}; see {self.prog} --help")
         self.exit(USAGE_EXIT_CODE)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Refuses an empty argument, which is a variable of the shell that is not set.
+
+        As a folder it would be the one that the shell is in.
+        """
+        given = sys.argv[1:] if args is None else list(args)
+        for before, text in zip(["", *given], given, strict=False):
+            option, equals, value = text.partition("=")
+            if not text:
+                named = before if before.startswith("--") and "=" not in before else "an argument"
+                self.error(f"{named}: is empty; is a variable of the shell not set?")
+            if option.startswith("--") and equals and not value:
+                self.error(f"{option}: is empty; is a variable of the shell not set?")
+        return super().parse_known_args(given, namespace)
 
 
 def exit_status(

@@ -67,8 +67,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if not Path(options.page).name:
-        raise ValueError("--page: is empty; give the name of a file")
     with owned_folder("--output", Path(options.output)):
         runs = [load_run(path) for path in options.runs]
         comparison = compare(runs, options.labels, group_seeds=options.group_seeds)

@@ -75,7 +75,6 @@ def test_standard_input(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["FOLDER", "--prompt", ""], "prompt 1: is empty"),
         (["FOLDER", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: 0 is not 1"),
         (["FOLDER", "--prompt", "x", "--max-new-tokens", "128"], "more than the 128 the model was"),
         (["FOLDER", "--prompt", "x", "--temperature", "-1"], "--temperature: -1 is not a number"),
@@ -97,8 +96,16 @@ def test_bad_input_gets_one_line(
     assert message in errors[0]
 
 
+def test_an_empty_prompt_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert generate(folder) == 2
+    assert "error: prompt 1: is empty; give at least one token" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["generate", "import_hf", "sparsify_hf"])
-@pytest.mark.parametrize("seed", ["-1", "1.5", "x", "", "4294967296", "1" + 30 * "0"])
+@pytest.mark.parametrize("seed", ["-1", "1.5", "x", "4294967296", "1" + 30 * "0"])
 def test_a_seed_is_one_that_every_generator_takes(
     name: str, seed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

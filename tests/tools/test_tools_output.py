@@ -170,6 +170,26 @@ def test_an_option_is_named_with_where_its_help_is(capsys: pytest.CaptureFixture
     assert line.endswith(" train --help")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["run", "--output", ""], "--output"),
+        (["run", "--output="], "--output"),
+        (["", "--output", "out"], "an argument"),
+        (["--output=out", ""], "an argument"),
+    ],
+)
+@pytest.mark.parametrize("tool", ["compare_runs", "export_hf", "analyze_run", "scaling_law"])
+def test_a_variable_of_the_shell_that_is_not_set_is_told(
+    tool: str, arguments: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it stood for was the folder that the shell is in."""
+    with pytest.raises(SystemExit, match="2"):
+        load_tool(tool)(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {option}: is empty; is a variable of the shell not set?; see ")
+
+
 def test_every_line_of_an_error_says_that_it_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     print_error("one\ntwo")
     print_error("")
