@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> list[str]:
     """Returns the names of the checks that failed."""
-    if options.minutes <= 0:
-        raise ValueError(f"--minutes: {options.minutes:g} is too little; use 8")
+    if not 0 < options.minutes < math.inf:
+        raise ValueError(f"--minutes: {options.minutes:g} is no time; use 8")
     import torch
 
     from mone_megatron.lab.gpu_check.checks import all_checks

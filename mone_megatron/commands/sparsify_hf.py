@@ -196,8 +196,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--num-fewshot: {options.num_fewshot} is negative; use 0 or more")
     if options.seed < 0:
         raise ValueError(f"--seed: {options.seed} is negative; use 0 or more")
-    if not options.stream_memory > 0:
-        raise ValueError(f"--stream-memory: {options.stream_memory:g} is not above 0")
+    if not 0 < options.stream_memory < math.inf:
+        raise ValueError(f"--stream-memory: {options.stream_memory:g} is no size above 0")
     if options.stream and options.trust_remote_code:
         raise ValueError("--stream: runs no code of a model's own; leave --trust-remote-code out")
     _check_budget(options)

@@ -99,9 +99,11 @@ def test_the_command_runs_what_can_be_run_and_says_what_is_left(
 def test_bad_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--output", str(tmp_path / "a"), "--only", "kernel"]) == 2
     assert main(["--output", str(tmp_path / "a"), "--minutes", "0"]) == 2
-    first, second = capsys.readouterr().err.splitlines()
+    assert main(["--output", str(tmp_path / "a"), "--minutes", "nan"]) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
     assert first.startswith("error: --only: kernel: no such check; use some of machine, ")
-    assert second == "error: --minutes: 0 is too little; use 8"
+    assert second == "error: --minutes: 0 is no time; use 8"
+    assert third == "error: --minutes: nan is no time; use 8"
 
 
 @pytest.mark.parametrize("gpu", [True, False])

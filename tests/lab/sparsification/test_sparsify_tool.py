@@ -346,6 +346,8 @@ def test_a_checkpoint_of_ours_streams(
         (["MOE", "TEXT", "OUT", "--batch-size", "0"], "--batch-size: 0 is too small"),
         (["MOE", "TEXT", "OUT", "--budget-shares", "0.5"], "of use with --loss-budget only"),
         (["MOE", "TEXT", "OUT", "--loss-budget", "0"], "--loss-budget: 0 is not above 0"),
+        (["MOE", "TEXT", "OUT", "--stream-memory", "inf"], "--stream-memory: inf is no size above"),
+        (["MOE", "TEXT", "OUT", "--stream-memory", "nan"], "--stream-memory: nan is no size above"),
         (["MOE", "TEXT", "OUT", "--loss-budget", "1", "--shares", "0"], "at least one share above"),
         (
             ["MOE", "TEXT", "OUT", "--stream", "--trust-remote-code"],
