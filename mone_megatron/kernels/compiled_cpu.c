@@ -963,7 +963,7 @@ struct routed {
 };
 
 /* Chooses the k experts with the largest logits. Their weights are a softmax of all logits or of the
-   chosen ones. Sums over tokens are made in their order, whatever the threads. */
+   chosen ones. */
 void route_forward(const struct routed *x)
 {
     int64_t n = x->experts, k = x->k;
@@ -987,16 +987,22 @@ void route_forward(const struct routed *x)
             scores[j] /= sum;
         x->log_sum[t] = logf(sum) + (isinf(largest) ? 0.0f : largest);
     }
-    double squares = 0.0, balance = 0.0;
-    for (int64_t t = 0; t < x->tokens; t++) {
-        squares += (double)x->log_sum[t] * x->log_sum[t];
+    for (int64_t t = 0; t < x->tokens; t++)
 #pragma omp simd
         for (int64_t j = 0; j < n; j++)
             x->counts[j] += (float)x->chosen[t * n + j];
-    }
-    for (int64_t t = 0; t < x->tokens; t++)
+}
+
+/* Both losses, by counts of all ranks that share the microbatch. */
+void route_losses(const struct routed *x)
+{
+    int64_t n = x->experts;
+    double squares = 0.0, balance = 0.0;
+    for (int64_t t = 0; t < x->tokens; t++) {
+        squares += (double)x->log_sum[t] * x->log_sum[t];
         for (int64_t j = 0; j < n; j++)
             balance += (double)x->scores[t * n + j] * x->counts[j];
+    }
     *x->z_loss = (float)(squares / x->tokens * x->z_factor);
     *x->balance_loss = (float)(balance * x->balance_factor);
 }

@@ -70,6 +70,7 @@ _ARGUMENTS = {
     "experts_end": [_P, _N, _N, _N, _N],
     "experts_backward": [_P, _N, _P],
     "route_forward": [_P],
+    "route_losses": [_P],
     "route_backward": [_P],
 }  # fmt: skip
 _RESULTS = {"count_rows": _N}

@@ -10,6 +10,7 @@ Shape suffixes: N tokens, A experts.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class Routing:
         z_coeff: the coefficient of the mean square of the log-sum-exp of a token's logits
             (ST-MoE, arXiv 2202.08906).
         balance_coeff: the coefficient of the balance loss (Switch Transformer, arXiv 2101.03961).
+        ranks: how many ranks have as many tokens of the same microbatch each.
     """
 
     experts_per_token: int
@@ -38,6 +40,11 @@ class Routing:
     scaling: float = 1.0
     z_coeff: float = 0.0
     balance_coeff: float = 0.0
+    ranks: int = 1
+
+
+# Of the tokens of each expert on this rank, int64 [A]: those on all ranks that share a microbatch.
+Exchange = Callable[[Tensor], Tensor]
 
 
 def supports(logits_NA: Tensor, routing: Routing) -> bool:
@@ -51,7 +58,9 @@ def supports(logits_NA: Tensor, routing: Routing) -> bool:
     )
 
 
-def route(logits_NA: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route(
+    logits_NA: Tensor, routing: Routing, exchange: Exchange | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the weights of the chosen experts, which these are, and two losses.
 
     Of equal logits the first is chosen.
@@ -59,20 +68,25 @@ def route(logits_NA: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, 
     Args:
         logits_NA: those that :func:`supports` accepts.
         routing: how tokens are routed.
+        exchange: is called once, for the balance loss of a microbatch that ranks share; None where
+            this rank has all of it.
 
     Returns:
         fp32 ``[N, A]``, the weight of each chosen expert and 0 elsewhere; bool ``[N, A]``; the
         z-loss and the balance loss, with their coefficients, without dimensions. All but the second
         have gradients.
     """
-    weights_NA, chosen_NA, z_loss, balance_loss = _Route.apply(logits_NA, routing)
+    weights_NA, chosen_NA, z_loss, balance_loss = _Route.apply(logits_NA, routing, exchange)
     return weights_NA, chosen_NA, z_loss, balance_loss
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, logits_NA: Tensor, routing: Routing
+        ctx: torch.autograd.function.FunctionCtx,
+        logits_NA: Tensor,
+        routing: Routing,
+        exchange: Exchange | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tokens, experts = logits_NA.shape
         logits_NA = logits_NA.contiguous()
@@ -88,10 +102,13 @@ class _Route(torch.autograd.Function):
             threads=threads(), scaling=routing.scaling, z_factor=routing.z_coeff,
             # Of the share of tokens and the mean score of each expert, times their number.
             balance_factor=routing.balance_coeff * experts
-            / (routing.experts_per_token * tokens**2),
+            / (routing.experts_per_token * (tokens * routing.ranks) ** 2),
         )  # fmt: skip
         library = compiled().library
         library.route_forward(ctypes.byref(given))
+        if exchange is not None:
+            counts_A.copy_(exchange(counts_A.long()))
+        library.route_losses(ctypes.byref(given))
         ctx.save_for_backward(scores_NA, log_sum_N, weights_NA, chosen_NA, counts_A)
         ctx.given = given  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(chosen_NA)
@@ -105,7 +122,7 @@ class _Route(torch.autograd.Function):
         _: None,
         grad_z_loss: Tensor | None,
         grad_balance_loss: Tensor | None,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, None, None]:
         scores_NA, log_sum_N, weights_NA, chosen_NA, counts_A = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_NA = None if grad_NA is None else grad_NA.contiguous()
         grad_logits_NA = torch.empty(scores_NA.shape)
@@ -116,4 +133,4 @@ class _Route(torch.autograd.Function):
         given.grad_probs, given.grad_z_loss = address(grad_NA), address(grad_z_loss)
         given.grad_balance_loss = address(grad_balance_loss)
         compiled().library.route_backward(ctypes.byref(given))
-        return grad_logits_NA, None
+        return grad_logits_NA, None, None

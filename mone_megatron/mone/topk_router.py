@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -43,7 +44,6 @@ class ShorterTopKRouter(TopKRouter):
         return bool(
             self.score_function == "softmax"
             and self.routing_type in ("none", "aux_loss")
-            and self.tp_cp_group.size() == 1
             and not self.enable_expert_bias
             and self.router_replay is None
             and not config.moe_router_group_topk
@@ -52,18 +52,20 @@ class ShorterTopKRouter(TopKRouter):
         )
 
     def _routing(self) -> Routing:
-        config = self.config
+        config, ranks = self.config, self.tp_cp_group.size()
         with_losses = self.training and torch.is_grad_enabled()
         return Routing(
             experts_per_token=self.topk,
             of_all=config.moe_router_pre_softmax,
             scaling=config.moe_router_topk_scaling_factor or 1.0,
-            z_coeff=(config.moe_z_loss_coeff or 0.0) if with_losses else 0.0,
+            z_coeff=(config.moe_z_loss_coeff or 0.0) / ranks if with_losses else 0.0,
             balance_coeff=self.get_aux_loss_coeff("aux_loss") if with_losses else 0.0,
+            ranks=ranks,
         )
 
     def _routed(self, logits_NA: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        weights_NA, chosen_NA, z_loss, balance_loss = route(logits_NA, routing)
+        exchange = self._over_ranks if routing.ranks > 1 and routing.balance_coeff else None
+        weights_NA, chosen_NA, z_loss, balance_loss = route(logits_NA, routing, exchange)
         attach = self.attach_and_log_load_balancing_loss
         if routing.z_coeff:
             weights_NA = attach(weights_NA, routing.z_coeff, z_loss, "z_loss", None)
@@ -73,3 +75,7 @@ class ShorterTopKRouter(TopKRouter):
                 self.tp_cp_group,
             )  # fmt: skip
         return weights_NA, chosen_NA
+
+    def _over_ranks(self, counts_A: Tensor) -> Tensor:
+        dist.all_reduce(counts_A, group=self.tp_cp_group)
+        return counts_A

@@ -450,7 +450,7 @@ def _routes_in_one_pass(config: Config, numerics: Numerics) -> bool:
     """Returns whether routing is one function of autograd
     (:mod:`mone_megatron.kernels.router_cpu`).
     """
-    router, parallel = config.model.router, config.parallel
+    router = config.model.router
     return (
         numerics.kernels == "cpu"
         and ROUTERS[router.kind].stock
@@ -459,7 +459,6 @@ def _routes_in_one_pass(config: Config, numerics: Numerics) -> bool:
         and list(router.balance) in ([], ["none"], ["aux_loss"])
         and not router.expert_bias
         and not router.group_topk
-        and parallel.tensor * parallel.context == 1
         and config.model.experts_per_token <= MOST_LARGEST
     )
 

@@ -72,6 +72,28 @@ def test_weights_losses_and_gradients(
     torch.testing.assert_close(given_NA.grad, wide_NA.grad.float(), rtol=1e-4, atol=close)
 
 
+def test_ranks_that_share_a_microbatch_have_its_losses_together() -> None:
+    draw = torch.Generator().manual_seed(5)
+    whole_NA = torch.randn(12, 5, generator=draw, requires_grad=True)
+    parts = [part.detach().requires_grad_() for part in whole_NA.chunk(2)]
+    counts = [route(part, Routing(2))[1].sum(dim=0) for part in parts]
+    _, _, z_loss, balance_loss = route(whole_NA, Routing(2, z_coeff=0.1, balance_coeff=0.2))
+    (z_loss + balance_loss).backward()
+    shared = Routing(2, z_coeff=0.1 / 2, balance_coeff=0.2, ranks=2)
+    losses = [
+        route(part, shared, lambda counts_A, other=other: counts_A + other)[2:]
+        for part, other in zip(parts, reversed(counts), strict=True)
+    ]
+    torch.testing.assert_close(sum(z for z, _ in losses), z_loss)
+    torch.testing.assert_close(sum(balance for _, balance in losses), balance_loss)
+    for z, balance in losses:
+        (z + balance).backward()
+    assert whole_NA.grad is not None
+    torch.testing.assert_close(
+        torch.cat([part.grad for part in parts if part.grad is not None]), whole_NA.grad
+    )
+
+
 @pytest.mark.parametrize("output", [0, 2, 3])
 def test_one_output_alone_has_its_gradient(output: int) -> None:
     routing = Routing(2, z_coeff=0.1, balance_coeff=0.1)
