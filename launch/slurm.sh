@@ -194,7 +194,8 @@ if ! device_is_given "$@"; then
     [[ $gpus -eq 0 ]] || device=cuda
     set -- "device=$device" "$@"
 fi
-options=(--nodes "$nodes" --tasks-per-node "$tasks" --gpus-per-node "$gpus" --job-name="$job_name")
+options=(--nodes "$nodes" --tasks-per-node "$tasks" --gpus-per-node "$gpus")
+[[ -z $job_name ]] || options+=(--job-name="$job_name")
 [[ $sweep == no ]] || options+=(--sweep)
 [[ $requeue == no ]] || options+=(--requeue)
 runs=$(PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}" "$here" "$repository/launch/jobs.py" \
