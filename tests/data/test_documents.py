@@ -295,7 +295,6 @@ def test_the_tool_tells_of_what_it_left_out(
     [
         (r"\n==\n", r"--document-separator '\n==\n': is in none of 1 text files"),
         (r"\q", r"--document-separator: \q is no known escape"),
-        ("", "--document-separator: is empty"),
         (r"\n", None),
     ],
 )
@@ -309,12 +308,17 @@ def test_separators_that_do_nothing_are_told(
     (tmp_path / "a.txt").write_text("one\r\ntwo\nthree", encoding="utf-8")
     code = run_tool(tmp_path, tokenizer_dir, tmp_path / "a.txt", "--document-separator", separator)
     shown = capsys.readouterr()
-    assert code == (2 if separator in ("", r"\q") else 0)
+    assert code == (2 if separator == r"\q" else 0)
     if message is None:
         assert "separator" not in shown.err
         assert "in 3 documents" in shown.out
     else:
         assert message in shown.err
+
+
+def test_a_separator_is_not_empty() -> None:
+    with pytest.raises(ValueError, match="--document-separator: is empty; leave it out"):
+        InputSettings(document_separator="")
 
 
 def test_a_separator_without_text_files_is_told(
