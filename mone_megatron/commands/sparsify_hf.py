@@ -194,8 +194,6 @@ def _check(options: argparse.Namespace) -> None:
     )
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise ValueError(f"--num-fewshot: {options.num_fewshot} is negative; use 0 or more")
-    if options.seed < 0:
-        raise ValueError(f"--seed: {options.seed} is negative; use 0 or more")
     if not 0 < options.stream_memory < math.inf:
         raise ValueError(f"--stream-memory: {options.stream_memory:g} is no size above 0")
     if options.stream and options.trust_remote_code:
